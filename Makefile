@@ -1,0 +1,29 @@
+# `make demo` and `make test` each work alone on a fresh machine: both build .venv first when it is missing or stale.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# Nothing here may reach for a model hub.
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint clean
+
+$(STAMP): requirements.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+demo: $(STAMP)
+	$(PY) -m microworld.demo --out demo
+
+test: $(STAMP)
+	$(PY) -m pytest
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,540 @@
+"""GPT-2 (Radford et al., 2019) with LoRA (Hu et al., arXiv 2106.09685), read from top to bottom.
+
+The decoder knows nothing of images: it takes embeddings, positions and a mask, and gives hidden states. What makes
+it fast for captioning is left to those two arguments. Positions may restart and the mask may be any boolean pattern,
+so several captions of one image share one prefix in training, and all beams share it in search, without copies.
+
+Shapes in comments: B batch, T new tokens, S tokens attended to, C width, nh heads, hs = C / nh, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import loralib
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # the linear layers of a block, for LoRA to adapt
+
+State = Mapping[str, torch.Tensor]
+
+_CONV1D = tuple(f"{name}.weight" for name in LINEARS)  # GPT-2 checkpoints store these (in, out)
+_MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old checkpoints carry along
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a GPT-2; the defaults are GPT-2 small (124 M parameters)."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    layer_norm_epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for field in fields(self):
+            if getattr(self, field.name) <= 0:
+                raise ValueError(f"decoder {field.name} must be positive, not {getattr(self, field.name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"decoder n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+
+    @classmethod
+    def from_state_dict(cls, state: State, n_head: int | None = None) -> DecoderConfig:
+        """Infer the shape from a GPT-2 state dict in Hugging Face layout.
+
+        The number of heads leaves no trace in the weights; it defaults to width / 64, as in every GPT-2 size.
+
+        Raises:
+            ValueError: the embeddings are missing, or the width is no multiple of 64 and ``n_head`` is not given.
+        """
+        state = _plain_keys(state)
+        for name in ("wte.weight", "wpe.weight"):
+            if name not in state or state[name].ndim != 2:
+                raise ValueError(f"the decoder weights hold no matrix {name!r}; give a GPT-2 state dict")
+        vocab_size, n_embd = state["wte.weight"].shape
+        if n_head is None and n_embd % 64:
+            raise ValueError(f"decoder width {n_embd} is no multiple of 64, so give the number of heads (n_head)")
+        layers = {key.split(".")[1] for key in state if key.startswith("h.")}
+        return cls(
+            vocab_size=vocab_size,
+            n_positions=state["wpe.weight"].shape[0],
+            n_embd=n_embd,
+            n_layer=len(layers),
+            n_head=n_embd // 64 if n_head is None else n_head,
+        )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which layers get a low-rank update, and how: ``y = W x + (alpha / rank) B A x``.
+
+    loralib's ``alpha`` defaults to 1, so the update is scaled by 1 / rank unless a larger one is asked for.
+    """
+
+    rank: int = 32
+    alpha: float = 1.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LINEARS
+    enable_lora: tuple[bool, bool, bool] | None = None  # adapt only these of query, key, value (MergedLinear)
+    lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        object.__setattr__(self, "targets", tuple(self.targets))  # a list when read back from JSON
+        if self.rank < 1:
+            raise ValueError(f"--lora-rank must be at least 1, not {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"--lora-alpha must be a positive number, not {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--lora-dropout must be in [0, 1), not {self.dropout}")
+        unknown = sorted(set(self.targets) - set(LINEARS))
+        if unknown or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"--lora-targets {self.targets}: choose each of {', '.join(LINEARS)} at most once")
+        if not self.targets and not self.lm_head:
+            raise ValueError("--lora-targets names no layer and --lora-lm-head is off: nothing is left to adapt")
+        if self.enable_lora is not None:
+            self._check_enable_lora()
+
+    def _check_enable_lora(self) -> None:
+        object.__setattr__(self, "enable_lora", tuple(self.enable_lora))
+        if len(self.enable_lora) != 3 or not all(isinstance(on, bool) for on in self.enable_lora):
+            raise ValueError(f"--enable-lora wants three booleans (query, key, value), not {self.enable_lora}")
+        if not any(self.enable_lora):
+            raise ValueError("--enable-lora is false for query, key and value; leave attn.c_attn out instead")
+        if "attn.c_attn" not in self.targets:
+            raise ValueError("--enable-lora splits attn.c_attn, which --lora-targets does not name")
+
+    @property
+    def scaling(self) -> float:
+        """The factor alpha / rank of every update."""
+        return self.alpha / self.rank
+
+
+class MergedLinear(loralib.MergedLinear):
+    """loralib's MergedLinear (LoRA on some of the stacked query, key, value), computed without the full update.
+
+    loralib multiplies out the (3C, C) matrix B A in every forward, which costs more than the layer itself; here the
+    input goes through A and then B, as in loralib's Linear. The parameters and the result are the same.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., in) to (..., out)."""
+        out = F.linear(x, self.weight, self.bias)
+        if not self.merged:
+            low = (self.lora_dropout(x) @ self.lora_A.T).chunk(sum(self.enable_lora), dim=-1)  # each (..., rank)
+            for rows, a, b in zip(self.enabled_rows(), low, self.lora_B.chunk(len(low)), strict=True):
+                out[..., rows] += (a @ b.T) * self.scaling
+        return out
+
+    def enabled_rows(self) -> list[slice]:
+        """The rows of the weight (outputs of the layer) that each enabled group updates."""
+        size = self.out_features // len(self.enable_lora)
+        return [slice(i * size, (i + 1) * size) for i, on in enumerate(self.enable_lora) if on]
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once at a fixed size and written by position.
+
+    Only the slots below ``length`` are ever read, so setting ``length`` back forgets what came after: one prefix can
+    serve several searches. For inference; gradients do not flow through writes of earlier calls.
+
+    Args:
+        config: shape of the decoder.
+        batch_size: rows B.
+        max_length: slots S_max a row.
+        device: where the buffers lie.
+        dtype: their type; under autocast the autocast type, which ``Decoder.new_cache`` chooses.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (batch_size, config.n_head, max_length, config.n_embd // config.n_head)  # (B, nh, S_max, hs)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.max_length = max_length
+        self.length = 0
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put k, v (B, nh, T, hs) after the filled slots; return all keys and values so far, (B, nh, length + T, hs).
+
+        ``length`` is left to the decoder, which moves it on when all layers have written.
+
+        Raises:
+            ValueError: no room for T more tokens, or another batch size than the cache was made for.
+        """
+        end = self.length + k.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"the KV cache holds {self.max_length} tokens and {end} are needed; allocate a longer one")
+        if k.shape[0] != self.keys[layer].shape[0]:  # copying a batch of 1 would broadcast in silence
+            raise ValueError(f"the KV cache has {self.keys[layer].shape[0]} rows and the input has {k.shape[0]}")
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: DecoderConfig, layer: int, lora: LoraConfig | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.c_attn = _linear("attn.c_attn", config.n_embd, 3 * config.n_embd, lora)
+        self.c_proj = _linear("attn.c_proj", config.n_embd, config.n_embd, lora)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C); without a mask each token sees itself and all before it."""
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, nh, hs)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v)  # (B, nh, S, hs)
+        # A single query sees all that is cached; is_causal would align it with the first key instead of the last.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    """The feed-forward half of a block."""
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None) -> None:
+        super().__init__()
+        self.c_fc = _linear("mlp.c_fc", config.n_embd, 4 * config.n_embd, lora)
+        self.c_proj = _linear("mlp.c_proj", 4 * config.n_embd, config.n_embd, lora)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 has the tanh form, not erf
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: DecoderConfig, layer: int, lora: LoraConfig | None) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer, lora)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config, lora)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Decoder(nn.Module):
+    """GPT-2 with random weights, and LoRA where ``lora`` says; parameter names are those of GPT-2 checkpoints.
+
+    The output layer is tied to ``wte``. With ``lora.lm_head`` it is a LoRA layer on the same weight, until a merge
+    gives it a weight of its own: merged in place, the update would leak into the input embeddings.
+    """
+
+    def __init__(self, config: DecoderConfig, lora: LoraConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.lora = lora
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer, lora) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.lm_head = None
+        if lora is not None and lora.lm_head:
+            self.lm_head = loralib.Linear(config.n_embd, config.vocab_size, bias=False, **_lora_options(lora))
+            self.lm_head.weight = self.wte.weight
+        init_weights(self)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (B, T, C) of ids (B, T); positions are added by ``forward``."""
+        return self.wte(ids)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """Return the hidden states (B, T, C) after the last layer norm.
+
+        Args:
+            x: embeddings (B, T, C), of tokens or projected image patches.
+            positions: long (T,) or (B, T); positions on the CPU spare a GPU the wait of the range check.
+            mask: bool, broadcastable to (B, 1, T, S), True where a query may look; every query must see something.
+                None is causal. S counts the cached tokens first, then the T new ones.
+            cache: keys and values of earlier tokens; those of x are appended to it.
+
+        Raises:
+            ValueError: a position beyond the context, a mask that is not boolean, or a full cache.
+        """
+        if int(positions.max()) >= self.config.n_positions:
+            raise ValueError(
+                f"position {int(positions.max())} is beyond the decoder's context of {self.config.n_positions} tokens; "
+                "use shorter captions (--max-new-tokens) or fewer image tokens"
+            )
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"the attention mask must be boolean (True = visible), not {mask.dtype}")
+        new, past = x.shape[1], 0 if cache is None else cache.length
+        if mask is None and past and new > 1:
+            mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past)  # (T, S)
+        x = x + self.wpe(positions.to(x.device))
+        for block in self.h:
+            x = block(x, mask, cache)
+        if cache is not None:
+            cache.length += new
+        return self.ln_f(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token logits (..., V) of hidden states (..., C); dear, so call it on caption positions only."""
+        return F.linear(hidden, self.wte.weight) if self.lm_head is None else self.lm_head(hidden)
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache on the decoder's device, in autocast's type where autocast is on and else in the weights'."""
+        weight = self.wte.weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return KVCache(self.config, batch_size, max_length, weight.device, dtype)
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``merge_lora`` has folded the updates into the weights."""
+        return any(layer.merged for layer in _lora_layers(self))
+
+
+def init_weights(decoder: Decoder) -> None:
+    """Fill the base weights at random as GPT-2 does, LoRA's left alone (loralib: A uniform, B zero).
+
+    Normal with standard deviation 0.02; the layers that write to the residual stream get it divided by the square
+    root of their number, 2 n_layer, so that the stream's variance does not grow with depth.
+    """
+    residual_std = 0.02 / math.sqrt(2 * decoder.config.n_layer)
+    for name, parameter in _base_parameters(decoder):
+        if parameter.ndim == 1:
+            nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)  # layer norms' gain; all biases
+        else:
+            nn.init.normal_(parameter, std=residual_std if name.endswith("c_proj.weight") else 0.02)
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def mark_trainable(decoder: Decoder) -> None:
+    """Let gradients reach LoRA's parameters and nothing else of the decoder.
+
+    Raises:
+        ValueError: LoRA is merged already, so that training it would change nothing.
+    """
+    _refuse_merged(decoder, "train LoRA")
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def lora_state_dict(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """LoRA's tensors by parameter name (``h.0.attn.c_attn.lora_A``, …): what an adapter file keeps of the decoder."""
+    return {name: p.detach() for name, p in decoder.named_parameters() if "lora_" in name}
+
+
+def load_lora_state_dict(decoder: Decoder, state: State) -> None:
+    """Copy LoRA's tensors into the decoder; names and shapes must match exactly.
+
+    Raises:
+        ValueError: LoRA is merged already, or the tensors belong to another LoRA layout.
+    """
+    _refuse_merged(decoder, "load LoRA tensors")
+    remedy = "build the decoder with the LoRA options (rank, targets, enable_lora, lm_head) that the adapter has"
+    _copy_exactly(lora_state_dict(decoder), state, "the adapter's LoRA tensors", remedy)
+
+
+@torch.no_grad()
+def merge_lora(decoder: Decoder) -> None:
+    """Fold every update into its weight, in place, so that LoRA costs nothing any more; a second call does nothing.
+
+    The sum is taken in float32 whatever the weights' type. There is no way back: rounding would drift.
+    """
+    for layer in _lora_layers(decoder):
+        if layer.merged:
+            continue
+        merged = (layer.weight.float() + _full_update(layer)).to(layer.weight.dtype)
+        if layer.weight is decoder.wte.weight:  # the output layer stops being tied, the embeddings stay as they are
+            layer.weight = nn.Parameter(merged, requires_grad=False)
+        else:
+            layer.weight.copy_(merged)
+        layer.merged = True
+
+
+def _full_update(layer: loralib.Linear | MergedLinear) -> torch.Tensor:
+    """(alpha / rank) B A as one float32 matrix (out, in)."""
+    rows = layer.enabled_rows() if isinstance(layer, MergedLinear) else [slice(None)]
+    update = torch.zeros_like(layer.weight, dtype=torch.float32)
+    with torch.autocast(update.device.type, enabled=False):  # which would round the product to bfloat16
+        a, b = layer.lora_A.float().chunk(len(rows)), layer.lora_B.float().chunk(len(rows))
+        for i, group in enumerate(rows):
+            update[group] = (b[i] @ a[i]) * layer.scaling
+    return update
+
+
+def _linear(name: str, n_in: int, n_out: int, lora: LoraConfig | None) -> nn.Linear:
+    if lora is None or name not in lora.targets:
+        return nn.Linear(n_in, n_out)
+    if name == "attn.c_attn" and lora.enable_lora is not None:
+        return MergedLinear(n_in, n_out, enable_lora=list(lora.enable_lora), **_lora_options(lora))
+    return loralib.Linear(n_in, n_out, **_lora_options(lora))
+
+
+def _lora_options(lora: LoraConfig) -> dict[str, float | bool]:
+    # loralib's default merge_weights=True merges in eval() and un-merges in train(): weights loaded after eval() would
+    # be ignored and the base would drift. Here merging is merge_lora's business alone.
+    return {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "merge_weights": False}
+
+
+def _lora_layers(decoder: Decoder) -> Iterator[loralib.LoRALayer]:
+    return (module for module in decoder.modules() if isinstance(module, loralib.LoRALayer))
+
+
+def _refuse_merged(decoder: Decoder, what: str) -> None:
+    if decoder.merged:
+        raise ValueError(f"cannot {what} after merge_lora; build the decoder anew, and merge last")
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Read named tensors from a ``.safetensors`` file or a ``.bin``, ``.pt``, ``.pth`` pickle, onto the CPU.
+
+    Pickles are read with ``weights_only=True``: one that wants to run code is refused and nothing of it is run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another suffix, a damaged file, or one that holds anything but named tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {path}; check the path, or download it (hw3_download.sh)")
+    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; expected .safetensors, .bin, .pt or .pth")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: not a plain dict of tensors (it is damaged, or pickles objects whose loading could run code); "
+            "download it again, or save the state dict alone, best as .safetensors"
+        ) from error
+    except (safetensors.SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: damaged or cut short ({_first_line(error)}); download or save it again") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path}: holds no plain dict of tensors; save the model's state_dict() alone")
+    return state
+
+
+def build_decoder(
+    source: str | os.PathLike | State, lora: LoraConfig | None = None, n_head: int | None = None
+) -> Decoder:
+    """Build a decoder, shaped after a GPT-2 state dict (or the file of one) and filled from it, LoRA added on top.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``read_state_dict``, ``DecoderConfig.from_state_dict`` and ``load_gpt2``.
+    """
+    state = source if isinstance(source, Mapping) else read_state_dict(source)
+    try:
+        decoder = Decoder(DecoderConfig.from_state_dict(state, n_head), lora)
+        load_gpt2(decoder, state)
+    except ValueError as error:
+        if isinstance(source, Mapping):
+            raise
+        raise ValueError(f"{source}: {error}") from error
+    return decoder
+
+
+def load_gpt2(decoder: Decoder, state: State) -> None:
+    """Copy a GPT-2 state dict in Hugging Face layout into the decoder's base weights; LoRA's are left alone.
+
+    A ``transformer.`` prefix, the causal-mask buffers and a tied ``lm_head.weight`` are accepted. Matrices of Conv1D
+    layers come as (in, out) and are transposed.
+
+    Raises:
+        ValueError: missing or unexpected keys, other shapes, an ``lm_head`` that is not tied, or LoRA merged already.
+    """
+    _refuse_merged(decoder, "load base weights")
+    state = _plain_keys(state)
+    head = state.pop("lm_head.weight", None)
+    if head is not None and not ("wte.weight" in state and torch.equal(head, state["wte.weight"])):
+        raise ValueError("lm_head.weight differs from wte.weight; the decoder ties them, as GPT-2 does")
+    remedy = "give a GPT-2 state dict in Hugging Face layout (Conv1D weights as (in, out)) of the decoder's size"
+    weights = {key: t.T if key.endswith(_CONV1D) and t.ndim == 2 else t for key, t in state.items()}
+    _copy_exactly(dict(_base_parameters(decoder)), weights, "the decoder weights", remedy)
+
+
+def gpt2_state_dict(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """The inverse of ``load_gpt2``: copies of the base weights in Hugging Face layout, without LoRA's tensors.
+
+    After ``merge_lora`` the updates are part of the weights, so that a plain GPT-2 captions like the tuned decoder.
+
+    Raises:
+        ValueError: the output layer was merged, and GPT-2's layout has no room for an untied one.
+    """
+    if decoder.merged and decoder.lm_head is not None:
+        raise ValueError("lm_head is no longer tied to wte after merge_lora; export the decoder before merging")
+    return {
+        name: (p.detach().T if name.endswith(_CONV1D) else p.detach()).clone(memory_format=torch.contiguous_format)
+        for name, p in _base_parameters(decoder)
+    }
+
+
+def _base_parameters(decoder: Decoder) -> Iterator[tuple[str, nn.Parameter]]:
+    # A tied lm_head.weight is wte.weight's own Parameter, and named_parameters lists it once, under wte.
+    return ((name, p) for name, p in decoder.named_parameters() if "lora_" not in name)
+
+
+def _plain_keys(state: State) -> dict[str, torch.Tensor]:
+    """Strip the prefix that GPT2LMHeadModel adds, and leave out the mask buffers."""
+    plain = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
+    if len(plain) < len(state):
+        raise ValueError("the decoder weights hold some keys twice, with and without the prefix 'transformer.'")
+    return {key: tensor for key, tensor in plain.items() if not _MASK_BUFFER.fullmatch(key)}
+
+
+@torch.no_grad()
+def _copy_exactly(targets: State, sources: State, what: str, remedy: str) -> None:
+    """Copy sources into targets if names and shapes agree, else change nothing and say what differs."""
+    missing, unexpected = sorted(targets.keys() - sources.keys()), sorted(sources.keys() - targets.keys())
+    if missing or unexpected:
+        raise ValueError(f"{what}: missing {_listed(missing)}; unexpected {_listed(unexpected)}; {remedy}")
+    wrong = [
+        f"{name} {tuple(sources[name].shape)} for {tuple(target.shape)}"
+        for name, target in targets.items()
+        if sources[name].shape != target.shape
+    ]
+    if wrong:
+        raise ValueError(f"{what}: wrong shapes: {_listed(wrong)}; {remedy}")
+    for name, target in targets.items():
+        target.copy_(sources[name])
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

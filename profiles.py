@@ -1,0 +1,50 @@
+"""The two sizes of the suite as names and paths. Nothing else may differ between them: the code is the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+MICRO_WEIGHTS = ROOT / "microworld" / "weights"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where one size of the suite finds its models and data; every entry is a default that a flag overrides."""
+
+    data: str  # folder with train.json, val.json and images/{train,val}/
+    decoder: str  # GPT-2 state dict in Hugging Face layout
+    tokenizer: str  # folder with encoder.json and vocab.bpe
+    encoder: str  # timm model name
+    encoder_weights: str | None  # local file; None lets timm take its own pretrained weights
+    clip_model: str  # open_clip model name, or a folder with open_clip_config.json
+    clip_weights: str | None  # open_clip tag or local file; None for a folder
+    cache: str  # encoder tokens are kept here
+    encoder_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
+
+
+PROFILES = {
+    "full": Profile(
+        data="hw3_data/p2_data",
+        decoder="hw3_data/p2_data/decoder_model.bin",
+        tokenizer="hw3_data/p2_data",
+        encoder="vit_large_patch14_clip_224",
+        encoder_weights=None,
+        clip_model="ViT-B-32-quickgelu",
+        clip_weights="openai",
+        cache="cache",
+    ),
+    "micro": Profile(
+        data="demo/data",
+        decoder=str(MICRO_WEIGHTS / "decoder" / "decoder_model.safetensors"),
+        tokenizer=str(MICRO_WEIGHTS / "decoder"),
+        encoder="vit_base_patch32_clip_224",  # CLIP's ViT layout in timm, cut down by the arguments below
+        encoder_weights=str(MICRO_WEIGHTS / "encoder" / "open_clip_model.safetensors"),
+        encoder_kwargs={"embed_dim": 192, "depth": 6, "num_heads": 3, "patch_size": 8, "img_size": 96},
+        clip_model=str(MICRO_WEIGHTS / "scorer"),
+        clip_weights=None,
+        cache="demo/cache",
+    ),
+}

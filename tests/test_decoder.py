@@ -1,0 +1,611 @@
+"""decoder.py: equal to GPT-2, LoRA exact before and after merging, cache and masks exact, bad files refused."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+
+import loralib
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+import decoder as decoder_module
+from decoder import (
+    LINEARS,
+    Decoder,
+    DecoderConfig,
+    KVCache,
+    LoraConfig,
+    MergedLinear,
+    build_decoder,
+    gpt2_state_dict,
+    load_gpt2,
+    load_lora_state_dict,
+    lora_state_dict,
+    mark_trainable,
+    merge_lora,
+    read_state_dict,
+)
+from runtime import import_guarded
+
+TINY = DecoderConfig(vocab_size=61, n_positions=48, n_embd=32, n_layer=3, n_head=4)
+LAYOUTS = {
+    "all linears": LoraConfig(rank=4, alpha=8),
+    "some linears": LoraConfig(rank=3, alpha=2, targets=("attn.c_proj", "mlp.c_fc")),
+    "query and value": LoraConfig(rank=4, alpha=8, enable_lora=(True, False, True)),
+    "key only": LoraConfig(rank=2, alpha=8, targets=("attn.c_attn",), enable_lora=(False, True, False)),
+    "report's setting 4": LoraConfig(rank=4, dropout=0.2, enable_lora=(True, False, True), lm_head=True),
+    "lm_head alone": LoraConfig(rank=4, alpha=8, targets=(), lm_head=True),
+}
+
+
+def huggingface_gpt2(config: DecoderConfig, scale: float = 1.0):
+    """A random GPT2LMHeadModel of this shape, biases included; ``scale`` sharpens what it says."""
+    transformers = import_guarded("transformers")
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.n_positions,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05).mul_(scale)
+    return model
+
+
+def lora_decoder(lora: LoraConfig | None, config: DecoderConfig = TINY) -> Decoder:
+    """A decoder in eval mode whose lora_B are random, as if trained."""
+    decoder = Decoder(config, lora).eval()
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.1)
+    return decoder
+
+
+@torch.no_grad()
+def full_logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    return decoder.logits(decoder(decoder.embed(ids), torch.arange(ids.shape[1])))
+
+
+@torch.no_grad()
+def greedy_ids(decoder: Decoder, ids: torch.Tensor, count: int) -> torch.Tensor:
+    cache = decoder.new_cache(ids.shape[0], ids.shape[1] + count)
+    x, positions, out = ids, torch.arange(ids.shape[1]), [ids]
+    for _ in range(count):
+        x = decoder.logits(decoder(decoder.embed(x), positions, cache=cache)[:, -1:]).argmax(-1)
+        out.append(x)
+        positions = positions[-1:] + 1
+    return torch.cat(out, 1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# ---- GPT-2 -----------------------------------------------------------------------------------------------------------
+
+
+def test_logits_equal_transformers():
+    model = huggingface_gpt2(TINY, scale=1.5)
+    ids = torch.randint(TINY.vocab_size, (3, 20))
+    ours = full_logits(build_decoder(model.state_dict(), n_head=TINY.n_head), ids)
+    with torch.no_grad():
+        theirs = model(ids).logits
+    assert theirs.std() > 0.1
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_greedy_tokens_equal_transformers():
+    model = huggingface_gpt2(TINY, scale=1.5)
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(1, TINY.vocab_size, (3, 5))
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    ours = greedy_ids(build_decoder(model.state_dict(), n_head=TINY.n_head), ids, 20)
+    assert len(set(theirs[0].tolist())) > 5
+    assert ours.tolist() == theirs.tolist()
+
+
+def test_gpt2_small_equals_transformers():
+    config = DecoderConfig(n_positions=64)  # width, depth and vocabulary of GPT-2 small
+    model = huggingface_gpt2(config)
+    decoder = build_decoder(model.state_dict())
+    assert decoder.config == config
+    ids = torch.randint(config.vocab_size, (1, 6))
+    with torch.no_grad():
+        assert (full_logits(decoder, ids) - model(ids).logits).abs().max() < 1e-4
+
+
+def test_forgotten_transpose_of_the_square_weight_is_seen():
+    """attn.c_proj is square, so a checkpoint loaded without transposing it passes every check of shapes."""
+    model = huggingface_gpt2(TINY, scale=1.5)
+    state = {k: v.T if k.endswith("attn.c_proj.weight") else v for k, v in model.state_dict().items()}
+    ids = torch.randint(TINY.vocab_size, (2, 9))
+    with torch.no_grad():
+        assert (full_logits(build_decoder(state, n_head=TINY.n_head), ids) - model(ids).logits).abs().max() > 1e-2
+
+
+def test_erf_gelu_is_seen(monkeypatch):
+    """GPT-2 has the tanh form of GELU; the erf form has no weights and differs by little."""
+    model = huggingface_gpt2(TINY, scale=1.5)
+    decoder = build_decoder(model.state_dict(), n_head=TINY.n_head)
+    ids = torch.randint(TINY.vocab_size, (2, 9))
+    gelu = F.gelu
+    monkeypatch.setattr(decoder_module.F, "gelu", lambda x, approximate: gelu(x))
+    with torch.no_grad():
+        assert (full_logits(decoder, ids) - model(ids).logits).abs().max() > 2e-4
+
+
+def test_random_weights_follow_gpt2():
+    decoder = Decoder(DecoderConfig(vocab_size=500, n_embd=128, n_layer=8, n_head=2, n_positions=64))
+    block = decoder.h[3]
+    assert decoder.wte.weight.std() == pytest.approx(0.02, rel=0.05)
+    assert block.attn.c_attn.weight.std() == pytest.approx(0.02, rel=0.05)
+    for residual in (block.attn.c_proj, block.mlp.c_proj):
+        assert residual.weight.std() == pytest.approx(0.02 / 16**0.5, rel=0.05)
+    assert not block.mlp.c_fc.bias.any()
+    assert (block.ln_1.weight == 1).all()
+    assert not block.ln_1.bias.any()
+
+
+def test_bfloat16_autocast_stays_near_float32_with_and_without_cache():
+    decoder = lora_decoder(LAYOUTS["report's setting 4"])
+    ids = torch.randint(TINY.vocab_size, (2, 12))
+    exact = full_logits(decoder, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = full_logits(decoder, ids)
+        cache = decoder.new_cache(2, 12)
+        with torch.no_grad():
+            decoder(decoder.embed(ids[:, :8]), torch.arange(8), cache=cache)
+            rest = decoder.logits(decoder(decoder.embed(ids[:, 8:]), torch.arange(8, 12), cache=cache))
+    assert cache.keys[0].dtype == rough.dtype == torch.bfloat16
+    assert decoder.new_cache(1, 1).keys[0].dtype == torch.float32
+    assert (rough - exact).abs().max() < 0.03 * exact.abs().max()
+    assert (rest - exact[:, 8:]).abs().max() < 0.03 * exact.abs().max()
+
+
+# ---- Cache, positions, masks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuts", [(10,), (1,) * 10, (4, 1, 3, 2), (4, 6)])
+def test_cache_equals_no_cache(cuts):
+    decoder = lora_decoder(LAYOUTS["all linears"])
+    ids = torch.randint(TINY.vocab_size, (2, 10))
+    cache, parts, start = decoder.new_cache(2, 10), [], 0
+    with torch.no_grad():
+        for size in cuts:
+            x = decoder.embed(ids[:, start : start + size])
+            parts.append(decoder.logits(decoder(x, torch.arange(start, start + size), cache=cache)))
+            start += size
+            assert cache.length == start
+    torch.testing.assert_close(torch.cat(parts, 1), full_logits(decoder, ids), atol=1e-6, rtol=1e-5)
+
+
+def test_a_prefix_serves_again_when_the_length_is_set_back():
+    decoder = lora_decoder(None)
+    ids = torch.randint(TINY.vocab_size, (1, 9))
+    cache = decoder.new_cache(1, 9)
+    with torch.no_grad():
+        decoder(decoder.embed(ids[:, :4]), torch.arange(4), cache=cache)
+        decoder(decoder.embed(ids[:, 4:].flip(1)), torch.arange(4, 9), cache=cache)
+        cache.length = 4
+        again = decoder.logits(decoder(decoder.embed(ids[:, 4:]), torch.arange(4, 9), cache=cache))
+    torch.testing.assert_close(again, full_logits(decoder, ids)[:, 4:], atol=1e-6, rtol=1e-5)
+
+
+def packed_mask(prefix: int, lengths: list[int]) -> torch.Tensor:
+    """(T, T): each caption sees the prefix and its own past."""
+    owner = torch.tensor([-1] * prefix + [i for i, n in enumerate(lengths) for _ in range(n)])
+    same = (owner == owner[:, None]) | (owner == -1)
+    return same & torch.ones(len(owner), len(owner)).tril().bool()
+
+
+def test_packed_captions_equal_one_by_one_in_value_and_gradient():
+    decoder = lora_decoder(LAYOUTS["query and value"])
+    mark_trainable(decoder)
+    lengths = [5, 1, 7]
+    prefix = torch.randn(2, 6, TINY.n_embd)  # (B, P, C) as if image tokens
+    captions = [torch.randint(TINY.vocab_size, (2, n)) for n in lengths]
+
+    x = torch.cat([prefix, *[decoder.embed(c) for c in captions]], 1)
+    positions = torch.cat([torch.arange(6), *[torch.arange(6, 6 + n) for n in lengths]])
+    packed = decoder.logits(decoder(x, positions, packed_mask(6, lengths))[:, 6:])
+    packed.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
+    decoder.zero_grad()
+
+    single = []
+    for caption in captions:
+        x = torch.cat([prefix, decoder.embed(caption)], 1)
+        single.append(decoder.logits(decoder(x, torch.arange(x.shape[1]))[:, 6:]))
+    single = torch.cat(single, 1)
+    single.square().sum().backward()
+
+    torch.testing.assert_close(packed, single, atol=1e-6, rtol=1e-5)
+    assert gradients.keys() == lora_state_dict(decoder).keys()
+    for name, parameter in decoder.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_captions_behind_a_cached_prefix_equal_one_by_one():
+    """What beam search does: several branches in one row, told apart by the mask and by equal positions."""
+    decoder = lora_decoder(None)
+    prefix, branches = torch.randint(TINY.vocab_size, (2, 6)), torch.randint(TINY.vocab_size, (2, 3, 4))
+    cache = decoder.new_cache(2, 6 + 3 * 4)
+    steps = []
+    with torch.no_grad():
+        decoder(decoder.embed(prefix), torch.arange(6), cache=cache)
+        for t in range(4):
+            own = torch.eye(3, dtype=torch.bool).repeat(1, t + 1)  # (K, K (t + 1))
+            mask = torch.cat([torch.ones(3, 6, dtype=torch.bool), own], 1)
+            hidden = decoder(decoder.embed(branches[:, :, t]), torch.full((2, 3), 6 + t), mask, cache)
+            steps.append(decoder.logits(hidden))
+    for k in range(3):
+        expected = full_logits(decoder, torch.cat([prefix, branches[:, k]], 1))[:, 6:]
+        torch.testing.assert_close(torch.stack([s[:, k] for s in steps], 1), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_misuse_is_refused():
+    decoder = lora_decoder(None)
+    x = torch.randn(1, 3, TINY.n_embd)
+    with pytest.raises(ValueError, match="position 48 is beyond the decoder's context of 48"):
+        decoder(x, torch.arange(46, 49))
+    with pytest.raises(ValueError, match="must be boolean"):
+        decoder(x, torch.arange(3), torch.zeros(3, 3))
+    full = KVCache(TINY, 1, 2)
+    with pytest.raises(ValueError, match="holds 2 tokens and 3 are needed"):
+        decoder(x, torch.arange(3), cache=full)
+    assert full.length == 0
+    with pytest.raises(ValueError, match="2 rows and the input has 1"):
+        decoder(x, torch.arange(3), cache=KVCache(TINY, 2, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_layer": 0}, "n_layer must be positive"),
+        ({"n_head": 5}, "multiple of n_head 5"),
+    ],
+)
+def test_impossible_shapes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig(**options)
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", LAYOUTS.values(), ids=LAYOUTS)
+def test_fresh_lora_changes_nothing(lora):
+    base = lora_decoder(None)
+    adapted = build_decoder(gpt2_state_dict(base), lora, TINY.n_head).train()  # in training, dropout of LoRA included
+    ids = torch.randint(TINY.vocab_size, (2, 8))
+    torch.testing.assert_close(full_logits(adapted, ids), full_logits(base, ids), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("lora", LAYOUTS.values(), ids=LAYOUTS)
+def test_merged_equals_unmerged_and_merging_twice_is_merging_once(lora):
+    decoder = lora_decoder(lora)
+    wte = decoder.wte.weight.clone()
+    ids = torch.randint(TINY.vocab_size, (2, 8))
+    before, base = full_logits(decoder, ids), full_logits(build_decoder(gpt2_state_dict(decoder), None, 4), ids)
+    assert (before - base).abs().max() > 1e-3  # LoRA does something
+    with torch.autocast("cpu", torch.bfloat16):  # the sum must not be rounded to bfloat16
+        merge_lora(decoder)
+    torch.testing.assert_close(full_logits(decoder, ids), before, atol=1e-6, rtol=1e-5)
+    assert decoder.merged
+    once = copy.deepcopy(decoder.state_dict())
+    merge_lora(decoder)
+    assert all(torch.equal(once[k], v) for k, v in decoder.state_dict().items())
+    assert torch.equal(decoder.wte.weight, wte)
+
+
+@pytest.mark.parametrize("enable", [(True, False, True), (False, True, False), (True, True, True)])
+def test_merged_linear_equals_loralib(enable):
+    options = {"r": 4, "lora_alpha": 8, "enable_lora": list(enable), "merge_weights": False}
+    theirs, ours = loralib.MergedLinear(12, 18, **options), MergedLinear(12, 18, **options)
+    torch.nn.init.normal_(theirs.lora_B)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, 12)
+    results = []
+    for layer in (theirs, ours):
+        source = x.clone().requires_grad_()
+        out = layer(source)
+        out.sin().sum().backward()
+        results.append((out, source.grad, layer.lora_A.grad, layer.lora_B.grad))
+    for expected, actual in zip(*results, strict=True):
+        assert (expected - actual).abs().max() <= 1e-6 * max(1.0, expected.abs().max())
+
+
+def test_merged_linear_drops_out_like_loralib():
+    options = {"r": 4, "lora_dropout": 0.5, "enable_lora": [True, False, True], "merge_weights": False}
+    theirs, ours = loralib.MergedLinear(12, 18, **options), MergedLinear(12, 18, **options)
+    torch.nn.init.normal_(theirs.lora_B)
+    ours.load_state_dict(theirs.state_dict())
+    x, results = torch.randn(7, 12), []
+    for layer in (theirs, ours):
+        torch.manual_seed(1)
+        results.append(layer(x))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(ours(x), ours.eval_output(x) if hasattr(ours, "eval_output") else results[1])
+
+
+@pytest.mark.parametrize("lora", LAYOUTS.values(), ids=LAYOUTS)
+def test_eval_and_train_never_touch_weights(lora):
+    """loralib's default merges in eval() and un-merges in train(), and its layers' eval() returns None."""
+    decoder = lora_decoder(lora)
+    before = copy.deepcopy(decoder.state_dict())
+    for _ in range(3):
+        assert decoder.eval() is decoder
+        assert not decoder.merged
+        assert decoder.train() is decoder
+    assert all(torch.equal(before[k], v) for k, v in decoder.state_dict().items())
+
+
+def test_weights_loaded_after_eval_count():
+    """With loralib's default, LoRA weights loaded after eval() are ignored in silence."""
+    trained = lora_decoder(LAYOUTS["all linears"])
+    fresh = build_decoder(gpt2_state_dict(trained), trained.lora, TINY.n_head).eval()
+    load_lora_state_dict(fresh, lora_state_dict(trained))
+    ids = torch.randint(TINY.vocab_size, (1, 5))
+    assert torch.equal(full_logits(fresh, ids), full_logits(trained, ids))
+
+
+def test_adapter_holds_exactly_the_lora_tensors():
+    linears = [f"h.{i}.{name}" for i in range(TINY.n_layer) for name in LINEARS]
+    state = lora_state_dict(Decoder(TINY, LAYOUTS["report's setting 4"]))
+    assert set(state) == {f"{layer}.lora_{x}" for layer in [*linears, "lm_head"] for x in "AB"}
+    assert state["h.0.attn.c_attn.lora_A"].shape == (2 * 4, 32)
+    assert state["h.0.attn.c_attn.lora_B"].shape == (2 * 32, 4)
+    assert set(lora_state_dict(Decoder(TINY, LAYOUTS["some linears"]))) == {
+        f"h.{i}.{name}.lora_{x}" for i in range(TINY.n_layer) for name in ("attn.c_proj", "mlp.c_fc") for x in "AB"
+    }
+    assert lora_state_dict(Decoder(TINY)) == {}
+
+
+def test_foreign_adapters_are_refused_and_change_nothing():
+    decoder = lora_decoder(LAYOUTS["all linears"])
+    before = {k: v.clone() for k, v in lora_state_dict(decoder).items()}
+    other_rank = lora_state_dict(lora_decoder(LoraConfig(rank=8)))
+    with pytest.raises(ValueError, match=r"wrong shapes: h\.0\.attn\.c_attn\.lora_A \(8, 32\) for \(4, 32\).*rank"):
+        load_lora_state_dict(decoder, other_rank)
+    with pytest.raises(ValueError, match=r"missing .*c_fc\.lora_A.*unexpected lm_head\.lora_A, lm_head\.lora_B"):
+        load_lora_state_dict(decoder, lora_state_dict(lora_decoder(LAYOUTS["lm_head alone"])))
+    assert all(torch.equal(before[k], v) for k, v in lora_state_dict(decoder).items())
+
+
+def test_after_a_merge_nothing_is_loaded_or_trained():
+    decoder = lora_decoder(LAYOUTS["report's setting 4"])
+    state, base = lora_state_dict(decoder), gpt2_state_dict(decoder)
+    merge_lora(decoder)
+    with pytest.raises(ValueError, match="after merge_lora"):
+        load_lora_state_dict(decoder, state)
+    with pytest.raises(ValueError, match="after merge_lora"):
+        load_gpt2(decoder, base)
+    with pytest.raises(ValueError, match="after merge_lora"):
+        mark_trainable(decoder)
+    with pytest.raises(ValueError, match="no longer tied"):
+        gpt2_state_dict(decoder)
+
+
+def test_merged_decoder_exports_as_plain_gpt2():
+    decoder = lora_decoder(LAYOUTS["query and value"])
+    ids = torch.randint(TINY.vocab_size, (1, 7))
+    expected = full_logits(decoder, ids)
+    merge_lora(decoder)
+    plain = build_decoder(gpt2_state_dict(decoder), n_head=TINY.n_head)
+    torch.testing.assert_close(full_logits(plain, ids), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_parameter_is_trainable_or_frozen_as_it_should_be(lora):
+    decoder = Decoder(TINY, lora)
+    mark_trainable(decoder)
+    trainable = {name for name, p in decoder.named_parameters() if p.requires_grad}
+    assert trainable == set(lora_state_dict(decoder)) != set()
+    frozen = {name for name, p in decoder.named_parameters() if not p.requires_grad}
+    assert frozen == set(gpt2_state_dict(Decoder(TINY)))
+
+
+def test_lora_of_gpt2_small_at_rank_32_has_4718592_parameters():
+    with torch.device("meta"):
+        decoder = Decoder(DecoderConfig(), LoraConfig(rank=32))
+    mark_trainable(decoder)
+    assert sum(p.numel() for p in decoder.parameters() if p.requires_grad) == 4_718_592
+
+
+def test_training_step_leaves_the_embeddings_alone_under_lm_head_lora():
+    """A LoRA-wrapped lm_head shares its weight with wte; neither a step nor a merge may move the embeddings."""
+    decoder = lora_decoder(LAYOUTS["lm_head alone"]).train()
+    mark_trainable(decoder)
+    assert decoder.lm_head.weight is decoder.wte.weight
+    wte = decoder.wte.weight.clone()
+    optimizer = torch.optim.SGD([p for p in decoder.parameters() if p.requires_grad], lr=1.0)
+    decoder.logits(decoder(torch.randn(1, 4, TINY.n_embd), torch.arange(4))).square().sum().backward()
+    optimizer.step()
+    merge_lora(decoder)
+    assert torch.equal(decoder.wte.weight, wte)
+    assert not torch.equal(decoder.lm_head.weight, wte)
+
+
+def test_scaling_is_alpha_over_rank():
+    lora = LoraConfig(rank=8, alpha=2.0, enable_lora=(True, False, True), lm_head=True)
+    layers = [m for m in Decoder(TINY, lora).modules() if isinstance(m, loralib.LoRALayer)]
+    assert len(layers) == 4 * TINY.n_layer + 1
+    assert {layer.scaling for layer in layers} == {lora.scaling} == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "--lora-rank"),
+        ({"alpha": 0.0}, "--lora-alpha"),
+        ({"alpha": float("nan")}, "--lora-alpha"),
+        ({"dropout": 1.0}, "--lora-dropout"),
+        ({"targets": ("attn.q_proj",)}, "--lora-targets"),
+        ({"targets": ("mlp.c_fc", "mlp.c_fc")}, "--lora-targets"),
+        ({"targets": ()}, "nothing is left to adapt"),
+        ({"enable_lora": (True, False)}, "three booleans"),
+        ({"enable_lora": (False, False, False)}, "--enable-lora is false"),
+        ({"enable_lora": (True, False, True), "targets": ("mlp.c_fc",)}, "--enable-lora splits attn.c_attn"),
+    ],
+)
+def test_bad_lora_options_name_their_flag(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**options)
+
+
+def test_lora_config_read_back_from_json_is_the_same():
+    lora = LoraConfig(enable_lora=(True, False, True))
+    assert LoraConfig(enable_lora=[True, False, True], targets=list(LINEARS)) == lora
+    assert hash(lora)
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["bin", "pt", "pth", "safetensors"])
+def test_files_of_every_kind_load(tmp_path, suffix):
+    decoder, path = lora_decoder(None), tmp_path / f"decoder.{suffix}"
+    state = gpt2_state_dict(decoder)
+    if suffix == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path)
+    again = build_decoder(path, n_head=TINY.n_head)
+    assert again.config == TINY
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in decoder.state_dict().items())
+
+
+def test_export_has_the_layout_of_transformers():
+    model = huggingface_gpt2(TINY)
+    ours = gpt2_state_dict(build_decoder(model.state_dict(), LAYOUTS["report's setting 4"], TINY.n_head))
+    theirs = {k.removeprefix("transformer."): v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(theirs[k], v) and v.is_contiguous() for k, v in ours.items())
+
+
+def test_mask_buffers_and_prefix_are_passed_over_but_biases_are_not():
+    decoder = lora_decoder(None)
+    with torch.no_grad():
+        decoder.h[1].attn.c_attn.bias.fill_(7.0)
+    old = {f"transformer.{k}": v for k, v in gpt2_state_dict(decoder).items()}
+    old["transformer.h.0.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
+    old["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    old["lm_head.weight"] = decoder.wte.weight.detach().clone()
+    again = build_decoder(old, n_head=TINY.n_head)
+    assert (again.h[1].attn.c_attn.bias == 7).all()
+
+
+def corrupt(decoder: Decoder, **changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    state = gpt2_state_dict(decoder) | changes
+    return {k: v for k, v in state.items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"h.1.mlp.c_fc.bias": None}, r"missing h\.1\.mlp\.c_fc\.bias; unexpected none"),
+        ({"extra": torch.ones(1)}, "missing none; unexpected extra"),
+        ({"h.0.ln_1.bias": torch.ones(3)}, r"wrong shapes: h\.0\.ln_1\.bias \(3,\) for \(32,\)"),
+        ({"h.2.mlp.c_fc.weight": torch.ones(128, 32)}, r"\(32, 128\) for \(128, 32\); .*Conv1D"),
+        ({"lm_head.weight": torch.ones(61, 32)}, "lm_head.weight differs from wte.weight"),
+        ({"transformer.wpe.weight": torch.ones(48, 32)}, "twice"),
+    ],
+)
+def test_wrong_state_dicts_are_refused_and_change_nothing(changes, message):
+    decoder = lora_decoder(None)
+    before = copy.deepcopy(decoder.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_gpt2(decoder, corrupt(Decoder(TINY), **changes))
+    assert all(torch.equal(before[k], v) for k, v in decoder.state_dict().items())
+
+
+def test_shape_is_inferred_and_heads_default_to_width_over_64():
+    config = DecoderConfig(vocab_size=20, n_positions=8, n_embd=128, n_layer=2, n_head=2)
+    state = gpt2_state_dict(Decoder(config))
+    assert DecoderConfig.from_state_dict(state) == config
+    assert DecoderConfig.from_state_dict(state, n_head=4).n_head == 4
+    with pytest.raises(ValueError, match="no multiple of 64"):
+        DecoderConfig.from_state_dict(gpt2_state_dict(Decoder(TINY)))
+    with pytest.raises(ValueError, match=r"wte\.weight"):
+        DecoderConfig.from_state_dict({"conv.weight": torch.ones(2, 2)})
+
+
+class Malicious:
+    """Pickles as a call that leaves a file behind."""
+
+    def __init__(self, trace: str) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path, zipped):
+    path, trace = tmp_path / "decoder.bin", tmp_path / "trace"
+    torch.save({"wte.weight": Malicious(str(trace))}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"decoder\.bin: not a plain dict of tensors .*run code"):
+        read_state_dict(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # the trap was live
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("kind", ["safetensors", "zipped", "legacy"])
+def test_truncated_files_are_refused(tmp_path, kind, share):
+    path = tmp_path / ("decoder.safetensors" if kind == "safetensors" else "decoder.bin")
+    state = gpt2_state_dict(Decoder(TINY))
+    if kind == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zipped")
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(ValueError, match=rf"{path.name}: (damaged|not a plain dict)"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("value", [[torch.ones(1)], {"model": {"wte.weight": torch.ones(1)}}, torch.ones(2), {"a": 1}])
+def test_files_without_a_plain_dict_of_tensors_are_refused(tmp_path, value):
+    torch.save(value, tmp_path / "decoder.pt")
+    with pytest.raises(ValueError, match=r"decoder\.pt: holds no plain dict of tensors"):
+        read_state_dict(tmp_path / "decoder.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", pickle.dumps(object()), b"\x80"])
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_other_contents_are_refused(tmp_path, content, suffix):
+    path = tmp_path / f"decoder.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"decoder\.{suffix}: "):
+        read_state_dict(path)
+
+
+def test_missing_files_and_unknown_suffixes_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*gone\.bin.*hw3_download"):
+        read_state_dict(tmp_path / "gone.bin")
+    with pytest.raises(FileNotFoundError, match="no weights file"):
+        read_state_dict(tmp_path)
+    (tmp_path / "decoder.npz").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"unknown suffix '\.npz'"):
+        read_state_dict(tmp_path / "decoder.npz")
+
+
+def test_errors_of_a_file_name_it(tmp_path):
+    torch.save(corrupt(Decoder(TINY), **{"ln_f.bias": None}), tmp_path / "decoder.bin")
+    with pytest.raises(ValueError, match=r"decoder\.bin: .*missing ln_f\.bias"):
+        build_decoder(tmp_path / "decoder.bin", n_head=TINY.n_head)

@@ -1,0 +1,341 @@
+"""search.py: equal to exhaustive search where that is possible, and to transformers' beam search."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from decoder import Decoder, DecoderConfig, build_decoder
+from runtime import import_guarded
+from search import SearchResult, Step, beam_search, greedy, sample
+
+EOS = 0
+TINY = DecoderConfig(vocab_size=37, n_positions=48, n_embd=32, n_layer=2, n_head=4)
+
+
+class TableModel:
+    """A language model that looks its logits up by the whole history, which it reads from the ancestor mask."""
+
+    def __init__(self, vocab: int, rows: int, depth: int, sharpness: float = 1.0, seed: int = 0) -> None:
+        self.vocab = vocab
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.randn(rows, *[vocab] * depth, vocab, generator=generator) * sharpness
+        self.depth = depth
+
+    def logits(self, row: int, history: tuple[int, ...]) -> torch.Tensor:
+        """(V,) after the last ``depth`` tokens of history, left-padded with EOS."""
+        last = ((EOS,) * self.depth + history)[-self.depth :]
+        return self.table[(row, *last)]
+
+    def step(self, rows: list[int]) -> Step:
+        """A step function for these rows, as the images of a batch."""
+        fed: list[torch.Tensor] = []
+
+        def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+            fed.append(tokens)
+            slots = torch.cat(fed, 1)  # (B, n)
+            batch, k = tokens.shape
+            assert ancestors.shape == (batch, k, slots.shape[1])
+            assert ancestors.sum(-1).eq(len(fed)).all()  # one ancestor a step
+            histories = [[tuple(slots[b][ancestors[b, j]].tolist())[1:] for j in range(k)] for b in range(batch)]
+            return torch.stack(
+                [torch.stack([self.logits(row, h) for h in beams]) for row, beams in zip(rows, histories, strict=True)]
+            )
+
+        return step
+
+
+def exhaustive(model: TableModel, row: int, length: int, penalty: float) -> tuple[list[int], float]:
+    """The best of all captions of up to ``length`` tokens."""
+    best, best_score = [], -math.inf
+    words = [w for w in range(model.vocab) if w != EOS]
+    for n in range(length + 1):
+        for caption in itertools.product(words, repeat=n):
+            tokens = (*caption, EOS)[:length]
+            total = sum(model.logits(row, tokens[:i]).log_softmax(-1)[t].item() for i, t in enumerate(tokens))
+            if total / len(tokens) ** penalty > best_score:
+                best, best_score = list(caption), total / len(tokens) ** penalty
+    return best, best_score
+
+
+def decoder_step(decoder: Decoder, prefix: torch.Tensor, beams: int, max_new_tokens: int) -> Step:
+    """What the captioner does: one prefix (B, P, C) an image in the cache, shared by all of its beams."""
+    batch, length = prefix.shape[:2]
+    cache = decoder.new_cache(batch, length + beams * max_new_tokens)
+    with torch.no_grad():
+        decoder(prefix, torch.arange(length), cache=cache)
+
+    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        seen = torch.ones(*tokens.shape, length, dtype=torch.bool)
+        mask = torch.cat((seen, ancestors), -1).unsqueeze(1)  # (B, 1, K, P + n)
+        position = torch.tensor([length + ancestors.shape[-1] // tokens.shape[1] - 1])
+        return decoder.logits(decoder(decoder.embed(tokens), position, mask, cache))
+
+    return step
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A random GPT-2 of transformers, sharp enough that captions end at different lengths, and ours with its weights."""
+    transformers = import_guarded("transformers")
+    torch.manual_seed(3)
+    config = transformers.GPT2Config(
+        vocab_size=TINY.vocab_size, n_positions=TINY.n_positions, n_embd=TINY.n_embd, n_layer=TINY.n_layer,
+        n_head=TINY.n_head, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS,
+    )  # fmt: skip
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.12)
+        theirs.transformer.ln_f.weight.mul_(2.0)
+        theirs.transformer.wte.weight[EOS] += 0.05
+    return theirs, build_decoder(theirs.state_dict(), n_head=TINY.n_head).eval()
+
+
+@torch.no_grad()
+def transformers_captions(model, prefix: torch.Tensor, beams: int, penalty: float, length: int) -> list[list[int]]:
+    bos = model.transformer.wte(torch.full((prefix.shape[0], 1), EOS))
+    embeddings = torch.cat((prefix, bos), 1)
+    out = model.generate(
+        inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2]), num_beams=beams, do_sample=False,
+        max_new_tokens=length, length_penalty=penalty, early_stopping=False,
+    )  # fmt: skip
+    return [row[: row.index(EOS)] if EOS in row else row for row in out.tolist()]
+
+
+# ---- Beam search -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0, 2.0])
+@pytest.mark.parametrize("beams", [2, 3, 5])
+def test_captions_equal_transformers(models, beams, penalty):
+    theirs, ours = models
+    prefix = torch.randn(12, 4, TINY.n_embd, generator=torch.Generator().manual_seed(beams))
+    expected = transformers_captions(theirs, prefix, beams, penalty, 14)
+    lengths = {len(caption) for caption in expected}
+    assert len(lengths) > 2, "the captions must differ in length, or the length penalty is not tested"
+    assert beam_search(decoder_step(ours, prefix, beams, 14), 12, EOS, EOS, beams, 14, penalty).tokens == expected
+
+
+def test_greedy_equals_transformers(models):
+    theirs, ours = models
+    prefix = torch.randn(12, 4, TINY.n_embd, generator=torch.Generator().manual_seed(9))
+    expected = transformers_captions(theirs, prefix, 1, 1.0, 14)
+    assert greedy(decoder_step(ours, prefix, 1, 14), 12, EOS, EOS, 14).tokens == expected
+
+
+def test_scores_are_those_of_the_captions(models):
+    """Scored again from scratch, without cache or ancestors."""
+    _, ours = models
+    prefix = torch.randn(6, 4, TINY.n_embd, generator=torch.Generator().manual_seed(9))
+    result = beam_search(decoder_step(ours, prefix, 3, 10), 6, EOS, EOS, 3, 10, 0.6)
+    for row, (caption, score) in enumerate(zip(result.tokens, result.scores, strict=True)):
+        tokens = torch.tensor([EOS, *caption, EOS][:11])  # BOS, and EOS unless the caption was cut at 10
+        x = torch.cat((prefix[row : row + 1], ours.embed(tokens[None, :-1])), 1)
+        with torch.no_grad():
+            log_probs = ours.logits(ours(x, torch.arange(x.shape[1])))[0, 4:].log_softmax(-1)
+        total = log_probs.gather(1, tokens[1:, None]).sum().item()
+        assert score == pytest.approx(total / (len(tokens) - 1) ** 0.6, abs=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+def test_wide_beam_equals_exhaustive_search(penalty):
+    """5 words, at most 4 tokens: 4^3 * 5 beams hold every caption there is."""
+    model = TableModel(vocab=5, rows=3, depth=3, sharpness=1.5, seed=int(penalty))
+    result = beam_search(model.step([0, 1, 2]), 3, EOS, EOS, 4**3 * 5, 4, penalty)
+    for row in range(3):
+        caption, score = exhaustive(model, row, 4, penalty)
+        assert result.tokens[row] == caption
+        assert result.scores[row] == pytest.approx(score, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_beam_1_equals_greedy(seed):
+    model = TableModel(vocab=7, rows=4, depth=2, sharpness=2.0, seed=seed)
+    rows = [0, 1, 2, 3]
+    beam = beam_search(model.step(rows), 4, EOS, EOS, 1, 9)
+    walk = greedy(model.step(rows), 4, EOS, EOS, 9)
+    assert beam.tokens == walk.tokens
+    assert beam.scores == pytest.approx(walk.scores, abs=1e-5)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_batch_equals_one_by_one(penalty):
+    model = TableModel(vocab=9, rows=8, depth=2, sharpness=2.0, seed=1)
+    together = beam_search(model.step(list(range(8))), 8, EOS, EOS, 3, 12, penalty)
+    alone = [beam_search(model.step([row]), 1, EOS, EOS, 3, 12, penalty) for row in range(8)]
+    assert together.tokens == [result.tokens[0] for result in alone]
+    assert together.scores == pytest.approx([result.scores[0] for result in alone], abs=1e-6)
+    assert len({len(tokens) for tokens in together.tokens}) > 1
+
+
+def never_ends(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+    logits = torch.arange(6.0).expand(*tokens.shape, 6).clone()
+    logits[..., EOS] = -math.inf
+    return logits
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        lambda: greedy(never_ends, 2, EOS, EOS, 7),
+        lambda: beam_search(never_ends, 2, EOS, EOS, 3, 7),
+        lambda: beam_search(never_ends, 2, EOS, EOS, 10, 7),  # more beams than words
+        lambda: sample(never_ends, 2, EOS, EOS, torch.Generator(), top_k=1, max_new_tokens=7),
+    ],
+)
+def test_caption_that_never_ends_is_cut(search):
+    result = search()
+    assert result.tokens == [[5] * 7] * 2
+    per_token = torch.arange(1.0, 6.0).log_softmax(-1)[-1].item()
+    assert result.scores == pytest.approx([per_token] * 2, abs=1e-5)
+
+
+def always_ends(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+    logits = torch.full((*tokens.shape, 6), -math.inf)
+    logits[..., EOS] = 0.0
+    return logits
+
+
+def test_caption_that_must_end_at_once_is_empty():
+    """All other beams are impossible (log-probability -inf) and must neither be returned nor break the ranking."""
+    empty = SearchResult([[], []], [0.0, 0.0])
+    assert beam_search(always_ends, 2, EOS, EOS, 4, 5) == empty
+    assert greedy(always_ends, 2, EOS, EOS, 5) == empty
+    assert sample(always_ends, 2, EOS, EOS, torch.Generator(), max_new_tokens=5) == empty
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_search_stops_when_all_images_are_done(beams):
+    calls = 0
+
+    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        logits = torch.zeros(*tokens.shape, 6)
+        logits[..., EOS] = 20.0 if calls >= 3 else -20.0
+        return logits
+
+    result = beam_search(step, 2, EOS, EOS, beams, 30) if beams > 1 else greedy(step, 2, EOS, EOS, 30)
+    assert calls == (3 if beams == 1 else calls) < 8
+    assert [len(tokens) for tokens in result.tokens] == [2, 2]
+
+
+def test_bos_may_be_another_token_than_eos():
+    model = TableModel(vocab=6, rows=1, depth=1, sharpness=2.0)
+    fed = []
+
+    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        fed.append(tokens)
+        return model.table[0][tokens]
+
+    beam_search(step, 1, 4, EOS, 3, 5)
+    assert fed[0].tolist() == [[4, 4, 4]]
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_follows_its_generator_and_not_the_global_one():
+    model = TableModel(vocab=9, rows=4, depth=1)
+    draws = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(draws))
+        generator = torch.Generator().manual_seed(seed)
+        draws.append(sample(model.step([0, 1, 2, 3]), 4, EOS, EOS, generator, max_new_tokens=12))
+    assert draws[0] == draws[1]
+    assert draws[0].tokens != draws[2].tokens
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+def test_sampling_the_likeliest_only_is_greedy(options):
+    model = TableModel(vocab=9, rows=4, depth=2)
+    rows = [0, 1, 2, 3]
+    drawn = sample(model.step(rows), 4, EOS, EOS, torch.Generator(), **options, max_new_tokens=12)
+    assert drawn == greedy(model.step(rows), 4, EOS, EOS, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.1, 0.2, 0.3, 0.4]),
+        ({"temperature": 0.5}, [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
+        ({"top_k": 2}, [0, 0, 3 / 7, 4 / 7]),
+        ({"top_k": 99}, [0.1, 0.2, 0.3, 0.4]),
+        ({"top_p": 0.65}, [0, 0, 3 / 7, 4 / 7]),
+        ({"top_p": 0.75}, [0, 2 / 9, 3 / 9, 4 / 9]),
+        ({"top_k": 3, "top_p": 0.7}, [0, 0, 3 / 7, 4 / 7]),  # top_p of what top_k left: 4/9 + 3/9 > 0.7
+    ],
+)
+def test_sampled_frequencies(options, expected):
+    probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        return probabilities.log().expand(*tokens.shape, 4)
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(step, 20_000, 3, EOS, generator, **options, max_new_tokens=1)
+    counts = torch.tensor([tokens[0] if tokens else EOS for tokens in drawn.tokens]).bincount(minlength=4)
+    frequencies = (counts / 20_000).tolist()
+    assert frequencies == pytest.approx(expected, abs=0.015)
+    assert [f == 0 for f in frequencies] == [p == 0 for p in expected]
+    assert drawn.scores[0] == pytest.approx(probabilities[drawn.tokens[0][0] if drawn.tokens[0] else EOS].log().item())
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "search",
+    [
+        lambda step: greedy(step, 3, EOS, EOS, 5),
+        lambda step: beam_search(step, 3, EOS, EOS, 2, 5),
+        lambda step: sample(step, 3, EOS, EOS, torch.Generator(), max_new_tokens=5),
+    ],
+)
+def test_logits_that_are_no_numbers_name_their_rows(search, value):
+    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        logits = never_ends(tokens, ancestors)
+        if ancestors.shape[-1] == 2 * tokens.shape[1]:
+            logits[1, -1, 3] = value
+        return logits
+
+    with pytest.raises(ValueError, match=r"NaN or infinite at token 2 of image rows \[1\]; .*float32"):
+        search(step)
+
+
+def test_what_a_finished_image_says_is_ignored():
+    """The model goes on with rows that are done; garbage there must stop neither the others nor the search."""
+
+    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        logits = never_ends(tokens, ancestors)
+        if ancestors.shape[-1] == 1:
+            logits[0, :, EOS] = 99.0
+        else:
+            logits[0] = math.nan
+        return logits
+
+    assert greedy(step, 2, EOS, EOS, 4).tokens == [[], [5] * 4]
+    assert sample(step, 2, EOS, EOS, torch.Generator(), top_k=1, max_new_tokens=4).tokens == [[], [5] * 4]
+    assert beam_search(step, 2, EOS, EOS, 1, 4).tokens == [[], [5] * 4]
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        (lambda: greedy(never_ends, 0, EOS, EOS), "at least one image"),
+        (lambda: greedy(never_ends, 1, EOS, EOS, max_new_tokens=0), "--max-new-tokens"),
+        (lambda: beam_search(never_ends, 1, EOS, EOS, beam_size=0), "--beam-size"),
+        (lambda: beam_search(never_ends, 1, EOS, EOS, max_new_tokens=0), "--max-new-tokens"),
+        (lambda: sample(never_ends, 1, EOS, EOS, torch.Generator(), temperature=0.0), "--temperature"),
+        (lambda: sample(never_ends, 1, EOS, EOS, torch.Generator(), top_k=0), "--top-k"),
+        (lambda: sample(never_ends, 1, EOS, EOS, torch.Generator(), top_p=0.0), "--top-p"),
+    ],
+)
+def test_bad_settings_name_their_flag(search, message):
+    with pytest.raises(ValueError, match=message):
+        search()
