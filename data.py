@@ -103,8 +103,8 @@ def _refuse_shared_stems(where: object, paths: Iterable[Path]) -> None:
         other = seen.setdefault(path.stem, path)
         if other is not path:
             raise ValueError(
-                f"{where}: {other.name} and {path.name} differ in folder or ending only, and predictions are keyed "
-                "by the name without it; rename one"
+                f"{where}: {other.name} and {path.name} share the name without ending, by which predictions are "
+                "keyed; rename or remove one"
             )
 
 
@@ -123,11 +123,6 @@ class Sample:
     image_id: int
     path: Path
     captions: tuple[str, ...]
-
-    @property
-    def stem(self) -> str:
-        """The file name without its ending, the key of predictions."""
-        return self.path.stem
 
 
 def load_annotations(annotation_file: str | os.PathLike, images_root: str | os.PathLike | None) -> list[Sample]:
@@ -185,10 +180,18 @@ def _records(file: Path, content: Any, name: str, kinds: dict[str, type]) -> lis
     for number, record in enumerate(records):
         for field, kind in kinds.items():
             value = record.get(field) if isinstance(record, dict) else None
-            if not isinstance(value, kind) or isinstance(value, bool) or value == "":
-                wanted = "an integer" if kind is int else "a text"
+            if not _is_int(value) if kind is int else not _is_text(value):
+                wanted = "an integer" if kind is int else "a text in valid Unicode"
                 raise ValueError(f'{file}: "{name}"[{number}] needs "{field}" as {wanted}, not {value!r:.80}')
     return records
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # JSON can hold half of a character
 
 
 def _image_paths(file: Path, images: list[dict[str, Any]], root: Path) -> dict[int, Path]:
@@ -196,6 +199,8 @@ def _image_paths(file: Path, images: list[dict[str, Any]], root: Path) -> dict[i
     for image in images:
         if image["id"] in paths:
             raise ValueError(f"{file}: image id {image['id']} stands there twice; ids must be unique")
+        if not image["file_name"].strip():
+            raise ValueError(f"{file}: image id {image['id']} has an empty file_name")
         paths[image["id"]] = root / image["file_name"]
     _refuse_shared_stems(file, paths.values())
     return paths
@@ -280,10 +285,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.Path
     """
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
-        raise ValueError(f"a vocabulary of {vocab_size} is too small; byte-level BPE needs at least {len(alphabet) + 1}")
+        raise ValueError(f"a vocabulary of {vocab_size} is too small; byte-level BPE needs {len(alphabet) + 1} or more")
     trained = _byte_level(tokenizers.models.BPE())
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=alphabet, special_tokens=[], show_progress=False
+        vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, special_tokens=[], show_progress=False
     )
     trained.train_from_iterator(texts, trainer)
     model = json.loads(trained.to_str())["model"]
@@ -306,7 +311,8 @@ def _byte_level(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
 
 def _read_vocab(file: Path) -> dict[str, int]:
     vocab = _read_json(file)
-    if not isinstance(vocab, dict) or sorted(map(str, vocab.values())) != sorted(map(str, range(len(vocab)))):
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    if not ids or not all(map(_is_int, ids)) or sorted(ids) != list(range(len(ids))):
         raise ValueError(f"{file}: not a vocabulary; expected one object of tokens with the ids 0 to its size less 1")
     missing = [token for token in (END_OF_TEXT, *tokenizers.pre_tokenizers.ByteLevel.alphabet()) if token not in vocab]
     if missing:
@@ -325,7 +331,7 @@ def _read_merges(file: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
             continue
         pair = tuple(line.split(" "))
         if len(pair) != 2 or any(token not in vocab for token in (*pair, "".join(pair))):
-            raise ValueError(f"{file}: line {number} ({line!r:.80}) is no merge of two tokens of encoder.json beside it")
+            raise ValueError(f"{file}: line {number} ({line!r:.80}) merges no two tokens of the encoder.json beside it")
         merges.append(pair)
     return merges
 
@@ -369,7 +375,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on ``device``."""
-        return PackedBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        moved = (getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
+        return PackedBatch(*moved)
 
 
 def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_multiple: int = 1) -> PackedBatch:
@@ -430,9 +437,11 @@ class CaptionDataset(torch.utils.data.Dataset):
         self._epoch = epoch
 
     def __len__(self) -> int:
+        """Return the number of images."""
         return len(self._captions)
 
     def __getitem__(self, index: int) -> tuple[int, list[list[int]]]:
+        """Return ``index`` and the captions that this epoch shows of the image."""
         captions = self._captions[index]
         if self._per_image is None or self._per_image >= len(captions):
             return index, list(captions)
@@ -529,11 +538,13 @@ class FeatureCache:
 
         Raises:
             FileNotFoundError: an image is missing.
-            ValueError: no paths, an unsupported dtype, too little disk space, or features of the wrong shape or out
-                of the range of ``dtype``.
+            ValueError: no paths, a batch size below 1, an unsupported dtype, too little disk space, or features of
+                the wrong shape or out of the range of ``dtype``.
         """
         if not paths:
             raise ValueError("a feature cache needs at least one image")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
         row_bytes = int(np.prod(shape)) * _numpy_dtype(dtype).itemsize
         identity = {"key": key, "shape": list(shape), "dtype": str(dtype), "format": 1}
         folder = Path(root) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -551,9 +562,11 @@ class FeatureCache:
         return cls(folder / "features.bin", np.array([row_of[digest] for digest in digests]), tuple(shape), dtype)
 
     def __len__(self) -> int:
+        """Return the number of images."""
         return len(self._rows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        """Return a copy of the features of one image: (N, D)."""
         return self.gather([index])[0]
 
     def gather(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -566,7 +579,8 @@ class FeatureCache:
         return torch.from_numpy(np.asarray(self._features[rows]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FeatureCache, self._arguments  # a data loader's worker maps the file; pickling would copy all of it
+        """Pickle the place of the features and not the features: a data loader's worker maps the file anew."""
+        return FeatureCache, self._arguments
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
@@ -588,14 +602,14 @@ def _locked(folder: Path) -> Iterator[None]:
 def _recover_rows(folder: Path, identity: dict[str, Any], row_bytes: int) -> dict[str, int]:
     """Return {digest: row} of what a cache folder holds; drop unfinished rows, and everything where it is damaged."""
     features, listing, key_file = folder / "features.bin", folder / "rows.sha256", folder / "key.json"
-    if not key_file.exists():  # written last, so whatever lies here without it was never in use
+    if not features.exists() and not listing.exists():
         return _new_cache(folder, identity)
     try:
-        stale = json.loads(key_file.read_text(encoding="utf-8")) != identity
-    except ValueError:
+        stale = _read_json(key_file) != identity
+    except (FileNotFoundError, ValueError):
         stale = True
     if stale:
-        logger.warning("feature cache %s was made for another encoder or format; building it anew", folder)
+        logger.warning("feature cache %s is stale: its key.json is not this encoder's; building it anew", folder)
         return _new_cache(folder, identity)
     lines = listing.read_bytes().split(b"\n")[:-1] if listing.exists() else []  # a torn last line has no newline
     row_of = {line.decode("ascii", "replace"): row for row, line in enumerate(lines)}

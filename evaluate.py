@@ -86,7 +86,7 @@ def load_annotations(annotation_file: str | os.PathLike) -> Annotations:
     references: dict[str, list[str]] = {stem: [] for stem in file_names}
     for record in _records(annotation_file, content, "annotations", {"image_id": int, "caption": str}):
         if record["image_id"] not in stems:
-            raise ValueError(f"{annotation_file}: a caption belongs to image id {record['image_id']}, which is not listed")
+            raise ValueError(f"{annotation_file}: a caption belongs to no listed image: id {record['image_id']}")
         stem, caption = stems[record["image_id"]], record["caption"]
         if not caption.strip():
             raise ValueError(f"{annotation_file}: image {stem!r} has an empty reference; remove or fill it")
@@ -412,7 +412,7 @@ def _check_activation(open_clip: ModuleType, model: str, weights: str, tag: Mapp
     twin = f"{model}-quickgelu"
     if open_clip.get_model_config(model).get("quick_gelu", False) or twin not in open_clip.list_models():
         return
-    if tag.get("quick_gelu", False) or (not tag and "openai" in str(Path(weights).absolute()).lower()):
+    if tag.get("quick_gelu", False) or (not tag and "openai" in Path(weights).name.lower()):
         raise ValueError(
             f"--clip-model {model} runs GELU and the weights {weights} were trained with QuickGELU, which gives wrong "
             f"scores: use --clip-model {twin}"
@@ -432,8 +432,9 @@ def _explained(model: str, weights: str | None) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise ValueError(
-            f"CLIP weights {weights or model} cannot be loaded for {model}: {_one_line(str(error))}; run `bash hw3_download.sh` where "
-            "there is a network, give a local file as --clip-weights, or take --profile micro for the micro world"
+            f"CLIP weights {weights or model} cannot be loaded for {model}: {_one_line(str(error))}; run `bash "
+            "hw3_download.sh` where there is a network, give a local file as --clip-weights, or take --profile micro "
+            "for the micro world"
         ) from error
     finally:
         logging.disable(muted)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from decoder import Decoder, DecoderConfig, gpt2_state_dict
+from decoder import Decoder, DecoderConfig, gpt2_state_dict, init_weights
 from microworld.scenes import SIZE, Scene, make_image, make_scene
 from microworld.things import COLOURS, KINDS
 from profiles import MICRO_WEIGHTS, PROFILES
@@ -312,7 +312,7 @@ def train_decoder(recipe: Recipe, out: Path, device: torch.device) -> None:
     encoded = [[eos, *tokenizer.encode(t)] for t in texts]
     held_out = [encoded.pop() for _ in range(1000)]
     decoder = Decoder(DECODER).to(device)
-    decoder.init_weights()
+    init_weights(decoder)
     length = DECODER.n_positions
     per_epoch = sum(map(len, encoded)) // (length + 1) // recipe.batch_size
     steps = per_epoch * recipe.epochs

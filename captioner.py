@@ -1,0 +1,303 @@
+"""The captioner: frozen timm encoder, linear projector, GPT-2 with LoRA; its freeze policy and its adapter file.
+
+The sequence is ``[projected image tokens | BOS caption EOS]`` with one shared position index and causal attention.
+Causality makes the image part independent of the caption, and both uses here rest on that: in training all captions of
+an image follow one prefix, each seeing the prefix and itself, positions restarting after the prefix
+(`Captioner.loss`); in search the prefix's keys and values are computed once for all beams (`Captioner.step_function`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import runtime
+from decoder import (
+    Decoder,
+    LoraConfig,
+    gpt2_state_dict,
+    load_lora_state_dict,
+    lora_state_dict,
+    mark_trainable,
+    merge_lora,
+)
+
+IGNORED = -100  # target of padding, as cross_entropy has it
+RANDOM = "random"  # the one word that asks for an encoder without trained weights
+PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
+RANDOM_ENCODER_SEED = 20241127  # random encoders are the same in training and in inference
+
+
+@dataclass(frozen=True)
+class CaptionerConfig:
+    """What rebuilds a captioner around a decoder; stored in every adapter file.
+
+    Attributes:
+        encoder: timm model name.
+        encoder_kwargs: further arguments of ``timm.create_model``.
+        encoder_weights: local file, None for timm's own weights, or ``random``.
+        use_cls: whether the encoder's prefix tokens (CLS, registers) go to the decoder too.
+        lora: the decoder's LoRA.
+        encoder_hash, decoder_hash: fingerprints of the frozen weights that the adapter was trained on.
+    """
+
+    encoder: str
+    encoder_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    encoder_weights: str | None = None
+    use_cls: bool = True
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    encoder_hash: str = ""
+    decoder_hash: str = ""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CaptionerConfig:
+        """Rebuild the config from plain JSON values; raises ValueError for keys that it does not know."""
+        values = dict(values)
+        try:
+            lora = dict(values.pop("lora"))
+            for key in ("targets", "enable_lora"):
+                if lora.get(key) is not None:
+                    lora[key] = tuple(lora[key])
+            return cls(lora=LoraConfig(**lora), **values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the configuration of a captioner: {error}") from error
+
+
+def build_encoder(name: str, weights: str | None, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+    """Return the timm ViT ``name`` without its head, frozen and in eval mode.
+
+    Args:
+        name: any timm ViT; the pretrained tag may follow a dot.
+        weights: a local file in timm's or open_clip's layout, None for timm's pretrained weights from the hub, or
+            ``random``, which tests and shape checks ask for by name.
+        kwargs: further arguments of ``timm.create_model``, such as ``img_size``; those in PREPROCESSING override the
+            model's own preprocessing.
+
+    Raises:
+        ValueError: an unknown name, a model that is no ViT, or weights that do not fit or cannot be fetched.
+        FileNotFoundError: ``weights`` is not a file.
+    """
+    timm = runtime.import_guarded("timm")
+    kwargs = dict(kwargs or {})
+    if not timm.is_model(name.split(".")[0]):
+        close = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]) or "none alike"
+        raise ValueError(f"--encoder {name}: timm knows no such model (alike: {close})")
+    overlay: dict[str, Any] = {key: kwargs.pop(key) for key in PREPROCESSING if key in kwargs}
+    if "img_size" in kwargs:
+        overlay["input_size"] = (3, kwargs["img_size"], kwargs["img_size"])
+    if weights not in (None, RANDOM):
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"--encoder-weights {weights}: no such file")
+        overlay["file"] = str(weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_ENCODER_SEED)
+        try:
+            encoder = timm.create_model(
+                name, pretrained=weights != RANDOM, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs
+            )
+        except (RuntimeError, OSError, TypeError, ValueError, SafetensorError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            hint = "run hw3_download.sh, or name a local file with --encoder-weights" if weights is None else weights
+            raise ValueError(f"--encoder {name}: its weights could not be loaded ({first}); {hint}") from error
+    if not hasattr(encoder, "num_prefix_tokens") or not hasattr(encoder.patch_embed, "grid_size"):
+        raise ValueError(f"--encoder {name}: not a vision transformer; choose one of timm's vit_* models")
+    return encoder.requires_grad_(False).eval()
+
+
+def build_transform(encoder: nn.Module) -> Callable[[Any], torch.Tensor]:
+    """Return the encoder's own evaluation preprocessing: PIL image to (3, H, W) float tensor."""
+    timm_data = runtime.import_guarded("timm.data")
+    # The model, not its name: given a string, timm silently answers with ImageNet's mean, std and crop.
+    return timm_data.create_transform(**timm_data.resolve_model_data_config(encoder), is_training=False)
+
+
+def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+    """Return a short hash of the names, shapes, types and values of a state dict."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Captioner(nn.Module):
+    """Frozen encoder, trained projector, GPT-2 with LoRA.
+
+    Args:
+        config: what the captioner is made of; empty fingerprints are filled in, given ones are checked.
+        decoder: the decoder, built with ``config.lora``.
+
+    Raises:
+        ValueError: the frozen weights are not the ones that ``config`` remembers.
+    """
+
+    def __init__(self, config: CaptionerConfig, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = build_encoder(config.encoder, config.encoder_weights, config.encoder_kwargs)
+        self.transform = build_transform(self.encoder)
+        self.decoder = decoder
+        self.n_patches = self.encoder.patch_embed.num_patches
+        self.skipped = 0 if config.use_cls else self.encoder.num_prefix_tokens
+        self.feature_shape = (self.encoder.num_prefix_tokens + self.n_patches, self.encoder.num_features)
+        self.n_prefix = self.feature_shape[0] - self.skipped
+        if self.n_prefix + 2 > decoder.config.n_positions:
+            raise ValueError(
+                f"--encoder {config.encoder}: {self.n_prefix} image tokens leave no room for a caption in the "
+                f"decoder's context of {decoder.config.n_positions}"
+            )
+        self.projector = nn.Linear(self.encoder.num_features, decoder.config.n_embd)
+        hashes = {
+            "encoder_hash": fingerprint(self.encoder.state_dict()),
+            "decoder_hash": fingerprint(gpt2_state_dict(decoder)),
+        }
+        for key, found in hashes.items():
+            wanted = getattr(config, key)
+            if wanted and wanted != found:
+                part = key.split("_")[0]
+                raise ValueError(f"the adapter was trained on another {part} (hash {wanted}, this one is {found})")
+        self.config = CaptionerConfig(**{**vars(config), **hashes})
+        mark_trainable(decoder)
+
+    def train(self, mode: bool = True) -> Captioner:
+        """Set the mode of projector and decoder; the frozen encoder stays in eval mode."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the trained parameters."""
+        return self.projector.weight.device
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by name: LoRA and projector, nothing else."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return all tokens of the encoder's last layer, after its norm: (B, 3, H, W) to (B, N, D)."""
+        return self.encoder.forward_features(pixels)
+
+    def prefix(self, features: torch.Tensor) -> torch.Tensor:
+        """Project encoder tokens (B, N, D) to the decoder's width: (B, P, C)."""
+        return self.projector(features[:, self.skipped :])
+
+    def loss(self, features: torch.Tensor, batch: Any, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Return the mean next-token loss over all captions of the images; EOS is learned.
+
+        Args:
+            features: encoder tokens (B, N, D).
+            batch: ``data.PackedBatch`` of the images' captions, (B, S) each.
+            label_smoothing: share of the target spread over the vocabulary.
+        """
+        hidden = self.decoder(*self._packed_sequence(features, batch))[:, -batch.inputs.shape[1] :]  # (B, S, C)
+        kept = batch.targets != IGNORED  # the wide output layer runs on caption positions only
+        logits = self.decoder.logits(hidden[kept]).float()
+        return F.cross_entropy(logits, batch.targets[kept], label_smoothing=label_smoothing)
+
+    def _packed_sequence(self, features: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return embeddings (B, P+S, C), positions (B, P+S) and mask (B, 1, P+S, P+S) of ``[prefix | captions]``."""
+        prefix = self.prefix(features)
+        rows, count = prefix.shape[:2]
+        x = torch.cat([prefix, self.decoder.embed(batch.inputs).to(prefix.dtype)], 1)
+        positions = torch.arange(count, device=x.device).expand(rows, -1)
+        positions = torch.cat([positions, batch.positions + count], 1)
+        # The prefix is segment 0 and padding is segment -1, so that "same segment or prefix" is one comparison.
+        padding = torch.where(batch.segments == 0, -1, batch.segments)
+        segments = F.pad(padding, (count, 0))  # (B, P+S)
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        related = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
+        return x, positions, (related & causal)[:, None]
+
+    @torch.no_grad()
+    def step_function(
+        self, features: torch.Tensor, beam_size: int, max_new_tokens: int
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Read the images (B, N, D) once and return the step function that ``search`` calls for each new token.
+
+        The cache holds the prefix once an image; beams lie behind it and see their own history by a mask.
+
+        Raises:
+            ValueError: prefix and caption do not fit into the decoder's context.
+        """
+        count, room = self.n_prefix, self.decoder.config.n_positions - self.n_prefix
+        if max_new_tokens > room:
+            raise ValueError(f"--max-new-tokens {max_new_tokens}: behind {count} image tokens only {room} fit")
+        cache = self.decoder.new_cache(len(features), count + beam_size * max_new_tokens)
+        self.decoder(self.prefix(features), torch.arange(count), cache=cache)
+
+        def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+            position = torch.tensor([count + ancestors.shape[2] // tokens.shape[1] - 1])
+            mask = F.pad(ancestors, (count, 0), value=True)[:, None]  # (B, 1, K, P + slots)
+            hidden = self.decoder(self.decoder.embed(tokens), position, mask, cache)
+            return self.decoder.logits(hidden)
+
+        return step
+
+    def merge(self) -> Captioner:
+        """Fold LoRA into the decoder for inference, once and for all."""
+        merge_lora(self.decoder)
+        return self.eval()
+
+    # The adapter file: LoRA and projector tensors, and the config as JSON in the header.
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the adapter file."""
+        state = {f"decoder.{k}": v for k, v in lora_state_dict(self.decoder).items()}
+        state |= {f"projector.{k}": v for k, v in self.projector.state_dict().items()}
+        return state
+
+    def save_adapter(self, path: str | os.PathLike) -> None:
+        """Write LoRA, projector and config to ``path`` (safetensors), atomically."""
+        state = {k: v.detach().float().cpu().contiguous() for k, v in self.adapter_state().items()}
+        with runtime.atomic_path(path) as temporary:
+            save_file(state, temporary, metadata={"captioner": json.dumps(asdict(self.config))})
+
+    def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy an adapter's tensors; names and shapes must match exactly, or ValueError says which do not."""
+        wanted = self.adapter_state()
+        wrong = [
+            k for k in wanted.keys() & state.keys() if k.startswith("projector.") and wanted[k].shape != state[k].shape
+        ]
+        wrong += [k for k in wanted.keys() ^ state.keys() if k.startswith("projector.")]
+        wrong += [k for k in state if not k.startswith(("projector.", "decoder."))]
+        if wrong:
+            raise ValueError(f"the adapter does not fit this captioner: {', '.join(sorted(wrong))}")
+        load_lora_state_dict(self.decoder, _below(state, "decoder."))
+        self.projector.load_state_dict(_below(state, "projector."))
+
+
+def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def read_adapter(path: str | os.PathLike) -> tuple[CaptionerConfig, dict[str, torch.Tensor]]:
+    """Read an adapter file: its config and its tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or is not an adapter of this suite.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--adapter {path}: no such file; train one with p2_train.py, or name another")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"--adapter {path}: damaged or not a safetensors file ({error})") from error
+    if "captioner" not in metadata:
+        raise ValueError(f"--adapter {path}: no adapter of this suite (its header holds no captioner config)")
+    return CaptionerConfig.from_dict(json.loads(metadata["captioner"])), state
