@@ -1,0 +1,56 @@
+"""From images to captions: what training, inference and the demo share around the captioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import data
+import search
+from captioner import Captioner
+from decoder import Decoder
+
+
+def read_pixels(transform: Callable, paths: Sequence[Path]) -> torch.Tensor:
+    """Read and preprocess images: (B, 3, H, W). Raises ValueError naming an image that cannot be read."""
+    return torch.stack([transform(data.load_image(path)) for path in paths])
+
+
+def cached_features(captioner: Captioner, paths: Sequence[Path], cache: Path) -> data.FeatureCache:
+    """Return the encoder's tokens of ``paths``, from the cache folder or computed now and kept there."""
+
+    def encode(batch: list[Path]) -> torch.Tensor:
+        return captioner.encode(read_pixels(captioner.transform, batch).to(captioner.device))
+
+    config = captioner.config
+    key = {"encoder": config.encoder, "weights": config.encoder_hash, "transform": repr(captioner.transform)}
+    return data.FeatureCache.open(cache, key, list(paths), captioner.feature_shape, encode)
+
+
+def caption_features(
+    captioner: Captioner,
+    tokenizer: data.Tokenizer,
+    features: torch.Tensor,
+    beam_size: int = 5,
+    max_new_tokens: int = 30,
+    length_penalty: float = 1.0,
+) -> list[str]:
+    """Caption B images from their encoder tokens (B, N, D); one beam is greedy search."""
+    step = captioner.step_function(features, beam_size, max_new_tokens)
+    eos, device = tokenizer.eos_id, features.device
+    if beam_size == 1:
+        found = search.greedy(step, len(features), eos, eos, max_new_tokens, device)
+    else:
+        found = search.beam_search(step, len(features), eos, eos, beam_size, max_new_tokens, length_penalty, device)
+    return [tokenizer.decode(tokens) for tokens in found.tokens]
+
+
+def check_vocabulary(tokenizer: data.Tokenizer, decoder: Decoder) -> None:
+    """Refuse a tokenizer whose ids the decoder does not have."""
+    if tokenizer.vocab_size > decoder.config.vocab_size:
+        raise ValueError(
+            f"--tokenizer has {tokenizer.vocab_size} tokens, the decoder only {decoder.config.vocab_size}; "
+            "take the tokenizer that belongs to the decoder"
+        )

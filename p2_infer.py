@@ -1,0 +1,118 @@
+"""Caption every image of a folder with a trained adapter: ``python p2_infer.py IMG_DIR OUT.json DECODER.bin``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import data
+import generation
+import runtime
+from captioner import Captioner, read_adapter
+from decoder import build_decoder
+from profiles import PROFILES
+
+log = logging.getLogger(__name__)
+
+
+def build_parser() -> Any:
+    """Return the command line."""
+    parser = runtime.FlagParser(description=__doc__)
+    parser.add_argument("img_dir", type=Path, metavar="IMG_DIR", help="folder of jpg, jpeg, png or webp images")
+    parser.add_argument("out", type=Path, metavar="OUT.json", help="predictions: {file name without extension: caption}")
+    parser.add_argument("decoder", type=Path, metavar="DECODER", help="GPT-2 state dict (.bin, .pt or .safetensors)")
+    parser.add_argument("--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="what p2_train.py wrote")
+    parser.add_argument("--encoder-weights", help="local file of the encoder's weights (default: the one trained with)")
+    parser.add_argument("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
+    parser.add_argument("--beam-size", type=int, default=5, help="live beams; 1 is greedy search")
+    parser.add_argument("--max-new-tokens", type=int, default=30, help="longest caption in tokens")
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="above 1 favours longer captions")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at once")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
+    parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--verbose", action="store_true", help="more log lines")
+    return parser
+
+
+def load_captioner(adapter: Path, decoder: Path, encoder_weights: str | None, device: torch.device) -> Captioner:
+    """Rebuild a captioner from its adapter file, LoRA merged, ready to caption.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, or adapter and decoder do not fit.
+    """
+    config, state = read_adapter(adapter)
+    if encoder_weights:
+        config = type(config)(**{**vars(config), "encoder_weights": encoder_weights})
+    try:
+        captioner = Captioner(config, build_decoder(decoder, config.lora))
+        captioner.load_adapter_state(state)
+    except ValueError as error:
+        raise ValueError(f"--adapter {adapter} with decoder {decoder}: {error}") from error
+    return captioner.to(device).merge()
+
+
+def caption_folder(captioner: Captioner, tokenizer: data.Tokenizer, paths: list[Path], args: Any) -> dict[str, str]:
+    """Caption ``paths`` in batches; what cannot be read is named in the log and left out."""
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and captioner.device.type == "cuda")
+    autocast = torch.autocast(captioner.device.type, torch.bfloat16) if bf16 else nullcontext()
+    predictions: dict[str, str] = {}
+    bar = tqdm(total=len(paths), desc="caption", disable=not sys.stderr.isatty())
+    for start in range(0, len(paths), args.batch_size):
+        batch = paths[start : start + args.batch_size]
+        readable = _read(captioner, batch)
+        if readable:
+            pixels = torch.stack(list(readable.values())).to(captioner.device)
+            with autocast:
+                texts = generation.caption_features(
+                    captioner, tokenizer, captioner.encode(pixels), args.beam_size, args.max_new_tokens,
+                    args.length_penalty,
+                )  # fmt: skip
+            predictions |= dict(zip(readable, texts, strict=True))
+        bar.update(len(batch))
+    bar.close()
+    return predictions
+
+
+def _read(captioner: Captioner, paths: list[Path]) -> dict[str, torch.Tensor]:
+    pixels = {}
+    for path in paths:
+        try:
+            pixels[path.stem] = captioner.transform(data.load_image(path))
+        except (ValueError, OSError) as error:
+            log.error("not captioned: %s", error)
+    return pixels
+
+
+@runtime.command
+def main(argv: list[str] | None = None) -> int:
+    """Caption a folder; return 0, or 3 (``PARTIAL``) where an image could not be read."""
+    args = build_parser().parse_args(argv)
+    runtime.setup_logging(args.verbose)
+    for name in ("batch_size", "beam_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    device = runtime.pick_device(args.device)
+    paths = data.list_images(args.img_dir)
+    tokenizer = data.Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
+    captioner = load_captioner(args.adapter, args.decoder, args.encoder_weights, device)
+    generation.check_vocabulary(tokenizer, captioner.decoder)
+    predictions = caption_folder(captioner, tokenizer, paths, args)
+    if not predictions:
+        raise ValueError(f"{args.img_dir}: none of its {len(paths)} images could be read")
+    runtime.write_json(args.out, predictions)
+    log.info("%d captions in %s", len(predictions), args.out)
+    missing = len(paths) - len(predictions)
+    if missing:
+        log.error("%d of %d images were not captioned", missing, len(paths))
+    return runtime.PARTIAL if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
