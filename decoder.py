@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,6 +30,11 @@ LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # the linear
 State = Mapping[str, torch.Tensor]
 
 _CONV1D = tuple(f"{name}.weight" for name in LINEARS)  # GPT-2 checkpoints store these (in, out)
+# What the readers stumble over in damaged files; for pickles found by cutting and flipping bytes at random.
+_DAMAGE = (
+    safetensors.SafetensorError, OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError,
+    AssertionError, struct.error,
+)  # fmt: skip
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old checkpoints carry along
 
 
@@ -431,17 +437,18 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"no weights file {path}; check the path, or download it (hw3_download.sh)")
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
         raise ValueError(f"{path}: unknown suffix {path.suffix!r}; expected .safetensors, .bin, .pt or .pth")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: not a plain dict of tensors (it is damaged, or pickles objects whose loading could run code); "
-            "download it again, or save the state dict alone, best as .safetensors"
-        ) from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: damaged or cut short ({_first_line(error)}); download or save it again") from error
+    with path.open("rb") as file:  # opened out here, so that a refused permission is reported as such
+        try:
+            if path.suffix == ".safetensors":
+                return safetensors.torch.load_file(path)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path}: not a plain dict of tensors (damaged, or it holds objects whose loading could run code); "
+                "download it again, or save the state dict alone, best as .safetensors"
+            ) from error
+        except _DAMAGE as error:
+            raise ValueError(f"{path}: damaged or cut short ({_reason(error)}); download or save it again") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise ValueError(f"{path}: holds no plain dict of tensors; save the model's state_dict() alone")
     return state
@@ -536,5 +543,5 @@ def _listed(names: list[str], most: int = 8) -> str:
     return (", ".join(names[:most]) or "none") + more
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -25,9 +25,10 @@ def build_parser() -> Any:
     """Return the command line."""
     parser = runtime.FlagParser(description=__doc__)
     parser.add_argument("img_dir", type=Path, metavar="IMG_DIR", help="folder of jpg, jpeg, png or webp images")
-    parser.add_argument("out", type=Path, metavar="OUT.json", help="predictions: {file name without extension: caption}")
+    parser.add_argument("out", type=Path, metavar="OUT.json", help="predictions, {file name without suffix: caption}")
     parser.add_argument("decoder", type=Path, metavar="DECODER", help="GPT-2 state dict (.bin, .pt or .safetensors)")
-    parser.add_argument("--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="what p2_train.py wrote")
+    parser.add_argument("--adapter", type=Path, default=Path("runs/best/best.safetensors"),
+                        help="what p2_train.py wrote")  # fmt: skip
     parser.add_argument("--encoder-weights", help="local file of the encoder's weights (default: the one trained with)")
     parser.add_argument("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
     parser.add_argument("--beam-size", type=int, default=5, help="live beams; 1 is greedy search")

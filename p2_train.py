@@ -140,7 +140,7 @@ def _triple(text: str) -> tuple[bool, ...]:
 def build_parser() -> Any:
     """Return the command line; numbers default to the setting's, so their flags default to nothing here."""
     parser = runtime.FlagParser(description=__doc__)
-    parser.add_argument("--setting", choices=list(SETTINGS), default="best", help="whose numbers the flags below change")
+    parser.add_argument("--setting", choices=list(SETTINGS), default="best", help="whose numbers the flags change")
     parser.add_argument("--data", type=Path, help="folder with train.json, val.json, images/train, images/val")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/SETTING)")
     parser.add_argument("--resume", action="store_true", help="go on from the last whole epoch in the run folder")
@@ -151,8 +151,8 @@ def build_parser() -> Any:
     parser.add_argument("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
     parser.add_argument("--cache", type=Path, help="folder of cached encoder tokens (default: the profile's)")
     parser.add_argument("--random-weights", action="store_true",
-                        help="for checks of shape and speed only: encoder, and a GPT-2 small unless --decoder is given, "
-                             "get random weights")  # fmt: skip
+                        help="for checks of shape and speed only: random encoder, and a random GPT-2 small unless "
+                             "--decoder is given")  # fmt: skip
     parser.add_argument("--shuffle-captions", action="store_true",
                         help="the blind baseline: train on captions dealt to wrong images")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -170,11 +170,11 @@ def build_parser() -> Any:
     return parser
 
 
-# --- building -----------------------------------------------------------------------------------------------------------
+# --- building -------------------------------------------------------------------------------------------------------
 
 
 def make_decoder(args: Any, lora: LoraConfig, out: Path) -> Decoder:
-    """Load the decoder; with ``--random-weights`` and no ``--decoder`` make a GPT-2 small and keep it in the run folder."""
+    """Load the decoder, or with ``--random-weights`` and no ``--decoder`` make a GPT-2 small in the run folder."""
     if args.decoder or not args.random_weights:
         return build_decoder(args.decoder or PROFILES[args.profile].decoder, lora)
     decoder = Decoder(DecoderConfig(), lora)
@@ -231,7 +231,7 @@ def schedule_factor(step: int, steps: int, config: TrainConfig) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# --- training -----------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -276,12 +276,13 @@ class Trainer:
             while self.epoch < self.config.epochs:
                 loss = self.train_epoch(bar)
                 self.epoch += 1
-                record = {"kind": "epoch", "epoch": self.epoch, "step": self.step, "train_loss": loss, **self.validate()}
+                record = {"kind": "epoch", "epoch": self.epoch, "step": self.step, "train_loss": loss}
+                record |= self.validate()
                 self.keep(record)
         return record
 
     def sanity_check(self) -> None:
-        """Run two validation batches through loss and search, so that a bad path fails in seconds, not after an epoch."""
+        """Take two validation batches through loss and search: a bad path fails in seconds, not after an epoch."""
         self.captioner.eval()
         count = min(len(self.val_split.samples), 2 * self.config.batch_size)
         self.val_loss(count)
@@ -434,7 +435,7 @@ def plot_losses(out: Path) -> None:
     plt.close(figure)
 
 
-# --- the script ---------------------------------------------------------------------------------------------------------
+# --- the script -----------------------------------------------------------------------------------------------------
 
 
 def prepare_split(args: Any, name: str, captioner: Captioner, tokenizer: data.Tokenizer) -> Split:
@@ -452,9 +453,8 @@ def prepare_split(args: Any, name: str, captioner: Captioner, tokenizer: data.To
 def describe_run(args: Any, config: TrainConfig, captioner: Captioner, trainable: int) -> dict[str, Any]:
     """Return what config.json keeps: settings, captioner, versions, command and git revision."""
     packages = ("torch", "timm", "loralib", "tokenizers", "pycocoevalcap")
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    revision = subprocess.run(git, capture_output=True, text=True, check=False)
     return {
         "setting": args.setting,
         "profile": args.profile,
@@ -478,7 +478,8 @@ def check_resumed_config(out: Path, described: dict[str, Any]) -> None:
         raise FileNotFoundError(f"--resume: {path} does not exist; start without --resume")
     before = json.loads(path.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(described))
-    changed = [f"{part}.{k}" for part in ("train", "captioner") for k in now[part] if now[part][k] != before[part].get(k)]
+    parts = ("train", "captioner")
+    changed = [f"{part}.{k}" for part in parts for k in now[part] if now[part][k] != before[part].get(k)]
     if changed:
         raise ValueError(f"--resume: {out} was begun with other values of {', '.join(changed)}")
 

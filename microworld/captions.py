@@ -121,7 +121,8 @@ def _verb(group: Group, rng: random.Random) -> str:
     if len(group.ids) == 1:
         return verb
     head, *rest = verb.split()
-    return " ".join([{"is": "are", "flies": "fly", "glides": "glide", "lies": "lie"}.get(head, head.removesuffix("s")), *rest])
+    plural = {"is": "are", "flies": "fly"}.get(head, head.removesuffix("s"))
+    return " ".join([plural, *rest])
 
 
 def _place(scene: Scene, group: Group, rng: random.Random) -> str:

@@ -67,7 +67,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @dataclass
 class Recipe:
-    """What one pre-training run takes; ``minutes`` ends it early so that a slow machine still finishes its schedule."""
+    """What one pre-training run takes."""
 
     scenes: int
     epochs: int
@@ -86,7 +86,7 @@ RECIPES = {
 }
 
 
-# --- data ---------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------------------------
 
 
 def _draw_small(job: tuple[int, int, int]) -> tuple[np.ndarray, list[str], np.ndarray]:
@@ -133,7 +133,7 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-# --- training -----------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
@@ -178,11 +178,10 @@ class PatchReadout(torch.nn.Module):
         """Return the loss for ``tokens`` (B, G*G, D) against ``labels`` (B, 2, G, G); empty patches weigh less."""
         kind, colour = labels.long().flatten(2).unbind(1)  # (B, G*G) each
         weight = torch.where(kind > 0, 1.0, 0.25)
-        total = sum(
+        return sum(
             (F.cross_entropy(head(tokens).float().transpose(1, 2), target, reduction="none") * weight).mean()
             for head, target in ((self.kind, kind), (self.colour, colour))
         )
-        return total
 
 
 def train_clip(name: str, recipe: Recipe, out: Path, device: torch.device, workers: int) -> None:
@@ -352,7 +351,7 @@ def text_loss(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(decoder.logits(hidden).float().flatten(0, 1), rows[:, 1:].flatten())
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def save_clip(model: Any, config: dict[str, Any], out: Path) -> None:

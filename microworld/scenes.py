@@ -300,7 +300,7 @@ def make_scene(split: str, seed: int, index: int) -> tuple[Scene, list[Caption]]
         return scene, write_captions(scene, rng)
 
 
-# --- drawing ------------------------------------------------------------------------------------------------------------
+# --- drawing --------------------------------------------------------------------------------------------------------
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
@@ -433,7 +433,7 @@ def make_image(split: str, seed: int, index: int) -> tuple[Image.Image, Scene, l
     return render(scene, random.Random(f"microworld drawing {split} {seed} {index}")), scene, captions
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def _write_one(job: tuple[str, int, int, Path]) -> dict[str, Any]:

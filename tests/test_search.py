@@ -77,9 +77,8 @@ def decoder_step(decoder: Decoder, prefix: torch.Tensor, beams: int, max_new_tok
     return step
 
 
-@pytest.fixture(scope="module")
-def models():
-    """A random GPT-2 of transformers, sharp enough that captions end at different lengths, and ours with its weights."""
+def two_models(pull: float = 1.0):
+    """A random GPT-2 of transformers and ours with its weights; ``pull`` is what every logit of EOS gains."""
     transformers = import_guarded("transformers")
     torch.manual_seed(3)
     config = transformers.GPT2Config(
@@ -87,11 +86,13 @@ def models():
         n_head=TINY.n_head, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS,
     )  # fmt: skip
     theirs = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
+    with torch.no_grad():  # far from its own initialisation, which repeats one word for ever
         for parameter in theirs.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.12)
-        theirs.transformer.ln_f.weight.mul_(2.0)
-        theirs.transformer.wte.weight[EOS] += 0.05
+            parameter.normal_(std=0.6)
+        theirs.transformer.wte.weight.normal_(std=0.3)
+        theirs.transformer.ln_f.weight.fill_(1.0)
+        end = theirs.transformer.wte.weight[EOS]
+        theirs.transformer.ln_f.bias.copy_(pull * end / end.square().sum())
     return theirs, build_decoder(theirs.state_dict(), n_head=TINY.n_head).eval()
 
 
@@ -111,25 +112,28 @@ def transformers_captions(model, prefix: torch.Tensor, beams: int, penalty: floa
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0, 2.0])
 @pytest.mark.parametrize("beams", [2, 3, 5])
-def test_captions_equal_transformers(models, beams, penalty):
-    theirs, ours = models
-    prefix = torch.randn(12, 4, TINY.n_embd, generator=torch.Generator().manual_seed(beams))
-    expected = transformers_captions(theirs, prefix, beams, penalty, 14)
-    lengths = {len(caption) for caption in expected}
-    assert len(lengths) > 2, "the captions must differ in length, or the length penalty is not tested"
-    assert beam_search(decoder_step(ours, prefix, beams, 14), 12, EOS, EOS, beams, 14, penalty).tokens == expected
+def test_captions_equal_transformers(beams, penalty):
+    prefix = torch.randn(16, 4, TINY.n_embd, generator=torch.Generator().manual_seed(beams))
+    lengths = set()
+    for pull in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0):
+        theirs, ours = two_models(pull)
+        expected = transformers_captions(theirs, prefix, beams, penalty, 14)
+        assert beam_search(decoder_step(ours, prefix, beams, 14), 16, EOS, EOS, beams, 14, penalty).tokens == expected
+        lengths |= {len(caption) for caption in expected}
+    assert len(lengths) > 3, "captions must differ in length, or the length penalty goes untested"
 
 
-def test_greedy_equals_transformers(models):
-    theirs, ours = models
-    prefix = torch.randn(12, 4, TINY.n_embd, generator=torch.Generator().manual_seed(9))
+@pytest.mark.parametrize("pull", [0.0, 2.0])
+def test_greedy_equals_transformers(pull):
+    theirs, ours = two_models(pull)
+    prefix = torch.randn(16, 4, TINY.n_embd, generator=torch.Generator().manual_seed(9))
     expected = transformers_captions(theirs, prefix, 1, 1.0, 14)
-    assert greedy(decoder_step(ours, prefix, 1, 14), 12, EOS, EOS, 14).tokens == expected
+    assert greedy(decoder_step(ours, prefix, 1, 14), 16, EOS, EOS, 14).tokens == expected
 
 
-def test_scores_are_those_of_the_captions(models):
+def test_scores_are_those_of_the_captions():
     """Scored again from scratch, without cache or ancestors."""
-    _, ours = models
+    _, ours = two_models()
     prefix = torch.randn(6, 4, TINY.n_embd, generator=torch.Generator().manual_seed(9))
     result = beam_search(decoder_step(ours, prefix, 3, 10), 6, EOS, EOS, 3, 10, 0.6)
     for row, (caption, score) in enumerate(zip(result.tokens, result.scores, strict=True)):
