@@ -9,8 +9,10 @@ an image follow one prefix, each seeing the prefix and itself, positions restart
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -63,14 +65,14 @@ class CaptionerConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CaptionerConfig:
         """Rebuild the config from plain JSON values; raises ValueError for keys that it does not know."""
-        values = dict(values)
         try:
+            values = dict(values)
             lora = dict(values.pop("lora"))
             for key in ("targets", "enable_lora"):
                 if lora.get(key) is not None:
                     lora[key] = tuple(lora[key])
             return cls(lora=LoraConfig(**lora), **values)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the configuration of a captioner: {error}") from error
 
 
@@ -99,20 +101,41 @@ def build_encoder(name: str, weights: str | None, kwargs: Mapping[str, Any] | No
     if weights not in (None, RANDOM):
         if not Path(weights).is_file():
             raise FileNotFoundError(f"--encoder-weights {weights}: no such file")
-        overlay["file"] = str(weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_ENCODER_SEED)
         try:
             encoder = timm.create_model(
-                name, pretrained=weights != RANDOM, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs
+                name, pretrained=weights is None, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs
             )
-        except (RuntimeError, OSError, TypeError, ValueError, SafetensorError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            hint = "run hw3_download.sh, or name a local file with --encoder-weights" if weights is None else weights
-            raise ValueError(f"--encoder {name}: its weights could not be loaded ({first}); {hint}") from error
+        except (RuntimeError, OSError, TypeError, ValueError) as error:
+            hint = "; run hw3_download.sh, or name a local file with --encoder-weights" if weights is None else ""
+            raise ValueError(f"--encoder {name}: it could not be built ({_first_line(error)}){hint}") from error
     if not hasattr(encoder, "num_prefix_tokens") or not hasattr(encoder.patch_embed, "grid_size"):
         raise ValueError(f"--encoder {name}: not a vision transformer; choose one of timm's vit_* models")
+    if weights not in (None, RANDOM):
+        _load_encoder(encoder, name, weights)
     return encoder.requires_grad_(False).eval()
+
+
+def _load_encoder(encoder: nn.Module, name: str, path: str) -> None:
+    """Fill a headless encoder from a local file; all its tensors and no others but the head's must be there.
+
+    timm itself loads headless models with strict=False, and leaves at random in silence whatever the file lacks.
+    """
+    models = runtime.import_guarded("timm.models")
+    rename = importlib.import_module(type(encoder).__module__).checkpoint_filter_fn  # open_clip's names to timm's
+    try:
+        keys = encoder.load_state_dict(rename(models.load_state_dict(path), encoder), strict=False)
+    except (RuntimeError, OSError, KeyError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"--encoder-weights {path}: they do not fit {name} ({_first_line(error)})") from error
+    extra = [key for key in keys.unexpected_keys if not key.startswith("head.")]
+    if keys.missing_keys or extra:
+        missing, more = (", ".join(sorted(part)[:5]) or "none" for part in (keys.missing_keys, extra))
+        raise ValueError(f"--encoder-weights {path}: they do not fit {name} (missing: {missing}; unexpected: {more})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def build_transform(encoder: nn.Module) -> Callable[[Any], torch.Tensor]:
@@ -300,4 +323,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[CaptionerConfig, dict[str, to
         raise ValueError(f"--adapter {path}: damaged or not a safetensors file ({error})") from error
     if "captioner" not in metadata:
         raise ValueError(f"--adapter {path}: no adapter of this suite (its header holds no captioner config)")
-    return CaptionerConfig.from_dict(json.loads(metadata["captioner"])), state
+    try:
+        return CaptionerConfig.from_dict(json.loads(metadata["captioner"])), state
+    except ValueError as error:  # bad JSON too
+        raise ValueError(f"--adapter {path}: {error}") from error

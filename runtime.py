@@ -57,7 +57,7 @@ def seed_everything(seed: int) -> None:
 def setup_logging(verbose: bool = False) -> None:
     """Send log records to stderr: the suite's at INFO (DEBUG when ``verbose``), other libraries' warnings only."""
     logging.basicConfig(format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
-    for name in ("__main__", "captioner", "data", "decoder", "evaluate", "microworld", "p2_train", "p2_infer"):
+    for name in ("__main__", "captioner", "data", "decoder", "evaluate", "microworld", "generation", "training"):
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
@@ -124,11 +124,19 @@ def _operator_exists(qualified_name: str) -> bool:
     return hasattr(getattr(torch.ops, namespace), operator)
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but neither "None" and "False" nor a default that the help text tells itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        untold = action.default in (None, False) or "(default" in (action.help or "")
+        return action.help if untold else super()._get_help_string(action)
+
+
 class FlagParser(argparse.ArgumentParser):
     """A parser that shows defaults in ``--help`` and takes ``--two_words`` for every ``--two-words``."""
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: D102 - argparse's own

@@ -88,7 +88,7 @@ def contact_sheet(out: Path, run_folder: Path) -> Path:
     per_image = json.loads((run_folder / "val_per_image.json").read_text(encoding="utf-8"))
     figure, axes = plt.subplots(3, SAMPLES // 3, figsize=(11, 12), layout="constrained")
     for axis, sample in zip(axes.flat, data.load_split(out / "data", "val")[:SAMPLES], strict=True):
-        row = per_image[sample.stem]
+        row = per_image[sample.path.stem]
         axis.imshow(data.load_image(sample.path))
         axis.set_title(row["caption"], fontsize=10, wrap=True)
         axis.text(0.5, -0.02, f"CIDEr {row['CIDEr']:.2f}   CLIPScore {row['CLIPScore']:.2f}", ha="center", va="top",
@@ -119,7 +119,7 @@ def summary(out: Path, run: Runner, scores: dict[str, Any], sheet: Path) -> None
     print(table(scores) + "\n")
     captions = json.loads((out / "lora" / "val.json").read_text(encoding="utf-8"))
     for sample in data.load_split(out / "data", "val")[:4]:
-        print(f"{sample.path.name}  {captions[sample.stem]}\n{'':18}e.g. {sample.captions[0]}")
+        print(f"{sample.path.name}  {captions[sample.path.stem]}\n{'':18}e.g. {sample.captions[0]}")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     train = run.seconds["train lora"]
     print(f"\n{sum(run.seconds.values()):.0f} s in all, training {train:.0f} s; peak memory of a step {peak:.1f} GB")

@@ -5,9 +5,9 @@
 * ``decoder``: a GPT-2 in the full-size decoder's file format, trained on caption text alone; it never sees an image.
   Captions are packed into streams that fill the whole context, so that every position embedding is trained.
 * ``encoder``: an open_clip ViT. Contrastive loss (Radford et al. 2021) and, beside it, a linear read-out of what each
-  patch shows (kind and colour, from the boxes), which a few thousand drawings need to make the last layer's tokens say
-  what is where; the read-outs are thrown away afterwards. Its vision tower is P2's encoder, through timm.
-* ``scorer``: an open_clip ResNet with other scenes, another architecture and the contrastive loss alone. It only scores.
+  patch shows (kind and colour, from the boxes), which makes the last layer's tokens say what is where after a few
+  thousand drawings; the read-outs are thrown away afterwards. Its vision tower is P2's encoder, through timm.
+* ``scorer``: an open_clip ResNet with other scenes, another architecture and the contrastive loss alone; for scores.
 
 Weights are stored as fp16 safetensors, each beside a JSON of seed, data, steps, time and metrics.
 """
@@ -81,7 +81,7 @@ class Recipe:
 
 RECIPES = {
     "encoder": Recipe(scenes=20000, epochs=7, batch_size=128, lr=1e-3, patch_loss=1.0),
-    "scorer": Recipe(scenes=16000, epochs=6, batch_size=128, lr=1e-3),
+    "scorer": Recipe(scenes=12000, epochs=5, batch_size=128, lr=1e-3),
     "decoder": Recipe(scenes=24000, epochs=3, batch_size=16, lr=1.5e-3, weight_decay=0.05),
 }
 
@@ -145,7 +145,8 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
 
 
 def optimise(parameters: list[torch.nn.Parameter], batches: Iterator, steps: int, recipe: Recipe,
-             loss_of: Callable[[Any], torch.Tensor], device: torch.device, note: Callable[[int, float], None]) -> None:  # fmt: skip
+             loss_of: Callable[[Any], torch.Tensor], device: torch.device,
+             note: Callable[[int, float], None]) -> None:  # fmt: skip
     """Run AdamW over ``batches`` under bf16 autocast, clipping gradients at 1; matrices decay, vectors do not."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -249,7 +250,7 @@ def clip_loss(model: Any, readout: PatchReadout | None, recipe: Recipe, scenes: 
 
 @torch.no_grad()
 def retrieval(model: Any, tokenizer: Any, device: torch.device, workers: int, count: int = 500) -> dict[str, float]:
-    """Recall of an image's own caption among ``count`` unseen scenes, and the mean CLIPScore of right and wrong pairs."""
+    """Return the recall of an image's own caption among unseen scenes, and CLIPScore of right and wrong pairs."""
     scenes = draw_scenes(SCENE_SEEDS["test"], count, model.visual.image_size[0], workers)
     image, text = [], []
     for k in range(0, count, 50):
@@ -358,7 +359,8 @@ def save_clip(model: Any, config: dict[str, Any], out: Path) -> None:
     """Write an open_clip ``local-dir:`` folder: config with preprocessing, fp16 weights."""
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     runtime.write_json(out / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
-    state = {k: v.half().contiguous().cpu() if v.is_floating_point() else v.cpu() for k, v in model.state_dict().items()}
+    state = {k: v.cpu() for k, v in model.state_dict().items()}
+    state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in state.items()}
     with runtime.atomic_path(out / "open_clip_model.safetensors") as temporary:
         save_file(state, temporary)
 

@@ -7,6 +7,7 @@ import logging
 import pickle
 import shutil
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -139,6 +140,17 @@ def test_damaged_images_are_refused_by_name(tmp_path, name):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{name}.*{reason}"):
             load_image(tmp_path / name)
+
+
+def test_a_broken_png_chunk_is_no_syntax_error(tmp_path):
+    """Pillow raises SyntaxError for it, which no handler of OSError and ValueError catches."""
+    whole = noise_image(tmp_path / "a.png")
+    start = whole.index(b"IDAT")
+    half = whole[start : start + 1000]  # type and data of a shorter chunk
+    chunk = (len(half) - 4).to_bytes(4, "big") + half + zlib.crc32(half).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(whole[: start - 4] + chunk + b"\0\0\0\4\xff\xff\xff\xff" + bytes(8))
+    with pytest.raises(ValueError, match=r"a\.png.*broken PNG"):
+        load_image(tmp_path / "a.png")
 
 
 def test_any_damage_gives_an_image_or_a_value_error(tmp_path):
@@ -418,15 +430,21 @@ def test_dataset_gives_all_captions_or_walks_round_them():
         assert (index, len(chosen), dataset[3]) == (1, 2, (3, [[90]]))
         assert dataset[1][1] == chosen
         shown += [tokens[0] for tokens in chosen]
+    assert len(set(shown[:4])) == 4  # nothing comes back before the others were shown
     assert sorted(shown) == sorted([10, 11, 12, 13, 14] * 2)  # five epochs of two: each caption twice
     assert dataset.lengths() == [4, 4, 4, 2]
     other = CaptionDataset(captions, captions_per_image=2, seed=1)
     other.set_epoch(4)
     assert [other[i] for i in range(4)] == [dataset[i] for i in range(4)]
-    orders = {tuple(t[0] % 10 for t in CaptionDataset(captions, 4, seed)[i][1]) for i in range(3) for seed in range(3)}
-    assert len(orders) > 1  # images and seeds have orders of their own
     with pytest.raises(ValueError, match="--captions-per-image 0"):
         CaptionDataset(captions, captions_per_image=0)
+
+
+def test_every_image_and_every_seed_has_a_caption_order_of_its_own():
+    captions = [[[n] for n in range(5)]] * 20
+    images = {str(CaptionDataset(captions, 4)[index][1]) for index in range(20)}
+    seeds = {str(CaptionDataset(captions, 4, seed)[0][1]) for seed in range(20)}
+    assert len(images) > 5 and len(seeds) > 5
 
 
 def test_length_grouped_batches_cover_all_and_waste_little():
@@ -616,7 +634,9 @@ def test_killed_at_any_write_never_serves_an_unwritten_row(open_cache, paths, mo
     monkeypatch.setattr(data, "_append", append)
     encoder = Encoder()
     assert_serves(open_cache(encode=encoder), paths)
-    kept = 10 - len(encoder.encoded)
+    kept, last = 10 - len(encoder.encoded), Encoder()
+    open_cache(encode=last)
+    assert last.encoded == []  # half a line in the listing does not spoil the next one
     assert kept >= 4 and (file == "features.bin" or written < 1 or kept == 8)
 
 

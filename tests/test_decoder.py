@@ -587,7 +587,8 @@ def test_files_without_a_plain_dict_of_tensors_are_refused(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"version https://git-lfs.github.com/spec/v1\n", pickle.dumps(object(), protocol=2), b"\x80", b"PK\x03\x04"]
+    "content",
+    [b"", b"version https://git-lfs.github.com/spec/v1\n", pickle.dumps(object(), protocol=2), b"\x80", b"PK\x03\x04"],
 )
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 def test_other_contents_are_refused(tmp_path, content, suffix):

@@ -1,0 +1,61 @@
+"""Fixtures for the files that need a whole captioner: a tiny micro world, a tiny random GPT-2, a profile of both."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub, whatever the user's shell has set
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from decoder import Decoder, DecoderConfig, gpt2_state_dict
+from microworld.scenes import generate
+from profiles import PROFILES, Profile
+
+VOCAB_SIZE = 1024  # of the micro world's tokenizer
+TINY_ENCODER = "vit_base_patch32_clip_224.openai"
+TINY_ENCODER_KWARGS = {
+    "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16, "img_size": 48, "crop_pct": 1.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder():
+    """The micro world's encoder.json and vocab.bpe, which are in the repository."""
+    return PROFILES["micro"].tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A dozen training and eight validation scenes in COCO layout."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 12), ("val", 8)):
+        generate(folder, split, count, seed=7, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder_file(tmp_path_factory):
+    """A random GPT-2 of two layers and two heads with the micro tokenizer's vocabulary."""
+    path = tmp_path_factory.mktemp("decoder") / "decoder_model.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        decoder = Decoder(DecoderConfig(vocab_size=VOCAB_SIZE, n_positions=160, n_embd=128, n_layer=2, n_head=2))
+    save_file(gpt2_state_dict(decoder), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_profile(tmp_path_factory, tiny_data, tiny_decoder_file, tokenizer_folder):
+    """A profile of the tiny data and models; the encoder is random, and says so."""
+    return Profile(
+        data=str(tiny_data),
+        decoder=str(tiny_decoder_file),
+        tokenizer=tokenizer_folder,
+        encoder=TINY_ENCODER,
+        encoder_weights="random",
+        encoder_kwargs=TINY_ENCODER_KWARGS,
+        clip_model="ViT-B-32-quickgelu",
+        clip_weights="openai",
+        cache=str(tmp_path_factory.mktemp("cache")),
+    )
