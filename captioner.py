@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import json
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from decoder import (
     lora_state_dict,
     mark_trainable,
     merge_lora,
+    read_state_dict,
 )
 
 IGNORED = -100  # target of padding, as cross_entropy has it
@@ -98,9 +98,8 @@ def build_encoder(name: str, weights: str | None, kwargs: Mapping[str, Any] | No
     overlay: dict[str, Any] = {key: kwargs.pop(key) for key in PREPROCESSING if key in kwargs}
     if "img_size" in kwargs:
         overlay["input_size"] = (3, kwargs["img_size"], kwargs["img_size"])
-    if weights not in (None, RANDOM):
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"--encoder-weights {weights}: no such file")
+    if weights not in (None, RANDOM) and not Path(weights).is_file():
+        raise FileNotFoundError(f"--encoder-weights {weights}: no such file")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_ENCODER_SEED)
         try:
@@ -122,11 +121,12 @@ def _load_encoder(encoder: nn.Module, name: str, path: str) -> None:
 
     timm itself loads headless models with strict=False, and leaves at random in silence whatever the file lacks.
     """
-    models = runtime.import_guarded("timm.models")
-    rename = importlib.import_module(type(encoder).__module__).checkpoint_filter_fn  # open_clip's names to timm's
+    state = read_state_dict(path)  # never timm's own reader, which would run a pickle's code
+    family = importlib.import_module(type(encoder).__module__)
+    rename = getattr(family, "checkpoint_filter_fn", lambda state, model: state)  # open_clip's names to timm's
     try:
-        keys = encoder.load_state_dict(rename(models.load_state_dict(path), encoder), strict=False)
-    except (RuntimeError, OSError, KeyError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        keys = encoder.load_state_dict(rename(state, encoder), strict=False)
+    except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"--encoder-weights {path}: they do not fit {name} ({_first_line(error)})") from error
     extra = [key for key in keys.unexpected_keys if not key.startswith("head.")]
     if keys.missing_keys or extra:

@@ -12,7 +12,7 @@ attention mask. No cache is ever reordered or copied. The first call feeds K equ
 itself alone; only the first of these beams counts, which keeps the layout regular. Greedy search and sampling are the
 case K = 1, where every slot is an ancestor.
 
-An image that is done is fed on (with EOS or beams of no account) until all are; what the model says of it is ignored.
+An image that is done is fed on until all are; what the model says of it is ignored.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _single_path(
         log_probs = _log_probs(step(newest.unsqueeze(1), ancestors))  # (B, 1, V)
         broken = _broken_rows(log_probs)
         log_probs = log_probs.squeeze(1).masked_fill(broken.unsqueeze(-1), 0.0)  # multinomial dies of NaN on a GPU
-        newest = choose(log_probs).masked_fill(done, eos)
+        newest = choose(log_probs)
         sums += log_probs.gather(1, newest.unsqueeze(1)).squeeze(1).masked_fill(done, 0.0)
         lengths += ~done
         history.append(newest)
@@ -222,9 +222,8 @@ def _likely_part(logits: torch.Tensor, top_k: int | None, top_p: float) -> torch
         logits = torch.full_like(logits, -math.inf).scatter(1, index, kept)
     if top_p < 1:
         ordered, index = logits.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the more probable tokens
-        unlikely = before >= top_p
-        unlikely[:, 0] = False
+        mass = ordered.softmax(-1)
+        unlikely = mass.cumsum(-1) - mass >= top_p  # what the more probable tokens hold; 0 for the first, which stays
         logits = logits.masked_fill(unlikely.scatter(1, index, unlikely), -math.inf)
     return logits
 

@@ -519,6 +519,7 @@ def corrupt(decoder: Decoder, **changes: torch.Tensor | None) -> dict[str, torch
     [
         ({"h.1.mlp.c_fc.bias": None}, r"missing h\.1\.mlp\.c_fc\.bias; unexpected none"),
         ({"extra": torch.ones(1)}, "missing none; unexpected extra"),
+        ({"h.0.attn.bias_k": torch.ones(1)}, r"unexpected h\.0\.attn\.bias_k"),
         ({"h.0.ln_1.bias": torch.ones(3)}, r"wrong shapes: h\.0\.ln_1\.bias \(3,\) for \(32,\)"),
         ({"h.2.mlp.c_fc.weight": torch.ones(128, 32)}, r"\(32, 128\) for \(128, 32\); .*Conv1D"),
         ({"lm_head.weight": torch.ones(61, 32)}, "lm_head.weight differs from wte.weight"),

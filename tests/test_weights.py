@@ -1,0 +1,88 @@
+"""The embedded weights are what they claim: they load through the libraries' own doors and know their world."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+import runtime
+from captioner import build_encoder, build_transform
+from decoder import build_decoder
+from microworld import pretrain
+from microworld.scenes import make_image
+from profiles import MICRO_WEIGHTS, PROFILES
+
+MICRO = PROFILES["micro"]
+MODELS = ("decoder", "encoder", "scorer")
+
+
+def scenes(count: int):
+    return [make_image("val", 99, k) for k in range(count)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_model_says_how_it_was_made(name: str):
+    record = json.loads((MICRO_WEIGHTS / name / "training.json").read_text(encoding="utf-8"))
+    assert record["command"] == f"python -m microworld.pretrain {name}"
+    assert record["steps"] > 0 and record["seconds"] > 0 and record["metrics"] and "seed" in record["data"]
+
+
+def test_weights_are_light():
+    files = [p for name in MODELS for p in (MICRO_WEIGHTS / name).iterdir()]
+    assert sum(p.stat().st_size for p in files) < 30e6
+    assert max(p.stat().st_size for p in files) < 20e6
+
+
+def test_the_pre_training_splits_share_no_seed():
+    assert len(set(pretrain.SCENE_SEEDS.values())) == len(pretrain.SCENE_SEEDS)
+
+
+def test_timm_and_open_clip_see_the_same():
+    """The P2 encoder is the CLIP model's vision tower; a wrong key map or activation would show here."""
+    open_clip = runtime.import_guarded("open_clip")
+    clip = open_clip.create_model(f"local-dir:{MICRO_WEIGHTS / 'encoder'}").eval()
+    clip.visual.output_tokens = True
+    encoder = build_encoder(MICRO.encoder, MICRO.encoder_weights, MICRO.encoder_kwargs)
+    assert encoder.patch_embed.grid_size >= (12, 12)
+    assert sum(p.numel() for p in encoder.parameters()) <= 6e6
+    pixels = torch.stack([build_transform(encoder)(image) for image, _, _ in scenes(2)])
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.forward_features(pixels)[:, 1:], clip.visual(pixels)[1], atol=1e-4, rtol=0)
+
+
+def test_preprocessing_is_that_of_the_pre_training():
+    encoder = build_encoder(MICRO.encoder, MICRO.encoder_weights, MICRO.encoder_kwargs)
+    image, _, _ = scenes(1)[0]
+    small = image.resize((pretrain.ENCODER_IMAGE, pretrain.ENCODER_IMAGE), pretrain.Image.Resampling.BICUBIC)
+    expected = pretrain.normalise(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(1, 96, 96, 3))
+    torch.testing.assert_close(build_transform(encoder)(image)[None], expected)
+
+
+def test_the_scorer_prefers_right_captions(tmp_path):
+    drawn = scenes(24)
+    paths, right = {}, {}
+    for k, (image, _, captions) in enumerate(drawn):
+        paths[str(k)] = tmp_path / f"{k}.png"
+        image.save(paths[str(k)])
+        right[str(k)] = captions[0].text
+    wrong = {str(k): right[str((k + 7) % 24)] for k in range(24)}
+    scorer = evaluate.ClipScorer(MICRO.clip_model, None, torch.device("cpu"))
+    good, bad = (evaluate.clipscore(scorer, paths, captions) for captions in (right, wrong))
+    assert sum(good[k] > bad[k] for k in good) >= 20
+
+
+def test_the_decoder_has_learnt_its_language_at_every_position():
+    decoder = build_decoder(MICRO.decoder).eval()
+    tokenizer = data.Tokenizer(MICRO.tokenizer)
+    assert 1000 <= tokenizer.vocab_size == decoder.config.vocab_size <= 4000
+    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode("A red bike stands on the beach."), tokenizer.eos_id])
+    for start in (0, 150, decoder.config.n_positions - len(ids)):
+        with torch.no_grad():
+            hidden = decoder(decoder.embed(ids[None, :-1]), torch.arange(len(ids) - 1) + start)
+            loss = F.cross_entropy(decoder.logits(hidden)[0], ids[1:])
+        assert loss < 2.5  # an untrained one has log(1024) = 6.9
