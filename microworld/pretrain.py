@@ -216,7 +216,7 @@ def train_clip(name: str, recipe: Recipe, out: Path, device: torch.device, worke
     seconds = time.time() - start
     model.visual.output_tokens = False
     save_clip(model, config, out)
-    metrics = retrieval(model.eval(), tokenizer, device, workers)
+    metrics = retrieval(model.eval(), tokenizer, config["vision_cfg"]["image_size"], device, workers)
     write_record(out, name, recipe, steps, seconds, {"last_loss": float(np.mean(losses[-50:])), **metrics}, model)
 
 
@@ -249,13 +249,14 @@ def clip_loss(model: Any, readout: PatchReadout | None, recipe: Recipe, scenes: 
 
 
 @torch.no_grad()
-def retrieval(model: Any, tokenizer: Any, device: torch.device, workers: int, count: int = 500) -> dict[str, float]:
+def retrieval(model: Any, tokenizer: Any, pixels: int, device: torch.device, workers: int,
+              count: int = 500) -> dict[str, float]:  # fmt: skip
     """Return the recall of an image's own caption among unseen scenes, and CLIPScore of right and wrong pairs."""
-    scenes = draw_scenes(SCENE_SEEDS["test"], count, model.visual.image_size[0], workers)
+    scenes = draw_scenes(SCENE_SEEDS["test"], count, pixels, workers)
     image, text = [], []
     for k in range(0, count, 50):
-        pixels = torch.from_numpy(scenes.pixels[k : k + 50]).to(device)
-        image.append(F.normalize(model.encode_image(normalise(pixels)).float(), dim=-1))
+        images = normalise(torch.from_numpy(scenes.pixels[k : k + 50]).to(device))
+        image.append(F.normalize(model.encode_image(images).float(), dim=-1))
         captions = [c[0] for c in scenes.captions[k : k + 50]]
         text.append(F.normalize(model.encode_text(tokenizer(captions).to(device)).float(), dim=-1))
     similarity = torch.cat(image) @ torch.cat(text).T

@@ -34,8 +34,8 @@ def test_each_model_says_how_it_was_made(name: str):
 
 def test_weights_are_light():
     files = [p for name in MODELS for p in (MICRO_WEIGHTS / name).iterdir()]
-    assert sum(p.stat().st_size for p in files) < 30e6
-    assert max(p.stat().st_size for p in files) < 20e6
+    assert sum(p.stat().st_size for p in files) < 30 * 2**20
+    assert max(p.stat().st_size for p in files) < 20 * 2**20
 
 
 def test_the_pre_training_splits_share_no_seed():
