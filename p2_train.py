@@ -155,6 +155,7 @@ def describe_run(args: Any, config: TrainConfig, captioner: Captioner, trainable
         "train": asdict(config),
         "captioner": asdict(captioner.config),
         "trainable_parameters": trainable,
+        "data": str((args.data or Path(PROFILES[args.profile].data)).resolve()),
         "shuffled_captions": args.shuffle_captions,
         "random_weights": args.random_weights,
         "device": str(captioner.device),
@@ -173,6 +174,7 @@ def check_resumed_config(out: Path, described: dict[str, Any]) -> None:
     now = json.loads(json.dumps(described))
     parts = ("train", "captioner")
     changed = [f"{part}.{k}" for part in parts for k in now[part] if now[part][k] != before[part].get(k)]
+    changed += [k for k in ("shuffled_captions", "data") if now[k] != before.get(k)]
     if changed:
         raise ValueError(f"--resume: {out} was begun with other values of {', '.join(changed)}")
 
@@ -187,9 +189,11 @@ def resolve_config(args: Any) -> TrainConfig:
 
 def claim(out: Path, resume: bool) -> None:
     """Make the run folder; never write over a finished run without being asked to go on."""
-    if not resume and (out / "metrics.jsonl").exists():
+    if not resume and (out / "training_state.pt").exists():
         raise ValueError(f"--out {out}: holds a run already; add --resume, name another folder, or remove it")
     out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was stopped before its first whole epoch
 
 
 @runtime.command

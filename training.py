@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import data
 import evaluate
 import generation
 import runtime
-from captioner import Captioner, read_adapter
+from captioner import Captioner
 from decoder import LoraConfig
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,8 @@ class Split:
 class Trainer:
     """Trains one captioner on one split, validates it on another, and keeps the run folder."""
 
+    KEPT = ("epoch", "step", "best", "criterion")  # what a resumed run takes over beside adapter and optimiser
+
     def __init__(self, captioner: Captioner, tokenizer: data.Tokenizer, train: Split, val: Split,
                  config: TrainConfig, out: Path) -> None:  # fmt: skip
         self.captioner, self.tokenizer, self.config, self.out = captioner, tokenizer, config, out
@@ -149,7 +152,7 @@ class Trainer:
         per_epoch = math.ceil(len(train.samples) / config.batch_size)
         self.steps_per_epoch = math.ceil(per_epoch / config.accumulate)
         self.steps = self.steps_per_epoch * config.epochs
-        self.epoch, self.step, self.best = 0, 0, -math.inf
+        self.epoch, self.step, self.best, self.criterion = 0, 0, -math.inf, ""
         self.started = time.time()
 
     def run(self) -> dict[str, Any]:
@@ -207,8 +210,8 @@ class Trainer:
                 loss = self.captioner.loss(features, packed, config.label_smoothing) / len(batches)
             if not torch.isfinite(loss):
                 raise ValueError(
-                    f"the loss is {loss.item()} at step {self.step}; the last whole epoch is kept in {self.out}; "
-                    "lower --lr, or set --clip 1"
+                    f"the loss is {loss.item()} at step {self.step}; lower --lr, or set --clip 1; "
+                    f"the last whole epoch, if any, is kept in {self.out}"
                 )
             loss.backward()
             total += loss.item()
@@ -258,13 +261,18 @@ class Trainer:
     def keep(self, record: dict[str, Any]) -> None:
         """Write metrics, adapters and what --resume needs."""
         record = {**record, "seconds": round(time.time() - self.started, 1)}
-        score = record.get("val_cider", -record["val_loss"])
+        if not self.criterion:  # chosen once, so that a CIDEr is never compared with a loss
+            self.criterion = "val_cider" if "val_cider" in record else "val_loss"
+        sign = 1 if self.criterion == "val_cider" else -1
+        score = sign * record.get(self.criterion, -sign * math.inf)
         record["best"] = score > self.best
         self.best = max(self.best, score)
         self.captioner.save_adapter(self.out / "last.safetensors")
         if record["best"]:
             self.captioner.save_adapter(self.out / "best.safetensors")
-        state = {"optimizer": self.optimizer.state_dict(), "epoch": self.epoch, "step": self.step, "best": self.best}
+        # The state holds the adapter too: one file, one rename, so that weights and optimiser never disagree.
+        state = {key: getattr(self, key) for key in self.KEPT}
+        state |= {"optimizer": self.optimizer.state_dict(), "adapter": self.captioner.adapter_state()}
         with runtime.atomic_path(self.out / "training_state.pt") as temporary:
             torch.save(state, temporary)
         self.write_metrics(record)
@@ -285,10 +293,17 @@ class Trainer:
         path = self.out / "training_state.pt"
         if not path.is_file():
             raise FileNotFoundError(f"--resume: {path} does not exist; start without --resume")
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.captioner.load_adapter_state(read_adapter(self.out / "last.safetensors")[1])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.captioner.load_adapter_state(state["adapter"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for key in self.KEPT:
+                setattr(self, key, state[key])
+        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"--resume: {path} is damaged ({error}); start anew in another folder") from error
+        metrics = self.out / "metrics.jsonl"  # steps behind the last whole epoch are taken again: drop their lines
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        runtime.write_text(metrics, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
         log.info("resumed after epoch %d", self.epoch)
 
 

@@ -78,6 +78,7 @@ def test_held_out_pairs_are_in_val_novel_always_and_elsewhere_never(scenes):
         for scene, _ in pairs:
             novel = {(t.kind, t.colour) for t in scene.things() if held_out(t.kind, t.colour)}
             assert bool(novel) == (split == "val_novel"), scene
+            assert novel <= {(scene.main.kind.name, scene.main.colour)}, scene  # one new thing at a time
 
 
 def test_every_coloured_kind_has_one_held_out_colour_and_every_colour_a_share_of_them():
@@ -178,6 +179,29 @@ def test_every_colour_and_thing_that_a_caption_names_is_a_mention(all_scenes):
             named = {n for n, word in enumerate(caption.words) if word in COLOURS or word in nouns}
             others = {caption.words[n : n + 2] == ["green", "meadow"] for n in named - marked}  # part of a place's name
             assert others <= {True}, caption.text
+
+
+def test_what_captions_say_of_left_right_above_and_below_is_true(all_scenes):
+    true = {
+        ("left", "of"): lambda a, b: a[0] + a[2] <= b[0],
+        ("right", "of"): lambda a, b: b[0] + b[2] <= a[0],
+        ("above",): lambda a, b: a[1] + a[3] <= b[1],
+        ("beneath",): lambda a, b: a[1] + a[3] > b[1] + 0.5 * b[3],
+        ("top", "of"): lambda a, b: a[1] < b[1] + 0.6 * b[3],
+    }
+    seen = set()
+    for scene, captions in all_scenes:
+        boxes = {thing.id: thing.box for thing in scene.things()}
+        for caption in captions:
+            nouns = [m for m in caption.mentions if m.role == "noun"]
+            for n in range(len(caption.words)):
+                for phrase, holds in true.items():
+                    if tuple(caption.words[n : n + len(phrase)]) == phrase:
+                        before = [m for m in nouns if m.word < n][-1]
+                        after = next(m for m in nouns if m.word > n)
+                        assert holds(boxes[before.things[0]], boxes[after.things[0]]), caption.text
+                        seen.add(phrase)
+    assert seen == set(true)
 
 
 def test_captions_are_sentences_with_the_right_article(all_scenes):

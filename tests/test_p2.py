@@ -341,7 +341,7 @@ def test_bad_adapters_and_decoders_are_refused_by_name(run, tiny_data, tmp_path,
     other = tmp_path / "other.bin"
     torch.save({k: v + 1e-3 for k, v in load_file(whole).items()}, other)
     evil = tmp_path / "evil.bin"
-    evil.write_bytes(pickle.dumps({"wte.weight": Bomb(tmp_path / "exploded")}))
+    evil.write_bytes(pickle.dumps({"wte.weight": Bomb(tmp_path / "exploded")}, protocol=2))
     for bad, decoder, message in (
         (tmp_path / "gone.safetensors", whole, "gone.safetensors"),
         (cut, whole, "cut.safetensors"),
