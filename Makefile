@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint clean
+.PHONY: demo blind test lint clean
 
 $(STAMP): requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -18,6 +18,10 @@ $(STAMP): requirements.txt
 
 demo: $(STAMP)
 	$(PY) -m microworld.demo --out demo
+
+# The demo, and beside it a captioner trained on captions dealt to wrong images.
+blind: $(STAMP)
+	$(PY) -m microworld.demo --out demo --blind
 
 test: $(STAMP)
 	$(PY) -m pytest
