@@ -92,9 +92,8 @@ def contact_sheet(out: Path, run_folder: Path) -> Path:
         row = per_image[sample.path.stem]
         axis.imshow(data.load_image(sample.path))
         axis.set_title(textwrap.fill(row["caption"], 42), fontsize=10)
-        axis.text(0.5, -0.02, f"CIDEr {row['CIDEr']:.2f}   CLIPScore {row['CLIPScore']:.2f}", ha="center", va="top",
-                  transform=axis.transAxes, fontsize=9, color="#555555")  # fmt: skip
-        axis.axis("off")
+        axis.set_xlabel(f"CIDEr {row['CIDEr']:.2f}   CLIPScore {row['CLIPScore']:.2f}", fontsize=9, color="#555555")
+        axis.set(xticks=[], yticks=[])
     path = out / "samples.png"
     with runtime.atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
