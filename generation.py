@@ -38,7 +38,11 @@ def caption_features(
     length_penalty: float = 1.0,
 ) -> list[str]:
     """Caption B images from their encoder tokens (B, N, D); one beam is greedy search."""
-    step = captioner.step_function(features, beam_size, max_new_tokens)
+    read_on = captioner.step_function(features, beam_size, max_new_tokens)
+
+    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        return read_on(tokens, ancestors)[..., : tokenizer.vocab_size]  # a padded output layer has ids without a token
+
     eos, device = tokenizer.eos_id, features.device
     if beam_size == 1:
         found = search.greedy(step, len(features), eos, eos, max_new_tokens, device)
