@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 import data
 import generation
 import runtime
-from captioner import Captioner, read_adapter
+from captioner import RANDOM, Captioner, read_adapter
 from decoder import build_decoder
 from profiles import PROFILES
 
@@ -42,15 +43,23 @@ def build_parser() -> Any:
     return parser
 
 
-def load_captioner(adapter: Path, decoder: Path, encoder_weights: str | None, device: torch.device) -> Captioner:
+def load_captioner(
+    adapter: Path, decoder: Path, encoder_weights: str | None, device: torch.device, fallback: str | None = None
+) -> Captioner:
     """Rebuild a captioner from its adapter file, LoRA merged, ready to caption.
+
+    The encoder's weights are ``encoder_weights``, or the file that the adapter remembers, or where that is gone (an
+    adapter from another machine) ``fallback``; the adapter's fingerprint says whether they are the right ones.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or adapter and decoder do not fit.
     """
     config, state = read_adapter(adapter)
+    remembered = config.encoder_weights
+    if not encoder_weights and remembered not in (None, RANDOM) and not Path(remembered).is_file():
+        encoder_weights = fallback
     if encoder_weights:
-        config = type(config)(**{**vars(config), "encoder_weights": encoder_weights})
+        config = replace(config, encoder_weights=encoder_weights)
     try:
         captioner = Captioner(config, build_decoder(decoder, config.lora))
         captioner.load_adapter_state(state)
@@ -102,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     device = runtime.pick_device(args.device)
     paths = data.list_images(args.img_dir)
     tokenizer = data.Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
-    captioner = load_captioner(args.adapter, args.decoder, args.encoder_weights, device)
+    fallback = PROFILES[args.profile].encoder_weights
+    captioner = load_captioner(args.adapter, args.decoder, args.encoder_weights, device, fallback)
     generation.check_vocabulary(tokenizer, captioner.decoder)
     predictions = caption_folder(captioner, tokenizer, paths, args)
     if not predictions:

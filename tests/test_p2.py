@@ -133,6 +133,29 @@ def test_a_run_interrupted_in_its_second_epoch_resumes_to_the_same_adapter(run, 
         assert torch.allclose(resumed[name], tensor, atol=1e-6), name
     assert any(not torch.allclose(halfway[name], unbroken[name], atol=1e-5) for name in unbroken)
     assert [r["epoch"] for r in records(out, "epoch")] == [1, 2]
+    steps = [r["step"] for r in records(out, "step")]
+    assert steps == sorted(set(steps))  # steps taken again were once listed twice, and the curve ran backwards
+
+
+def test_a_run_stopped_before_its_first_whole_epoch_can_be_started_again(tmp_path, monkeypatch, no_scoring):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "validate", lambda trainer: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(out)
+    assert train(out) == 0
+    assert [r["epoch"] for r in records(out, "epoch")] == [1, 2]
+
+
+def test_resuming_on_other_captions_or_from_a_damaged_state_is_refused(run, tmp_path, capsys):
+    assert train(run, "--resume", "--shuffle-captions") == 2
+    assert "shuffled_captions" in capsys.readouterr().err
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    state = out / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:200])
+    assert train(out, "--resume") == 2
+    assert "training_state.pt is damaged" in capsys.readouterr().err
 
 
 def test_resuming_with_other_numbers_or_nothing_to_resume_is_refused(run, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 
 import data
 import evaluate
+import p2_infer
 import runtime
-from captioner import build_encoder, build_transform
-from decoder import build_decoder
+from captioner import Captioner, CaptionerConfig, build_encoder, build_transform
+from decoder import LoraConfig, build_decoder
 from microworld import pretrain
 from microworld.scenes import make_image
 from profiles import MICRO_WEIGHTS, PROFILES
@@ -86,3 +88,18 @@ def test_the_decoder_has_learnt_its_language_at_every_position():
             hidden = decoder(decoder.embed(ids[None, :-1]), torch.arange(len(ids) - 1) + start)
             loss = F.cross_entropy(decoder.logits(hidden)[0], ids[1:])
         assert loss < 2.5  # an untrained one has log(1024) = 6.9
+
+
+def test_an_adapter_from_another_machine_finds_the_profiles_encoder(tmp_path):
+    """The adapter remembers a path; where that is gone the profile's file serves, if its fingerprint is right."""
+    config = CaptionerConfig(MICRO.encoder, MICRO.encoder_kwargs, MICRO.encoder_weights, lora=LoraConfig(rank=2))
+    captioner = Captioner(config, build_decoder(MICRO.decoder, config.lora))
+    captioner.config = replace(captioner.config, encoder_weights="/gone/open_clip_model.safetensors")
+    captioner.save_adapter(tmp_path / "a.safetensors")
+    arguments = (tmp_path / "a.safetensors", MICRO.decoder, None, torch.device("cpu"))
+    assert p2_infer.load_captioner(*arguments, MICRO.encoder_weights).decoder.merged
+    with pytest.raises(FileNotFoundError, match="gone"):
+        p2_infer.load_captioner(*arguments)
+    other = str(MICRO_WEIGHTS / "scorer" / "open_clip_model.safetensors")
+    with pytest.raises(ValueError, match="scorer"):
+        p2_infer.load_captioner(*arguments, other)
