@@ -13,6 +13,12 @@ from captioner import Captioner
 from decoder import Decoder
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context for ``fp32``, ``bf16``, or ``auto``, which is bf16 on CUDA and fp32 elsewhere."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
 def read_pixels(transform: Callable, paths: Sequence[Path]) -> torch.Tensor:
     """Read and preprocess images: (B, 3, H, W). Raises ValueError naming an image that cannot be read."""
     return torch.stack([transform(data.load_image(path)) for path in paths])

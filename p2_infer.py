@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,6 @@ def load_captioner(
 
 def caption_folder(captioner: Captioner, tokenizer: data.Tokenizer, paths: list[Path], args: Any) -> dict[str, str]:
     """Caption ``paths`` in batches; what cannot be read is named in the log and left out."""
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and captioner.device.type == "cuda")
-    autocast = torch.autocast(captioner.device.type, torch.bfloat16) if bf16 else nullcontext()
     predictions: dict[str, str] = {}
     bar = tqdm(total=len(paths), desc="caption", disable=not sys.stderr.isatty())
     for start in range(0, len(paths), args.batch_size):
@@ -79,7 +76,7 @@ def caption_folder(captioner: Captioner, tokenizer: data.Tokenizer, paths: list[
         readable = _read(captioner, batch)
         if readable:
             pixels = torch.stack(list(readable.values())).to(captioner.device)
-            with autocast:
+            with generation.autocast(captioner.device, args.precision):
                 texts = generation.caption_features(
                     captioner, tokenizer, captioner.encode(pixels), args.beam_size, args.max_new_tokens,
                     args.length_penalty,

@@ -147,8 +147,6 @@ class Trainer:
         self.dataset = data.CaptionDataset(train.captions, config.captions_per_image, config.seed)
         self.optimizer = make_optimizer(captioner, config)
         self.device = captioner.device
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
-        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         per_epoch = math.ceil(len(train.samples) / config.batch_size)
         self.steps_per_epoch = math.ceil(per_epoch / config.accumulate)
         self.steps = self.steps_per_epoch * config.epochs
@@ -206,7 +204,7 @@ class Trainer:
         for indices in batches:
             shown = [self.dataset[i][1] for i in indices]
             features, packed = self.train_split.batch(indices, self.tokenizer.eos_id, self.device, shown)
-            with self.autocast():
+            with generation.autocast(self.device, self.config.precision):
                 loss = self.captioner.loss(features, packed, config.label_smoothing) / len(batches)
             if not torch.isfinite(loss):
                 raise ValueError(
@@ -227,7 +225,7 @@ class Trainer:
         losses = []
         for start in range(0, count, self.config.batch_size):
             indices = range(start, min(start + self.config.batch_size, count))
-            with self.autocast():
+            with generation.autocast(self.device, self.config.precision):
                 loss = self.captioner.loss(*self.val_split.batch(indices, self.tokenizer.eos_id, self.device))
             losses.append(loss.item() * len(indices))
         return sum(losses) / count
@@ -238,7 +236,7 @@ class Trainer:
         for start in range(0, count, self.config.batch_size):
             indices = list(range(start, min(start + self.config.batch_size, count)))
             features = self.val_split.features.gather(indices).float().to(self.device)
-            with self.autocast():
+            with generation.autocast(self.device, self.config.precision):
                 texts = generation.caption_features(
                     self.captioner, self.tokenizer, features, self.config.beam_size, self.config.max_new_tokens
                 )
