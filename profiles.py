@@ -21,6 +21,7 @@ class Profile:
     encoder_weights: str | None  # local file; None lets timm take its own pretrained weights
     clip_model: str  # open_clip model name, or a folder with open_clip_config.json
     clip_weights: str | None  # open_clip tag or local file; None for a folder
+    llava: str  # hub id, or folder that save_pretrained wrote
     cache: str  # encoder tokens are kept here
     encoder_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
 
@@ -34,6 +35,7 @@ PROFILES = {
         encoder_weights=None,
         clip_model="ViT-B-32-quickgelu",
         clip_weights="openai",
+        llava="llava-hf/llava-1.5-7b-hf",
         cache="cache",
     ),
     "micro": Profile(
@@ -52,6 +54,7 @@ PROFILES = {
         },
         clip_model=str(MICRO_WEIGHTS / "scorer"),
         clip_weights=None,
+        llava=str(MICRO_WEIGHTS / "llava"),
         cache="demo/cache",
     ),
 }

@@ -25,11 +25,13 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "captioner": {"decoder", "runtime"},
     "evaluate": {"profiles", "runtime"},
     "generation": {"captioner", "data", "decoder", "runtime", "search"},
+    "inference": {"data", "runtime"},
+    "llava": {"runtime"},
     "microworld.things": set(),
     "microworld.captions": {"microworld.scenes"},
     "microworld.scenes": {"runtime", "microworld.captions", "microworld.things"},
 }
-MAY_USE_SCRIPTS = {"training": {"evaluate"}, "p2_train": {"evaluate"}}  # scripts are no libraries otherwise
+MAY_USE_SCRIPTS = {"training": {"evaluate"}, "p2_train": {"evaluate"}, "p1_llava_caption": {"evaluate"}}  # scripts are no libraries otherwise
 MAY_USE_ALL = {"report"}
 
 
