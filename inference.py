@@ -51,7 +51,7 @@ class PredictionLog:
         self.captions: dict[str, str] = {}
         self._file = self._locked()
         try:
-            self._resume({"run": run}, overwrite)
+            self._resume(json.loads(json.dumps({"run": run})), overwrite)  # as it will be read back
         except ValueError:
             self._file.close()
             raise
@@ -79,7 +79,7 @@ class PredictionLog:
         text = self._file.read()
         whole = text[: text.rfind(b"\n") + 1]
         theirs, captions = self._parse(whole, overwrite)
-        if captions and theirs == json.loads(json.dumps(header)):  # as it would be read back
+        if captions and theirs == header:
             self._file.truncate(len(whole))
             self.captions = captions
             log.info("%s: going on behind %d captions", self.part, len(captions))
@@ -173,20 +173,20 @@ def caption_images(
     todo = [path for path in paths if path.stem not in log_file.captions]
     caption = Halving(caption)
     with tqdm(total=len(paths), initial=len(paths) - len(todo), desc="caption", disable=None) as bar:
-        for stems, prepared, read in _batches(todo, prepare, batch_size):
+        for batch in read_ahead(todo, prepare, batch_size):
+            stems, prepared = _readable(batch)
             if prepared:
                 log_file.add(dict(zip(stems, caption(prepared), strict=True)))
-            bar.update(read)
+            bar.update(len(batch))
 
 
-def _batches(paths: Sequence[Path], prepare: Callable, size: int) -> Iterator[tuple[list[str], list, int]]:
-    """Yield (stems, prepared images, number of files read) by batch while later batches are being read."""
+def read_ahead(paths: Sequence[Path], prepare: Callable[[Any], Any], size: int) -> Iterator[list[tuple[Path, Future]]]:
+    """Yield batches of (path, future of the prepared image) while threads read the batches behind them."""
 
     def read(path: Path) -> Any:
         return prepare(data.load_image(path))
 
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         waiting: list[list[tuple[Path, Future]]] = []
         starts = list(range(0, len(paths), size))
         for number in range(len(starts)):
@@ -194,8 +194,7 @@ def _batches(paths: Sequence[Path], prepare: Callable, size: int) -> Iterator[tu
                 [(path, pool.submit(read, path)) for path in paths[start : start + size]]
                 for start in starts[number + len(waiting) : number + 1 + READ_AHEAD]
             ]
-            batch = waiting.pop(0)
-            yield *_readable(batch), len(batch)
+            yield waiting.pop(0)
 
 
 def _readable(batch: list[tuple[Path, Future]]) -> tuple[list[str], list]:
