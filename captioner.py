@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -269,6 +269,43 @@ class Captioner(nn.Module):
 
         return step
 
+    @property
+    def patch_columns(self) -> torch.Tensor:
+        """Which positions of the prefix are image patches: (n_patches,); a CLS token is none."""
+        first = self.n_prefix - self.n_patches
+        return torch.arange(first, self.n_prefix)
+
+    def attend(
+        self, features: torch.Tensor, tokens: Sequence[int], whole: bool = False
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Read one finished caption behind its image and return where it looked.
+
+        The image's rows take the fused path into the cache, and only the caption's rows the slow one, unless all are
+        wanted. Where gradients are on they flow from each row's logits to that row's weights, and to no other row's.
+
+        Args:
+            features: encoder tokens of one image, (1, N, D).
+            tokens: BOS and the T ids of the caption.
+            whole: return the rows of the whole sequence, S = P + T + 1.
+
+        Returns:
+            Attention weights (1, nh, T + 1 or S, S) of every layer, and the logits (T + 1, V) of the caption's rows.
+        """
+        ids = torch.tensor([list(tokens)], device=features.device)
+        count, total = self.n_prefix, self.n_prefix + len(tokens)
+        attentions: list[torch.Tensor] = []
+        prefix = self.prefix(features)
+        if whole:
+            x = torch.cat([prefix, self.decoder.embed(ids).to(prefix.dtype)], 1)
+            hidden = self.decoder(x, torch.arange(total), attentions=attentions)[:, count:]
+        else:
+            with torch.no_grad():
+                cache = self.decoder.new_cache(1, total)
+                self.decoder(prefix, torch.arange(count), cache=cache)
+            hidden = self.decoder(self.decoder.embed(ids), torch.arange(count, total), cache=cache,
+                                  attentions=attentions)  # fmt: skip
+        return attentions, self.decoder.logits(hidden)[0]
+
     def merge(self) -> Captioner:
         """Fold LoRA into the decoder for inference, once and for all."""
         merge_lora(self.decoder)
@@ -327,3 +364,28 @@ def read_adapter(path: str | os.PathLike) -> tuple[CaptionerConfig, dict[str, to
         return CaptionerConfig.from_dict(json.loads(metadata["captioner"])), state
     except ValueError as error:  # bad JSON too
         raise ValueError(f"--adapter {path}: {error}") from error
+
+
+def load_captioner(
+    adapter: Path, decoder: Path, encoder_weights: str | None, device: torch.device, fallback: str | None = None
+) -> Captioner:
+    """Rebuild a captioner from its adapter file, LoRA merged, ready to caption.
+
+    The encoder's weights are ``encoder_weights``, or the file that the adapter remembers, or where that is gone (an
+    adapter from another machine) ``fallback``; the adapter's fingerprint says whether they are the right ones.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, or adapter and decoder do not fit.
+    """
+    config, state = read_adapter(adapter)
+    remembered = config.encoder_weights
+    if not encoder_weights and remembered not in (None, RANDOM) and not Path(remembered).is_file():
+        encoder_weights = fallback
+    if encoder_weights:
+        config = replace(config, encoder_weights=encoder_weights)
+    try:
+        captioner = Captioner(config, build_decoder(decoder, config.lora))
+        captioner.load_adapter_state(state)
+    except ValueError as error:
+        raise ValueError(f"--adapter {adapter} with decoder {decoder}: {error}") from error
+    return captioner.to(device).merge()

@@ -155,7 +155,7 @@ class KVCache:
     """Keys and values of every layer, allocated once at a fixed size and written by position.
 
     Only the slots below ``length`` are ever read, so setting ``length`` back forgets what came after: one prefix can
-    serve several searches. For inference; gradients do not flow through writes of earlier calls.
+    serve several searches. For inference: it keeps the numbers of k and v, not the way they were computed.
 
     Args:
         config: shape of the decoder.
@@ -192,8 +192,8 @@ class KVCache:
             raise ValueError(f"the KV cache holds {self.max_length} tokens and {end} are needed; allocate a longer one")
         if k.shape[0] != self.keys[layer].shape[0]:  # copying a batch of 1 would broadcast in silence
             raise ValueError(f"the KV cache has {self.keys[layer].shape[0]} rows and the input has {k.shape[0]}")
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
+        self.keys[layer][:, :, self.length : end] = k.detach()
+        self.values[layer][:, :, self.length : end] = v.detach()
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
@@ -219,9 +219,10 @@ class Attention(nn.Module):
             # A single query sees all that is cached; is_causal would align it with the first key instead of the last.
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
         else:
-            weights = attention_weights(q, k, mask)  # (B, nh, T, S)
+            # Keys and values pass no gradient on: the gradient of a row's weights is then that of the row's own output.
+            weights = attention_weights(q, k.detach(), mask)  # (B, nh, T, S)
             kept.append(weights)
-            y = weights.to(v.dtype) @ v
+            y = weights.to(v.dtype) @ v.detach()
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, C)
 
 

@@ -105,6 +105,32 @@ class Llava:
         )
         return [self._until_end(answer) for answer in tokens[:, input_ids.shape[1] :].tolist()]
 
+    def attend(
+        self, row: Row, tokens: Sequence[int], whole: bool = False
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Read a finished answer behind its image and prompt in one pass and return where it looked.
+
+        Where gradients are on they flow from each row's logits to that row's weights, and to no other row's.
+
+        Args:
+            row: image and prompt.
+            tokens: the T ids of the answer.
+            whole: return the rows of the whole sequence of S tokens, not only the answer's.
+
+        Returns:
+            Attention weights (1, nh, T + 1 or S, S) of every layer of the language model, the first of the last T + 1
+            rows being the position that predicts the answer's first token, and the logits (T + 1, V) of those rows.
+        """
+        answer = torch.tensor(list(tokens), dtype=torch.long)
+        ids = torch.cat([row.input_ids, answer])[None].to(self.device)
+        count = len(tokens) + 1
+        with _capture(self.model, ids.shape[1] if whole else count) as attentions:
+            output = self.model(
+                input_ids=ids, pixel_values=row.pixel_values.to(self.device, self.model.dtype),
+                attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=count,
+            )  # fmt: skip
+        return attentions, output.logits[0]
+
     def text(self, tokens: Sequence[int]) -> str:
         """Return an answer as text, white space at its ends removed."""
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -212,6 +238,45 @@ def _safetensors_errors() -> tuple[type[Exception], ...]:
     from safetensors import SafetensorError
 
     return (SafetensorError,)
+
+
+CAPTURE = "sdpa_that_shows_its_weights"
+
+
+@contextlib.contextmanager
+def _capture(model: Any, rows: int) -> Iterator[list[torch.Tensor]]:
+    """Let the language model's layers put the attention weights of their last ``rows`` rows into the list given.
+
+    transformers' own ``output_attentions`` keeps every row of every layer, and returns nothing with SDPA. An attention
+    function of our own, registered beside theirs, computes what SDPA does and the weights of a few rows.
+    """
+    transformers = runtime.import_guarded("transformers")
+    kept: list[torch.Tensor] = []
+
+    def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+               scaling: float | None = None, **options: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
+        groups = query.shape[1] // key.shape[1]  # grouped-query attention shares keys among heads
+        key, value = (t.repeat_interleave(groups, 1).detach() for t in (key, value))  # (1, nh, S, hs)
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        scores = (query[:, :, -rows:] @ key.transpose(-2, -1)).float() * scaling  # (1, nh, rows, S)
+        total = scores.shape[-1]
+        seen = torch.ones(rows, total, dtype=torch.bool, device=scores.device).tril(total - rows)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        if torch.is_grad_enabled():
+            weights.requires_grad_()
+            output = torch.cat([output[:, :, :-rows], weights.to(value.dtype) @ value], 2)
+        kept.append(weights)
+        return output.transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register(CAPTURE, attend)
+    transformers.AttentionMaskInterface.register(CAPTURE, lambda *args, **kwargs: None)  # causal, one row: no mask
+    config = model.config.text_config
+    before = config._attn_implementation
+    config._attn_implementation = CAPTURE
+    try:
+        yield kept
+    finally:
+        config._attn_implementation = before
 
 
 @contextlib.contextmanager

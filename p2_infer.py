@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ import torch
 import data
 import generation
 import runtime
-from captioner import RANDOM, Captioner, read_adapter
-from decoder import build_decoder
+from captioner import Captioner, load_captioner
 from inference import PredictionLog, caption_images
 from profiles import PROFILES
 
@@ -39,31 +37,6 @@ def build_parser() -> Any:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
     return parser
-
-
-def load_captioner(
-    adapter: Path, decoder: Path, encoder_weights: str | None, device: torch.device, fallback: str | None = None
-) -> Captioner:
-    """Rebuild a captioner from its adapter file, LoRA merged, ready to caption.
-
-    The encoder's weights are ``encoder_weights``, or the file that the adapter remembers, or where that is gone (an
-    adapter from another machine) ``fallback``; the adapter's fingerprint says whether they are the right ones.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, or adapter and decoder do not fit.
-    """
-    config, state = read_adapter(adapter)
-    remembered = config.encoder_weights
-    if not encoder_weights and remembered not in (None, RANDOM) and not Path(remembered).is_file():
-        encoder_weights = fallback
-    if encoder_weights:
-        config = replace(config, encoder_weights=encoder_weights)
-    try:
-        captioner = Captioner(config, build_decoder(decoder, config.lora))
-        captioner.load_adapter_state(state)
-    except ValueError as error:
-        raise ValueError(f"--adapter {adapter} with decoder {decoder}: {error}") from error
-    return captioner.to(device).merge()
 
 
 def caption_function(captioner: Captioner, tokenizer: data.Tokenizer, args: Any) -> Callable[[list], list[str]]:
