@@ -167,14 +167,14 @@ def _fit(figure: Any, text: Any, width: float, smallest: float = 6.0) -> None:
         text.set_text(text.get_text().removesuffix("…")[:-1] + "…")
 
 
-def _line(text: object) -> str:
+def line(text: object) -> str:
     """``text`` on one line, and without what no font can draw (halves of surrogate pairs in odd file names)."""
     return " ".join(str(text).split()).encode("utf-8", "replace").decode("utf-8")
 
 
 def _wrapped(text: object, width: float, size: float) -> list[str]:
     """``text`` in lines of about ``width`` inches at ``size`` points; a letter is about 0.55 of its size wide."""
-    return textwrap.wrap(_line(text), max(int(width * 72 / (size * 0.55)), 8)) or [""]
+    return textwrap.wrap(line(text), max(int(width * 72 / (size * 0.55)), 8)) or [""]
 
 
 def told(view: View) -> str:
@@ -241,7 +241,7 @@ def _heading(figure: Any, caption: list[str], explained: Explained) -> None:
     title = _write(figure, width / 2, MARGIN, "\n".join(caption), ha="center", fontsize=13, linespacing=1.25)
     _fit(figure, title, width - MARGIN)
     facts = [explained.model, explained.path.name, *(f"{name} {value}" for name, value in explained.notes.items())]
-    small = _line("  ·  ".join(facts)).replace(" · ", "  ·  ")
+    small = line("  ·  ".join(facts)).replace(" · ", "  ·  ")
     below = MARGIN + 0.24 * len(caption) + 0.06
     _fit(figure, _write(figure, width / 2, below, small, ha="center", fontsize=8, color=GREY), width - MARGIN)
 
@@ -255,7 +255,7 @@ def _tiles(
     window = tuple(np.asarray(explained.window) * shrink)
     yield START, np.asarray(small) / 255
     for word, grid in zip(explained.words, view.maps, strict=True):
-        yield _line(word), _coloured(small, _spread(grid, size, window), end)
+        yield line(word), _coloured(small, _spread(grid, size, window), end)
 
 
 def _colour_bar(figure: Any, top: float, end: float, cut: bool, label: str) -> None:
@@ -271,7 +271,7 @@ def _colour_bar(figure: Any, top: float, end: float, cut: bool, label: str) -> N
     bar.outline.set_linewidth(0.4)
     axis.tick_params(labelsize=7, length=2, width=0.4, pad=2)
     axis.locator_params(nbins=5)
-    axis.set_xlabel(f"attention: {_line(label)}", fontsize=8, labelpad=3)
+    axis.set_xlabel(f"attention: {line(label)}", fontsize=8, labelpad=3)
 
 
 def best_worst(pairs: Sequence[tuple[str, Path, str, Sequence[str], float]], out: Path) -> None:
@@ -291,7 +291,7 @@ def best_worst(pairs: Sequence[tuple[str, Path, str, Sequence[str], float]], out
     with _figure(len(pairs) * (column + gap) - gap + 2 * MARGIN, height, Path(out)) as figure:
         for number, (title, path, _, _, score) in enumerate(pairs):
             left = MARGIN + number * (column + gap)
-            heading = _write(figure, left, MARGIN, _line(title), fontsize=12, weight="bold")
+            heading = _write(figure, left, MARGIN, line(title), fontsize=12, weight="bold")
             _fit(figure, heading, column - 1.6)
             _write(figure, left + column, MARGIN, f"CLIPScore {score:.3f}", fontsize=12, ha="right")
             axis = _place(figure, left, MARGIN + 0.38, column, picture)
@@ -300,7 +300,7 @@ def best_worst(pairs: Sequence[tuple[str, Path, str, Sequence[str], float]], out
             axis.set_axis_off()
             _write(figure, left, text_top, "\n".join(said[number]), fontsize=12.5, linespacing=1.25)
             small = {"fontsize": 9, "color": GREY, "linespacing": 1.25}
-            _write(figure, left, references_top, f"references · {_line(Path(path).name)}", **small)
+            _write(figure, left, references_top, f"references · {line(Path(path).name)}", **small)
             _write(figure, left, references_top + 0.2, "\n".join(known[number]), **small)
 
 
@@ -345,7 +345,7 @@ def grounding_chart(rows: Sequence[dict[str, Any]], out: Path) -> None:
             axis.plot([baselines[0]["pointing"]] * 2, [-0.6, places[len(ways)]], color=GREY, lw=0.8, ls=(0, (4, 3)))
         _label_bars(axis, shown, places)
         axis.set(ylim=(places[-1] + 0.6, -0.6), xlim=(0, 1.15 * ranked[0]["pointing"] or 1))
-        axis.set_yticks(places, [textwrap.shorten(_line(name), 44, placeholder="…") for name in names], fontsize=8.5)
+        axis.set_yticks(places, [textwrap.shorten(line(name), 44, placeholder="…") for name in names], fontsize=8.5)
         axis.set_xlabel("pointing accuracy: the maximum lies in a box of the named thing", fontsize=8.5, loc="left")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.tick_params(axis="x", labelsize=8, color=GREY)
