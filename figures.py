@@ -174,7 +174,7 @@ def line(text: object) -> str:
 
 def _wrapped(text: object, width: float, size: float) -> list[str]:
     """``text`` in lines of about ``width`` inches at ``size`` points; a letter is about 0.55 of its size wide."""
-    return textwrap.wrap(line(text), max(int(width * 72 / (size * 0.55)), 8)) or [""]
+    return textwrap.wrap(line(text), max(int(width * 72 / (size * 0.55)), 8), break_on_hyphens=False) or [""]
 
 
 def told(view: View) -> str:
