@@ -1,0 +1,273 @@
+"""figures.py: maps land on the right pixels of the original image, and pictures hold what they say."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import figures
+from attention import Explained, View
+
+LONG = " ".join(["a", "remarkably", "well-lit", "$5", "photograph", "of"] * 5)
+
+
+def explained(path, size=(120, 80), window=None, words=("a", "dog"), grid=(4, 6), hot=None, **more):
+    """A grey image of ``size``; the last word of the only view has its hot cell at row, column ``hot``."""
+    Image.new("RGB", size, (128, 128, 128)).save(path)
+    maps = np.full((len(words), *grid), 0.01, dtype=np.float32)
+    if hot is not None:
+        maps[-1][hot] = 0.5
+    views = [View("raw", "2-3", "mean", maps)]
+    return Explained(Path(path), " ".join(words), list(words), views, window or (0, 0, *size), "p2", **more)
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """The texts of the figures that are drawn, each with its box in pixels, by the figure's size in pixels."""
+    from matplotlib.figure import Figure
+
+    drawn = {}
+    save = Figure.savefig
+
+    def spy(figure, *args, **kwargs):
+        save(figure, *args, **kwargs)
+        found = [t for t in figure.findobj(lambda artist: hasattr(artist, "get_text")) if t.get_visible()]
+        drawn[tuple(figure.get_size_inches() * figure.dpi)] = [
+            (t.get_text(), t.get_window_extent()) for t in found if t.get_text().strip()
+        ]
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return drawn
+
+
+def assert_nothing_is_cut_off_or_run_together(texts):
+    for (width, height), found in texts.items():
+        for text, box in found:
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, f"{text!r} leaves the figure"
+        for n, (one, box) in enumerate(found):
+            for other, beside in found[:n]:
+                assert not box.overlaps(beside), f"{one!r} lies over {other!r}"
+
+
+SHAPES = {  # size, window, and the hot cell of a 4 x 6 grid
+    "landscape": ((120, 80), (0, 0, 120, 80), (1, 4)),
+    "portrait": ((80, 120), (0, 0, 80, 120), (3, 0)),
+    "square": ((90, 90), (0, 0, 90, 90), (0, 5)),
+    "cropped sides": ((160, 80), (40, 0, 120, 80), (2, 1)),
+    "cropped top": ((80, 160), (0, 30, 80, 130), (2, 1)),
+    "parts of pixels": ((200, 99), (50.3, 0, 149.8, 98.7), (0, 2)),
+    "smaller than its grid": ((5, 3), (0, 0, 5, 3), (1, 4)),
+}
+
+
+@pytest.mark.parametrize(("size", "window", "hot"), SHAPES.values(), ids=SHAPES)
+def test_a_planted_patch_lands_on_its_pixels_of_the_original(tmp_path, size, window, hot):
+    item = explained(tmp_path / "a.png", size, window, hot=hot)
+    heat = figures.overlay(item, item.views[0].maps[-1])
+    assert heat.shape == size[::-1]
+    left, top, right, bottom = window
+    x0, x1 = (left + (right - left) * (hot[1] + n) / 6 for n in (0, 1))
+    y0, y1 = (top + (bottom - top) * (hot[0] + n) / 4 for n in (0, 1))
+    y, x = np.unravel_index(np.nanargmax(heat), heat.shape)
+    assert x0 - 0.5 <= x + 0.5 <= x1 + 0.5
+    assert y0 - 0.5 <= y + 0.5 <= y1 + 0.5
+    if size[0] > 50:  # the weight of the patch lies around its centre, which a border cell alone cannot show
+        inner = np.nan_to_num(heat - 0.01)
+        rows, columns = np.nonzero(inner > 0.6 * inner.max())
+        assert (columns.min() + columns.max() + 1) / 2 == pytest.approx((x0 + x1) / 2, abs=0.5 * (x1 - x0))
+        assert (rows.min() + rows.max() + 1) / 2 == pytest.approx((y0 + y1) / 2, abs=0.5 * (y1 - y0))
+
+
+def test_an_inner_patch_is_centred_to_the_pixel(tmp_path):
+    """A grid that is shifted by half a cell, or a window by a pixel, still has its maximum in the right cell."""
+    item = explained(tmp_path / "a.png", (200, 120), (20, 10, 180, 110), grid=(5, 8), hot=(2, 5))
+    heat = np.nan_to_num(figures.overlay(item, item.views[0].maps[-1]) - 0.01)
+    x, y = (heat.sum(axis) @ (np.arange(heat.shape[1 - axis]) + 0.5) / heat.sum() for axis in (0, 1))
+    assert (x, y) == pytest.approx((20 + 160 * 5.5 / 8, 10 + 100 * 2.5 / 5), abs=0.05)
+
+
+def test_only_the_window_is_filled_and_values_stay_in_their_range(tmp_path):
+    item = explained(tmp_path / "a.png", (160, 80), (40, 0, 120, 80), hot=(2, 1))
+    heat = figures.overlay(item, item.views[0].maps[-1])
+    assert np.isnan(heat[:, :40]).all() and np.isnan(heat[:, 120:]).all()
+    inside = heat[:, 40:120]
+    assert inside.min() == pytest.approx(0.01)  # bicubic filters undershoot: attention below zero
+    assert inside.max() <= 0.5
+
+
+def test_even_attention_stays_even_up_to_the_border(tmp_path):
+    item = explained(tmp_path / "a.png", (33, 21), (0.4, 0.6, 32.7, 20.2))
+    heat = figures.overlay(item, item.views[0].maps[0])
+    assert np.isfinite(heat[1:20, 1:32]).all()
+    assert heat[np.isfinite(heat)] == pytest.approx(0.01)
+
+
+def test_the_map_follows_a_photograph_that_a_camera_stored_lying_down(tmp_path):
+    """The window is in pixels of the upright image, as the model sees it, not of the stored one."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    item = explained(tmp_path / "a.jpg", (80, 120), hot=(0, 5))
+    Image.new("RGB", (120, 80)).save(item.path, exif=exif)
+    heat = figures.overlay(item, item.views[0].maps[-1])
+    y, x = np.unravel_index(np.nanargmax(heat), heat.shape)
+    assert heat.shape == (120, 80) and x > 66 and y < 30
+
+
+def test_colours_grow_lighter_and_denser_with_attention():
+    colours = figures.palette().astype(int)
+    assert colours.shape == (256, 4)
+    assert (np.diff(colours[:, :3] @ [299, 587, 114]) >= -600).all() and (np.diff(colours[:, 3]) >= 0).all()
+    assert colours[0, 3] == 0, "no attention must leave the image as it is"
+
+
+def test_the_scale_forgives_single_outliers_and_no_attention():
+    maps = np.full((10, 12, 12), 0.1)
+    maps[0, 0, 0] = 50
+    assert figures.scale_end(maps) == pytest.approx(0.1)
+    assert figures.scale_end(np.zeros((2, 4, 4))) == 1
+    maps[:] = 0
+    maps[0, 0, 0] = 0.3
+    assert figures.scale_end(maps) == 0.3
+
+
+@pytest.mark.parametrize("size", [(90, 90), (640, 480), (480, 640), (900, 150), (150, 900)])
+@pytest.mark.parametrize("caption", ["a", "a $5 dog and a $6 cat", LONG], ids=["word", "dollars", "long"])
+def test_word_grids_of_any_shape_cut_nothing_off(tmp_path, texts, size, caption):
+    words = tuple(caption.split())
+    item = explained(tmp_path / f"{'name' * 30}.png", size, words=words, hot=(1, 1), notes={"CLIPScore": "0.81"},
+                     image_mass=np.linspace(0, 1, len(words)))  # fmt: skip
+    figures.word_grid(item, item.views[0], tmp_path / "out.png")
+    assert_nothing_is_cut_off_or_run_together(texts)
+    (found,) = ([text for text, _ in found] for found in texts.values())
+    shown = [text for text in found if text in {*words, "<|endoftext|>"}]
+    tiles = ["<|endoftext|>", *words]
+    assert sorted(shown) == sorted(tiles + [caption] * (len(words) == 1)), "every word has its title, $ and all"
+    assert " ".join(caption.split()) in [" ".join(text.split()) for text in found]
+    assert "attention: raw, layers 2-3, heads mean" in found
+    assert sum(text.startswith("image ") for text in found) == len(words)
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.info["dpi"][0] >= 150
+        assert 800 <= picture.width <= 3600 and picture.height <= 3600
+
+
+def test_tiles_keep_the_aspect_ratio_and_show_the_patch(tmp_path, monkeypatch):
+    item = explained(tmp_path / "a.png", (320, 160), (80, 0, 240, 160), hot=(0, 0))
+    tiles = []
+    coloured = figures._coloured
+    monkeypatch.setattr(figures, "_coloured", lambda *args: tiles.append(coloured(*args)) or tiles[-1])
+    figures.word_grid(item, item.views[0], tmp_path / "out.png")
+    height, width = tiles[1].shape[:2]
+    assert width / height == pytest.approx(2, rel=0.01)
+    points = ((7 / 24, 1 / 8), (0.1, 0.1), (0.6, 0.6))
+    patch, outside, grey = (tiles[1][round(height * y), round(width * x)] for x, y in points)
+    assert patch[0] > 0.9 and patch[0] - patch[2] > 0.2, "the hot cell is coloured"
+    assert np.ptp(grey) < 0.05 and grey.mean() > 0.4, "little attention leaves the image seen"
+    assert np.ptp(outside) == 0 and outside.mean() == pytest.approx(figures.OUTSIDE * 128 / 255, abs=0.01)
+
+
+def test_image_mass_stands_only_below_the_view_that_it_was_measured_in(tmp_path, texts):
+    item = explained(tmp_path / "a.png", image_mass=np.array([0.25, 0.5]))
+    item.views.append(View("grad", "all", "max", item.views[0].maps))
+    figures.word_grid(item, item.views[1], tmp_path / "out.png")
+    assert not [text for found in texts.values() for text, _ in found if text.startswith("image ")]
+
+
+def test_one_word_longer_than_its_tile_is_shrunk_and_then_cut(tmp_path, texts):
+    item = explained(tmp_path / "a.png", (100, 500), words=("unbelievable", "pneumono" * 12, "a"))
+    figures.word_grid(item, item.views[0], tmp_path / "out.png")
+    (found,) = ([text for text, _ in found] for found in texts.values())
+    assert "unbelievable" in found
+    assert any(text.startswith("pneumono") and text.endswith("…") for text in found)
+    assert_nothing_is_cut_off_or_run_together(texts)
+
+
+def broken(item, **change):
+    return Explained(**{**item.__dict__, **change})
+
+
+def test_bad_maps_name_the_file_and_leave_the_old_picture(tmp_path):
+    item = explained(tmp_path / "a.png", hot=(1, 1))
+    out = tmp_path / "out.png"
+    out.write_text("old")
+    good = item.views[0].maps
+
+    def seen(*maps):
+        return [{"views": [View("raw", "3", "max", m)]} for m in maps]
+
+    bad = {
+        "finite and not negative": seen(-good, good * np.nan),
+        r"not \(2, rows, columns\)": seen(good[:1], good[0], good[:, :0]),
+        "at least one of each": [{"views": []}, {"words": []}],
+        "masses": [{"image_mass": np.ones(3)}, {"image_mass": np.array([0.5, np.nan])}],
+        "larger than the image": [{"window": (0, 0, 121, 80)}, {"window": (0, 0, 120, 82)}],
+        "is not": [{"window": (40, 0, 40, 80)}, {"window": (0, -1, 120, 80)}],
+    }
+    for message, changes in bad.items():
+        for change in changes:
+            wrong = broken(item, **change)
+            with pytest.raises(ValueError, match=rf"a\.png.*{message}"):
+                figures.word_grid(wrong, (wrong.views or item.views)[0], out)
+    with pytest.raises(ValueError, match=r"a\.png: a map of shape"):
+        figures.overlay(item, good)
+    assert out.read_text() == "old"
+
+
+def test_best_and_worst_show_caption_references_and_score(tmp_path, texts):
+    pairs = []
+    for name, size in (("wide", (300, 60)), ("tall", (60, 300))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+        references = ["one $x$ two", LONG, *["three"] * 3] if name == "tall" else ["four"]
+        pairs.append((f"{name} " * 9, tmp_path / f"{name}.png", LONG if name == "wide" else "a", references, 0.32196))
+    figures.best_worst(pairs, tmp_path / "out.png")
+    (found,) = ([" ".join(text.split()) for text, _ in found] for found in texts.values())
+    assert_nothing_is_cut_off_or_run_together(texts)
+    assert LONG in found and found.count("CLIPScore 0.322") == 2
+    assert f"– one $x$ two – {LONG} – three – three – three" in found
+    with pytest.raises(ValueError, match="at least one"):
+        figures.best_worst([], tmp_path / "none.png")
+
+
+def row(pointing, layers="3", **more):
+    return {"method": "raw", "layers": layers, "heads": "mean", "pointing": pointing, **more}
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_the_chart_has_the_best_rows_in_order_and_every_baseline(tmp_path, texts, count):
+    rows = [row((n * 7 % count + 1) / (count + 1), str(n), mass_ratio=1.5, iou=0.2) for n in range(count)]
+    baselines = [{"name": name, "pointing": p} for name, p in (("random cell", 0.0), ("mean $image$", 0.3))]
+    figures.grounding_chart([*baselines, *rows], tmp_path / "out.png")
+    assert_nothing_is_cut_off_or_run_together(texts)
+    (found,) = ([text for text, _ in found] for found in texts.values())
+    named = [text for text in found if text.startswith("raw · ")]
+    best = sorted(rows, key=lambda r: -r["pointing"])[:12]
+    assert named == [f"raw · layers {r['layers']} · mean" for r in best]
+    assert {"random cell", "mean $image$", "0.0%", "30.0%", f"{best[0]['pointing']:.1%}"} <= set(found)
+    assert found.count("1.50") == found.count("0.20") == min(count, 12)
+
+
+def test_a_chart_without_baselines_further_measures_or_success(tmp_path, texts):
+    figures.grounding_chart([row(0.0)], tmp_path / "out.png")
+    (found,) = ([text for text, _ in found] for found in texts.values())
+    assert "0.0%" in found and "IoU" not in found
+    with pytest.raises(ValueError, match="no way of looking"):
+        figures.grounding_chart([{"name": "centre point", "pointing": 0.2}], tmp_path / "none.png")
+
+
+def test_odd_text_is_drawn_without_a_complaint(tmp_path):
+    item = explained(tmp_path / "a.png", words=("$", "\\frac{", "a\nb", "_x^2", "\udc80"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.word_grid(item, item.views[0], tmp_path / "out.png")
+
+
+def test_pictures_leave_matplotlib_as_it_was(tmp_path):
+    """A report draws many pictures: with pyplot each would stay in memory, and settings would reach other figures."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    before, open_figures = dict(mpl.rcParams), plt.get_fignums()
+    item = explained(tmp_path / "a.png")
+    figures.word_grid(item, item.views[0], tmp_path / "out.png")
+    assert (dict(mpl.rcParams), plt.get_fignums()) == (before, open_figures)
