@@ -74,8 +74,8 @@ class Capture:
     """The attention of one caption behind one image, from a single pass over both.
 
     Attributes:
-        weights: one (1, nh, R, S) tensor a layer, rows summing to 1. The last T + 1 rows belong to the caption: first the
-            position that predicts its first token, then its T tokens. ``whole``: the rows are all S positions.
+        weights: one (1, nh, R, S) tensor a layer, rows summing to 1. The last T + 1 rows belong to the caption: first
+            the position that predicts its first token, then its T tokens. ``whole``: the rows are all S positions.
         logits: (T + 1, V) of the caption's rows.
         tokens: the T ids of the caption.
         patches: (P,) columns that are image patches, row by row of the grid.

@@ -13,7 +13,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import runtime
 from decoder import (
     Decoder,
     LoraConfig,
+    build_decoder,
     gpt2_state_dict,
     load_lora_state_dict,
     lora_state_dict,

@@ -57,7 +57,9 @@ class P2Explainer:
         config = timm_data.resolve_model_data_config(captioner.encoder)
         height, width = config["input_size"][1:]
         if config["crop_mode"] not in ("center", "squash"):
-            raise ValueError(f"--encoder preprocesses with crop mode {config['crop_mode']}, which cannot be undone here")
+            raise ValueError(
+                f"--encoder preprocesses with crop mode {config['crop_mode']}, which cannot be undone here"
+            )
         self.n_layer, self.n_head = captioner.decoder.config.n_layer, captioner.decoder.config.n_head
         self._crop = (width, height)
         squash = config["crop_mode"] == "squash"

@@ -131,8 +131,8 @@ def _check_boxes(path: Path, image: dict[str, Any], mentions: Sequence[Mention])
     for mention in mentions:
         for x, y, w, h in mention.boxes:
             if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1 or w <= 0 or h <= 0:
-                raise ValueError(f"{path}: image {image['file_name']} is {width} x {height} and has a box {x, y, w, h}, "
-                                 "which lies outside or is empty")  # fmt: skip
+                name = f"image {image['file_name']} of {width} x {height}"
+                raise ValueError(f"{path}: {name} has a box {x, y, w, h}, which lies outside or is empty")
 
 
 # --- measures -------------------------------------------------------------------------------------------------------

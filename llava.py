@@ -105,9 +105,7 @@ class Llava:
         )
         return [self._until_end(answer) for answer in tokens[:, input_ids.shape[1] :].tolist()]
 
-    def attend(
-        self, row: Row, tokens: Sequence[int], whole: bool = False
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def attend(self, row: Row, tokens: Sequence[int], whole: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Read a finished answer behind its image and prompt in one pass and return where it looked.
 
         Where gradients are on they flow from each row's logits to that row's weights, and to no other row's.

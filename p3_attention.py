@@ -1,8 +1,8 @@
 """Show which pixels each word looked at: captions with one heat map a word, for LLaVA (p1) and the tuned model (p2).
 
-    python p3_attention.py --model p2 --images DIR_OR_FILES --out DIR [--html]       maps, a PNG and an npz an image
-    python p3_attention.py --model p2 --best-worst PER_IMAGE.json --images DIR --annotation-file val.json --out DIR
-    python p3_attention.py --model p2 --grounding val.json --images DIR --out DIR     do the maps point at the things?
+python p3_attention.py --model p2 --images DIR_OR_FILES --out DIR [--html]       maps, a PNG and an npz an image
+python p3_attention.py --model p2 --best-worst PER_IMAGE.json --images DIR --annotation-file val.json --out DIR
+python p3_attention.py --model p2 --grounding val.json --images DIR --out DIR     do the maps point at the things?
 """
 
 from __future__ import annotations
@@ -48,37 +48,36 @@ log = logging.getLogger(__name__)
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runtime.FlagParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--model", choices=("p1", "p2"), required=True, help="p1: LLaVA; p2: the tuned captioner")
     add("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_FILE", help="images to explain")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
-    add("--method", choices=METHODS, default=DEFAULT.method, help=f"from weights to maps (default: {DEFAULT.method})")
-    add("--layers", default=DEFAULT.layers, help=f"all, last, a number, or a range such as 2-5 (default: {DEFAULT.layers})")
-    add("--heads", default=DEFAULT.heads, help=f"max, mean, a head's number, or topK (default: {DEFAULT.heads})")
-    add("--row", choices=ROWS, default=DEFAULT.row,
-        help=f"the position that predicts a token, or its own (default: {DEFAULT.row}; grad always predicts)")  # fmt: skip
+    add("--method", choices=METHODS, default=DEFAULT.method, help="from weights to maps")
+    add("--layers", default=DEFAULT.layers, help="all, last, a number, or a range such as 2-5")
+    add("--heads", default=DEFAULT.heads, help="max, mean, a head's number, or topK")
+    add("--row", choices=ROWS, default=DEFAULT.row, help="position that predicts a token (as grad always), or its own")
     add("--relative-to", choices=("words", "generic"), default="words",
-        help="what the method relative divides by: the mean over words, or a generic caption (default: words)")  # fmt: skip
+        help="what the method relative divides by: the mean over words, or a generic caption")  # fmt: skip
     add("--caption", help="explain this caption of one image instead of the model's own")
     add("--html", action="store_true", help="write viewer.html too, with every method and many layers and heads")
     add("--best-worst", type=Path, metavar="PER_IMAGE.json", help="evaluate.py's --per-image: explain top-1 and last-1")
     add("--annotation-file", type=Path, help="COCO-style references, shown with --best-worst")
-    add("--grounding", type=Path, metavar="CAPTIONS.json", help="measure all methods against boxes; writes grounding.csv")
+    add("--grounding", type=Path, metavar="CAPTIONS.json", help="measure all methods against boxes")
     add("--boxes", type=Path, metavar="INSTANCES.json", help="COCO instances, for captions without mentions")
-    add("--count", type=int, default=500, help="images for --grounding (default: 500)")
+    add("--count", type=int, default=500, help="images for --grounding")
     add("--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="p2: what p2_train.py wrote")
     add("--decoder", type=Path, help="p2: GPT-2 state dict (default: the profile's)")
     add("--encoder-weights", help="p2: local file of the encoder's weights (default: the one trained with)")
     add("--tokenizer", help="p2: folder of encoder.json and vocab.bpe (default: the profile's)")
     add("--llava", help="p1: hub id or folder of a LLaVA 1.5 (default: the profile's)")
-    add("--setting", type=int, choices=sorted(PROMPTS), default=1, help="p1: prompt of the report (default: 1)")
+    add("--setting", type=int, choices=sorted(PROMPTS), default=1, help="p1: prompt of the report")
     add("--prompt", help="p1: any other prompt")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="p1: of the weights (default: auto)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="p1: of the weights")
     add("--beam-size", type=int, help="live beams (default: 5 for p2, 1 for p1)")
     add("--max-new-tokens", type=int, help="longest caption in tokens (default: 30 for p2, 64 for p1)")
-    add("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only (default: full)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--verbose", action="store_true", help="more log lines")
     return parser
 
@@ -133,10 +132,7 @@ def explain_images(
             log.error("not explained: %s", error)
             continue
         inputs = explainer.prepare(image)
-        if args.caption is None:
-            tokens = explainer.caption([inputs])[0]
-        else:
-            tokens = explainer.tokens(args.caption)
+        tokens = explainer.caption([inputs])[0] if args.caption is None else explainer.tokens(args.caption)
         looks = shown_looks(look, explainer.n_layer) if args.html else [look]
         reading = read(explainer, inputs, tokens, looks, args.relative_to)
         yield explain(explainer, path, image, reading, looks), reading
@@ -238,8 +234,8 @@ def run_grounding(explainer: Explainer, args: argparse.Namespace) -> int:
     for look in ranked:
         score = scores[look]
         mark = "default" if look == default else "report" if look == REPORT[explainer.name] else ""
-        rows.append({"method": look.method, "layers": look.layers, "heads": look.heads, "row": look.row,
-                     "pointing": score.pointing, "mass_ratio": score.mass_ratio, "iou": score.iou, "note": mark})  # fmt: skip
+        measures = {name: getattr(score, name) for name in ("pointing", "mass_ratio", "iou")}
+        rows.append({**vars(look), **measures, "note": mark})
     bare = {"layers": "", "heads": "", "row": "", "mass_ratio": "", "iou": "", "note": "baseline"}
     write_csv(args.out / "grounding.csv", [*rows, *({"method": n, **bare, "pointing": v} for n, v in floor.items())])
     baseline_rows = [{"name": name, "pointing": value} for name, value in floor.items()]

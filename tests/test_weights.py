@@ -11,9 +11,8 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-import p2_infer
 import runtime
-from captioner import Captioner, CaptionerConfig, build_encoder, build_transform
+from captioner import Captioner, CaptionerConfig, build_encoder, build_transform, load_captioner
 from decoder import LoraConfig, build_decoder
 from microworld import pretrain, pretrain_llava
 from microworld.scenes import make_image
@@ -99,12 +98,12 @@ def test_an_adapter_from_another_machine_finds_the_profiles_encoder(tmp_path):
     captioner.config = replace(captioner.config, encoder_weights="/gone/open_clip_model.safetensors")
     captioner.save_adapter(tmp_path / "a.safetensors")
     arguments = (tmp_path / "a.safetensors", MICRO.decoder, None, torch.device("cpu"))
-    assert p2_infer.load_captioner(*arguments, MICRO.encoder_weights).decoder.merged
+    assert load_captioner(*arguments, MICRO.encoder_weights).decoder.merged
     with pytest.raises(FileNotFoundError, match="gone"):
-        p2_infer.load_captioner(*arguments)
+        load_captioner(*arguments)
     other = str(MICRO_WEIGHTS / "scorer" / "open_clip_model.safetensors")
     with pytest.raises(ValueError, match="scorer"):
-        p2_infer.load_captioner(*arguments, other)
+        load_captioner(*arguments, other)
 
 
 def test_llava_loads_by_the_librarys_own_calls_and_sees_with_the_encoders_tower():
