@@ -2,14 +2,13 @@
 
 The stand-in takes its training images from COCO's train2017 and its validation images from val2017, each by a fixed
 seed, and keeps five captions an image. Nothing here touches the network: `draw` chooses, `images` looks through what
-has arrived and writes what is still to fetch for curl, `unpack` opens the course's zip, `check` reads everything.
+has arrived, both write what is still to fetch for curl; `unpack` opens the course's zip, `check` reads everything.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import stat
@@ -23,8 +22,6 @@ from typing import Any
 
 import data
 import runtime
-
-log = logging.getLogger(__name__)
 
 CAPTIONS = 5  # an image; COCO has a few with six or seven
 EXPLAINED = 5  # images of p3_data, whose captions are explained by attention maps
@@ -68,7 +65,7 @@ def _read_captions(annotations: Path, split: str) -> list[Record]:
         for caption in sorted(content["annotations"], key=lambda caption: caption["id"]):
             images[caption["image_id"]]["captions"].append(" ".join(caption["caption"].split()))
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{annotations}: {member} is missing or damaged ({error}); remove the file and run again") from error
+        raise ValueError(f"{annotations}: {member} is missing or damaged ({error}); remove it and run again") from error
     wanted = ("id", "file_name", "width", "height", "split", "captions")
     return [
         {**{key: image[key] for key in wanted}, "captions": image["captions"][:CAPTIONS]}
@@ -126,8 +123,8 @@ def _accept(path: Path, image: Record) -> bool:
     part = _part(path)
     if not part.is_file():
         return False
-    try:
-        whole = data.load_image(part).size == (image["width"], image["height"])
+    try:  # sorted: an image that its EXIF turns upright swaps its sides
+        whole = sorted(data.load_image(part).size) == sorted((image["width"], image["height"]))
     except ValueError:
         whole = False
     if whole:
@@ -182,7 +179,7 @@ def unpack(archive: Path, out: Path, source: str) -> None:
                 _check_room(archive, members, out)
                 opened.extractall(folder, members)
         except (zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(f"--zip {archive}: not a whole zip file ({error}); remove it and fetch it again") from error
+            raise ValueError(f"--zip {archive}: not a whole zip file ({error}); fetch it again") from error
         _move_in(_find_data(Path(folder), archive), out)
     runtime.write_text(out / SOURCE, source + "\n")
 
@@ -210,7 +207,7 @@ def _check_room(archive: Path, members: Iterable[zipfile.ZipInfo], out: Path) ->
 def _find_data(folder: Path, archive: Path) -> Path:
     found = sorted(path for path in folder.rglob("p2_data") if path.is_dir())
     if not found or not all((found[0] / f"{split}.json").is_file() for split in SPLITS):
-        raise ValueError(f"--zip {archive}: holds no folder p2_data with train.json and val.json; is it the right file?")
+        raise ValueError(f"--zip {archive}: holds no p2_data/train.json and val.json; is it the right file?")
     return found[0].parent
 
 
@@ -258,20 +255,25 @@ def build_parser() -> Any:
     parser.add_argument("--train", type=int, default=10_000, help="draw: training images")
     parser.add_argument("--val", type=int, default=2_000, help="draw: validation images")
     parser.add_argument("--seed", type=int, default=0, help="draw: of the choice")
-    parser.add_argument("--base-url", help="images: where COCO's train2017/ and val2017/ are")
-    parser.add_argument("--config", type=Path, help="images: write what is left to fetch here, for curl --config")
+    parser.add_argument("--base-url", help="draw, images: where COCO's train2017/ and val2017/ are")
+    parser.add_argument("--config", type=Path, help="draw, images: write what is left to fetch here, for curl")
     parser.add_argument("--zip", type=Path, help="unpack: the course's hw3_data.zip")
     parser.add_argument("--source", default="course zip", help="unpack: what SOURCE.txt is to say")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
     return parser
 
 
-NEEDED = {"draw": ("annotations",), "images": ("base_url", "config"), "unpack": ("zip",), "check": ()}
+NEEDED = {
+    "draw": ("annotations", "base_url", "config"),
+    "images": ("base_url", "config"),
+    "unpack": ("zip",),
+    "check": (),
+}
 
 
 @runtime.command
 def main(argv: list[str] | None = None) -> int:
-    """Run one action; `images` prints how many images are left to fetch."""
+    """Run one action; `draw` and `images` print how many images are left to fetch."""
     args = build_parser().parse_args(argv)
     runtime.setup_logging(args.verbose)
     for name in NEEDED[args.action]:
@@ -281,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--train {args.train}, --val {args.val}: must be at least 1")
     if args.action == "draw":
         draw(args.annotations, args.out, args.train, args.val, args.seed)
-    elif args.action == "images":
+    if args.action in ("draw", "images"):
         missing = fetch_list(args.out, args.base_url)
         runtime.write_text(args.config, curl_config(missing))
         print(len(missing))

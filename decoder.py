@@ -434,7 +434,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}; check the path, or download it (hw3_download.sh)")
+        raise FileNotFoundError(f"no weights file {path}; check the path, or run `bash hw3_download.sh p2`")
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
         raise ValueError(f"{path}: unknown suffix {path.suffix!r}; expected .safetensors, .bin, .pt or .pth")
     with path.open("rb") as file:  # opened out here, so that a refused permission is reported as such

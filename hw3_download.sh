@@ -213,9 +213,10 @@ fetch_part() {
 
 prepare() { "$PYTHON" "$here/data_prep.py" "$@"; }
 
-need_python() {
-  prepare --help >"$scratch/python" 2>&1 ||
-    fail "PYTHON=$PYTHON can't run data_prep.py ($(tail -n 1 "$scratch/python")); run: pip install -r requirements.txt"
+need_python() { # before gigabytes are fetched
+  "$PYTHON" -c 'import importlib.util as u, sys
+sys.exit(", ".join(n for n in ("torch", "PIL", "numpy", "tokenizers", "tqdm") if not u.find_spec(n)) or None)' ||
+    fail "PYTHON=$PYTHON can't run data_prep.py; run: pip install -r requirements.txt"
 }
 
 fetch_data() {
@@ -250,22 +251,17 @@ course_data() {
 stand_in() {
   local work=$root/hw3_data/.download round left
   say "HW3_DATA_ID is not set: building a stand-in from COCO 2017. It is not the course's data; scores differ."
-  prepare draw --annotations "$work/annotations_trainval2017.zip" --out "$root/hw3_data" \
-    --train "$train_images" --val "$val_images" || fail "hw3_data/: the captions could not be drawn"
-  for ((round = 0; round <= tries; round++)); do
-    left=$(prepare images --out "$root/hw3_data" --base-url "$coco" --config "$scratch/images.curl") ||
-      fail "hw3_data/: the images could not be looked through"
-    if [[ $left -eq 0 ]]; then
-      got=$((got + images))
-      return
-    fi
-    [[ $round -lt $tries ]] || break
+  local list=(--out "$root/hw3_data" --base-url "$coco" --config "$scratch/images.curl")
+  left=$(prepare draw "${list[@]}" --annotations "$work/annotations_trainval2017.zip" \
+    --train "$train_images" --val "$val_images") || fail "hw3_data/: the captions could not be drawn"
+  for ((round = 1; left > 0 && round <= tries; round++)); do
     say "hw3_data/: $left images to fetch"
-    [[ $round -eq 0 ]] || pause "$round"
-    [[ $round -gt 0 ]] || first_image
+    if [[ $round -eq 1 ]]; then first_image; else pause "$round"; fi
     fetch_images
+    left=$(prepare images "${list[@]}") || fail "hw3_data/: the images could not be looked through"
   done
-  fail "hw3_data/: $left images did not arrive, such as $(grep -m 1 '^url' "$scratch/images.curl"); $(tail -n 1 "$scratch/stderr")"
+  got=$((got + images))
+  [[ $left -eq 0 ]] || fail "hw3_data/: $left images did not arrive, such as $(grep -m 1 '^url' "$scratch/images.curl"); $(tail -n 1 "$scratch/stderr")"
 }
 
 # Alone and with every explanation, before thousands of images fail for one reason.
