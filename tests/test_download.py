@@ -538,7 +538,14 @@ def test_scripts_name_the_command_that_fetches_what_is_missing(
     assert missing in message and "bash hw3_download.sh" in message
 
 
-# -------------------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------------------------------------------- the scripts
+
+
+def test_p2_train_sh_hands_its_flags_on_and_each_setting_has_its_own_run_folder():
+    """It once forced --out runs/best, so that --setting 1 would have gone there too."""
+    result = subprocess.run(["bash", ROOT / "p2_train.sh", "--setting", "1"], env={**os.environ, "PYTHON": "echo"},
+                            capture_output=True, text=True, check=True)  # fmt: skip
+    assert result.stdout == "p2_train.py --setting 1\n"
 
 
 def test_shellcheck_has_nothing_to_say():
