@@ -1,7 +1,7 @@
 """Files as the hubs hold them, at full size with random weights from the libraries' own classes, loaded by ours.
 
-The full-size tests hold one model at a time (at most about 3.5 GB) and remove its file at once. They are marked
-``full_size``: ``pytest -m "not full_size"`` leaves them out.
+The full-size tests take a minute and up to 4 GB of memory. They are marked ``full_size``: ``pytest -m "not
+full_size"`` leaves them out.
 """
 
 import gc
@@ -21,6 +21,7 @@ from microworld.scenes import generate
 from profiles import PROFILES
 
 CPU = torch.device("cpu")
+VIT = "vit_large_patch14_clip_224"
 full_size = pytest.mark.full_size
 
 
@@ -40,14 +41,45 @@ def random_(module):
     return module.eval()
 
 
+# ------------------------------------------------------------------------------------------------ the scripts on them
+
+
+@full_size
+def test_p2_infer_captions_with_full_size_files(tmp_path, vit_large):
+    """ViT-L/14 in timm's layout and GPT-2 small in the hub's, an adapter of rank 32 on them: one image, few tokens.
+
+    The first test, before a fixture holds a GPT-2 as well.
+    """
+    decoder_file = tmp_path / "decoder_model.bin"
+    torch.save(hub_layout(make_gpt2(), "plain"), decoder_file)
+    gc.collect()
+    lora = LoraConfig(rank=32, alpha=32, lm_head=True)
+    config = CaptionerConfig(VIT, {}, str(vit_large[0]), True, lora)
+    captioner = Captioner(config, build_decoder(decoder_file, lora))
+    assert sum(p.numel() for p in captioner.trainable().values()) == 7_138_592
+    captioner.save_adapter(tmp_path / "best.safetensors")
+    del captioner
+    gc.collect()
+    generate(tmp_path / "scenes", "val", 1, seed=1, workers=1)
+    files = [tmp_path / "scenes/images/val", tmp_path / "out.json", decoder_file]
+    flags = ["--adapter", tmp_path / "best.safetensors", "--tokenizer", PROFILES["micro"].tokenizer]
+    small = ["--beam-size", 2, "--max-new-tokens", 3, "--device", "cpu"]
+    assert p2_infer.main([*map(str, [*files, *flags, *small])]) == 0
+    assert len(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------- GPT-2
+
+
+def make_gpt2():
+    """A random GPT-2 small of transformers, 124 M parameters."""
+    transformers = runtime.import_guarded("transformers")
+    return random_(transformers.GPT2LMHeadModel(transformers.GPT2Config()))
 
 
 @pytest.fixture(scope="module")
 def gpt2():
-    """A random GPT-2 small of transformers, 124 M parameters."""
-    transformers = runtime.import_guarded("transformers")
-    return random_(transformers.GPT2LMHeadModel(transformers.GPT2Config()))
+    return make_gpt2()
 
 
 def mask_buffers(n_layer=12, size=1024):
@@ -100,20 +132,30 @@ def test_gpt2_small_as_the_hub_holds_it(tmp_path, gpt2, layout, suffix):
 # ----------------------------------------------------------------------------------------------------- timm ViT-L/14
 
 
-@full_size
-def test_vit_large_in_timms_own_layout_with_its_classifier(tmp_path):
-    """The hub's file of the default encoder: timm's names and a head of 1000 classes, which is left out."""
+@pytest.fixture(scope="module")
+def vit_large(tmp_path_factory):
+    """The hub's file of the default encoder, timm's names and a head of 1000 classes, and timm's tokens of PIXELS."""
     timm = runtime.import_guarded("timm")
-    name, path = "vit_large_patch14_clip_224", tmp_path / "model.safetensors"
-    model = random_(timm.create_model(name, num_classes=1000))
+    path = tmp_path_factory.mktemp("vit") / "model.safetensors"
+    model = random_(timm.create_model(VIT, num_classes=1000))
     save_file(model.state_dict(), path, metadata={"format": "pt"})
-    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        theirs = model.forward_features(pixels)
-        del model
-        gc.collect()
-        encoder = build_encoder(name, str(path))
-        ours = encoder.forward_features(pixels)
+        tokens = model.forward_features(pixels())
+    del model
+    yield path, tokens
+    path.unlink()
+
+
+def pixels():
+    return torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+
+
+@full_size
+def test_vit_large_in_timms_own_layout_with_its_classifier(vit_large):
+    path, theirs = vit_large
+    encoder = build_encoder(VIT, str(path))
+    with torch.inference_mode():
+        ours = encoder.forward_features(pixels())
     assert ours.shape == (1, 257, 1024)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     normalize = build_transform(encoder).transforms[-1]
@@ -125,19 +167,19 @@ def test_vit_large_in_open_clips_layout_with_its_text_tower(tmp_path):
     """timm/vit_large_patch14_clip_224.openai holds a whole CLIP; only its vision tower is taken, with QuickGELU."""
     open_clip = runtime.import_guarded("open_clip")
     path = tmp_path / "open_clip_model.safetensors"
-    clip = random_(open_clip.create_model("ViT-L-14-quickgelu", pretrained=None))
+    clip = open_clip.create_model("ViT-L-14-quickgelu", pretrained=None).eval()
+    random_(clip.visual)
     state = {key: value for key, value in clip.state_dict().items() if key.startswith("visual.")}
     # Of the text tower only names and kinds matter; at full size it would add another 0.5 GB.
     state |= {k: v.flatten()[:8].clone() for k, v in clip.state_dict().items() if not k.startswith("visual.")}
     save_file(state, path)
-    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2))
     clip.visual.output_tokens, clip.visual.proj = True, None
     with torch.inference_mode():
-        pooled, patches = clip.visual(pixels)
+        pooled, patches = clip.visual(pixels())
         theirs = torch.cat([pooled[:, None], patches], 1)  # (1, 257, 1024)
         del clip, state
         gc.collect()
-        ours = build_encoder("vit_large_patch14_clip_quickgelu_224.openai", str(path)).forward_features(pixels)
+        ours = build_encoder("vit_large_patch14_clip_quickgelu_224.openai", str(path)).forward_features(pixels())
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -177,7 +219,8 @@ def make_llava(folder):
                                            num_attention_heads=2, image_size=28, patch_size=14)  # fmt: skip
     text = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                                     vocab_size=1100, max_position_embeddings=128)  # fmt: skip
-    config = transformers.LlavaConfig(vision, text, image_token_index=1024, vision_feature_layer=-2)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=1024,
+                                      vision_feature_layer=-2)  # fmt: skip
     model = random_(transformers.LlavaForConditionalGeneration(config))
     model.half().save_pretrained(folder, max_shard_size="120KB")
     return model.float()
@@ -200,29 +243,3 @@ def test_llava_in_shards_with_an_index(tmp_path):
     with torch.inference_mode():
         ours, theirs = (m.eval()(input_ids=ids, pixel_values=pixels).logits for m in (loaded, model))
     torch.testing.assert_close(ours, theirs)
-
-
-# ------------------------------------------------------------------------------------------------ the scripts on them
-
-
-@full_size
-def test_p2_infer_captions_with_full_size_files(tmp_path, gpt2):
-    """ViT-L/14 in timm's layout and GPT-2 small in the hub's, an adapter of rank 32 on them: one image, few tokens."""
-    timm = runtime.import_guarded("timm")
-    encoder_file, decoder_file = tmp_path / "encoder.safetensors", tmp_path / "decoder_model.bin"
-    save_file(timm.create_model("vit_large_patch14_clip_224", num_classes=1000).state_dict(), encoder_file)
-    torch.save(hub_layout(gpt2, "plain"), decoder_file)
-    gc.collect()
-    lora = LoraConfig(rank=32, alpha=32, lm_head=True)
-    config = CaptionerConfig("vit_large_patch14_clip_224", {}, str(encoder_file), True, lora)
-    captioner = Captioner(config, build_decoder(decoder_file, lora))
-    assert sum(p.numel() for p in captioner.trainable().values()) == 7_138_592
-    captioner.save_adapter(tmp_path / "best.safetensors")
-    del captioner
-    gc.collect()
-    generate(tmp_path / "scenes", "val", 1, seed=1, workers=1)
-    files = [tmp_path / "scenes/images/val", tmp_path / "out.json", decoder_file]
-    flags = ["--adapter", tmp_path / "best.safetensors", "--tokenizer", PROFILES["micro"].tokenizer]
-    small = ["--beam-size", 2, "--max-new-tokens", 3, "--device", "cpu"]
-    assert p2_infer.main([*map(str, [*files, *flags, *small])]) == 0
-    assert len(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))) == 1
