@@ -207,15 +207,35 @@ class Attention(nn.Module):
         self.c_attn = _linear("attn.c_attn", config.n_embd, 3 * config.n_embd, lora)
         self.c_proj = _linear("attn.c_proj", config.n_embd, config.n_embd, lora)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None, kept: list[torch.Tensor] | None
+    ) -> torch.Tensor:
         """Map (B, T, C) to (B, T, C); without a mask each token sees itself and all before it."""
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, nh, hs)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)  # (B, nh, S, hs)
-        # A single query sees all that is cached; is_causal would align it with the first key instead of the last.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
+        if kept is None:
+            # A single query sees all that is cached; is_causal would align it with the first key instead of the last.
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
+        else:
+            weights = attention_weights(q, k, mask)  # (B, nh, T, S)
+            kept.append(weights)
+            y = weights.to(v.dtype) @ v
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, C)
+
+
+def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return softmax(q k^T / sqrt(hs)) in float32, what the fused kernel never shows: (B, nh, T, S), rows sum to 1.
+
+    Where gradients are on the result asks for one even when no weight does, so that a loss can be traced back to it.
+    """
+    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])
+    if mask is None:
+        new, total = scores.shape[-2:]
+        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return weights.requires_grad_() if torch.is_grad_enabled() else weights
 
 
 class MLP(nn.Module):
@@ -241,9 +261,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config, lora)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None, kept: list[torch.Tensor] | None
+    ) -> torch.Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), mask, cache)
+        x = x + self.attn(self.ln_1(x), mask, cache, kept)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -278,6 +300,7 @@ class Decoder(nn.Module):
         positions: torch.Tensor,
         mask: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        attentions: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Return the hidden states (B, T, C) after the last layer norm.
 
@@ -287,6 +310,8 @@ class Decoder(nn.Module):
             mask: bool, broadcastable to (B, 1, T, S), True where a query may look; every query must see something.
                 None is causal. S counts the cached tokens first, then the T new ones.
             cache: keys and values of earlier tokens; those of x are appended to it.
+            attentions: a list to be filled with every layer's attention weights (B, nh, T, S), float32. Slower than
+                the fused kernel, and equal to it but for rounding.
 
         Raises:
             ValueError: a position beyond the context, a mask that is not boolean, or a full cache.
@@ -303,7 +328,7 @@ class Decoder(nn.Module):
             mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past)  # (T, S)
         x = x + self.wpe(positions.to(x.device))
         for block in self.h:
-            x = block(x, mask, cache)
+            x = block(x, mask, cache, attentions)
         if cache is not None:
             cache.length += new
         return self.ln_f(x)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import data
 import generation
 import runtime
 from captioner import RANDOM, Captioner, read_adapter
 from decoder import build_decoder
+from inference import PredictionLog, caption_images
 from profiles import PROFILES
-
-log = logging.getLogger(__name__)
 
 
 def build_parser() -> Any:
@@ -67,34 +66,29 @@ def load_captioner(
     return captioner.to(device).merge()
 
 
-def caption_folder(captioner: Captioner, tokenizer: data.Tokenizer, paths: list[Path], args: Any) -> dict[str, str]:
-    """Caption ``paths`` in batches; what cannot be read is named in the log and left out."""
-    predictions: dict[str, str] = {}
-    bar = tqdm(total=len(paths), desc="caption", disable=not sys.stderr.isatty())
-    for start in range(0, len(paths), args.batch_size):
-        batch = paths[start : start + args.batch_size]
-        readable = _read(captioner, batch)
-        if readable:
-            pixels = torch.stack(list(readable.values())).to(captioner.device)
-            with generation.autocast(captioner.device, args.precision):
-                texts = generation.caption_features(
-                    captioner, tokenizer, captioner.encode(pixels), args.beam_size, args.max_new_tokens,
-                    args.length_penalty,
-                )  # fmt: skip
-            predictions |= dict(zip(readable, texts, strict=True))
-        bar.update(len(batch))
-    bar.close()
-    return predictions
+def caption_function(captioner: Captioner, tokenizer: data.Tokenizer, args: Any) -> Callable[[list], list[str]]:
+    """Return what makes captions of a list of preprocessed images (3, H, W)."""
+
+    def caption(pixels: list[torch.Tensor]) -> list[str]:
+        with generation.autocast(captioner.device, args.precision):
+            features = captioner.encode(torch.stack(pixels).to(captioner.device))
+            return generation.caption_features(
+                captioner, tokenizer, features, args.beam_size, args.max_new_tokens, args.length_penalty
+            )
+
+    return caption
 
 
-def _read(captioner: Captioner, paths: list[Path]) -> dict[str, torch.Tensor]:
-    pixels = {}
-    for path in paths:
-        try:
-            pixels[path.stem] = captioner.transform(data.load_image(path))
-        except (ValueError, OSError) as error:
-            log.error("not captioned: %s", error)
-    return pixels
+def describe_run(args: Any) -> dict[str, Any]:
+    """Return whatever decides the captions, so that no other run's are taken for this one's."""
+    flags = ("encoder_weights", "tokenizer", "beam_size", "max_new_tokens", "length_penalty", "precision")
+    return {
+        "script": "p2_infer.py",
+        "images": str(args.img_dir.resolve()),
+        "decoder": str(args.decoder.resolve()),
+        "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
+        **{name: getattr(args, name) for name in flags},
+    }
 
 
 @runtime.command
@@ -111,15 +105,11 @@ def main(argv: list[str] | None = None) -> int:
     fallback = PROFILES[args.profile].encoder_weights
     captioner = load_captioner(args.adapter, args.decoder, args.encoder_weights, device, fallback)
     generation.check_vocabulary(tokenizer, captioner.decoder)
-    predictions = caption_folder(captioner, tokenizer, paths, args)
-    if not predictions:
-        raise ValueError(f"{args.img_dir}: none of its {len(paths)} images could be read")
-    runtime.write_json(args.out, predictions)
-    log.info("%d captions in %s", len(predictions), args.out)
-    missing = len(paths) - len(predictions)
-    if missing:
-        log.error("%d of %d images were not captioned", missing, len(paths))
-    return runtime.PARTIAL if missing else 0
+    with PredictionLog(args.out, describe_run(args), overwrite=True) as log_file:
+        caption = caption_function(captioner, tokenizer, args)
+        caption_images(log_file, paths, captioner.transform, caption, args.batch_size)
+        captions = log_file.finish(paths)
+    return runtime.PARTIAL if len(captions) < len(paths) else 0
 
 
 if __name__ == "__main__":

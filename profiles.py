@@ -24,6 +24,7 @@ class Profile:
     encoder_weights: str | None  # local file; None lets timm take its own pretrained weights
     clip_model: str  # open_clip model name, or a folder with open_clip_config.json
     clip_weights: str | None  # open_clip tag or local file; None for a folder
+    llava: str  # hub id, or folder that save_pretrained wrote
     cache: str  # encoder tokens are kept here
     encoder_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
 
@@ -47,6 +48,7 @@ PROFILES = {
         encoder_weights="weights/vit_large_patch14_clip_224.laion2b_ft_in12k_in1k.safetensors",
         clip_model="ViT-B-32-quickgelu",
         clip_weights="weights/ViT-B-32-quickgelu.openai.safetensors",
+        llava="weights/llava-1.5-7b-hf",
         cache="cache",
     ),
     "micro": Profile(
@@ -65,6 +67,7 @@ PROFILES = {
         },
         clip_model=str(MICRO_WEIGHTS / "scorer"),
         clip_weights=None,
+        llava=str(MICRO_WEIGHTS / "llava"),
         cache="demo/cache",
     ),
 }

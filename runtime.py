@@ -23,6 +23,8 @@ import torch
 
 BAD_INPUT = 2  # exit code for wrong files, flags or data
 PARTIAL = 3  # exit code when a part of the work could not be done, and the rest was
+OURS = ("__main__", "captioner", "data", "decoder", "evaluate", "generation", "inference", "llava", "microworld",
+        "training")  # loggers whose INFO is shown  # fmt: skip
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
@@ -57,7 +59,7 @@ def seed_everything(seed: int) -> None:
 def setup_logging(verbose: bool = False) -> None:
     """Send log records to stderr: the suite's at INFO (DEBUG when ``verbose``), other libraries' warnings only."""
     logging.basicConfig(format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
-    for name in ("__main__", "captioner", "data", "decoder", "evaluate", "microworld", "generation", "training"):
+    for name in OURS:
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 

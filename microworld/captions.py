@@ -95,7 +95,7 @@ def write_captions(scene: Scene, rng: random.Random) -> list[Caption]:
     return captions
 
 
-def _noun_phrase(caption: Caption, group: Group, rng: random.Random, detail: float = 0.9, article: str = "") -> Caption:
+def noun_phrase(caption: Caption, group: Group, rng: random.Random, detail: float = 0.9, article: str = "") -> Caption:
     """Append "a small red bike", "three white sheep", …; ``detail`` is how likely colour and size are told."""
     ids, kind = group.ids, group.kind
     singular, plural = kind.names()[0] if rng.random() < 0.82 else rng.choice(kind.names())
@@ -116,7 +116,8 @@ def _noun_phrase(caption: Caption, group: Group, rng: random.Random, detail: flo
     return caption.add(plural if len(ids) > 1 else singular, ids, "noun")
 
 
-def _verb(group: Group, rng: random.Random) -> str:
+def verb_phrase(group: Group, rng: random.Random) -> str:
+    """Return what the group does: "stands", "are parked", …."""
     verb = rng.choice(group.kind.verbs)
     if len(group.ids) == 1:
         return verb
@@ -125,7 +126,8 @@ def _verb(group: Group, rng: random.Random) -> str:
     return " ".join([plural, *rest])
 
 
-def _place(scene: Scene, group: Group, rng: random.Random) -> str:
+def place_phrase(scene: Scene, group: Group, rng: random.Random) -> str:
+    """Return where the group is: "on the beach", "over the street", …."""
     return rng.choice((OVER_PHRASES if group.in_sky else PLACE_PHRASES)[scene.place])
 
 
@@ -135,17 +137,17 @@ def _relate(caption: Caption, relation: str, rng: random.Random) -> Caption:
 
 def _long(scene: Scene, rng: random.Random) -> Caption:
     main, other = scene.main, scene.other
-    caption = _noun_phrase(Caption(), main, rng, 1.0).add(_verb(main, rng))
+    caption = noun_phrase(Caption(), main, rng, 1.0).add(verb_phrase(main, rng))
     if other and scene.relation not in ("holds", "shelters"):
-        _noun_phrase(_relate(caption, scene.relation, rng), other, rng, 1.0)
-    caption.add(_place(scene, scene.main if not other else _grounded(main, other), rng))
+        noun_phrase(_relate(caption, scene.relation, rng), other, rng, 1.0)
+    caption.add(place_phrase(scene, scene.main if not other else _grounded(main, other), rng))
     if other and scene.relation in ("holds", "shelters"):
         caption.add("with")
-        _noun_phrase(caption, other, rng, 1.0).add("on it" if scene.relation == "holds" else "below")
+        noun_phrase(caption, other, rng, 1.0).add("on it" if scene.relation == "holds" else "below")
     if scene.extras:
         extra = rng.choice(scene.extras)
         caption.add("with" if not caption.words.count("with") else "and")
-        _noun_phrase(caption, extra, rng, 0.7).add("in the sky" if extra.in_sky else "behind")
+        noun_phrase(caption, extra, rng, 0.7).add("in the sky" if extra.in_sky else "behind")
     return caption
 
 
@@ -155,43 +157,44 @@ def _grounded(a: Group, b: Group) -> Group:
 
 def _at_place(scene: Scene, rng: random.Random) -> Caption:
     main = scene.main
-    caption = _noun_phrase(Caption(), main, rng)
-    return caption.add(_verb(main, rng)).add(_place(scene, main, rng))
+    caption = noun_phrase(Caption(), main, rng)
+    return caption.add(verb_phrase(main, rng)).add(place_phrase(scene, main, rng))
 
 
 def _relation(scene: Scene, rng: random.Random) -> Caption:
     if not scene.other:
         caption = Caption().add(rng.choice(("a picture of", "a drawing of", "we see", "look at")))
-        return _noun_phrase(caption, scene.main, rng, 1.0).add(_place(scene, scene.main, rng))
+        return noun_phrase(caption, scene.main, rng, 1.0).add(place_phrase(scene, scene.main, rng))
     first, second, relation = scene.main, scene.other, scene.relation
     if rng.random() < 0.4:
         first, second, relation = second, first, INVERSE[relation]
     if relation == "holds":
-        return _noun_phrase(_noun_phrase(Caption(), first, rng).add("with"), second, rng).add("on it")
-    caption = _noun_phrase(Caption(), first, rng).add(_verb(first, rng) if rng.random() < 0.6 else _be(first))
-    return _noun_phrase(_relate(caption, relation, rng), second, rng)
+        return noun_phrase(noun_phrase(Caption(), first, rng).add("with"), second, rng).add("on it")
+    caption = noun_phrase(Caption(), first, rng).add(verb_phrase(first, rng) if rng.random() < 0.6 else be(first))
+    return noun_phrase(_relate(caption, relation, rng), second, rng)
 
 
-def _be(group: Group) -> str:
+def be(group: Group) -> str:
+    """Return "is" or "are"."""
     return "are" if len(group.ids) > 1 else "is"
 
 
 def _there_is(scene: Scene, rng: random.Random) -> Caption:
     main, other = scene.main, scene.other
     if rng.random() < 0.5:
-        caption = Caption().add("there").add(_be(main))
-        caption = _noun_phrase(caption, main, rng)
+        caption = Caption().add("there").add(be(main))
+        caption = noun_phrase(caption, main, rng)
         if other:
-            _noun_phrase(caption.add("and"), other, rng)
-            return caption.add(_place(scene, _grounded(main, other), rng))
-        return caption.add(_place(scene, main, rng))
+            noun_phrase(caption.add("and"), other, rng)
+            return caption.add(place_phrase(scene, _grounded(main, other), rng))
+        return caption.add(place_phrase(scene, main, rng))
     noun = SCENE_NOUNS[scene.place]
     caption = Caption().add(f"a {noun} with")
-    _noun_phrase(caption, main, rng)
+    noun_phrase(caption, main, rng)
     if other:
-        _noun_phrase(caption.add("and"), other, rng)
+        noun_phrase(caption.add("and"), other, rng)
     elif scene.extras:
-        _noun_phrase(caption.add("and"), scene.extras[0], rng, 0.7)
+        noun_phrase(caption.add("and"), scene.extras[0], rng, 0.7)
     return caption
 
 
@@ -199,8 +202,8 @@ def _short(scene: Scene, rng: random.Random) -> Caption:
     main, other = scene.main, scene.other
     if other and rng.random() < 0.65:
         first, second = (main, other) if rng.random() < 0.6 else (other, main)
-        caption = _noun_phrase(Caption(), first, rng, 0.8)
+        caption = noun_phrase(Caption(), first, rng, 0.8)
         caption.add(rng.choice(("and", "near", "with")))
-        return _noun_phrase(caption, second, rng, 0.8)
-    caption = _noun_phrase(Caption(), main, rng, 0.8)
-    return caption.add(_place(scene, main, rng))
+        return noun_phrase(caption, second, rng, 0.8)
+    caption = noun_phrase(Caption(), main, rng, 0.8)
+    return caption.add(place_phrase(scene, main, rng))

@@ -1,6 +1,6 @@
 """Pre-train the micro world's small models from nothing but its own `pretrain` split.
 
-``python -m microworld.pretrain tokenizer|encoder|scorer|decoder|all`` writes into ``microworld/weights/<model>/``:
+``python -m microworld.pretrain MODEL``, or ``all``, writes into ``microworld/weights/<MODEL>/``:
 
 * ``decoder``: a GPT-2 in the full-size decoder's file format, trained on caption text alone; it never sees an image.
   Captions are packed into streams that fill the whole context, so that every position embedding is trained.
@@ -8,6 +8,7 @@
   patch shows (kind and colour, from the boxes), which makes the last layer's tokens say what is where after a few
   thousand drawings; the read-outs are thrown away afterwards. Its vision tower is P2's encoder, through timm.
 * ``scorer``: an open_clip ResNet with other scenes, another architecture and the contrastive loss alone; for scores.
+* ``llava``: a LLaVA with the encoder's vision tower, taught by instructions; see `microworld.pretrain_llava`.
 
 Weights are stored as fp16 safetensors, each beside a JSON of seed, data, steps, time and metrics.
 """
@@ -42,7 +43,8 @@ from profiles import MICRO_WEIGHTS, PROFILES
 
 log = logging.getLogger(__name__)
 
-SCENE_SEEDS = {"encoder": 0, "scorer": 1, "decoder": 2, "test": 3}  # of the `pretrain` split: no two share a scene
+# Seeds of the `pretrain` split: no two share a scene.
+SCENE_SEEDS = {"encoder": 0, "scorer": 1, "decoder": 2, "test": 3, "llava": 4}
 VOCAB_SIZE = 1024
 CLIP_CONTEXT = 48  # tokens; no caption of the micro world is longer
 ENCODER_IMAGE, ENCODER_PATCH = (PROFILES["micro"].encoder_kwargs[k] for k in ("img_size", "patch_size"))
@@ -64,6 +66,8 @@ CLIP_CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, for both models
 
+MODELS = ("tokenizer", "decoder", "encoder", "scorer", "llava")  # in the order in which they need each other
+
 
 @dataclass
 class Recipe:
@@ -83,6 +87,7 @@ RECIPES = {
     "encoder": Recipe(scenes=20000, epochs=7, batch_size=128, lr=1e-3, patch_loss=1.0),
     "scorer": Recipe(scenes=12000, epochs=5, batch_size=128, lr=1e-3),
     "decoder": Recipe(scenes=24000, epochs=3, batch_size=16, lr=1.5e-3, weight_decay=0.05),
+    "llava": Recipe(scenes=14000, epochs=4, batch_size=24, lr=1.5e-3, weight_decay=0.05, warmup=100),
 }
 
 
@@ -287,9 +292,7 @@ def copy_clip_tokenizer(out: Path) -> None:
     from transformers import GPT2TokenizerFast
 
     source = MICRO_WEIGHTS / "decoder"
-    tokenizer = GPT2TokenizerFast(
-        vocab=str(source / "encoder.json"), merges=str(source / "vocab.bpe"), pad_token="!"
-    )
+    tokenizer = GPT2TokenizerFast(vocab=str(source / "encoder.json"), merges=str(source / "vocab.bpe"), pad_token="!")
     end = tokenizer.eos_token
     # open_clip pools the text tower at the highest id, the first one of it: so there is an end, and no beginning.
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -389,7 +392,7 @@ def write_record(out: Path, name: str, recipe: Recipe, steps: int, seconds: floa
 def main(argv: list[str] | None = None) -> int:
     """Command line of the pre-training."""
     parser = runtime.FlagParser(prog="python -m microworld.pretrain", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", choices=("tokenizer", "encoder", "scorer", "decoder", "all"), help="what to pre-train")
+    parser.add_argument("model", choices=(*MODELS, "all"), help="what to pre-train")
     parser.add_argument("--weights", type=Path, default=MICRO_WEIGHTS, help="folder of the results")
     parser.add_argument("--scenes", type=int, help="number of scenes instead of the recipe's")
     parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
@@ -399,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     runtime.setup_logging(args.verbose)
     device = runtime.pick_device(args.device)
-    names = ("tokenizer", "decoder", "encoder", "scorer") if args.model == "all" else (args.model,)
+    names = MODELS if args.model == "all" else (args.model,)
     for name in names:
         recipe = RECIPES["decoder" if name == "tokenizer" else name]
         recipe.scenes, recipe.epochs = args.scenes or recipe.scenes, args.epochs or recipe.epochs
@@ -409,6 +412,10 @@ def main(argv: list[str] | None = None) -> int:
             train_tokenizer(out, recipe)
         elif name == "decoder":
             train_decoder(recipe, out, device)
+        elif name == "llava":
+            from microworld.pretrain_llava import train_llava  # it builds on this module
+
+            train_llava(recipe, out, device, args.workers)
         else:
             train_clip(name, recipe, out, device, args.workers)
     return 0

@@ -61,5 +61,6 @@ def tiny_profile(tmp_path_factory, tiny_data, tiny_decoder_file, tokenizer_folde
         encoder_kwargs=TINY_ENCODER_KWARGS,
         clip_model="ViT-B-32-quickgelu",
         clip_weights="openai",
+        llava=PROFILES["micro"].llava,
         cache=str(tmp_path_factory.mktemp("cache")),
     )

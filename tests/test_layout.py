@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("microworld/*.py")])
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("microworld/*.py"), *ROOT.glob("bench/*.py")])
 }
 HEAVY = {"timm", "open_clip", "transformers", "torchvision", "pycocoevalcap", "matplotlib", "accelerate"}
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
@@ -25,11 +25,14 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "captioner": {"decoder", "runtime"},
     "evaluate": {"profiles", "runtime"},
     "generation": {"captioner", "data", "decoder", "runtime", "search"},
+    "inference": {"data", "runtime"},
+    "llava": {"runtime"},
     "microworld.things": set(),
     "microworld.captions": {"microworld.scenes"},
     "microworld.scenes": {"runtime", "microworld.captions", "microworld.things"},
 }
-MAY_USE_SCRIPTS = {"training": {"evaluate"}, "p2_train": {"evaluate"}}  # scripts are no libraries otherwise
+# Scripts are no libraries otherwise.
+MAY_USE_SCRIPTS = {name: {"evaluate"} for name in ("training", "p2_train", "p1_llava_caption")}
 MAY_USE_ALL = {"report"}
 
 
@@ -50,7 +53,7 @@ def parse(name):
 
 
 def siblings(name):
-    return (imported(ast.walk(parse(name))) & MODULES.keys()) - {"microworld"}
+    return (imported(ast.walk(parse(name))) & MODULES.keys()) - {"bench", "microworld"}
 
 
 def run_at_import(node):
@@ -85,7 +88,7 @@ def test_scripts_are_not_imported_by_each_other(name):
         assert siblings(name) & set(SCRIPTS) <= worlds | MAY_USE_SCRIPTS.get(name, set())
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("microworld")])
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(("bench", "microworld"))])
 def test_the_suite_does_not_depend_on_the_micro_world(name):
     assert not {sibling for sibling in siblings(name) if sibling.startswith("microworld")} or name in MAY_USE_ALL
 

@@ -1,0 +1,232 @@
+"""LLaVA 1.5 (Liu et al., arXiv 2304.08485 and 2310.03744) through transformers: prompts, loading, batched captions.
+
+A CLIP tower looks at the image, a projector turns its patches into tokens of a language model, and the language model
+answers a prompt. Whatever has that architecture loads: the full-size model and the micro one take the same path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+
+import runtime
+
+log = logging.getLogger(__name__)
+
+TEMPLATE = "USER: <image>\n{} ASSISTANT:"  # LLaVA 1.5's conversation of one turn
+PROMPTS = {  # the report's two settings
+    1: "Briefly describe this image in a sentence. Thank you.",
+    2: "In one sentence, describe the key objects in the image and their state. For example, "
+    "'A red apple lies on a wooden table' or 'A dog sleeps peacefully on a couch.'",
+}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+ARCHITECTURE = "LlavaForConditionalGeneration"
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype for ``auto``, ``float16``, ``bfloat16`` or ``float32``; auto is float16 on an accelerator."""
+    return DTYPES[("float32" if device.type == "cpu" else "float16") if name == "auto" else name]
+
+
+@dataclass
+class Row:
+    """One image with its prompt, ready for a batch: token ids (T,) and pixels (1, 3, H, W)."""
+
+    input_ids: torch.Tensor
+    pixel_values: torch.Tensor
+
+
+class Llava:
+    """A LLaVA model and its processor.
+
+    Args:
+        model: a ``LlavaForConditionalGeneration`` in eval mode.
+        processor: its ``LlavaProcessor``, which says how many tokens an image takes.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        config = model.config
+        if processor.patch_size is None or processor.vision_feature_select_strategy is None:  # checkpoints before 2025
+            processor.patch_size = config.vision_config.patch_size
+            processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+            processor.num_additional_image_tokens = 1  # CLIP's CLS
+        self.eos_ids = set(_as_list(model.generation_config.eos_token_id))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.model.device
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that stands in the prompt for each patch."""
+        return self.model.config.image_token_id
+
+    def row(self, image: Image.Image, prompt: str) -> Row:
+        """Preprocess one RGB image and wrap ``prompt`` into the conversation template; safe to call from a thread."""
+        inputs = self.processor(images=image, text=TEMPLATE.format(prompt), return_tensors="pt")
+        return Row(inputs["input_ids"][0], inputs["pixel_values"])
+
+    def check_room(self, row: Row, max_new_tokens: int) -> None:
+        """Raise ValueError when ``row`` and ``max_new_tokens`` more tokens exceed the language model's context."""
+        context = self.model.config.text_config.max_position_embeddings
+        used = len(row.input_ids)
+        if used + max_new_tokens > context:
+            raise ValueError(
+                f"--prompt: image and prompt take {used} of the model's {context} tokens, which leaves no room for "
+                f"--max-new-tokens {max_new_tokens}; shorten the prompt or the answer"
+            )
+
+    @torch.inference_mode()
+    def generate(self, rows: Sequence[Row], num_beams: int = 1, max_new_tokens: int = 64) -> list[list[int]]:
+        """Return the answers' token ids, without specials, to rows of any lengths; greedy with one beam."""
+        tokenizer = self.processor.tokenizer
+        ids = [row.input_ids for row in rows]
+        pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # the mask hides it
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")  # (B, T)
+        mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left")  # (B, T)
+        pixels = torch.cat([row.pixel_values for row in rows])  # (B, 3, H, W)
+        tokens = self.model.generate(
+            input_ids=input_ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            pixel_values=pixels.to(self.device, self.model.dtype),
+            generation_config=self._generation_config(num_beams, max_new_tokens, pad),
+        )
+        return [self._until_end(answer) for answer in tokens[:, input_ids.shape[1] :].tolist()]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return an answer as text, white space at its ends removed."""
+        return self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def _generation_config(self, num_beams: int, max_new_tokens: int, pad: int) -> Any:
+        """The checkpoint's own settings without those of sampling, which would warn that they have no effect."""
+        config = copy.deepcopy(self.model.generation_config)
+        config.update(do_sample=False, temperature=None, top_p=None, top_k=None, max_length=None,
+                      num_beams=num_beams, max_new_tokens=max_new_tokens, pad_token_id=pad)  # fmt: skip
+        return config
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        end = next((n for n, token in enumerate(tokens) if token in self.eos_ids), len(tokens))
+        return tokens[:end]
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def check_prompt(prompt: str) -> str:
+    """Return ``prompt``; ValueError when it is empty or brings an image placeholder of its own."""
+    if not prompt.strip():
+        raise ValueError("--prompt is empty; say what the model shall answer")
+    if "<image>" in prompt:
+        raise ValueError("--prompt: leave <image> out; it is put before the text, once")
+    return prompt
+
+
+def load_llava(
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    load_in_4bit: bool = False,
+) -> Llava:
+    """Load a LLaVA from a hub id or a folder that ``save_pretrained`` wrote.
+
+    Args:
+        model: hub id, such as ``llava-hf/llava-1.5-7b-hf``, or folder.
+        device: where it runs.
+        dtype: of the weights, and with 4 bits of the computation.
+        revision: branch, tag or commit of a hub id.
+        load_in_4bit: quantise the linear layers by bitsandbytes.
+
+    Raises:
+        FileNotFoundError: no such folder, or the hub can't be reached.
+        ValueError: another architecture, incomplete or damaged files, or bitsandbytes is missing.
+    """
+    transformers = runtime.import_guarded("transformers")
+    with _quiet(transformers):
+        _check_architecture(transformers, model, revision)
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    if load_in_4bit:
+        options["quantization_config"] = _four_bits(transformers, dtype)
+    if load_in_4bit or device.type != "cpu":
+        options["device_map"] = {"": str(device)}  # weights go there one by one: no second copy in host memory
+    architecture = getattr(transformers, ARCHITECTURE)
+    with _quiet(transformers):
+        try:
+            net, info = architecture.from_pretrained(model, output_loading_info=True, **options)
+            processor = transformers.AutoProcessor.from_pretrained(model, revision=revision)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"--model {model} does not fit into the memory of {device}: use --load-in-4bit") from error
+        except (OSError, ValueError, RuntimeError, KeyError, *_safetensors_errors()) as error:
+            raise ValueError(f"--model {model}: {_one_line(error)}; {_remedy(model)}") from error
+    absent = sorted(info["missing_keys"]) + sorted(str(m) for m in info["mismatched_keys"])
+    if absent:  # transformers would go on with random numbers there
+        raise ValueError(f"--model {model}: {len(absent)} weights are missing or misshapen, first {absent[0]}; "
+                         + _remedy(model))  # fmt: skip
+    return Llava(net.eval().requires_grad_(False), processor)
+
+
+def _check_architecture(transformers: Any, model: str, revision: str | None) -> None:
+    """Refuse what is no LLaVA before its weights are read."""
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise FileNotFoundError(f"--model {model}: the folder has no config.json; {_remedy(model)}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise FileNotFoundError(f"--model {model}: {_one_line(error)}; {_remedy(model)}") from error
+    if config.model_type != "llava":
+        found = ", ".join(config.architectures or [config.model_type])
+        raise ValueError(f"--model {model} is a {found}; this script runs {ARCHITECTURE} (LLaVA 1.5)")
+
+
+def _four_bits(transformers: Any, dtype: torch.dtype) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--load-in-4bit needs bitsandbytes: run pip install bitsandbytes, or leave the flag out")
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+
+
+def _remedy(model: str) -> str:
+    if Path(model).is_dir():
+        return "fetch it again with `bash hw3_download.sh p1`"
+    return "run `bash hw3_download.sh p1` where there is a network, or give a folder, or --profile micro"
+
+
+def _one_line(error: Exception, limit: int = 250) -> str:
+    """Return the first sentence: what follows it in transformers' messages is advice for other cases."""
+    return " ".join(str(error).split()).split(". ")[0][:limit].rstrip(".") or type(error).__name__
+
+
+def _safetensors_errors() -> tuple[type[Exception], ...]:
+    from safetensors import SafetensorError
+
+    return (SafetensorError,)
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Mute what loading says on missing weights and lost connections, which is told here, and its bar of shards."""
+    hub, ours = logging.getLogger("huggingface_hub"), transformers.utils.logging
+    levels = hub.level, ours.get_verbosity()
+    bars = ours.is_progress_bar_enabled()
+    hub.setLevel(logging.CRITICAL)
+    ours.set_verbosity_error()
+    ours.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hub.setLevel(levels[0])
+        ours.set_verbosity(levels[1])
+        if bars:
+            ours.enable_progress_bar()

@@ -1,0 +1,159 @@
+"""Caption every image of a folder with LLaVA, zero-shot: ``python p1_llava_caption.py IMG_DIR OUT.json``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import runtime
+from data import list_images, load_image
+from inference import PredictionLog, caption_images
+from llava import DTYPES, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
+from profiles import PROFILES
+
+log = logging.getLogger(__name__)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = runtime.FlagParser(description=__doc__)
+    parser.add_argument("img_dir", type=Path, metavar="IMG_DIR", help="folder of jpg, jpeg, png or webp images")
+    parser.add_argument("out", type=Path, metavar="OUT.json", help="predictions, {file name without suffix: caption}")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--setting", type=int, choices=sorted(PROMPTS), default=1, help="prompt of the report")
+    which.add_argument("--prompt", help="any other text, put into USER: <image>\\nTEXT ASSISTANT:")
+    which.add_argument("--compare", action="store_true",
+                       help="run both settings, score them and print a table; needs --annotation-file")  # fmt: skip
+    parser.add_argument("--model", help="hub id or folder of a LLaVA 1.5 (default: the profile's)")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--num-beams", type=int, default=1, help="live beams; 1 is greedy search")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at once; halved where memory runs out")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                        help="of the weights; auto: float16, on a CPU float32")  # fmt: skip
+    parser.add_argument("--load-in-4bit", action="store_true", help="quantise the weights (needs bitsandbytes)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT.json")
+    parser.add_argument("--annotation-file", type=Path, help="COCO-style references of the images, for --compare")
+    parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--verbose", action="store_true", help="more log lines")
+    return parser
+
+
+@dataclass
+class Job:
+    """One prompt over the images: the prompt and where its captions are kept."""
+
+    prompt: str
+    log: PredictionLog
+
+
+def prompts(args: argparse.Namespace) -> dict[str, tuple[str, Path]]:
+    """Return ``{name: (prompt, file of its captions)}``: both settings for --compare, else one."""
+    if args.compare:
+        return {str(n): (text, args.out.with_name(f"{args.out.stem}_setting{n}.json")) for n, text in PROMPTS.items()}
+    return {str(args.setting): (args.prompt or PROMPTS[args.setting], args.out)}
+
+
+def open_job(prompt: str, out: Path, args: argparse.Namespace) -> Job:
+    """Open the predictions of ``prompt``; whatever decides them is written down, so that no other run is resumed."""
+    run = {
+        "script": "p1_llava_caption.py",
+        "images": str(args.img_dir.resolve()),
+        "model": args.model or PROFILES[args.profile].llava,
+        "prompt": prompt,
+        **{name: getattr(args, name) for name in ("revision", "num_beams", "max_new_tokens", "dtype", "load_in_4bit")},
+    }
+    return Job(prompt, PredictionLog(out, run, args.overwrite))
+
+
+def run_job(model: Llava, job: Job, paths: list[Path], args: argparse.Namespace) -> None:
+    """Caption ``paths`` with the job's prompt."""
+
+    def prepare(image: Any) -> Any:
+        return model.row(image, job.prompt)
+
+    def caption(rows: list[Any]) -> list[str]:
+        return [model.text(tokens) for tokens in model.generate(rows, args.num_beams, args.max_new_tokens)]
+
+    caption_images(job.log, paths, prepare, caption, args.batch_size)
+
+
+def check_room(model: Llava, jobs: list[Job], paths: list[Path], max_new_tokens: int) -> None:
+    """Refuse a prompt without room for an answer, before any work, by the first image that can be read."""
+    for path in paths:
+        try:
+            image = load_image(path)
+        except (ValueError, OSError):
+            continue  # it is named when its turn comes
+        for job in jobs:
+            model.check_room(model.row(image, job.prompt), max_new_tokens)
+        return
+
+
+def compare(captions: dict[str, dict[str, str]], args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Score the captions of every setting; return the scores and the report's table as text."""
+    profile = PROFILES[args.profile]
+    scorer = evaluate.ClipScorer(profile.clip_model, profile.clip_weights, runtime.pick_device(args.device))
+    annotations = evaluate.load_annotations(args.annotation_file)
+    scores: dict[str, Any] = {}
+    lines = [f"{'setting':<9}{'images':>7}{'CIDEr':>9}{'CLIPScore':>11}{'words':>8}"]
+    for setting, predictions in captions.items():
+        result = evaluate.evaluate_predictions(
+            predictions, annotations, ("cider", "clipscore"), args.img_dir, lambda: scorer
+        )
+        if result.errors:
+            raise ValueError(f"setting {setting}: " + "; ".join(result.errors.values()))
+        words = sum(len(caption.split()) for caption in predictions.values()) / len(predictions)
+        scores[setting] = {**result.means, "words": words, "images": len(predictions)}
+        lines.append(f"{setting:<9}{len(predictions):>7}{result.means['CIDEr']:>9.3f}"
+                     f"{result.means['CLIPScore']:>11.3f}{words:>8.1f}")  # fmt: skip
+    return scores, "\n".join(lines)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse flags that make no sense before anything is loaded."""
+    for name in ("batch_size", "num_beams", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.prompt is not None:
+        check_prompt(args.prompt)
+    if args.compare != (args.annotation_file is not None):
+        raise ValueError("--compare and --annotation-file go together: the table needs references")
+    if args.compare:
+        evaluate.load_annotations(args.annotation_file)
+
+
+@runtime.command
+def main(argv: list[str] | None = None) -> int:
+    """Caption a folder; return 0, or 3 (``PARTIAL``) where an image could not be read."""
+    args = build_parser().parse_args(argv)
+    runtime.setup_logging(args.verbose)
+    check_args(args)
+    device = runtime.pick_device(args.device)
+    paths = list_images(args.img_dir)
+    with contextlib.ExitStack() as stack:
+        jobs = {name: open_job(prompt, out, args) for name, (prompt, out) in prompts(args).items()}
+        for job in jobs.values():
+            stack.enter_context(job.log)
+        model = load_llava(args.model or PROFILES[args.profile].llava, device, pick_dtype(args.dtype, device),
+                           args.revision, args.load_in_4bit)  # fmt: skip
+        check_room(model, list(jobs.values()), paths, args.max_new_tokens)
+        for job in jobs.values():
+            run_job(model, job, paths, args)
+        captions = {name: job.log.finish(paths) for name, job in jobs.items()}
+    if args.compare:
+        scores, table = compare(captions, args)
+        runtime.write_json(args.out, scores)
+        print(table)
+    return runtime.PARTIAL if any(len(c) < len(paths) for c in captions.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""inference.py: the loop over a folder - reading ahead, batches that halve, the side file, resuming."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from inference import Halving, PredictionLog, caption_images, read_ahead
+
+RUN = {"model": "m", "beams": (1, 2)}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Seven one-coloured images; number k has the grey level k."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for k in range(7):
+        Image.new("RGB", (4, 4), (k, k, k)).save(folder / f"{k}.png")
+    return sorted(folder.iterdir())
+
+
+def grey(image):
+    return image.getpixel((0, 0))[0]
+
+
+def say(levels):
+    return [f"level {level}" for level in levels]
+
+
+def run(out, images, caption=say, batch_size=3, **kwargs):
+    with PredictionLog(out, RUN, **kwargs) as log_file:
+        caption_images(log_file, images, grey, caption, batch_size)
+        return log_file.finish(images)
+
+
+def test_every_image_has_its_caption_and_the_side_file_goes(tmp_path, images):
+    out = tmp_path / "new" / "out.json"
+    captions = run(out, images)
+    assert captions == json.loads(out.read_text()) == {str(k): f"level {k}" for k in range(7)}
+    assert [p.name for p in out.parent.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
+def test_batches_come_in_order_whatever_their_size(images, size):
+    batches = list(read_ahead(images, grey, size))
+    assert [path for batch in batches for path, _ in batch] == images
+    assert all(len(batch) == size for batch in batches[:-1])
+    assert [future.result() for batch in batches for _, future in batch] == list(range(7))
+
+
+def test_only_a_few_batches_are_read_ahead(images):
+    """Memory: a folder of a million images must not be in it."""
+    read = []
+    batches = read_ahead(images, lambda image: read.append(grey(image)), 1)
+    for _, future in next(batches):
+        future.result()
+    batches.close()
+    assert len(read) <= 3
+
+
+class Interrupted(Exception):  # noqa: N818 - stands for KeyboardInterrupt
+    """Stands for a kill."""
+
+
+def breaking_after(calls):
+    left = iter(range(calls))
+
+    def caption(levels):
+        if next(left, None) is None:
+            raise Interrupted
+        return say(levels)
+
+    return caption
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path, images):
+    out = tmp_path / "out.json"
+    with pytest.raises(Interrupted):
+        run(out, images, breaking_after(1))
+    assert not out.exists()
+    seen = []
+    captions = run(out, images, lambda levels: seen.extend(levels) or say(levels))
+    assert seen == [3, 4, 5, 6]
+    assert captions == {str(k): f"level {k}" for k in range(7)}
+
+
+def test_a_torn_last_line_is_captioned_again(tmp_path, images):
+    out = tmp_path / "out.json"
+    with pytest.raises(Interrupted):
+        run(out, images, breaking_after(1))
+    part = tmp_path / "out.json.part.jsonl"
+    part.write_bytes(part.read_bytes()[:-7])
+    assert run(out, images) == {str(k): f"level {k}" for k in range(7)}
+
+
+def test_another_run_is_neither_resumed_nor_dropped(tmp_path, images):
+    out = tmp_path / "out.json"
+    with pytest.raises(Interrupted):
+        run(out, images, breaking_after(1))
+    before = (tmp_path / "out.json.part.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"another run \(other model\)"):
+        PredictionLog(out, {**RUN, "model": "n"})
+    assert (tmp_path / "out.json.part.jsonl").read_bytes() == before
+    with PredictionLog(out, {**RUN, "model": "n"}, overwrite=True) as log_file:
+        assert log_file.captions == {}
+
+
+def test_a_damaged_side_file_is_named(tmp_path, images):
+    part = tmp_path / "out.json.part.jsonl"
+    part.write_text('{"run": {}}\nnonsense\n')
+    with pytest.raises(ValueError, match="damaged"):
+        run(tmp_path / "out.json", images)
+    assert len(run(tmp_path / "out.json", images, overwrite=True)) == 7
+
+
+def test_an_existing_result_is_kept(tmp_path, images):
+    out = tmp_path / "out.json"
+    out.write_text("precious")
+    with pytest.raises(ValueError, match="--overwrite"):
+        run(out, images)
+    assert out.read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["out.json"]
+    assert len(run(out, images, overwrite=True)) == 7
+    with pytest.raises(ValueError, match="is a folder"):
+        run(tmp_path, images)
+
+
+def test_a_run_that_fails_at_its_start_leaves_no_trace(tmp_path):
+    with pytest.raises(Interrupted), PredictionLog(tmp_path / "out.json", RUN):
+        raise Interrupted
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_do_not_mix(tmp_path):
+    code = f"from pathlib import Path; from inference import *; PredictionLog(Path({str(tmp_path / 'o.json')!r}), {{}})"
+    with PredictionLog(tmp_path / "o.json", RUN):
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "another run is writing it" in result.stderr
+
+
+def test_unreadable_images_are_named_and_the_rest_is_captioned(tmp_path, images, caplog):
+    images[2].write_bytes(b"no picture")
+    captions = run(tmp_path / "out.json", images)
+    assert set(captions) == set("013456")
+    assert str(images[2]) in caplog.text
+    assert "1 of 7 images were not captioned" in caplog.text
+
+
+def test_nothing_readable_is_an_error(tmp_path, images):
+    for path in images:
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 7 images"):
+        run(tmp_path / "out.json", images)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_batches_halve_when_memory_runs_out_and_stay_halved(caplog):
+    tried = []
+
+    def function(items):
+        tried.append(len(items))
+        if len(items) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [item * 2 for item in items]
+
+    halving = Halving(function)
+    with caplog.at_level(logging.WARNING):
+        assert halving(list(range(8))) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert tried == [8, 4, 2, 2, 2, 2]
+    assert halving([5, 6, 7]) == [10, 12, 14]
+    assert tried[6:] == [2, 1]
+    assert "going on with 2" in caplog.text
+
+
+def test_one_image_that_does_not_fit_is_an_error_with_a_remedy():
+    def function(items):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ValueError, match="with one image: use a smaller model"):
+        Halving(function)([1, 2])

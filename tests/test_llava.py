@@ -1,0 +1,264 @@
+"""llava.py and p1_llava_caption.py on the micro LLaVA: equal to plain generate, resumable, clear about bad input."""
+
+import json
+import logging
+import shutil
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import llava
+import p1_llava_caption
+import runtime
+from bench import llava as bench_llava
+from data import list_images, load_image
+from inference import Halving
+from llava import PROMPTS, TEMPLATE, load_llava
+from microworld.scenes import generate
+from profiles import PROFILES
+
+MICRO = PROFILES["micro"].llava
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_llava(MICRO, CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A hundred validation scenes."""
+    folder = tmp_path_factory.mktemp("scenes")
+    generate(folder, "val", 100, seed=5, workers=1)
+    return folder
+
+
+def caption(images, out, *flags):
+    return p1_llava_caption.main([str(images), str(out), "--profile", "micro", "--device", "cpu", *map(str, flags)])
+
+
+@pytest.fixture
+def few(scenes, tmp_path):
+    """Six of the scenes in a folder of their own."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for path in list_images(scenes / "images" / "val")[:6]:
+        shutil.copy(path, folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------- the prompts
+
+
+def test_the_prompts_are_the_reports_character_for_character():
+    one, two = (TEMPLATE.format(PROMPTS[n]) for n in (1, 2))
+    assert one == "USER: <image>\nBriefly describe this image in a sentence. Thank you. ASSISTANT:"
+    assert two == (
+        "USER: <image>\nIn one sentence, describe the key objects in the image and their state. For example, 'A red "
+        "apple lies on a wooden table' or 'A dog sleeps peacefully on a couch.' ASSISTANT:"
+    )
+
+
+def test_the_chat_template_writes_the_same_conversation(model):
+    content = [{"type": "image"}, {"type": "text", "text": PROMPTS[1]}]
+    messages = [{"role": "user", "content": content}]
+    text = model.processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert text == TEMPLATE.format(PROMPTS[1])
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": " A dog."}]})
+    assert model.processor.apply_chat_template(messages) == f"{text} A dog.</s>".replace(
+        "ASSISTANT: A", "ASSISTANT:  A"
+    )
+
+
+def test_a_prompt_needs_text_and_no_image_of_its_own():
+    for bad, why in (("  ", "empty"), ("<image> what is it?", "leave <image> out")):
+        with pytest.raises(ValueError, match=why):
+            llava.check_prompt(bad)
+
+
+# ------------------------------------------------------------------------------------- equal to one image at a time
+
+
+@pytest.mark.parametrize("setting", PROMPTS)
+def test_batches_answer_with_the_tokens_of_plain_generate(model, scenes, setting):
+    paths = list_images(scenes / "images" / "val")
+    plain = bench_llava.plain_loop(model, paths, PROMPTS[setting], 40)
+    ours = bench_llava.ours(model, paths, PROMPTS[setting], 40, 16)
+    assert [[t for t in answer if t not in model.eos_ids] for answer in plain] == ours
+    assert len({tuple(answer) for answer in ours}) > 30
+
+
+def test_prompts_of_different_length_share_a_batch(model, scenes):
+    """Left padding: a short prompt beside a long one is answered as alone."""
+    image = load_image(list_images(scenes / "images" / "val")[0])
+    prompts = [PROMPTS[1], PROMPTS[2], "How many dogs are there?"]
+    rows = [model.row(image, prompt) for prompt in prompts]
+    assert len({len(row.input_ids) for row in rows}) == 3
+    together = model.generate(rows, max_new_tokens=30)
+    assert together == [model.generate([row], max_new_tokens=30)[0] for row in rows]
+    assert together[0] != together[1]
+
+
+def test_beams_answer_as_in_plain_generate(model, scenes):
+    paths = list_images(scenes / "images" / "val")[:6]
+    rows = [model.row(load_image(path), PROMPTS[1]) for path in paths]
+    for row, tokens in zip(rows, model.generate(rows, num_beams=3, max_new_tokens=30), strict=True):
+        plain = model.model.generate(input_ids=row.input_ids[None], pixel_values=row.pixel_values, num_beams=3,
+                                     do_sample=False, max_new_tokens=30)  # fmt: skip
+        assert [t for t in plain[0, len(row.input_ids) :].tolist() if t not in model.eos_ids] == tokens
+
+
+def test_an_image_takes_the_tokens_that_the_processor_says(model):
+    row = model.row(Image.new("RGB", (300, 120)), PROMPTS[1])
+    config = model.model.config.vision_config
+    assert (row.input_ids == model.image_token_id).sum() == (config.image_size // config.patch_size) ** 2
+
+
+def test_the_second_setting_names_more(model, scenes):
+    """What the settings are for: the prompt decides how much is told."""
+    paths = list_images(scenes / "images" / "val")[:40]
+    words = {
+        n: [len(model.text(t).split()) for t in bench_llava.ours(model, paths, PROMPTS[n], 48, 20)] for n in PROMPTS
+    }
+    assert sum(words[2]) > 1.2 * sum(words[1])
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_writes_the_answers_alone(few, tmp_path, capsys, caplog):
+    out = tmp_path / "out.json"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert caption(few, out) == 0
+    captions = json.loads(out.read_text())
+    assert list(captions) == [path.stem for path in list_images(few)]
+    for text in captions.values():
+        assert text == text.strip()
+        assert text.endswith(".")
+        assert not {"USER", "ASSISTANT", "<image>", "</s>"} & set(text.replace(":", " ").split())
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "generation flags" not in capsys.readouterr().err
+
+
+def test_settings_and_prompts_decide_the_answer(few, tmp_path):
+    for name, flags in {"1": (), "2": ("--setting", "2"), "count": ("--prompt", "How many dogs are there?")}.items():
+        assert caption(few, tmp_path / f"{name}.json", *flags) == 0
+    one, two, count = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("1", "2", "count"))
+    assert one != two
+    assert all(text.startswith("There") for text in count.values())
+
+
+def test_an_interrupted_run_is_resumed(few, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole.json", tmp_path / "out.json"
+    assert caption(few, whole) == 0
+    calls = []
+
+    def broken(self, items):
+        calls.append(len(items))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return self.function(items)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Halving, "__call__", broken)
+        assert caption(few, out, "--batch-size", 2) == runtime.INTERRUPTED
+    assert not out.exists()
+    assert caption(few, out, "--setting", 2) == runtime.BAD_INPUT  # the side file belongs to setting 1
+    assert caption(few, out, "--batch-size", 4) == 0
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_compare_prints_the_table_of_both_settings(scenes, tmp_path, capsys):
+    out = tmp_path / "table.json"
+    assert caption(scenes / "images" / "val", out, "--compare", "--annotation-file", scenes / "val.json") == 0
+    scores = json.loads(out.read_text())
+    assert set(scores) == {"1", "2"}
+    assert scores["1"]["CIDEr"] > scores["2"]["CIDEr"] > 0
+    assert scores["2"]["words"] > scores["1"]["words"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["setting", "images", "CIDEr", "CLIPScore", "words"]
+    assert float(lines[1].split()[2]) == pytest.approx(scores["1"]["CIDEr"], abs=1e-3)
+    assert len(json.loads((tmp_path / "table_setting2.json").read_text())) == 100
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def fails(capsys, *arguments):
+    assert caption(*arguments) == runtime.BAD_INPUT
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+def test_no_such_model(few, tmp_path, capsys):
+    message = fails(capsys, few, tmp_path / "o.json", "--model", "nobody/no-llava")
+    assert "--model nobody/no-llava" in message
+    assert "hw3_download.sh" in message
+    assert not list(tmp_path.glob("o.json*"))
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in fails(capsys, few, tmp_path / "o.json", "--model", tmp_path / "empty")
+
+
+def test_another_architecture_is_named(few, tmp_path, capsys):
+    folder = tmp_path / "gpt2"
+    transformers = runtime.import_guarded("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    assert "is a GPT2LMHeadModel" in fails(capsys, few, tmp_path / "o.json", "--model", folder)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    return shutil.copytree(MICRO, tmp_path / "copied")
+
+
+def test_missing_weights_are_never_made_up(few, tmp_path, copied, capsys):
+    """from_pretrained would warn and go on with random numbers."""
+    state = load_file(copied / "model.safetensors")
+    gone = next(key for key in state if "down_proj" in key)
+    del state[gone]
+    save_file(state, copied / "model.safetensors", metadata={"format": "pt"})
+    message = fails(capsys, few, tmp_path / "o.json", "--model", copied)
+    assert "1 weights are missing" in message
+    assert "down_proj" in message
+
+
+def test_truncated_weights_are_an_error(few, tmp_path, copied, capsys):
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    assert str(copied) in fails(capsys, few, tmp_path / "o.json", "--model", copied)
+
+
+def test_a_prompt_without_room_for_an_answer(few, tmp_path, capsys):
+    message = fails(capsys, few, tmp_path / "o.json", "--prompt", "What is that? " * 200)
+    assert "no room for --max-new-tokens 64" in message
+    assert "no room" in fails(capsys, few, tmp_path / "o.json", "--max-new-tokens", 500)
+
+
+def test_unreadable_images_are_named_and_the_rest_is_captioned(few, tmp_path, caplog):
+    list_images(few)[0].write_bytes(b"no picture")
+    assert caption(few, tmp_path / "o.json") == runtime.PARTIAL
+    assert len(json.loads((tmp_path / "o.json").read_text())) == 5
+    assert "000000000000" in caplog.text or list_images(few)[0].name in caplog.text
+
+
+def test_flags_that_make_no_sense(few, tmp_path, capsys):
+    out = tmp_path / "o.json"
+    assert "--batch-size 0" in fails(capsys, few, out, "--batch-size", 0)
+    assert "go together" in fails(capsys, few, out, "--compare")
+    assert "--prompt is empty" in fails(capsys, few, out, "--prompt", " ")
+    assert "no such folder" in fails(capsys, tmp_path / "nowhere", out)
+    out.write_text("{}")
+    assert "--overwrite" in fails(capsys, few, out)
+    assert caption(few, out, "--overwrite") == 0
+
+
+def test_four_bits_without_bitsandbytes(few, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(llava.importlib.util, "find_spec", lambda name: None)
+    assert "pip install bitsandbytes" in fails(capsys, few, tmp_path / "o.json", "--load-in-4bit")
