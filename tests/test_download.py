@@ -96,6 +96,7 @@ def test_the_full_profile_takes_what_the_download_makes():
     profile = PROFILES["full"]
     targets = {target for _, target, *_ in manifest_rows()}
     assert {profile.decoder, profile.encoder_weights, profile.clip_weights} <= targets
+    assert f"{profile.llava}/model.safetensors.index.json" in targets
     assert {f"{profile.tokenizer}/{name}" for name in ("encoder.json", "vocab.bpe")} <= targets
 
 

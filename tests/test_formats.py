@@ -6,6 +6,8 @@ full_size"`` leaves them out.
 
 import gc
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import evaluate
+import p1_llava_caption
 import p2_infer
 import runtime
 from captioner import Captioner, CaptionerConfig, build_encoder, build_transform
@@ -212,34 +215,53 @@ def test_clip_vit_b_32_of_openai_from_a_local_file_scores_as_open_clip_does(tmp_
 # ------------------------------------------------------------------------------------------------------------- LLaVA
 
 
-def make_llava(folder):
-    """A LLaVA 1.5 of the true layout at reduced depth and width: three shards with an index, processor, tokenizer."""
-    transformers = runtime.import_guarded("transformers")
-    vision = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-                                           num_attention_heads=2, image_size=28, patch_size=14)  # fmt: skip
-    text = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                    vocab_size=1100, max_position_embeddings=128)  # fmt: skip
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=1024,
-                                      vision_feature_layer=-2)  # fmt: skip
-    model = random_(transformers.LlavaForConditionalGeneration(config))
-    model.half().save_pretrained(folder, max_shard_size="120KB")
-    return model.float()
+def hub_llava(folder):
+    """The micro LLaVA as the hub holds the 7B: three fp16 shards with an index, the vision tower under the name that
+    it had when the file was written, and an image processor with a file of its own.
+    """
+    micro = Path(PROFILES["micro"].llava)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(micro / name, folder)
+    processor = json.loads((micro / "processor_config.json").read_text(encoding="utf-8"))
+    image_processor = processor.pop("image_processor")
+    (folder / "preprocessor_config.json").write_text(json.dumps(image_processor), encoding="utf-8")
+    (folder / "processor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    state = {
+        key.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for key, tensor in load_file(micro / "model.safetensors").items()
+    }
+    keys, places = sorted(state), {}
+    for number in range(3):
+        shard, part = f"model-0000{number + 1}-of-00003.safetensors", keys[number::3]
+        save_file({key: state[key] for key in part}, folder / shard, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, shard)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def test_llava_in_shards_with_an_index(tmp_path):
-    """The hub's file is fp16 in three shards; here as many as a small model gives, loaded from the folder alone."""
+    """Renamed keys that were not recognised would leave the vision tower at random."""
+    folder, scenes = tmp_path / "llava-1.5-7b-hf", tmp_path / "scenes"
+    folder.mkdir()
+    hub_llava(folder)
     transformers = runtime.import_guarded("transformers")
-    model = make_llava(tmp_path)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    shards = {*index["weight_map"].values()}
-    assert len(shards) > 1 and all((tmp_path / shard).is_file() for shard in shards)
-    assert {tensor.dtype for tensor in load_file(tmp_path / min(shards)).values()} == {torch.float16}
-    loaded, report = transformers.LlavaForConditionalGeneration.from_pretrained(
-        tmp_path, dtype=torch.float32, output_loading_info=True
-    )
+    net, report = transformers.LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert net.dtype == torch.float16
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ids = torch.tensor([[1, 5, 1024, 1024, 1024, 1024, 7]])  # 28 / 14 squared image tokens, CLS left out
-    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(4))
-    with torch.inference_mode():
-        ours, theirs = (m.eval()(input_ids=ids, pixel_values=pixels).logits for m in (loaded, model))
-    torch.testing.assert_close(ours, theirs)
+    generate(scenes, "val", 3, seed=2, workers=1)
+    answers = []
+    for name, model in (("hub", folder), ("micro", PROFILES["micro"].llava)):
+        out = tmp_path / f"{name}.json"
+        argv = [scenes / "images/val", out, "--model", model, "--device", "cpu", "--max-new-tokens", "20"]
+        assert p1_llava_caption.main([*map(str, argv)]) == 0
+        answers.append(json.loads(out.read_text(encoding="utf-8")))
+    assert answers[0] == answers[1] and len(set(answers[0].values())) == 3
+
+
+def test_a_llava_folder_without_one_of_its_shards_is_refused(tmp_path, capsys):
+    hub_llava(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    argv = [*map(str, [tmp_path, tmp_path / "out.json", "--model", tmp_path, "--device", "cpu"])]
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    assert p1_llava_caption.main(argv) == 2
+    assert "bash hw3_download.sh p1" in capsys.readouterr().err
