@@ -26,6 +26,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "evaluate": {"profiles", "runtime"},
     "generation": {"captioner", "data", "decoder", "runtime", "search"},
     "inference": {"data", "runtime"},
+    "data_prep": {"data", "runtime"},
     "llava": {"runtime"},
     "microworld.things": set(),
     "microworld.captions": {"microworld.scenes"},
