@@ -175,6 +175,8 @@ def test_a_broken_transfer_goes_on_where_it_stopped(download, mirror, fault):
     result = download("p2")
     assert result.returncode == 0, result.stderr
     assert mirror.asked(HUB[DECODER]) == [None, "bytes=1500-"], "the second half only"
+    times = [when for path, _, when in mirror.requests if path == HUB[DECODER]]
+    assert times[1] - times[0] < 20, "a stalled server would hold the line for 30 seconds"
     assert same(download.root, DECODER, mirror)
     assert f"{DECODER}: broken off at 1500 bytes" in result.stdout
 
