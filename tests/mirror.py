@@ -39,17 +39,19 @@ class Mirror:
 
     Faults: ``truncate`` (half of the rest, then the connection closes), ``stall`` (half, then silence), ``429``
     (Retry-After: 1), any other status as a number, ``no-range`` (ignores the Range header). ``hub_etags`` makes it
-    tell hashes as the hub does.
+    tell hashes as the hub does. ``redirects`` sends requests for the hub's files on to another host, as the hub does:
+    the hash is told on the way, and the faults are those of ``/cdn`` plus the path.
     """
 
     def __init__(self, files, hub_etags=True):
-        self.files, self.hub_etags = files, hub_etags
+        self.files, self.hub_etags, self.redirects = files, hub_etags, False
         self.faults, self.requests = defaultdict(list), []
         self.released = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.elsewhere = f"http://localhost:{self.server.server_port}"  # the same, to curl another host
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self):
         self.released.set()
@@ -76,7 +78,9 @@ class Mirror:
         path = re.sub("^https?://[^/]+", "", request.path)  # a proxy is asked for whole URLs
         self.requests.append((path, dict(request.headers), time.monotonic()))
         fault = self.faults[path].pop(0) if self.faults[path] else None
-        body = self.files.get(path)
+        body = self.files.get(path.removeprefix("/cdn"))
+        if self.redirects and "/resolve/" in path and not path.startswith("/cdn"):
+            return self._refuse(request, 302, {"Location": f"{self.elsewhere}/cdn{path}"}, body)
         if str(fault).isdigit() or body is None:
             return self._refuse(request, int(fault or 404))
         start = int(re.match(r"bytes=(\d+)-", request.headers.get("Range") or "bytes=0-").group(1))
@@ -98,8 +102,9 @@ class Mirror:
 
     def _send(self, request, body, start, fault):
         rest = body[start:]
+        told = {} if self.redirects else self._hub_headers(body)
         request.send_response(206 if start else 200)
-        headers = {"Content-Length": str(len(rest)), "Accept-Ranges": "bytes", **self._hub_headers(body)}
+        headers = {"Content-Length": str(len(rest)), "Accept-Ranges": "bytes", **told}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         for key, value in headers.items():

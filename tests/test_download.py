@@ -155,9 +155,20 @@ def test_a_token_goes_to_the_hub_and_nowhere_else(download, mirror):
     assert download("p2", HF_TOKEN="secret").returncode == 0
     assert {headers.get("Authorization") for _, headers, _ in mirror.requests} == {"Bearer secret"}
     mirror.requests.clear()
-    elsewhere = mirror.url.replace("127.0.0.1", "localhost")
-    assert download("data", HF_TOKEN="secret", COCO_BASE_URL=elsewhere).returncode == 0
+    assert download("data", HF_TOKEN="secret", COCO_BASE_URL=mirror.elsewhere).returncode == 0
     assert {headers.get("Authorization") for _, headers, _ in mirror.requests} == {None}
+
+
+def test_the_hub_sends_on_to_another_host(download, mirror):
+    """As huggingface.co does: the hash stands on the redirect, and the token must not travel on with it."""
+    mirror.redirects = True
+    mirror.faults[f"/cdn{HUB[DECODER]}"] = ["truncate"]
+    result = download("p2", HF_TOKEN="secret")
+    assert result.returncode == 0, result.stderr
+    assert f"{UNPINNED}: no checksum on record; compared with the hub's own" in result.stdout
+    assert mirror.asked(f"/cdn{HUB[DECODER]}") == [None, "bytes=1500-"] and same(download.root, DECODER, mirror)
+    tokens = {path.startswith("/cdn"): headers.get("Authorization") for path, headers, _ in mirror.requests}
+    assert tokens == {True: None, False: "Bearer secret"}
 
 
 def test_proxies_are_respected(download, mirror):
