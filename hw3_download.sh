@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fetch what the full size needs: models into weights/, GPT-2 and data into hw3_data/.
 #
-#   bash hw3_download.sh [all|p1|p2|data]       fetch (default: all); run it again to go on or to see that nothing is left
+#   bash hw3_download.sh [all|p1|p2|data]       fetch (default: all); run again to go on, or to see all is there
 #   bash hw3_download.sh check [all|p1|p2|data] hash every file and read every image that is there
 #
 #   p1    LLaVA-1.5-7B and the CLIP that scores      p2    GPT-2, the encoders and the CLIP that scores
@@ -48,7 +48,9 @@ fail() {
   exit 1
 }
 
-readable() { awk -v n="$1" 'BEGIN { if (n >= 1e9) printf "%.1f GB", n / 1e9; else printf "%.1f MB", n / 1e6 }'; }
+readable() { awk -v n="$1" 'BEGIN {
+  if (n >= 1e9) printf "%.1f GB", n / 1e9; else if (n >= 1e6) printf "%.1f MB", n / 1e6; else printf "%.0f kB", n / 1e3
+}'; }
 
 size_of() { if [[ -f $1 ]]; then wc -c <"$1" | tr -d ' '; else echo 0; fi; }
 
@@ -74,22 +76,29 @@ url_of() { # source revision
 }
 
 # The last value of a header, over all redirects; the hub tells a file's hash on the first of them.
-header() { tr -d '\r"' <"$headers" | awk -F ': *' -v name="$1" 'tolower($1) == name { value = $2 } END { print value }'; }
+header() {
+  tr -d '\r"' <"$headers" | awk -F ': *' -v name="$1" 'tolower($1) == name { value = $2 } END { print value }'
+}
 
 # One attempt to fetch the rest of $2 from $1; prints the HTTP status, returns curl's exit code.
 attempt() {
   : >"$headers"
-  local token=()
+  : >"$scratch/stderr"
+  local token=() show=(--silent --show-error) errors=$scratch/stderr
+  if [[ -t 2 ]]; then # someone is watching: the bar, and curl's own words, go to the terminal
+    show=(--progress-bar)
+    errors=/dev/stderr
+  fi
   if [[ -n ${HF_TOKEN:-} && $1 == "$hub"/* ]]; then # by a file: a command line can be read by everyone
     printf 'header = "Authorization: Bearer %s"\n' "$HF_TOKEN" >"$scratch/token"
     token=(--config "$scratch/token")
   fi
-  curl --fail --location --silent --show-error --connect-timeout 30 --speed-limit 1000 --speed-time "$stall" \
+  curl --fail --location "${show[@]}" --connect-timeout 30 --speed-limit 1000 --speed-time "$stall" \
     ${token[@]+"${token[@]}"} --continue-at - --dump-header "$headers" --write-out '%{http_code}' --output "$2" \
-    -- "$1" 2>"$scratch/stderr"
+    -- "$1" 2>"$errors"
 }
 
-# What to do after a failed attempt: 0 try again, 1 the part file is whole already; ends the script where trying is vain.
+# After a failed attempt: 0 is try again, 1 is that the part file is whole already; fails where trying is vain.
 consider() { # curl's exit code, HTTP status, URL, part file, name
   case $1/$2 in
     22/416) # nothing is left, or the part file belongs to another version
@@ -115,13 +124,14 @@ pause() { # number of the attempt
 
 # Fetch $1 into $2 over as many attempts as it takes; $3 names it.
 transfer() {
-  local number status code
+  local number status code words
   for ((number = 1; number <= tries; number++)); do
     code=0
     status=$(attempt "$1" "$2") || code=$?
     [[ $code -ne 0 ]] || return 0
     consider "$code" "$status" "$1" "$2" "$3" || return 0
-    say "  $3: broken off at $(size_of "$2") bytes (HTTP $status; $(tail -n 1 "$scratch/stderr")); attempt $number of $tries"
+    words=$(tail -n 1 "$scratch/stderr")
+    say "  $3: attempt $number of $tries ended at $(size_of "$2") bytes (HTTP $status${words:+; $words})"
     [[ $number -eq $tries ]] || pause "$number"
   done
   fail "$3: $tries attempts failed; what arrived is kept in $2 ($1)"
@@ -197,7 +207,7 @@ tell_sizes() {
   needed=$(bytes_to_fetch "$1")
   free=$(($(df -Pk "$root" | awk 'NR == 2 { print $4 }') * 1024))
   say "$1: $(readable "$needed") to fetch into $root, where $(readable "$free") are free"
-  ! wants_data "$1" || [[ -z ${HW3_DATA_ID:-} ]] || say "  and the course's hw3_data.zip, whose size is not known before"
+  ! wants_data "$1" || [[ -z ${HW3_DATA_ID:-} ]] || say "  and the course's hw3_data.zip, of unknown size"
   [[ $((needed + needed / 20)) -le $free ]] ||
     fail "the disk is too small: $(readable "$needed") and a twentieth are needed; free some, or set HW3_ROOT"
 }
@@ -261,7 +271,8 @@ stand_in() {
     left=$(prepare images "${list[@]}") || fail "hw3_data/: the images could not be looked through"
   done
   got=$((got + images))
-  [[ $left -eq 0 ]] || fail "hw3_data/: $left images did not arrive, such as $(grep -m 1 '^url' "$scratch/images.curl"); $(tail -n 1 "$scratch/stderr")"
+  [[ $left -eq 0 ]] ||
+    fail "hw3_data/: $left images did not arrive: $(tail -n 1 "$scratch/stderr"), $(sed 1q "$scratch/images.curl")"
 }
 
 # Alone and with every explanation, before thousands of images fail for one reason.
@@ -321,12 +332,14 @@ check_file() { # path sha256
 tell_places() {
   say
   if [[ $got -eq 0 ]]; then
-    say "Nothing to fetch: all of $1 is there already ($have files; \`bash hw3_download.sh check $1\` hashes them)."
+    say "Nothing to fetch for $1: everything is there ($have files; \`bash hw3_download.sh check $1\` hashes them)."
   else
     say "Fetched $got files; $have were there already."
   fi
   say "Where things are:"
-  rows "$1" | awk -F '\t' -v root="$root" '$2 !~ /^coco:/ { print "  " root "/" $1 }'
+  rows "$1" | awk -F '\t' '$2 !~ /^coco:/ { print $1 }' | sed "s|^\(weights/.*/\).*|\1|" | uniq | while read -r path; do
+    say "  $root/$path"
+  done
   ! wants_data "$1" || say "  $root/hw3_data/p2_data/{train,val}.json and images/, $root/hw3_data/p3_data/images/"
 }
 

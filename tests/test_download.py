@@ -189,7 +189,7 @@ def test_a_broken_transfer_goes_on_where_it_stopped(download, mirror, fault):
     times = [when for path, _, when in mirror.requests if path == HUB[DECODER]]
     assert times[1] - times[0] < 20, "a stalled server would hold the line for 30 seconds"
     assert same(download.root, DECODER, mirror)
-    assert f"{DECODER}: broken off at 1500 bytes" in result.stdout
+    assert f"{DECODER}: attempt 1 of 3 ended at 1500 bytes" in result.stdout
 
 
 def test_a_later_run_goes_on_where_an_earlier_one_stopped(download, mirror):
