@@ -186,7 +186,8 @@ def read_ahead(paths: Sequence[Path], prepare: Callable[[Any], Any], size: int) 
     def read(path: Path) -> Any:
         return prepare(data.load_image(path))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    # One image is too small a work for several threads; several here would fight with the model's for the cores.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=lambda: torch.set_num_threads(1)) as pool:
         waiting: list[list[tuple[Path, Future]]] = []
         starts = list(range(0, len(paths), size))
         for number in range(len(starts)):

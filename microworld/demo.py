@@ -79,6 +79,15 @@ def train_and_score(run: Runner, out: Path, name: str, epochs: int | None, blind
     return scores
 
 
+def zero_shot(run: Runner, out: Path) -> dict[str, Any]:
+    """Caption the validation scenes with LLaVA by both prompts of the report; return the scores by run and split."""
+    table = out / "llava" / "val.json"
+    run("compare LLaVA's prompts", "p1_llava_caption.py", out / "data" / "images" / "val", table, "--compare",
+        "--annotation-file", out / "data" / "val.json", "--profile", "micro", "--overwrite")  # fmt: skip
+    scores = json.loads(table.read_text(encoding="utf-8"))
+    return {f"llava {setting}": {"val": s} for setting, s in scores.items()}
+
+
 def contact_sheet(out: Path, run_folder: Path) -> Path:
     """Draw the first validation scenes with their captions and CIDEr; return the picture's path."""
     import matplotlib as mpl
@@ -103,10 +112,10 @@ def contact_sheet(out: Path, run_folder: Path) -> Path:
 
 def table(scores: dict[str, dict[str, Any]]) -> str:
     """Return the scores of every run as text."""
-    lines = [f"{'run':<8}{'split':<11}{'images':>7}{'CIDEr':>9}{'CLIPScore':>11}"]
+    lines = [f"{'run':<9}{'split':<11}{'images':>7}{'CIDEr':>9}{'CLIPScore':>11}"]
     for name, splits in scores.items():
         for split, s in splits.items():
-            lines.append(f"{name:<8}{split:<11}{s['images']:>7}{s['CIDEr']:>9.3f}{s['CLIPScore']:>11.3f}")
+            lines.append(f"{name:<9}{split:<11}{s['images']:>7}{s['CIDEr']:>9.3f}{s['CLIPScore']:>11.3f}")
     if "blind" in scores:
         ratio = scores["lora"]["val"]["CIDEr"] / scores["blind"]["val"]["CIDEr"]
         lines.append(f"CIDEr on val is {ratio:.1f} times that of the blind baseline")
@@ -149,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     scores = {"lora": train_and_score(run, out, "lora", args.epochs, blind=False)}
     if args.blind:
         scores["blind"] = train_and_score(run, out, "blind", args.epochs, blind=True)
+    scores |= zero_shot(run, out)
     runtime.write_json(out / "scores.json", {"scores": scores, "seconds": run.seconds})
     summary(out, run, scores, contact_sheet(out, out / "lora"))
     return 0

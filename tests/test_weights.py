@@ -15,12 +15,12 @@ import p2_infer
 import runtime
 from captioner import Captioner, CaptionerConfig, build_encoder, build_transform
 from decoder import LoraConfig, build_decoder
-from microworld import pretrain
+from microworld import pretrain, pretrain_llava
 from microworld.scenes import make_image
 from profiles import MICRO_WEIGHTS, PROFILES
 
 MICRO = PROFILES["micro"]
-MODELS = ("decoder", "encoder", "scorer")
+MODELS = ("decoder", "encoder", "scorer", "llava")
 
 
 def scenes(count: int):
@@ -36,7 +36,9 @@ def test_each_model_says_how_it_was_made(name: str):
 
 def test_weights_are_light():
     files = [p for name in MODELS for p in (MICRO_WEIGHTS / name).iterdir()]
-    assert sum(p.stat().st_size for p in files) < 30 * 2**20
+    llava = sum(p.stat().st_size for p in files if p.parent.name == "llava")
+    assert llava < 16e6
+    assert sum(p.stat().st_size for p in files) - llava < 30 * 2**20
     assert max(p.stat().st_size for p in files) < 20 * 2**20
 
 
@@ -103,3 +105,33 @@ def test_an_adapter_from_another_machine_finds_the_profiles_encoder(tmp_path):
     other = str(MICRO_WEIGHTS / "scorer" / "open_clip_model.safetensors")
     with pytest.raises(ValueError, match="scorer"):
         p2_infer.load_captioner(*arguments, other)
+
+
+def test_llava_loads_by_the_librarys_own_calls_and_sees_with_the_encoders_tower():
+    transformers = runtime.import_guarded("transformers")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(MICRO.llava).float().eval()
+    processor = transformers.AutoProcessor.from_pretrained(MICRO.llava)
+    assert type(processor).__name__ == "LlavaProcessor"
+    encoder = build_encoder(MICRO.encoder, MICRO.encoder_weights, MICRO.encoder_kwargs)
+    pixels = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tower = model.model.vision_tower
+        seen = tower.post_layernorm(tower(pixels, output_hidden_states=True).hidden_states[-1])
+        assert torch.allclose(seen, encoder.forward_features(pixels), atol=2e-2)  # fp16 files of one float32 original
+
+
+def test_questions_of_one_scene_do_not_see_each_other():
+    """Packed behind one image, questions are learned as if each came alone."""
+    torch.manual_seed(0)
+    model = pretrain_llava.build_model()
+    tokenizer = runtime.import_guarded("transformers").AutoProcessor.from_pretrained(MICRO.llava).tokenizer
+    pairs = [[pretrain_llava.encode_pair(tokenizer, *p) for p in pretrain_llava.conversations(k, 0)] for k in range(2)]
+    features, head = torch.randn(2, 144, 192), torch.tensor(tokenizer("USER: ").input_ids)
+
+    def loss(features, batch):
+        with torch.no_grad():
+            return float(pretrain_llava.instruction_loss(model, head, features, pretrain_llava.pack_pairs(batch)))
+
+    alone = [(loss(features[k : k + 1], [[pair]]), len(pair[1])) for k in range(2) for pair in pairs[k]]
+    mean = sum(value * count for value, count in alone) / sum(count for _, count in alone)
+    assert loss(features, pairs) == pytest.approx(mean, abs=1e-5)
