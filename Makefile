@@ -28,6 +28,7 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
+	$(VENV)/bin/shellcheck hw3_download.sh p2_train.sh .ci/run
 
 clean:
 	rm -rf $(VENV) demo

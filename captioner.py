@@ -100,7 +100,9 @@ def build_encoder(name: str, weights: str | None, kwargs: Mapping[str, Any] | No
     if "img_size" in kwargs:
         overlay["input_size"] = (3, kwargs["img_size"], kwargs["img_size"])
     if weights not in (None, RANDOM) and not Path(weights).is_file():
-        raise FileNotFoundError(f"--encoder-weights {weights}: no such file")
+        raise FileNotFoundError(
+            f"--encoder-weights {weights}: no such file; run `bash hw3_download.sh p2`, or name another"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_ENCODER_SEED)
         try:
@@ -108,7 +110,7 @@ def build_encoder(name: str, weights: str | None, kwargs: Mapping[str, Any] | No
                 name, pretrained=weights is None, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs
             )
         except (RuntimeError, OSError, TypeError, ValueError) as error:
-            hint = "; run hw3_download.sh, or name a local file with --encoder-weights" if weights is None else ""
+            hint = "; run `bash hw3_download.sh p2`, or name a file with --encoder-weights" if weights is None else ""
             raise ValueError(f"--encoder {name}: it could not be built ({_first_line(error)}){hint}") from error
     if not hasattr(encoder, "num_prefix_tokens") or not hasattr(encoder.patch_embed, "grid_size"):
         raise ValueError(f"--encoder {name}: not a vision transformer; choose one of timm's vit_* models")

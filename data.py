@@ -161,7 +161,12 @@ def load_split(data_dir: str | os.PathLike, split: str) -> list[Sample]:
     Raises:
         FileNotFoundError, ValueError: as :func:`load_annotations`.
     """
-    return load_annotations(Path(data_dir) / f"{split}.json", Path(data_dir) / "images" / split)
+    file = Path(data_dir) / f"{split}.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file}: no such file; `bash hw3_download.sh data` makes hw3_data, `python -m microworld.scenes` others"
+        )
+    return load_annotations(file, Path(data_dir) / "images" / split)
 
 
 def _read_json(file: Path) -> Any:
@@ -247,7 +252,10 @@ class Tokenizer:
         vocab_file, merges_file = Path(folder) / "encoder.json", Path(folder) / "vocab.bpe"
         for file in (vocab_file, merges_file):
             if not file.is_file():
-                raise FileNotFoundError(f"{file}: missing; a tokenizer is a folder with encoder.json and vocab.bpe")
+                raise FileNotFoundError(
+                    f"{file}: missing; a tokenizer is a folder with encoder.json and vocab.bpe; GPT-2's comes with "
+                    "`bash hw3_download.sh p2`"
+                )
         vocab = _read_vocab(vocab_file)
         merges = _read_merges(merges_file, vocab)
         self.eos_id = vocab[END_OF_TEXT]

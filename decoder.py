@@ -460,7 +460,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}; check the path, or download it (hw3_download.sh)")
+        raise FileNotFoundError(f"no weights file {path}; check the path, or run `bash hw3_download.sh p2`")
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
         raise ValueError(f"{path}: unknown suffix {path.suffix!r}; expected .safetensors, .bin, .pt or .pth")
     with path.open("rb") as file:  # opened out here, so that a refused permission is reported as such
@@ -518,15 +518,16 @@ def load_gpt2(decoder: Decoder, state: State) -> None:
     _copy_exactly(dict(_base_parameters(decoder)), weights, "the decoder weights", remedy)
 
 
-def gpt2_state_dict(decoder: Decoder) -> dict[str, torch.Tensor]:
+def gpt2_state_dict(decoder: Decoder, untied: bool = False) -> dict[str, torch.Tensor]:
     """The inverse of ``load_gpt2``: copies of the base weights in Hugging Face layout, without LoRA's tensors.
 
     After ``merge_lora`` the updates are part of the weights, so that a plain GPT-2 captions like the tuned decoder.
+    With ``untied`` a merged output layer comes along as ``lm_head.weight``, which ``load_gpt2`` does not take.
 
     Raises:
-        ValueError: the output layer was merged, and GPT-2's layout has no room for an untied one.
+        ValueError: the output layer was merged, and without ``untied`` GPT-2's layout has no room for it.
     """
-    if decoder.merged and decoder.lm_head is not None:
+    if decoder.merged and decoder.lm_head is not None and not untied:
         raise ValueError("lm_head is no longer tied to wte after merge_lora; export the decoder before merging")
     return {
         name: (p.detach().T if name.endswith(_CONV1D) else p.detach()).clone(memory_format=torch.contiguous_format)

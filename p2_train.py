@@ -23,7 +23,7 @@ import generation
 import runtime
 from captioner import RANDOM, Captioner, CaptionerConfig
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_state_dict
-from profiles import PROFILES
+from profiles import PROFILES, downloaded_encoder
 from training import CHOICES, SETTINGS, Split, TrainConfig, Trainer
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,9 @@ def make_captioner(args: Any, config: TrainConfig, out: Path) -> Captioner:
     """Build encoder, projector and decoder from the flags, or from the profile where a flag is not given."""
     profile = PROFILES[args.profile]
     own = args.encoder is None or args.encoder == profile.encoder
-    weights = RANDOM if args.random_weights else args.encoder_weights or (profile.encoder_weights if own else None)
+    default = profile.encoder_weights if own else downloaded_encoder(args.encoder)
+    weights = RANDOM if args.random_weights else args.encoder_weights or default
+    log.info("encoder weights: %s", weights or "timm's own, from its cache or the hub")
     captioner_config = CaptionerConfig(
         encoder=args.encoder or profile.encoder,
         encoder_kwargs=profile.encoder_kwargs if own else {},

@@ -1,5 +1,10 @@
 #!/usr/bin/env bash
-# The best full-size run: GPT-2 small + CLIP ViT-L/14 with LoRA. Flags are handed on: bash p2_train.sh --epochs 4
+# The best full-size run: GPT-2 small + CLIP ViT-L/14 with LoRA, on what `bash hw3_download.sh` made.
+# Flags are handed on: bash p2_train.sh --epochs 4, or bash p2_train.sh --setting 1 (which goes to runs/1).
 set -euo pipefail
 cd "$(dirname "$0")"
-exec "${PYTHON:-python}" p2_train.py --setting best --out runs/best "$@"
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON=python
+  [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
+fi
+exec "$PYTHON" p2_train.py "$@"

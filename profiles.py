@@ -12,7 +12,10 @@ MICRO_WEIGHTS = ROOT / "microworld" / "weights"
 
 @dataclass(frozen=True)
 class Profile:
-    """Where one size of the suite finds its models and data; every entry is a default that a flag overrides."""
+    """Where one size of the suite finds its models and data; every entry is a default that a flag overrides.
+
+    The full size's files are what hw3_download.sh makes, relative to the folder of the clone.
+    """
 
     data: str  # folder with train.json, val.json and images/{train,val}/
     decoder: str  # GPT-2 state dict in Hugging Face layout
@@ -26,16 +29,26 @@ class Profile:
     encoder_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
 
 
+def downloaded_encoder(name: str) -> str | None:
+    """Return the file that hw3_download.sh made of the timm encoder ``name`` (tag included), or None without one.
+
+    A QuickGELU name has the weights of its plain twin.
+    """
+    file = f"weights/{name.replace('_quickgelu_', '_')}.safetensors"
+    return file if Path(file).is_file() else None
+
+
 PROFILES = {
     "full": Profile(
         data="hw3_data/p2_data",
-        decoder="hw3_data/p2_data/decoder_model.bin",
+        decoder="hw3_data/p2_data/decoder_model.safetensors",
         tokenizer="hw3_data/p2_data",
         encoder="vit_large_patch14_clip_224",
-        encoder_weights=None,
+        # timm's bare name means this tag; the file is named, so that nothing is fetched behind anyone's back
+        encoder_weights="weights/vit_large_patch14_clip_224.laion2b_ft_in12k_in1k.safetensors",
         clip_model="ViT-B-32-quickgelu",
-        clip_weights="openai",
-        llava="llava-hf/llava-1.5-7b-hf",
+        clip_weights="weights/ViT-B-32-quickgelu.openai.safetensors",
+        llava="weights/llava-1.5-7b-hf",
         cache="cache",
     ),
     "micro": Profile(

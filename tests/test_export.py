@@ -1,0 +1,140 @@
+"""What p2_export.py writes is loaded by transformers alone and captions as the suite does."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import generation
+import p2_export
+import p2_infer
+import runtime
+from captioner import Captioner, CaptionerConfig
+from data import Tokenizer
+from decoder import LoraConfig, build_decoder
+from profiles import PROFILES
+
+TEXT = "a red cube above two blue balls"
+LORAS = {
+    "best": LoraConfig(rank=4, alpha=32, lm_head=True),
+    "1": LoraConfig(rank=4, alpha=32),
+    "4": LoraConfig(rank=4, alpha=32, enable_lora=(True, False, True), lm_head=True),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def micro(tiny_profile):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROFILES, "micro", tiny_profile)
+        yield
+
+
+def make_adapter(path, lora, use_cls=True):
+    """An adapter file with random LoRA and projector, as if trained."""
+    profile = PROFILES["micro"]
+    config = CaptionerConfig(profile.encoder, profile.encoder_kwargs, profile.encoder_weights, use_cls, lora)
+    captioner = Captioner(config, build_decoder(profile.decoder, lora))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in captioner.trainable().values():
+            parameter.normal_(std=0.2, generator=generator)
+    captioner.save_adapter(path)
+    return path
+
+
+def export(tmp_path, lora, use_cls=True):
+    adapter = make_adapter(tmp_path / "run" / "best.safetensors", lora, use_cls)
+    assert p2_export.main([str(tmp_path / "out"), "--adapter", str(adapter), "--profile", "micro"]) == 0
+    return p2_infer.load_captioner(adapter, PROFILES["micro"].decoder, None, torch.device("cpu")), tmp_path / "out"
+
+
+@pytest.mark.parametrize("setting", LORAS)
+def test_gpt2_lm_head_model_loads_it_and_gives_the_same_logits(tmp_path, setting):
+    """LoRA on lm_head unties it: the embeddings stay GPT-2's own, and the output layer is a file entry of its own."""
+    transformers = runtime.import_guarded("transformers")
+    captioner, out = export(tmp_path, LORAS[setting])
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(out / "gpt2", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tied = model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+    assert tied == model.config.tie_word_embeddings == (not LORAS[setting].lm_head)
+    ids = torch.randint(0, 1024, (2, 9), generator=torch.Generator().manual_seed(1))
+    decoder = captioner.decoder
+    with torch.inference_mode():
+        ours = decoder.logits(decoder(decoder.embed(ids), torch.arange(9)))
+        theirs = model.eval()(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tokenizer_is_the_suites(tmp_path):
+    transformers = runtime.import_guarded("transformers")
+    _, out = export(tmp_path, LORAS["1"])
+    theirs = transformers.AutoTokenizer.from_pretrained(out / "gpt2")
+    ours = Tokenizer(PROFILES["micro"].tokenizer)
+    assert theirs(TEXT)["input_ids"] == ours.encode(TEXT)
+    assert theirs.bos_token_id == theirs.eos_token_id == ours.eos_id
+
+
+@pytest.mark.parametrize("use_cls", [True, False])
+def test_the_code_on_the_card_captions_like_the_suite(tmp_path, monkeypatch, capsys, tiny_data, use_cls):
+    """The card's code is run as it stands; only the encoder's weights, which no hub holds, are put in its hands."""
+    timm = runtime.import_guarded("timm")
+    captioner, out = export(tmp_path, LORAS["best"], use_cls)
+    picture = sorted((tiny_data / "images" / "val").iterdir())[0]
+    Image.open(picture).save(out / "gpt2" / "image.jpg", quality=100)
+    features = captioner.encode(captioner.transform(Image.open(out / "gpt2" / "image.jpg").convert("RGB"))[None])
+    tokenizer = Tokenizer(PROFILES["micro"].tokenizer)
+    expected = generation.caption_features(captioner, tokenizer, features, beam_size=1, max_new_tokens=30)[0]
+    card = (out / "gpt2" / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+
+    def create_model(name, pretrained, num_classes, pretrained_cfg_overlay, **kwargs):
+        assert (name, pretrained, num_classes) == (captioner.config.encoder, True, 0)
+        assert pretrained_cfg_overlay | kwargs == captioner.config.encoder_kwargs
+        return captioner.encoder
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.chdir(out / "gpt2")
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == expected != ""
+
+
+def test_the_card_tells_training_and_validation(tmp_path):
+    run = tmp_path / "run"
+    make_adapter(run / "best.safetensors", LORAS["1"])
+    described = {
+        "setting": "2", "git": "abc123", "trainable_parameters": 12345,
+        "train": {"epochs": 3, "batch_size": 4, "optimizer": "adam", "lr": 5e-5, "seed": 7},
+        "versions": {"torch": "9.9"}, "random_weights": False,
+    }  # fmt: skip
+    (run / "config.json").write_text(json.dumps(described))
+    lines = [
+        {"kind": "step", "loss": 1.0},
+        {"kind": "epoch", "epoch": 1, "best": True, "val_cider": 0.5, "val_loss": 2.0, "val_images": 200},
+        {"kind": "epoch", "epoch": 2, "best": False, "val_cider": 0.4, "val_loss": 1.0, "val_images": 200},
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    argv = [str(tmp_path / "out"), "--adapter", str(run / "best.safetensors"), "--profile", "micro"]
+    assert p2_export.main(argv) == 0
+    for name in ("adapter", "gpt2"):
+        card = (tmp_path / "out" / name / "README.md").read_text(encoding="utf-8")
+        assert "setting 2: epochs 3, batch_size 4, optimizer adam" in card and "12,345 parameters" in card
+        assert "epoch 1: cider 0.5000, loss 2.0000, on 200 validation images" in card
+        assert not any(mark in card.split("## Use")[0] for mark in ("{", "None", "not recorded"))
+    assert load_file(tmp_path / "out/adapter/adapter.safetensors").keys() == load_file(run / "best.safetensors").keys()
+
+
+def test_what_does_not_fit_is_refused_and_leaves_nothing_behind(tmp_path, capsys, tiny_decoder_file):
+    adapter = make_adapter(tmp_path / "best.safetensors", LORAS["1"])
+    argv = [str(tmp_path / "out"), "--adapter", str(adapter), "--profile", "micro"]
+    state = load_file(tiny_decoder_file)
+    state["wte.weight"] = state["wte.weight"] + 1
+    torch.save(state, tmp_path / "other.bin")
+    assert p2_export.main([*argv, "--decoder", str(tmp_path / "other.bin")]) == 2
+    assert "was trained on another decoder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert p2_export.main(argv) == 0
+    assert p2_export.main(argv) == 2 and "exists already" in capsys.readouterr().err

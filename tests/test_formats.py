@@ -1,0 +1,267 @@
+"""Files as the hubs hold them, at full size with random weights from the libraries' own classes, loaded by ours.
+
+The full-size tests take a minute and up to 4 GB of memory. They are marked ``full_size``: ``pytest -m "not
+full_size"`` leaves them out.
+"""
+
+import gc
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import p1_llava_caption
+import p2_infer
+import runtime
+from captioner import Captioner, CaptionerConfig, build_encoder, build_transform
+from decoder import DecoderConfig, LoraConfig, build_decoder
+from microworld.scenes import generate
+from profiles import PROFILES
+
+CPU = torch.device("cpu")
+VIT = "vit_large_patch14_clip_224"
+full_size = pytest.mark.full_size
+
+
+@pytest.fixture(autouse=True)
+def free_memory():
+    yield
+    gc.collect()
+
+
+def random_(module):
+    """Weights that differ from one another: libraries start biases at 0 and gains at 1, which hides mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            gain = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02 + (1.0 if gain else 0.0))
+    return module.eval()
+
+
+# ------------------------------------------------------------------------------------------------ the scripts on them
+
+
+@full_size
+def test_p2_infer_captions_with_full_size_files(tmp_path, vit_large):
+    """ViT-L/14 in timm's layout and GPT-2 small in the hub's, an adapter of rank 32 on them: one image, few tokens.
+
+    The first test, before a fixture holds a GPT-2 as well.
+    """
+    decoder_file = tmp_path / "decoder_model.bin"
+    torch.save(hub_layout(make_gpt2(), "plain"), decoder_file)
+    gc.collect()
+    lora = LoraConfig(rank=32, alpha=32, lm_head=True)
+    config = CaptionerConfig(VIT, {}, str(vit_large[0]), True, lora)
+    captioner = Captioner(config, build_decoder(decoder_file, lora))
+    assert sum(p.numel() for p in captioner.trainable().values()) == 7_138_592
+    captioner.save_adapter(tmp_path / "best.safetensors")
+    del captioner
+    gc.collect()
+    generate(tmp_path / "scenes", "val", 1, seed=1, workers=1)
+    files = [tmp_path / "scenes/images/val", tmp_path / "out.json", decoder_file]
+    flags = ["--adapter", tmp_path / "best.safetensors", "--tokenizer", PROFILES["micro"].tokenizer]
+    small = ["--beam-size", 2, "--max-new-tokens", 3, "--device", "cpu"]
+    assert p2_infer.main([*map(str, [*files, *flags, *small])]) == 0
+    assert len(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- GPT-2
+
+
+def make_gpt2():
+    """A random GPT-2 small of transformers, 124 M parameters."""
+    transformers = runtime.import_guarded("transformers")
+    return random_(transformers.GPT2LMHeadModel(transformers.GPT2Config()))
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return make_gpt2()
+
+
+def mask_buffers(n_layer=12, size=1024):
+    """What the files of 2019 carry along: the causal mask of every layer, and the number it masked with."""
+    mask = torch.ones(size, size, dtype=torch.uint8).tril()[None, None]
+    masks = {f"h.{layer}.attn.bias": mask for layer in range(n_layer)}
+    return masks | {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(n_layer)}
+
+
+def hub_layout(gpt2, layout):
+    """The state dict as a hub holds it: ``plain`` is openai-community/gpt2's own."""
+    body = gpt2.transformer.state_dict()
+    if layout == "plain":
+        return body | mask_buffers()
+    if layout == "fp16":
+        return {key: value.half() for key, value in body.items()} | mask_buffers()
+    prefixed = {f"transformer.{key}": value for key, value in (body | mask_buffers()).items()}
+    return prefixed | {"lm_head.weight": body["wte.weight"].clone()}
+
+
+@full_size
+@pytest.mark.parametrize(
+    ("layout", "suffix"),
+    [("plain", "bin"), ("plain", "safetensors"), ("prefixed", "bin"), ("prefixed", "safetensors"), ("fp16", "bin")],
+)
+def test_gpt2_small_as_the_hub_holds_it(tmp_path, gpt2, layout, suffix):
+    state, path = hub_layout(gpt2, layout), tmp_path / f"decoder_model.{suffix}"
+    if suffix == "bin":
+        torch.save(state, path)
+    else:
+        save_file({key: value.clone() for key, value in state.items()}, path, metadata={"format": "pt"})
+    decoder = build_decoder(path).eval()
+    path.unlink()
+    assert decoder.config == DecoderConfig()
+    ids = torch.randint(0, 50257, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        ours = decoder.logits(decoder(decoder.embed(ids), torch.arange(12)))
+        if layout == "fp16":  # compared with the same rounding, which moves logits by far more than the tolerance
+            original = {key: value.clone() for key, value in gpt2.state_dict().items()}
+            gpt2.half().float()
+            theirs = gpt2(ids).logits
+            gpt2.load_state_dict(original)
+            assert not torch.allclose(theirs, gpt2(ids).logits, atol=1e-5)
+        else:
+            theirs = gpt2(ids).logits
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- timm ViT-L/14
+
+
+@pytest.fixture(scope="module")
+def vit_large(tmp_path_factory):
+    """The hub's file of the default encoder, timm's names and a head of 1000 classes, and timm's tokens of PIXELS."""
+    timm = runtime.import_guarded("timm")
+    path = tmp_path_factory.mktemp("vit") / "model.safetensors"
+    model = random_(timm.create_model(VIT, num_classes=1000))
+    save_file(model.state_dict(), path, metadata={"format": "pt"})
+    with torch.inference_mode():
+        tokens = model.forward_features(pixels())
+    del model
+    yield path, tokens
+    path.unlink()
+
+
+def pixels():
+    return torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+
+
+@full_size
+def test_vit_large_in_timms_own_layout_with_its_classifier(vit_large):
+    path, theirs = vit_large
+    encoder = build_encoder(VIT, str(path))
+    with torch.inference_mode():
+        ours = encoder.forward_features(pixels())
+    assert ours.shape == (1, 257, 1024)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    normalize = build_transform(encoder).transforms[-1]
+    assert normalize.mean.tolist() == normalize.std.tolist() == [0.5, 0.5, 0.5], "laion2b_ft_in12k_in1k's own"
+
+
+@full_size
+def test_vit_large_in_open_clips_layout_with_its_text_tower(tmp_path):
+    """timm/vit_large_patch14_clip_224.openai holds a whole CLIP; only its vision tower is taken, with QuickGELU."""
+    open_clip = runtime.import_guarded("open_clip")
+    path = tmp_path / "open_clip_model.safetensors"
+    clip = open_clip.create_model("ViT-L-14-quickgelu", pretrained=None).eval()
+    random_(clip.visual)
+    state = {key: value for key, value in clip.state_dict().items() if key.startswith("visual.")}
+    # Of the text tower only names and kinds matter; at full size it would add another 0.5 GB.
+    state |= {k: v.flatten()[:8].clone() for k, v in clip.state_dict().items() if not k.startswith("visual.")}
+    save_file(state, path)
+    clip.visual.output_tokens, clip.visual.proj = True, None
+    with torch.inference_mode():
+        pooled, patches = clip.visual(pixels())
+        theirs = torch.cat([pooled[:, None], patches], 1)  # (1, 257, 1024)
+        del clip, state
+        gc.collect()
+        ours = build_encoder("vit_large_patch14_clip_quickgelu_224.openai", str(path)).forward_features(pixels())
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- CLIP ViT-B/32
+
+
+@full_size
+def test_clip_vit_b_32_of_openai_from_a_local_file_scores_as_open_clip_does(tmp_path):
+    open_clip = runtime.import_guarded("open_clip")
+    path = tmp_path / "ViT-B-32-quickgelu.openai.safetensors"
+    model = random_(open_clip.create_model("ViT-B-32-quickgelu", pretrained=None))
+    save_file(model.state_dict(), path)
+    images = {}
+    for number, size in enumerate([(80, 60), (60, 200)]):
+        images[str(number)] = tmp_path / f"{number}.png"
+        noise = torch.randint(0, 256, (*size[::-1], 3), generator=torch.Generator().manual_seed(number))
+        Image.fromarray(noise.to(torch.uint8).numpy()).save(images[str(number)])
+    captions = {"0": "a red cube", "1": "two dogs on a couch"}
+    preprocess = open_clip.image_transform(224, is_train=False)
+    with torch.inference_mode():
+        pixels = torch.stack([preprocess(Image.open(path).convert("RGB")) for path in images.values()])
+        texts = open_clip.get_tokenizer("ViT-B-32-quickgelu")(list(captions.values()))
+        cosine = torch.cosine_similarity(model.encode_image(pixels), model.encode_text(texts))
+    del model
+    gc.collect()
+    scores = evaluate.clipscore(evaluate.ClipScorer("ViT-B-32-quickgelu", str(path), CPU), images, captions)
+    torch.testing.assert_close(torch.tensor(list(scores.values())), 2.5 * cosine.clamp(min=0), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- LLaVA
+
+
+def hub_llava(folder):
+    """The micro LLaVA as the hub holds the 7B: three fp16 shards with an index, the vision tower under the name that
+    it had when the file was written, and an image processor with a file of its own.
+    """
+    micro = Path(PROFILES["micro"].llava)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(micro / name, folder)
+    processor = json.loads((micro / "processor_config.json").read_text(encoding="utf-8"))
+    image_processor = processor.pop("image_processor")
+    (folder / "preprocessor_config.json").write_text(json.dumps(image_processor), encoding="utf-8")
+    (folder / "processor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    state = {
+        key.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for key, tensor in load_file(micro / "model.safetensors").items()
+    }
+    keys, places = sorted(state), {}
+    for number in range(3):
+        shard, part = f"model-0000{number + 1}-of-00003.safetensors", keys[number::3]
+        save_file({key: state[key] for key in part}, folder / shard, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, shard)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def test_llava_in_shards_with_an_index(tmp_path):
+    """Renamed keys that were not recognised would leave the vision tower at random."""
+    folder, scenes = tmp_path / "llava-1.5-7b-hf", tmp_path / "scenes"
+    folder.mkdir()
+    hub_llava(folder)
+    transformers = runtime.import_guarded("transformers")
+    net, report = transformers.LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert net.dtype == torch.float16
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    generate(scenes, "val", 3, seed=2, workers=1)
+    answers = []
+    for name, model in (("hub", folder), ("micro", PROFILES["micro"].llava)):
+        out = tmp_path / f"{name}.json"
+        argv = [scenes / "images/val", out, "--model", model, "--device", "cpu", "--max-new-tokens", "20"]
+        assert p1_llava_caption.main([*map(str, argv)]) == 0
+        answers.append(json.loads(out.read_text(encoding="utf-8")))
+    assert answers[0] == answers[1] and len(set(answers[0].values())) == 3
+
+
+def test_a_llava_folder_without_one_of_its_shards_is_refused(tmp_path, capsys):
+    hub_llava(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    argv = [*map(str, [tmp_path, tmp_path / "out.json", "--model", tmp_path, "--device", "cpu"])]
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    assert p1_llava_caption.main(argv) == 2
+    assert "bash hw3_download.sh p1" in capsys.readouterr().err
