@@ -179,7 +179,7 @@ def test_one_word_longer_than_its_tile_is_shrunk_and_then_cut(tmp_path, texts):
     item = explained(tmp_path / "a.png", (100, 500), words=("unbelievable", "pneumono" * 12, "a"))
     figures.word_grid(item, item.views[0], tmp_path / "out.png")
     (found,) = ([text for text, _ in found] for found in texts.values())
-    assert "unbelievable" in found
+    assert {"unbelievable", "<|endoftext|>"} <= set(found), "what fits when it is smaller stays whole"
     assert any(text.startswith("pneumono") and text.endswith("…") for text in found)
     assert_nothing_is_cut_off_or_run_together(texts)
 
