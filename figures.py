@@ -48,9 +48,9 @@ def check(explained: Explained) -> None:
     for view in explained.views:
         shape = view.maps.shape
         if len(shape) != 3 or shape[0] != words or 0 in shape:
-            raise ValueError(f"{explained.path}: {told(view)}: maps of shape {shape}, not ({words}, rows, columns)")
+            raise ValueError(f"{explained.path}: {_told(view)}: maps of shape {shape}, not ({words}, rows, columns)")
         if not np.isfinite(view.maps).all() or view.maps.min() < 0:
-            raise ValueError(f"{explained.path}: {told(view)}: maps must be finite and not negative")
+            raise ValueError(f"{explained.path}: {_told(view)}: maps must be finite and not negative")
     mass = explained.image_mass
     if mass is not None and (np.shape(mass) != (words,) or not np.isfinite(mass).all()):
         raise ValueError(f"{explained.path}: image masses must be {words} finite numbers, one a word")
@@ -158,12 +158,12 @@ def _write(figure: Any, left: float, top: float, text: str, **style: Any) -> Any
 def _fit(figure: Any, text: Any, width: float, smallest: float = 6.0) -> None:
     """Shrink ``text`` until it is at most ``width`` inches wide, then cut it; long words must not run together."""
 
-    def too_wide() -> float:
-        return text.get_window_extent(figure.canvas.get_renderer()).width / (width * figure.dpi)
+    def too_wide() -> bool:
+        return text.get_window_extent(figure.canvas.get_renderer()).width > width * figure.dpi
 
-    if (excess := too_wide()) > 1:
-        text.set_fontsize(max(smallest, 0.97 * text.get_fontsize() / excess))
-    while too_wide() > 1 and len(text.get_text()) > 2:
+    while too_wide() and text.get_fontsize() > smallest:  # step by step: hinting makes widths jump
+        text.set_fontsize(text.get_fontsize() - 0.25)
+    while too_wide() and len(text.get_text()) > 2:
         text.set_text(text.get_text().removesuffix("…")[:-1] + "…")
 
 
@@ -177,7 +177,7 @@ def _wrapped(text: object, width: float, size: float) -> list[str]:
     return textwrap.wrap(line(text), max(int(width * 72 / (size * 0.55)), 8), break_on_hyphens=False) or [""]
 
 
-def told(view: View) -> str:
+def _told(view: View) -> str:
     """What a view is, as legends have it."""
     return f"{view.method}, layers {view.layers}, heads {view.heads}"
 
@@ -232,7 +232,7 @@ def word_grid(explained: Explained, view: View, out: Path) -> None:
             if mass is not None and number:
                 share = f"image {mass[number - 1]:.0%}"
                 _write(figure, left + across / 2, top + down + 0.04, share, ha="center", fontsize=6.5, color=GREY)
-        _colour_bar(figure, height - 0.55, end, bool(view.maps.max() > end), told(view))
+        _colour_bar(figure, height - 0.55, end, bool(view.maps.max() > end), _told(view))
 
 
 def _heading(figure: Any, caption: list[str], explained: Explained) -> None:

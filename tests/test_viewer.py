@@ -236,6 +236,7 @@ def test_a_planted_patch_lights_up_at_its_place_of_the_image(browser, tmp_path, 
     browser.choose("cells", not smooth)
     box = browser.run("(b => [b.x, b.y, b.width, b.height])(document.querySelector('.stage').getBoundingClientRect())")
     assert box[2] / box[3] == pytest.approx(size[0] / size[1], rel=0.01), "the image lost its aspect ratio"
+    assert box[3] <= 0.71 * 900, "a tall image must leave the window room"
     left, top, right, bottom = window
     x, y = left + (right - left) * (hot[1] + 0.5) / 6, top + (bottom - top) * (hot[0] + 0.5) / 4
     wanted = (x / size[0], y / size[1])
@@ -290,7 +291,7 @@ def test_words_by_keyboard(browser, plain_page):
         assert browser.text("[aria-pressed=true]") == word
     assert "word 3 of 3" in browser.text(".status")
     assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid", "focus must be seen"
-    browser.press("tab")
+    browser.press("home", "tab")
     assert browser.run("document.activeElement.name") == "method", "the words are one stop of the Tab key"
     browser.run("document.querySelector('.words [aria-pressed=true]').focus()")
     browser.press("escape")
