@@ -76,31 +76,56 @@ class _Rule(NamedTuple):
     spell: Callable[[str], str] | None  # None: the text is dropped
 
 
-def _code_points(ranges: str) -> set[int]:
-    points: set[int] = set()
-    for span in ranges.split():
-        first, _, last = span.partition("-")
-        points.update(range(int(first, 16), int(last or first, 16) + 1))
-    return points
+def tokenize(captions: Iterable[str]) -> list[str]:
+    """Return each caption's lower-case tokens without ``PUNCTUATION``, joined by single spaces.
 
-
-def _class(points: set[int]) -> str:
-    """Return ``points`` as the inside of a regular expression's character class."""
-    spans: list[list[int]] = []
-    for point in sorted(points):
-        if spans and spans[-1][1] == point - 1:
-            spans[-1][1] = point
+    White space is normalised first, as it is for the Java tokenizer. A token may hold no-break spaces: "5 7/8" is one.
+    """
+    text = "".join(" ".join(caption.split()) + "\n" for caption in captions)
+    kinds = text.translate(_kinds())
+    rows: list[list[str]] = [[]]
+    position = 0
+    while position < len(text):
+        end = text.index("\n", position)
+        at_start = position == 0 or text[position - 1] == "\n"
+        if at_start and not _crossing().search(kinds[position:end]):
+            rows[-1] = [token for chunk in text[position:end].split(" ") for token in _chunk(chunk)]
+            rows.append([])
+            position = end + 1
         else:
-            spans.append([point, point])
-    return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in spans)
+            token, position = _next(text, kinds, position)
+            first, *following = token.split("\n")  # the line end itself, or a tag with one inside
+            rows[-1].append(first)
+            rows += [[rest] for rest in following]
+    return [" ".join(token for token in row if token and token not in PUNCTUATION) for row in rows[:-1]]
 
 
-def _any_case(words: str) -> str:
-    """Return an alternation of ``words`` in any case; a word's own capital first letter must be one in the text."""
-    return "|".join(f"{w[0]}(?i:{w[1:]})" if w[0].isupper() else f"(?i:{w})" for w in words.split())
+@functools.lru_cache(maxsize=1 << 16)  # captions share most of their words
+def _chunk(chunk: str) -> tuple[str, ...]:
+    """Return the tokens of text without white space that nothing outside it can change."""
+    kinds = chunk.translate(_kinds()) + "\n"
+    tokens, position = [], 0
+    while position < len(chunk):
+        token, position = _next(chunk, kinds, position)
+        tokens.append(token)
+    return tuple(tokens)
 
 
-def _keep(token: str) -> str:
+def _next(text: str, kinds: str, position: int) -> tuple[str, int]:
+    """Return the token of ``text`` at ``position``, empty where text is dropped, and where it ends."""
+    longest, best, spell = position, None, None
+    for pattern, spelling in _rules():
+        match = pattern.match(kinds, position)
+        if match and match.end() > longest:
+            longest, best, spell = match.end(), match, spelling
+    assert best is not None, "the last rule matches any character"
+    return (spell(text[position : best.end(1)]).lower() if spell else ""), best.end(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- the spelling
+
+
+def _as_it_is(token: str) -> str:
     return token
 
 
@@ -112,160 +137,229 @@ def _ampersands(token: str) -> str:
     return re.sub("&amp;", "&", token, flags=re.IGNORECASE)
 
 
+def _no_spaces(token: str) -> str:
+    return token.replace(" ", "\xa0")
+
+
 def _brackets(token: str) -> str:
     return token.replace("(", "-lrb-").replace(")", "-rrb-").replace(" ", "\xa0")
 
 
-def _escaped_spaces(token: str) -> str:
-    return re.sub("[ \r\n]", "\xa0", token)
-
-
-_QUOTES = str.maketrans({**dict.fromkeys("\x91‘‛‹", "`"), **dict.fromkeys("\x92’›", "'"),
-                         **dict.fromkeys("\x93“«", "``"), **dict.fromkeys("\x94”»", "''"), '"': "''"})  # fmt: skip
-
-
 def _quotes(token: str) -> str:
-    return re.sub("&apos;", "'", re.sub("&quot;", "''", token, flags=re.IGNORECASE), flags=re.IGNORECASE).translate(_QUOTES)
-
-
-def _left_quotes(token: str) -> str:
-    return _quotes(re.sub("'|&apos;", "`", re.sub('"|&quot;', "``", token, flags=re.IGNORECASE), flags=re.IGNORECASE))
-
-
-_SIGNS = str.maketrans({"¢": "cents", "£": "#", **dict.fromkeys("\x80¤₠€", "$"),
-                        "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"})  # fmt: skip
+    return re.sub("&quot;|&apos;", lambda m: {"q": '"', "a": "'"}[m[0][1].lower()], token, flags=re.I).translate(_LATEX)
 
 
 def _signs(token: str) -> str:
-    return token.translate(_SIGNS)
+    return token.translate(_PLAIN)
 
 
-def _constant(text: str) -> Callable[[str], str]:
-    return lambda _token: text
+def _constant(token: str) -> Callable[[str], str]:
+    return lambda _text: token
 
 
-@functools.lru_cache(maxsize=1)
-def _rules() -> list[_Rule]:
-    """Build the rules in their order of preference, for matches of the same length."""
-    letters = {p for p in range(0xD800) if unicodedata.category(chr(p))[0] == "L"}
-    letters |= {p for p in range(0xE000, 0x10000) if unicodedata.category(chr(p))[0] == "L"}
-    letters -= _code_points(_NEWER)
-    digits = {p for p in range(0x10000) if unicodedata.category(chr(p)) == "Nd"} | set(range(0x7C0, 0x7CA))
-    alpha, d = _class(letters), f"[{_class(digits)}]"
-    part = {
-        "entity": "(?i:&[aeiou](?:acute|grave|uml);)",
-        "alpha": f"[{alpha}]",
-        "alnum": f"[{alpha}{_class(digits)}]",
-        "d": d,
-        "apos": "(?:['\x92’]|(?i:&apos;))",
-        "apos_like": "(?:['\x92’\x91‘‛`]|(?i:&apos;))",
-        "symbol": f"[{_class(_code_points(_SYMBOLS))}]",
-    }
-    part["letter"] = f"(?:[{_class(letters | _code_points(_MARKS))}]|{part['entity']})"
-    part["inner"] = f"(?:[{_class(letters | digits | _code_points(_MARKS))}]|{part['entity']})"
-    part["word"] = "{letter}{inner}*(?:[.!?]{letter}{inner}*)*".format(**part)
-    part["acronym"] = "(?:(?i:canada|sino|korean|eu|japan|non)-(?i:u\\.s)|(?i:u\\.s\\.-u\\.(?:s\\.s\\.r|k))|[A-Za-z](?:\\.[A-Za-z])+)"
-    part["elision"] = "(?:[dDoOlL]{apos_like}{alnum})?".format(**part)
-    part["number"] = "(?:{d}*(?:[.:,\xad\u066b\u066c]{d}+)+|{d}+)".format(**part)
-    part["reduced"] = "{apos}(?:(?i:re|ve|ll)|[msdMSD])".format(**part)
-    part["slashed"] = "[A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}"
-    part["slashed"] = part["slashed"].format()
-    part["abbreviation"] = f"(?:{_any_case(_ABBREVIATIONS)})"
-    part["title"] = f"(?:{_any_case(_TITLES)})"
-    part["before_number"] = f"(?:{_any_case(_BEFORE_NUMBERS)})"
-    part["start"] = f"(?:{_any_case(_SENTENCE_STARTS)})"
-    part["tag"] = (
-        r"<(?:[!?][A-Za-z\-][^>\r\n]*|/[A-Za-z][A-Za-z0-9_:.\-]*|[A-Za-z][A-Za-z0-9_:.\-]*(?: +[A-Za-z][A-Za-z0-9_:.\-]*"
-        r"(?: *= *(?:'[^']*'|\"[^\"]*\"))?)* */?) *>"
-    )
-    part["space"] = "[ \t\r\n\x0b\x0c\xa0]"
-    return [_Rule(re.compile(pattern.format(**part)), spell) for pattern, spell in _GRAMMAR]
+_LATEX = str.maketrans({
+    **dict.fromkeys("\x91‘‛‹", "`"), **dict.fromkeys("\x92’›", "'"), **dict.fromkeys("\x93“«", "``"),
+    **dict.fromkeys("\x94”»", "''"), '"': "''",
+})  # fmt: skip
+_PLAIN = str.maketrans({
+    "¢": "cents", "£": "#", **dict.fromkeys("\x80¤₠€", "$"), "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
+})  # fmt: skip
 
+# ------------------------------------------------------------------------------------------------------------- the rules
 
-_GRAMMAR: list[tuple[str, Callable[[str], str] | None]] = [
-    ("((?i:c\\+\\+|[cCfF]#))", _keep),
-    ("((?i:can))(?i:not)", _keep),
-    ("((?i:gon|wan))(?i:na)", _keep),
-    ("((?i:got))(?i:ta)", _keep),
-    ("((?i:lem|gim))(?i:me)", _keep),
-    ("({apos}(?i:t))(?i:is|was)", _keep),
-    ("({tag})", _escaped_spaces),
+# <name> stands for a part below. Literal letters are in any case inside (?i:...), and as they stand elsewhere.
+_PARTS = {
+    "apos": "(?:['\x92’]|(?i:&apos;))",
+    "inner_apos": "(?:['`\x91\x92‘’‛]|(?i:&apos;))",
+    "word": "<letter><inner>*(?:[.!?]<letter><inner>*)*",
+    "plain_word": "[A-Za-z\xad]*[A-MO-Za-mo-z]\xad*",  # what n't may follow
+    "reduced": "<apos>(?:(?i:re|ve|ll)|[msdMSD])",
+    "not": "(?i:n<inner_apos>t)",
+    "elision": "(?:[dDoOlL]<inner_apos><alnum>)?",  # d'Avignon, o'clock
+    "number": "(?:<digit>*(?:[.:,\xad]<digit>+)+|<digit>+)",
+    "acronym": r"(?:(?i:canada|sino|korean|eu|japan|non)-(?i:u\.s)|(?i:u\.s\.-u\.(?:s\.s\.r|k))|[A-Za-z](?:\.[A-Za-z])+)",
+    "slashed": "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}",
+    "hyphen": "[-_\u058a\u2010\u2011]",
+    "pause": "[,;:、]",
+    "space": "[ \n]",
+    "name": r"[A-Za-z][A-Za-z0-9_:.\-]*",
+    "value": "(?:'[^']*'|\"[^\"]*\")",
+    "tag": r"[<](?:[!?][A-Za-z\-][^>\n]*|/<name>|<name>(?: +<name>(?: *= *<value>)?)* */?) *>",
+    "extension": "(?i:bat|bmp|cgi|class|cpp|c|dll|docx?|exe|gif|gz|html?|h|java|jar|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps"
+                 "|py|sql|tar|txt|wav|xml|x|zip)",
+}  # fmt: skip
+_GRAMMAR: list[tuple[str, Callable[[str], str] | None]] = [  # of equally long matches the first wins
+    (r"((?i:c\+\+|[cf]#))", _as_it_is),
+    # "can not", "gon na", "'t is": the second half is read on its own
+    ("((?i:can))(?i:not)", _as_it_is),
+    ("((?i:gon|wan))(?i:na)", _as_it_is),
+    ("((?i:got))(?i:ta)", _as_it_is),
+    ("((?i:lem|gim))(?i:me)", _as_it_is),
+    ("(<apos>(?i:t))(?i:is|was)", _as_it_is),
+    # markup
+    ("(<tag>)", _no_spaces),
     ("((?i:&(?:md|mdash|ndash);)|[\x96\x97–—―])", _constant("--")),
     ("((?i:&amp;))", _constant("&")),
-    ("((?i:&(?:ht|tl|ur|lr|qc|ql|qr|odq|cdq|\\#[0-9]+);))", _keep),
-    ("({word}){reduced}", _no_soft_hyphens),
-    ("([A-Za-z\xad]*[A-MO-Za-mo-z]\xad*)(?i:n{apos_like}t)", _no_soft_hyphens),
-    ("({word})", _no_soft_hyphens),
-    ("({apos}(?i:n){apos}?|[lLdDjJ]{apos}|(?i:dunkin|somethin|ol){apos}|{apos}(?i:em|cause|till?)|{apos}[2-9]0(?i:s)"
-     "|[A-HJ-XZn]{apos_like}{alpha}{{2,}}|{alpha}+[aeiouyAEIOUY]{apos_like}[aeiouA-Z]{alpha}*"
-     "|(?i:cont'd\\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l|o{apos_like}o))", _keep),
-    ("((?i:y){apos}){alpha}", _keep),
-    (r"((?i:https?)://[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){{}},\-])", _keep),
-    (r"((?:(?i:www)\.(?:[^ \t\n\f\r\"<>|.!?(){{}},]+\.)+[a-zA-Z]{{2,4}}"
-     r"|(?:[^ \t\n\f\r\"`'<>|.!?(){{}},-_$]+\.)+(?i:com|net|org|edu))"
-     r"(?:/[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){{}},\-])?)", _keep),
-    (r"((?:(?i:&lt;)|<)?[a-zA-Z0-9][^ \t\n\f\r\"<>|()\xa0]*@(?:[^ \t\n\f\r\"<>|().\xa0]+\.)*[^ \t\n\f\r\"<>|().\xa0]+(?:(?i:&gt;)|>)?)", _keep),
-    ("(@[a-zA-Z_][a-zA-Z_0-9]*|\\#{letter}+)", _keep),
-    ("({reduced})[^A-Za-z]", _quotes),
-    ("((?i:n{apos_like}t))(?:[^A-Za-z])?", _quotes),
-    ("({d}{{1,2}}[\\-/]{d}{{1,2}}[\\-/]{d}{{2,4}})", _keep),
-    ("([\\-+]?{number})", _no_soft_hyphens),
-    ("([\u207a\u207b\u208a\u208b]?(?:[\u2070\xb9\xb2\xb3\u2074-\u2079]+|[\u2080-\u2089]+))", _keep),
-    ("((?:{d}{{1,4}}[- \xa0])?{d}{{1,4}}(?:\\\\?/|\u2044){d}{{1,4}})", _escaped_spaces),
-    ("([\xbc\xbd\xbe\u2153-\u215e])", _signs),
-    ("((?i:-[lr][rcs]b-|c\\.d\\.s|pro-|anti-|s(?:&amp;|&)(?:p-500|ls)|cap{apos}n|c{apos}est))", _ampersands),
-    (r"({slashed}(?:\\?/{slashed}){{1,2}})", _keep),
-    (r"([A-Z]*\$|\#)", _keep),
+    ("((?i:&(?:ht|tl|ur|lr|qc|ql|qr|odq|cdq|#[0-9]+);))", _as_it_is),
+    # words, with what is cut off them, and words that hold an apostrophe
+    ("(<word>)<reduced>", _no_soft_hyphens),
+    ("(<plain_word>)<not>", _no_soft_hyphens),
+    ("(<word>)", _no_soft_hyphens),
+    ("(<apos>(?i:n)<apos>?|[lLdDjJ]<apos>|(?i:dunkin|somethin|ol)<apos>|<apos>(?i:em|cause|till?)|<apos>[2-9]0(?i:s))",
+     _as_it_is),
+    ("([A-HJ-XZn]<inner_apos><alpha>{2,}|<alpha>+[aeiouyAEIOUY]<inner_apos>[aeiouA-Z]<alpha>*)", _as_it_is),
+    (r"((?i:cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l|o<inner_apos>o))", _as_it_is),
+    ("((?i:y)<apos>)<alpha>", _as_it_is),
+    # addresses
+    (r'((?i:https?)://[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){},\-])', _as_it_is),
+    (r"""((?:(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}"""
+     r"""|(?:[^ \t\n\f\r"`'<>|.!?(){},-_$]+\.)+(?i:com|net|org|edu))"""
+     r"""(?:/[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){},\-])?)""", _as_it_is),
+    (r'((?:(?i:&lt;)|<)?[a-zA-Z0-9][^ \t\n\f\r"<>|(){}]*@(?:[^ \t\n\f\r"<>|(){}.]+\.)*[^ \t\n\f\r"<>|(){}.]+'
+     "(?:(?i:&gt;)|>)?)", _as_it_is),
+    ("(@[a-zA-Z_][a-zA-Z_0-9]*|#<letter>+)", _as_it_is),
+    # what was cut off a word
+    ("(<reduced>)[^A-Za-z]", _quotes),
+    ("(<not>)[^A-Za-z]?", _quotes),
+    # numbers
+    (r"(<digit>{1,2}[\-/]<digit>{1,2}[\-/]<digit>{2,4})", _as_it_is),
+    (r"([\-+]?<number>)", _no_soft_hyphens),
+    ("([⁺⁻₊₋]?(?:[⁰¹²³⁴⁵⁶⁷⁸⁹]+|[₀₁₂₃₄₅₆₇₈₉]+))", _as_it_is),
+    (r"((?:<digit>{1,4}[\- ])?<digit>{1,4}(?:\\?/|⁄)<digit>{1,4})", _no_spaces),
+    ("([¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", _signs),
+    ("((?i:-[lr][rcs]b-|c\\.d\\.s|pro-|anti-|s(?:&amp;|&)(?:p-500|ls)|cap<apos>n|c<apos>est))", _ampersands),
+    (r"(<slashed>(?:\\?/<slashed>){1,2})", _as_it_is),
+    (r"([A-Z]*\$|#)", _as_it_is),
     ("([¢£¤¥\x80₠€؋฿₤￠￡￥￦])", _signs),
-    (r"([A-Za-z])\.{space}+(?:{start}|{tag}){space}", _keep),
-    (r"({before_number}\.){space}?{d}", _keep),
-    (r"({abbreviation}\.)[\s\S]{{0,2}}", _keep),
-    (r"({acronym}\.|{title}\.|[A-Za-z]\.)", _keep),
-    ("({acronym}){space}", _keep),
-    ("({apos}[0-9][0-9]){space}", _keep),
-    (r"({word}\.)[,;:、]", _no_soft_hyphens),
-    (r"((?:\([0-9]{{2,3}}\)[ \xa0]?|(?:\+\+?)?(?:[0-9]{{2,4}}[\- \xa0])?[0-9]{{2,4}}[\- \xa0])[0-9]{{3,4}}[\- \xa0]?[0-9]{{3,5}}"
-     r"|(?:(?:\+\+?)?[0-9]{{2,4}}\.)?[0-9]{{2,4}}\.[0-9]{{3,4}}\.[0-9]{{3,5}})", _brackets),
-    ("(\"|(?i:&quot;))[A-Za-z0-9$]", _left_quotes),
-    ("(\"|(?i:&quot;))", _quotes),
-    ("(<|(?i:&lt;))", _constant("<")),
+    # full stops that belong to a word
+    (r"([A-Za-z])\.<space>+(?:<sentence_start>|<tag>)<space>", _as_it_is),
+    (r"(<before_number>\.)<space>?<digit>", _as_it_is),
+    (r"(<abbreviation>\.)[\s\S]{0,2}", _as_it_is),  # the two characters count as matched: "etc.o'clock" is cut here
+    (r"(<acronym>\.|<title>\.|[A-Za-z]\.)", _as_it_is),
+    ("(<acronym>)<space>", _as_it_is),
+    ("(<apos>[0-9][0-9])<space>", _as_it_is),
+    (r"(<alnum>+(?:\.<alnum>+)*\.<extension>)(?:<space>|[.?!,])", _as_it_is),
+    (r"(<word>\.)<pause>", _no_soft_hyphens),
+    # telephone numbers
+    (r"((?:\([0-9]{2,3}\) ?|(?:\+\+?)?(?:[0-9]{2,4}[\- ])?[0-9]{2,4}[\- ])[0-9]{3,4}[\- ]?[0-9]{3,5}"
+     r"|(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5})", _brackets),
+    # signs
+    ('("|(?i:&quot;))', _quotes),
+    ("([<]|(?i:&lt;))", _constant("<")),
     ("(>|(?i:&gt;))", _constant(">")),
-    (r"([<>]?[:;=][\-o*']?[()DPdpO\\{{@|\[\]])[^A-Za-z0-9]", _brackets),
+    (r"([<>]?[:;=][\-o*']?[()DPdpO\\{@|\[\]])[^A-Za-z0-9]", _brackets),
     (r"([\-\^x=~<>']_[\-\^x=~<>']|\([\-\^x=~<>'][_.]?[\-\^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\))", _brackets),
-    (r"(\{{)", _constant("-lcb-")),
-    (r"(\}})", _constant("-rcb-")),
+    (r"(\{)", _constant("-lcb-")),
+    (r"(\})", _constant("-rcb-")),
     (r"(\[)", _constant("-lsb-")),
     (r"(\])", _constant("-rsb-")),
     (r"(\()", _constant("-lrb-")),
     (r"(\))", _constant("-rrb-")),
-    ("(-{{5,}}|-{{1,2}})", _keep),
-    ("(-{{3,4}})", _constant("--")),
-    (r"(\.{{3,5}}|(?:\.[ \xa0]){{2,4}}\.|[\x85…])", _constant("...")),
-    (r"(@+|\#+|_+|\*+|(?:\\\*){{1,3}})", _keep),
-    (r"([,;:、]|[?!]+|[.=/])", _keep),
-    (r"([A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-(?:[A-Za-z0-9\xad]+|{acronym}\.))+(?:\.(?=[,;:、]))?)", _no_soft_hyphens),
-    (r"({elision}{alnum}+(?:[-_\u058a\u2010\u2011]{elision}{alnum}+)*(?:\.(?=[,;:、]))?)", _keep),
-    (r"([A-Z]+(?:(?:[+&]|(?i:&amp;))[A-Z]+)+(?:\.(?=[,;:、]))?)", _ampersands),
-    (r"(')[A-Za-z][^ \t\r\n\xa0]", _left_quotes),
-    ("(''|[`‘-‟\x91-\x94‹›«»]{{1,2}}|{apos})", _quotes),
-    ("({reduced})", _quotes),
-    ("(<<|>>)", _keep),
-    ("({symbol})", _keep),
-    ("(\n)", _keep),
+    (r"(-{5,}|-{1,2})", _as_it_is),
+    (r"(-{3,4})", _constant("--")),
+    (r"(\.{3,5}|(?:\. ){2,4}\.|…)", _constant("...")),
+    (r"(@+|#+|_+|\*+|(?:\\\*){1,3})", _as_it_is),
+    (r"(<pause>|[?!]+|[.=/])", _as_it_is),
+    # compounds
+    (r"([A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-(?:<acronym>\.|[A-Za-z0-9\xad]+))+(?:\.(?=<pause>))?)", _no_soft_hyphens),
+    (r"(<elision><alnum>+(?:<hyphen><elision><alnum>+)*(?:\.(?=<pause>))?)", _as_it_is),
+    (r"([A-Z]+(?:(?:[+&]|(?i:&amp;))[A-Z]+)+(?:\.(?=<pause>))?)", _ampersands),
+    # quotation marks that open, then all others
+    (r"(')[A-Za-z][^ \n]", _constant("`")),
+    ("(''|[`‘’‚‛“”„‟\x91\x92\x93\x94‹›«»]{1,2}|<apos>)", _quotes),
+    ("(<reduced>)", _quotes),
+    ("([<]{2}|>>)", _as_it_is),
+    ("(<symbol>)", _as_it_is),
+    ("(\n)", _as_it_is),
+    # no token: the entity, spaces, control characters, and what Unicode 6 or the Basic Multilingual Plane does not have
     ("((?i:&nbsp;))", None),
-    ("([\\s\\S])", None),
+    (r"([\s\S])", None),
 ]
 
 
-def scan(text: str, start: int = 0) -> Iterator[tuple[str, int]]:
-    """Yield ``(token, where it ends)``."""
-    position = start
-    while position < len(text):
-        longest, best, spell = position, None, None
-        for pattern, spelling in _rules():
-            match = pattern.match(text, position)
-            if match and match.end() > longest:
-                longest, best, spell = match.end(), match, spelling
-        position = best.end(1)
-        if spell:
-            yield spell(best[1]).lower(), position
+@functools.lru_cache(maxsize=1)
+def _crossing() -> re.Pattern[str]:
+    """Return what makes a caption's chunks depend on each other or on the next caption.
+
+    Tags, "1 1/2", "555 1234", ". . .", "no. 5"; and an end that could be a single letter or an abbreviation.
+    """
+    before_number = _any_case(_BEFORE_NUMBERS)
+    return re.compile(
+        rf"[<]|[\d)] \d|\. |(?:^|[^A-Za-z])(?:[A-Za-z]|{before_number})\.$|['`;‘’‛\x91\x92][^ ]*\.$"
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _rules() -> list[_Rule]:
+    """Compile the grammar."""
+    entity = "(?i:&[aeiou](?:acute|grave|uml);)"
+    symbols = "".join(char for char in _special() if ord(char) in _code_points(_SYMBOLS))
+    parts = {
+        **_PARTS,
+        "alpha": f"[A-Za-z{_LETTER}]",
+        "digit": f"[0-9{_DIGIT}]",
+        "alnum": f"[A-Za-z0-9{_LETTER}{_DIGIT}]",
+        "letter": f"(?:[A-Za-z{_LETTER}{_MARK}\xad]|{entity})",
+        "inner": f"(?:[A-Za-z0-9{_LETTER}{_MARK}{_DIGIT}\xad]|{entity})",
+        "symbol": rf"[%&+\\^|~{_SYMBOL}{symbols}]",
+        "abbreviation": f"(?:{_any_case(_ABBREVIATIONS)})",
+        "title": f"(?:{_any_case(_TITLES)})",
+        "before_number": f"(?:{_any_case(_BEFORE_NUMBERS)})",
+        "sentence_start": f"(?:{_any_case(_SENTENCE_STARTS)})",
+    }
+
+    def whole(pattern: str) -> str:
+        return re.sub("<([a-z_]+)>", lambda part: whole(parts[part[1]]), pattern)
+
+    return [_Rule(re.compile(whole(pattern)), spell) for pattern, spell in _GRAMMAR]
+
+
+def _any_case(words: str) -> str:
+    """Return an alternation of ``words`` in any case; a word's own capital first letter must be one in the text."""
+    return "|".join(f"{w[0]}(?i:{w[1:]})" if w[0].isupper() else f"(?i:{w})" for w in words.split())
+
+
+# -------------------------------------------------------------------------------------------------------- the characters
+
+# Rules look at text in which every character that none of them names is replaced by the representative of its kind.
+_LETTER, _MARK, _DIGIT, _SYMBOL, _UNKNOWN = "ā", "\u0300", "\u0660", "§", "\0"
+
+
+class _Kinds(dict[int, int]):
+    """A table for ``str.translate`` that works out a character's kind when it is first met."""
+
+    def __init__(self, special: set[str]) -> None:
+        super().__init__((point, point) for point in [*range(128), *map(ord, special)])
+        self.marks, self.newer, self.symbols = map(_code_points, (_MARKS, _NEWER, _SYMBOLS))
+
+    def __missing__(self, point: int) -> int:
+        category = unicodedata.category(chr(point))
+        if point > 0xFFFF or point in self.newer:
+            kind = _UNKNOWN
+        elif category[0] == "L":
+            kind = _LETTER
+        elif category == "Nd" or 0x7C0 <= point <= 0x7C9:
+            kind = _DIGIT
+        else:
+            kind = _MARK if point in self.marks else _SYMBOL if point in self.symbols else _UNKNOWN
+        self[point] = ord(kind)
+        return self[point]
+
+
+@functools.lru_cache(maxsize=1)
+def _kinds() -> _Kinds:
+    return _Kinds(_special())
+
+
+def _special() -> set[str]:
+    """Return the characters beyond ASCII that a rule names."""
+    patterns = [*_PARTS.values(), *(pattern for pattern, _ in _GRAMMAR)]
+    return {char for pattern in patterns for char in pattern if not char.isascii()}
+
+
+def _code_points(ranges: str) -> set[int]:
+    points: set[int] = set()
+    for span in ranges.split():
+        first, _, last = span.partition("-")
+        points.update(range(int(first, 16), int(last or first, 16) + 1))
+    return points
