@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 # What COCO's evaluation drops from the tokens; the upper-case ones never meet a lower-cased bracket, which so survives.
@@ -48,7 +48,7 @@ _SYMBOLS = (  # tokens of one character, wherever they stand
     "3001-3002 3012 30FB FF01-FF0F FF1A-FF20 FF3B-FF40 FF5B-FF65 FFE0-FFE1 FFE5-FFE6 037E 0589 00A1 00BF"
 )
 
-# Which words keep their full stop was found by asking the original about every candidate. Any case, unless capitals say.
+# Which words keep their full stop was found by asking the original about each. Any case, but for a capital given here.
 _ABBREVIATIONS = """
     jan feb mar apr jun jul aug sept sep oct nov dec mon tues tue wed thurs thu fri
     ala ariz Az calif colo conn ct dak Del fla ga ind kans kan ky La md mich minn mo mont neb nev okla Pa penn tenn Tex
@@ -64,8 +64,8 @@ _TITLES = """
 _BEFORE_NUMBERS = "ca figs fig prop nos no art pp op"  # keep it only where a number follows
 # Before these words the full stop of a single letter ends a sentence, and is then no part of the token.
 _SENTENCE_STARTS = """
-    About According Additionally After An As At A But Earlier However Here Her He If In It Last Many More Mr\\. Ms\\. Now
-    Once One Other Our She Since Some So Such That Their These There Then They This The We When While What Yet You
+    About According Additionally After An As At A But Earlier However Here Her He If In It Last Many More Mr\\. Ms\\.
+    Now Once One Other Our She Since Some So Such That Their These There Then They This The We When While What Yet You
 """
 
 
@@ -122,7 +122,7 @@ def _next(text: str, kinds: str, position: int) -> tuple[str, int]:
     return (spell(text[position : best.end(1)]).lower() if spell else ""), best.end(1)
 
 
-# ---------------------------------------------------------------------------------------------------------- the spelling
+# --------------------------------------------------------------------------------------------------------- the spelling
 
 
 def _as_it_is(token: str) -> str:
@@ -165,7 +165,7 @@ _PLAIN = str.maketrans({
     "¢": "cents", "£": "#", **dict.fromkeys("\x80¤₠€", "$"), "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
 })  # fmt: skip
 
-# ------------------------------------------------------------------------------------------------------------- the rules
+# ------------------------------------------------------------------------------------------------------------ the rules
 
 # <name> stands for a part below. Literal letters are in any case inside (?i:...), and as they stand elsewhere.
 _PARTS = {
@@ -177,7 +177,8 @@ _PARTS = {
     "not": "(?i:n<inner_apos>t)",
     "elision": "(?:[dDoOlL]<inner_apos><alnum>)?",  # d'Avignon, o'clock
     "number": "(?:<digit>*(?:[.:,\xad]<digit>+)+|<digit>+)",
-    "acronym": r"(?:(?i:canada|sino|korean|eu|japan|non)-(?i:u\.s)|(?i:u\.s\.-u\.(?:s\.s\.r|k))|[A-Za-z](?:\.[A-Za-z])+)",
+    "acronym": r"(?:(?i:canada|sino|korean|eu|japan|non)-(?i:u\.s)|(?i:u\.s\.-u\.(?:s\.s\.r|k))"
+               r"|[A-Za-z](?:\.[A-Za-z])+)",
     "slashed": "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}",
     "hyphen": "[-_\u058a\u2010\u2011]",
     "pause": "[,;:、]",
@@ -284,9 +285,7 @@ def _crossing() -> re.Pattern[str]:
     Tags, "1 1/2", "555 1234", ". . .", "no. 5"; and an end that could be a single letter or an abbreviation.
     """
     before_number = _any_case(_BEFORE_NUMBERS)
-    return re.compile(
-        rf"[<]|[\d)] \d|\. |(?:^|[^A-Za-z])(?:[A-Za-z]|{before_number})\.$|['`;‘’‛\x91\x92][^ ]*\.$"
-    )
+    return re.compile(rf"[<]|[\d)] \d|\. |(?:^|[^A-Za-z])(?:[A-Za-z]|{before_number})\.$|['`;‘’‛\x91\x92][^ ]*\.$")
 
 
 @functools.lru_cache(maxsize=1)
@@ -319,7 +318,7 @@ def _any_case(words: str) -> str:
     return "|".join(f"{w[0]}(?i:{w[1:]})" if w[0].isupper() else f"(?i:{w})" for w in words.split())
 
 
-# -------------------------------------------------------------------------------------------------------- the characters
+# ------------------------------------------------------------------------------------------------------- the characters
 
 # Rules look at text in which every character that none of them names is replaced by the representative of its kind.
 _LETTER, _MARK, _DIGIT, _SYMBOL, _UNKNOWN = "ā", "\u0300", "\u0660", "§", "\0"
