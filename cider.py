@@ -126,7 +126,7 @@ def cider_d(
 def _clipped_cosines(
     owner: np.ndarray, gram: np.ndarray, weight: np.ndarray, bound: int, pair_of: np.ndarray, candidates: int
 ) -> np.ndarray:
-    """Return for each reference ``sum(min(c, r) * r) / (|c| |r|)`` with its candidate's c; 0 where a norm is 0."""
+    """Return by reference ``sum(min(c, r) * r) / (|c| |r|)`` with its candidate's c; 0 where a norm is 0."""
     norms = np.sqrt(np.bincount(owner, weight**2, minlength=candidates + len(pair_of)))
     split = np.searchsorted(owner, candidates)  # candidates' entries stand first
     reference, reference_gram, reference_weight = owner[split:] - candidates, gram[split:], weight[split:]
