@@ -106,7 +106,7 @@ def cider_d(
         ValueError: the lengths differ, or an image has no reference.
     """
     if len(references) != len(candidates):
-        raise ValueError(f"CIDEr-D needs as many groups of references as candidates: {len(references)}, {len(candidates)}")
+        raise ValueError(f"CIDEr-D got {len(candidates)} candidates and {len(references)} groups of references")
     bare = [number for number, group in enumerate(references) if not group]
     if bare:
         raise ValueError(f"CIDEr-D needs references of every image; number {bare[0]} has none")

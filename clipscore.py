@@ -204,7 +204,9 @@ def named_scores(metric: str, keys: Iterable[str], scores: torch.Tensor) -> dict
     return named
 
 
-def _ahead(pool: ThreadPoolExecutor, load: Callable[[Any], Any], batches: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
+def _ahead(
+    pool: ThreadPoolExecutor, load: Callable[[Any], Any], batches: Sequence[Sequence[Any]]
+) -> Iterator[list[Any]]:
     """Yield every batch loaded, while the next one (and no more: memory) is being loaded behind it."""
     pending = pool.map(load, batches[0]) if batches else iter(())
     for following in [*batches[1:], []]:

@@ -57,7 +57,8 @@ def seed_everything(seed: int) -> None:
 def setup_logging(verbose: bool = False) -> None:
     """Send log records to stderr: the suite's at INFO (DEBUG when ``verbose``), other libraries' warnings only."""
     logging.basicConfig(format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
-    for name in ("__main__", "captioner", "data", "decoder", "evaluate", "microworld", "generation", "training"):
+    for name in ("__main__", "captioner", "clipscore", "data", "decoder", "evaluate", "generation", "microworld",
+                 "training"):  # fmt: skip
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 

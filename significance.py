@@ -27,13 +27,14 @@ class Comparison:
     wins: int  # images on which the first is better
     ties: int
     losses: int
-    largest: list[tuple[str, float]]  # images and their differences, the largest ones first
+    largest: list[tuple[str, float]]  # images that differ, and by how much, the largest differences first
 
     def line(self, metric: str) -> str:
         """The result in words."""
         return (
             f"{metric}: difference {self.difference:+.6f}, {CONFIDENCE:.0%} interval "
-            f"[{self.low:+.6f}, {self.high:+.6f}], p = {self.p_value:.4g}; {self.wins} wins, {self.ties} ties, {self.losses} losses"
+            f"[{self.low:+.6f}, {self.high:+.6f}], p = {self.p_value:.4g}; "
+            f"{self.wins} wins, {self.ties} ties, {self.losses} losses"
         )
 
     def summary(self) -> dict[str, Any]:
@@ -87,5 +88,6 @@ def compare(
     ranked = sorted(zip(first, difference.tolist(), strict=True), key=lambda pair: (-abs(pair[1]), pair[0]))
     return Comparison(
         float(difference.mean()), low, high, (extreme + 1) / (draws + 1),
-        int((difference > 0).sum()), int((difference == 0).sum()), int((difference < 0).sum()), ranked[:largest],
+        int((difference > 0).sum()), int((difference == 0).sum()), int((difference < 0).sum()),
+        [pair for pair in ranked[:largest] if pair[1]],
     )  # fmt: skip
