@@ -139,4 +139,4 @@ def _clipped_cosines(
     mine, theirs = weight[place[shared]], reference_weight[shared]
     overlap = np.bincount(reference[shared], np.minimum(mine, theirs) * theirs, minlength=len(pair_of))
     product = norms[pair_of] * norms[candidates:]
-    return np.divide(overlap, product, out=overlap, where=product != 0)
+    return np.divide(overlap, product, out=np.zeros(len(pair_of)), where=product != 0)

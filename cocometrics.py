@@ -70,7 +70,8 @@ def find_java(what: str) -> str:
     if java is None:
         raise FileNotFoundError(
             f"{what} needs Java and there is no `java` on the PATH: install a Java runtime (Debian: apt-get install "
-            "default-jre-headless; conda: conda install openjdk); CIDEr, BLEU, ROUGE-L and CLIPScore work without"
+            "default-jre-headless; conda: conda install openjdk); CIDEr, BLEU, ROUGE-L (--tokenizer ptb) and CLIPScore "
+            "work without"
         )
     return java
 

@@ -275,13 +275,13 @@ class Evaluator:
         tokens = ptb_tokenize({stem: [caption] for stem, caption in predictions.items()}, self.tokenizer)
         return {stem: caption for stem, (caption,) in tokens.items()}
 
-    def statistics(self, predictions: Mapping[str, str], training_file: str | os.PathLike | None) -> dict[str, Any]:
-        """Return ``wording.caption_statistics`` of predictions, with copies from ``training_file`` where given."""
-        training = None
-        if training_file is not None:
-            tokens = ptb_tokenize(load_references(training_file), self.tokenizer)
-            training = [caption for captions in tokens.values() for caption in captions]
-        return caption_statistics([*self.tokenize(predictions).values()], training)
+    def statistics(
+        self, predictions: Mapping[str, str], training: Mapping[str, Sequence[str]] | None = None
+    ) -> dict[str, Any]:
+        """Return ``wording.caption_statistics`` of predictions, with copies from ``training`` references if given."""
+        tokens = None if training is None else ptb_tokenize(training, self.tokenizer)
+        known = None if tokens is None else [caption for captions in tokens.values() for caption in captions]
+        return caption_statistics([*self.tokenize(predictions).values()], known)
 
     @functools.cached_property
     def references(self) -> dict[str, list[str]]:
@@ -476,6 +476,24 @@ def _add_uncertainty(args: argparse.Namespace, result: Evaluation, other: Evalua
             result.comparison[metric] = compare(scores, other.per_image[metric], args.bootstrap or 10_000, args.seed)
 
 
+def _add_statistics(
+    evaluator: Evaluator,
+    result: Evaluation,
+    predictions: Mapping[str, str],
+    training: Mapping[str, Sequence[str]] | None,
+) -> None:
+    """Fill in what the captions are like; without their words the scores still stand."""
+    try:
+        result.statistics = evaluator.statistics(predictions, training)
+    except (ValueError, OSError) as error:
+        result.errors["captions"] = str(error)
+        log.error("caption statistics not computed: %s", error)
+    else:
+        copied = result.statistics.get("copied")
+        if copied is not None:
+            log.info("%s", result.marked(f"{copied:.2%} of the captions equal a training caption"))
+
+
 def _write(args: argparse.Namespace, evaluator: Evaluator, result: Evaluation, predictions: dict[str, str]) -> None:
     if args.json:
         write_json(args.json, result.summary())
@@ -503,6 +521,7 @@ def main(argv: list[str] | None = None) -> int:
     _check(args)
     annotated = len(load_annotations(args.annotation_file).references)
     annotations, files = _read(args)
+    training = load_references(args.train_annotations) if args.train_annotations else None
     evaluator = _make_evaluator(args, annotations)
     predictions = files[args.pred_file]
     result = evaluator.evaluate(predictions, parse_metrics(args.metrics))
@@ -512,8 +531,8 @@ def main(argv: list[str] | None = None) -> int:
         result.annotated = annotated
     other = evaluator.evaluate(files[args.compare], parse_metrics(args.metrics)) if args.compare else None
     _add_uncertainty(args, result, other)
-    if args.json or args.train_annotations:
-        result.statistics = evaluator.statistics(predictions, args.train_annotations)
+    if args.json or training:
+        _add_statistics(evaluator, result, predictions, training)
     log.info("%s", result.origin())
     print("\n".join(result.lines()))
     _write(args, evaluator, result, predictions)
