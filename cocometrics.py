@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -156,7 +157,7 @@ def _paired(references: Tokens, candidates: Mapping[str, str]) -> tuple[dict[str
 
 @contextmanager
 def _conversation(what: str, command: Sequence[str], folder: Path, limit: float) -> Iterator:
-    """Yield ``ask(line, answers) -> lines`` of a program that answers on its standard output; stop it in any case.
+    """Yield ``ask(line, answers) -> lines`` of a program that answers on its standard output; end it in any case.
 
     Raises:
         ChildProcessError: the program ended early, or was stopped after ``limit`` seconds.
@@ -181,6 +182,7 @@ def _conversation(what: str, command: Sequence[str], folder: Path, limit: float)
             yield ask
         finally:
             watch.cancel()
+            watch.join()
             process.kill()
             process.communicate()
 
@@ -189,7 +191,8 @@ def _obituary(what: str, process: subprocess.Popen, messages: IO[bytes], limit: 
     code = process.wait()
     messages.seek(0)
     said = one_line(messages.read().decode(errors="replace")) or "it said nothing"
-    return f"{what} failed: {process.args[0]} exited with {code} ({said}); it is stopped after {limit:.0f} s"
+    stopped = f"; it was stopped after {limit:.0f} s" if code == -signal.SIGKILL else ""
+    return f"{what} failed: {process.args[0]} exited with {code} ({said}){stopped}"
 
 
 def _import_pycocoevalcap(module: str) -> ModuleType:

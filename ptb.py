@@ -61,6 +61,7 @@ _TITLES = """
     ste st ave pres lieut hon brig cmdr comdr pfc spc supts supt det adj adv asst assoc ens insp mlle mme msgr sfc
     ft dept ph vs alex wm jos cie cf treas invt elec natl m[tf]g
 """
+_CUT_IN_TWO = "can-not gon-na wan-na got-ta lem-me gim-me"
 _BEFORE_NUMBERS = "ca figs fig prop nos no art pp op"  # keep it only where a number follows
 # Before these words the full stop of a single letter ends a sentence, and is then no part of the token.
 _SENTENCE_STARTS = """
@@ -103,6 +104,8 @@ def tokenize(captions: Iterable[str]) -> list[str]:
 @functools.lru_cache(maxsize=1 << 16)  # captions share most of their words
 def _chunk(chunk: str) -> tuple[str, ...]:
     """Return the tokens of text without white space that nothing outside it can change."""
+    if _plain().fullmatch(chunk):
+        return (chunk.rstrip(",.").lower(),)
     kinds = chunk.translate(_kinds()) + "\n"
     tokens, position = [], 0
     while position < len(chunk):
@@ -192,10 +195,7 @@ _PARTS = {
 _GRAMMAR: list[tuple[str, Callable[[str], str] | None]] = [  # of equally long matches the first wins
     (r"((?i:c\+\+|[cf]#))", _as_it_is),
     # "can not", "gon na", "'t is": the second half is read on its own
-    ("((?i:can))(?i:not)", _as_it_is),
-    ("((?i:gon|wan))(?i:na)", _as_it_is),
-    ("((?i:got))(?i:ta)", _as_it_is),
-    ("((?i:lem|gim))(?i:me)", _as_it_is),
+    *(("((?i:{}))(?i:{})".format(*word.split("-")), _as_it_is) for word in _CUT_IN_TWO.split()),
     ("(<apos>(?i:t))(?i:is|was)", _as_it_is),
     # markup
     ("(<tag>)", _no_spaces),
@@ -286,6 +286,14 @@ def _crossing() -> re.Pattern[str]:
     """
     before_number = _any_case(_BEFORE_NUMBERS)
     return re.compile(rf"[<]|[\d)] \d|\. |(?:^|[^A-Za-z])(?:[A-Za-z]|{before_number})\.$|['`;‘’‛\x91\x92][^ ]*\.$")
+
+
+@functools.lru_cache(maxsize=1)
+def _plain() -> re.Pattern[str]:
+    """Return what most chunks are and needs no rules: a word, and after it nothing or a sign that is no part of it."""
+    cut = _CUT_IN_TWO.replace("-", "").replace(" ", "|")
+    with_stop = "|".join(map(_any_case, (_ABBREVIATIONS, _TITLES, _BEFORE_NUMBERS)))
+    return re.compile(rf"(?!(?i:{cut})\b)(?!(?:{with_stop})\.)[A-Za-z]{{2,}}[.,]?")
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""cider.py: pycocoevalcap's own scorer on random captions, the definition's edges, and token ids as rewards need them."""
+"""cider.py: pycocoevalcap's scorer on random captions, the definition's edges, token ids as rewards need them."""
 
 import numpy as np
 import pytest

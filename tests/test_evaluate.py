@@ -1,6 +1,9 @@
 """evaluate.py: exact scores against independent computations, and a clear line for everything that can go wrong."""
 
+import csv
+import hashlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -18,6 +21,7 @@ from PIL import Image
 
 import clipscore as clip_module
 import evaluate
+from annotations import find_images
 from runtime import BAD_INPUT, PARTIAL, import_guarded
 
 ROOT = Path(evaluate.__file__).parent
@@ -467,6 +471,87 @@ def test_missing_or_broken_weights_never_become_random_ones(tmp_path, clip_folde
         evaluate.ClipScorer(str(tmp_path), None, torch.device("cpu"))
 
 
+# ---------------------------------------------------------------------------------------------- RefCLIPScore, prompts
+
+
+def plain_ref_clipscore(scorer, scores, captions, references):
+    expected = {}
+    for stem, score in scores.items():
+        text, *others = scorer.encode_texts([captions[stem], *references[stem]]).double()
+        best = max(0.0, *(float(text @ other) for other in others))
+        expected[stem] = 2 / (1 / score + 1 / best) if score and best else 0.0
+    return expected
+
+
+def test_ref_clipscore_equals_its_definition_and_is_never_nan(images, scorer):
+    """Hessel et al. 2021, equation 2; upstream divides 0 by 0 where picture and references both do not fit."""
+    references = {stem: ["a red ball", f"{stem} on a table", "cubes"][: 1 + k % 3] for k, stem in enumerate(STEMS)}
+    annotations = evaluate.Annotations(references, {stem: f"{stem}.png" for stem in STEMS})
+    metrics = ["refclipscore", "clipscore"]
+    result = evaluate.evaluate_predictions(CAPTIONS, annotations, metrics, images, lambda: scorer)
+    scores = result.per_image["CLIPScore"]
+    expected = plain_ref_clipscore(scorer, scores, CAPTIONS, references)
+    assert min(scores.values()) == 0 < max(scores.values())
+    assert result.per_image["RefCLIPScore"] == pytest.approx(expected, abs=1e-6)
+    assert list(result.means) == ["CLIPScore", "RefCLIPScore"]
+
+
+def test_ref_clipscore_of_zero_and_zero():
+    one = torch.eye(2)
+    found = clip_module.ref_clip_scores(torch.tensor([0.0, 2.5]), one, torch.stack([-one[0], one[0], one[1]]), [1, 2])
+    assert found.tolist() == [0.0, pytest.approx(2 * 2.5 / 3.5)]
+
+
+def test_the_prompt_stands_before_every_caption(images, paths, scorer, files, clip_folder, capsys):
+    prompt = "A photo depicts "
+    expected = evaluate.clipscore(scorer, paths, {stem: prompt + caption for stem, caption in CAPTIONS.items()})
+    assert evaluate.clipscore(scorer, paths, CAPTIONS, prefix=prompt) == pytest.approx(expected, abs=1e-6)
+    argv = [*files(), "--images_root", str(images), "--clip-model", str(clip_folder), "--clip-prompt", prompt]
+    assert scored(argv, STEMS) == 0
+    assert float(capsys.readouterr().out.split()[1]) == pytest.approx(np.mean([*expected.values()]), abs=1e-6)
+
+
+def test_captions_beyond_the_context_are_counted(scorer, images, caplog):
+    assert scorer.truncated(["word " * 75, "word " * 76, "", "x", "é " * 75, "ü " * 90]) == [1, 5]
+    captions = {**CAPTIONS, "im2": "word " * 100}
+    annotations = evaluate.Annotations({stem: ["a"] for stem in STEMS}, {stem: f"{stem}.png" for stem in STEMS})
+    result = evaluate.evaluate_predictions(captions, annotations, ["clipscore"], images, lambda: scorer)
+    assert result.counts == {"references": 7, "empty": 1, "truncated": 1}
+    assert "1 captions are longer than CLIP's context and were cut for it: im2" in caplog.text
+
+
+def test_the_weights_are_named_by_their_hash(clip_folder, scorer, tmp_path):
+    file = clip_folder / "open_clip_pytorch_model.bin"
+    assert scorer.fingerprint == f"file:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    shutil.copytree(clip_folder, tmp_path / "twice")
+    shutil.copy(file, tmp_path / "twice" / "other.bin")  # which one was loaded is not plain from outside
+    twice = evaluate.ClipScorer(str(tmp_path / "twice"), None, torch.device("cpu"))
+    assert twice.fingerprint.startswith("state_dict:")
+    with torch.no_grad():
+        twice.model.visual.proj.mul_(2)
+    before = twice.__dict__.pop("fingerprint")
+    assert twice.fingerprint != before
+
+
+@pytest.mark.parametrize("size", [(640, 480), (333, 500), (224, 224), (100, 37), (1001, 224)])
+def test_open_clips_preprocessing_gives_the_original_packages_pixels(size):
+    """Bicubic resize on PIL, centre crop, OpenAI's mean and deviation, at 224: what ``clip.load`` does."""
+    open_clip = import_guarded("open_clip")
+    config = open_clip.get_pretrained_cfg("ViT-B-32-quickgelu", "openai")
+    names = {"mean", "std", "interpolation", "resize_mode"} & config.keys()
+    preprocess = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(size=224, **{name: config[name] for name in names}), is_train=False
+    )
+    noise = np.random.default_rng(sum(size)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    pixels = preprocess(picture)
+    path = io.BytesIO()
+    picture.save(path, "PNG")
+    path.seek(0)
+    assert torch.allclose(pixels, plain_pixels(path, 224), atol=1e-6)
+    assert open_clip.get_model_config("ViT-B-32-quickgelu")["quick_gelu"]
+
+
 # -------------------------------------------------------------------------------------------------------- files, CLI
 
 
@@ -658,3 +743,145 @@ def test_references_keep_their_images_and_their_order(files):
     argv = files()
     expected = {stem: captions[::-1] for stem, captions in REFERENCES.items()}
     assert evaluate.load_references(argv[3]) == expected
+
+
+# -------------------------------------------------------------------------------------------- what else main can write
+
+EXAMPLES = ROOT / "examples"
+EXPECTED = {"ptb-java": 1.417998065871006, "ptb": 1.417998065871006}  # the README's
+
+
+def example(*flags, pred="predictions"):
+    argv = ["--pred_file", EXAMPLES / f"{pred}.json", "--annotation_file", EXAMPLES / "references.json"]
+    return [*map(str, argv), "--profile", "micro", "--device", "cpu", *map(str, flags)]
+
+
+@pytest.mark.parametrize("tokenizer", [pytest.param("ptb-java", marks=needs_java), "ptb"])
+def test_the_readmes_example_by_each_tokenizer(tokenizer, capsys):
+    assert evaluate.main(example("--metrics", "cider", "--tokenizer", tokenizer)) == 0
+    printed = capsys.readouterr()
+    assert float(printed.out.removeprefix("CIDEr: ")) == pytest.approx(EXPECTED[tokenizer], abs=1e-8)
+
+
+def test_everything_that_needs_no_java(tmp_path, capsys, monkeypatch):
+    """All of the README's metrics but METEOR and SPICE, with every output, on a machine without Java."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    names = {"--json": "out.json", "--per_image": "rows.csv", "--html": "page.html"}
+    outputs = [word for flag, name in names.items() for word in (flag, tmp_path / name)]
+    argv = example("--images_root", EXAMPLES / "images", "--metrics", "all", "--bootstrap", 200, *outputs)
+    argv += ["--compare", str(EXAMPLES / "weaker.json"), "--train-annotations", str(EXAMPLES / "references.json")]
+    assert evaluate.main(argv) == PARTIAL
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["CIDEr"] == pytest.approx(EXPECTED["ptb"], abs=1e-8)
+    assert result["CLIPScore"] == pytest.approx(1.3941642766, abs=1e-4)
+    assert result["RefCLIPScore"] == pytest.approx(0.9045876638, abs=1e-4)
+    assert result["BLEU-4"] == pytest.approx(0.2882621696, abs=1e-9)
+    assert result["ROUGE-L"] == pytest.approx(0.5564914995, abs=1e-9)
+    assert set(result["errors"]) == {"METEOR", "SPICE"}
+    means = {"CIDEr", "CLIPScore", "RefCLIPScore", "ROUGE-L"}
+    assert result["intervals"].keys() == result["comparison"].keys() == means
+    assert result["comparison"]["CIDEr"]["wins"] == 6
+    assert result["captions"]["vocabulary"] == 75
+    assert result["tokenizer"].startswith("ptb: pure Python")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"CIDEr: {result['CIDEr']} | CLIPScore: {result['CLIPScore']} | RefCLIPScore: ")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open(encoding="utf-8", newline="")))
+    order = [float(row["CLIPScore"]) for row in rows]
+    assert order == sorted(order, reverse=True)
+    assert np.mean([float(row["CIDEr"]) for row in rows]) == pytest.approx(result["CIDEr"])
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<img ") == 24
+
+
+def test_a_comparison_is_the_difference_of_two_runs(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    scores = {}
+    for name in ("predictions", "weaker"):
+        assert evaluate.main(example("--metrics", "cider", "--tokenizer", "ptb", pred=name)) == 0
+        scores[name] = float(capsys.readouterr().out.removeprefix("CIDEr: "))
+    flags = ["--metrics", "cider", "--tokenizer", "ptb", "--compare", EXAMPLES / "weaker.json", "--json", out]
+    assert evaluate.main(example(*flags)) == 0
+    result = json.loads(out.read_text())["comparison"]["CIDEr"]
+    assert result["difference"] == pytest.approx(scores["predictions"] - scores["weaker"])
+    assert len(result["largest"]) == result["wins"] + result["losses"] == 6
+    assert capsys.readouterr().out.count("\n") == 2 + 6
+
+
+def test_partial_scores_say_so_on_every_line(files, capsys, tmp_path):
+    """CIDEr of a subset is not comparable with CIDEr of the whole."""
+    predictions = {key: PREDICTIONS[key] for key in "abc"} | {"extra": "a cat"}
+    argv = [*files(predictions), "--metrics", "cider", "--tokenizer", "ptb", "--json", str(tmp_path / "out.json")]
+    assert evaluate.main(argv) == BAD_INPUT
+    assert "--allow-partial" in capsys.readouterr().err
+    assert evaluate.main([*argv, "--allow-partial", "--bootstrap", "10"]) == 0
+    printed = capsys.readouterr()
+    subset = {key: REFERENCES[key] for key in "abc"}
+    mean = evaluate.cider(subset, {key: PREDICTIONS[key] for key in "abc"}, "ptb")[0]
+    assert printed.out.startswith(f"CIDEr: {mean} | PARTIAL: 3 of 4 images\n")
+    assert all("PARTIAL: 3 of 4 images" in line for line in printed.out.splitlines())
+    assert json.loads((tmp_path / "out.json").read_text())["partial"] == "3 of 4 images"
+    assert evaluate.main([*files({"x": "y"}), "--allow-partial"]) == BAD_INPUT
+
+
+def test_partial_comparison_takes_what_all_files_name(files, tmp_path, capsys):
+    (tmp_path / "other.json").write_text(json.dumps({key: PREDICTIONS[key] for key in "bcd"}))
+    argv = [*files(PREDICTIONS), "--metrics", "cider", "--allow-partial", "--compare", str(tmp_path / "other.json")]
+    assert evaluate.main([*argv, "--tokenizer", "ptb"]) == 0
+    assert "PARTIAL: 3 of 4 images" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_an_extra_prediction_alone_is_partial_too(files, capsys):
+    argv = [*files({**PREDICTIONS, "extra": "a cat"}), "--metrics", "cider", "--tokenizer", "ptb", "--allow-partial"]
+    assert evaluate.main(argv) == 0
+    assert "PARTIAL" not in capsys.readouterr().out, "every annotated image is scored"
+
+
+@pytest.mark.parametrize("name", ["two words.png", "übung 猫.webp", "a.b.c.JPEG", "v1.0.tar.bmp"])
+def test_names_with_spaces_dots_and_unicode_and_any_suffix(tmp_path, scorer, name):
+    Image.new("RGB", (40, 40)).save(tmp_path / name)
+    stem = Path(name).stem
+    for annotated in (name, f"{stem}.jpg"):  # also where the annotations name another suffix
+        annotations = evaluate.Annotations({stem: ["a ball"]}, {stem: annotated})
+        result = evaluate.evaluate_predictions({stem: "x"}, annotations, ["clipscore"], tmp_path, lambda: scorer)
+        assert not result.errors
+
+
+def test_two_images_that_could_be_meant_are_refused(tmp_path):
+    for suffix in ("png", "webp"):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"a.{suffix}")
+    with pytest.raises(ValueError, match=r"a\.jpg is not there; a\.png and a\.webp could be meant"):
+        find_images(evaluate.Annotations({"a": ["x"]}, {"a": "a.jpg"}), tmp_path)
+
+
+def test_duplicate_caption_ids_are_named(files, capsys):
+    """Padding of distributed runs repeats records, and CIDEr then counts them twice."""
+    assert evaluate.main(files(annotations=changed("annotations", 0, id=0))) == BAD_INPUT
+    assert "two captions have the id 0" in capsys.readouterr().err
+
+
+def test_a_metric_that_is_not_finite_is_no_score(monkeypatch, caplog, files, capsys):
+    monkeypatch.setattr(evaluate.cocometrics, "rouge_l", lambda *_: (float("nan"), [1.0, float("nan"), 1.0, 1.0]))
+    assert evaluate.main([*files(), "--metrics", "rouge,cider", "--tokenizer", "ptb"]) == PARTIAL
+    assert capsys.readouterr().out.startswith("CIDEr: ")
+    assert "ROUGE-L of 1 images is not a finite number" in caplog.text
+
+
+def test_wrong_output_flags_are_refused_before_anything_is_scored(files, capsys):
+    for flags, message in [
+        (["--per_image", "rows.txt"], "--per-image rows.txt: must end in .json or .csv"),
+        (["--html", "x.html"], "--html x.html: needs --images-root"),
+        (["--bootstrap", "1"], "--bootstrap 1: must be at least 2"),
+        (["--tokenizer", "nltk"], "--tokenizer nltk: use auto"),
+        (["--train-annotations", "gone.json"], "gone.json: no such file"),
+        (["--compare", "gone.json"], "gone.json: no such file"),
+    ]:
+        assert evaluate.main([*files(), "--metrics", "cider", *flags]) == BAD_INPUT
+        assert message in capsys.readouterr().err
+
+
+def test_several_evaluations_at_the_same_time(tmp_path):
+    """pycocoevalcap's tokenizer writes its temporary file beside its jar."""
+    command = [sys.executable, "evaluate.py", *example("--metrics", "cider,rouge", "--json", tmp_path / "out.json")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    runs = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(3)]
+    assert len({run.communicate()[0] for run in runs}) == 1
+    assert [run.returncode for run in runs] == [0, 0, 0]

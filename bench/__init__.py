@@ -1,0 +1,1 @@
+"""Side-by-side benchmarks against peers; each is a module that runs alone."""
