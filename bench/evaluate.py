@@ -1,8 +1,8 @@
 """Time the scoring against pycocoevalcap: CIDEr on 2,000 images, and the two tokenizers on 10,000 captions.
 
-Both sides run in turn within one run, after a warm-up, and medians are compared, so that a busy machine slows both; their
-results are compared as well. Captions are the micro world's, or those of --annotation-file, whose words are richer. The
-pure tokenizer runs in an interpreter of its own, so that its start counts as Java's does.
+Both sides run in turn within one run, after a warm-up, and medians are compared, so that a busy machine slows both;
+their results are compared as well. Captions are the micro world's, or those of --annotation-file, whose words are
+richer. The pure tokenizer runs in an interpreter of its own, so that its start counts as Java's does.
 
     python -m bench.evaluate --out bench/evaluate
 """
