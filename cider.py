@@ -114,7 +114,7 @@ def cider_d(
     sizes = np.array([len(group) for group in references], dtype=np.int64)
     pair_of = np.repeat(np.arange(len(candidates)), sizes)  # by reference, its candidate
     captions = [*candidates, *(caption for group in references for caption in group)]
-    lengths = np.array([max(len(caption) - 1, 0) for caption in captions], dtype=np.float64)  # in bigrams
+    lengths = np.array([len(caption) for caption in captions], dtype=np.float64)
     difference = lengths[pair_of] - lengths[len(candidates) :]
     damping = np.exp(-(difference**2) / (2 * SIGMA**2))
     total = np.zeros(len(pair_of))

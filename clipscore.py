@@ -192,7 +192,7 @@ def ref_clip_scores(
     cosines = (texts[owners] * references).sum(dim=-1)
     best = torch.zeros_like(scores).scatter_reduce(0, owners, cosines, "amax")  # starts at 0: max(cos, 0)
     total = scores + best
-    return torch.where(total == 0, total, 2 * scores * best / total.where(total != 0, torch.ones_like(total)))
+    return 2 * scores * best / total.where(total != 0, torch.ones_like(total))
 
 
 def named_scores(metric: str, keys: Iterable[str], scores: torch.Tensor) -> dict[str, float]:

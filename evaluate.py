@@ -182,14 +182,15 @@ class Evaluation:
         """Return ``line``, with a mark where not all annotated images were scored."""
         return line if self.annotated is None else f"{line} | PARTIAL: {self.images} of {self.annotated} images"
 
-    def lines(self) -> list[str]:
-        """The report's line, and below it the intervals and the comparison that were asked for."""
+    def lines(self, images: bool = True) -> list[str]:
+        """The report's line, and below it the intervals and the comparison asked for, with ``images`` most different."""
         lines = [self.line()]
         for metric, (low, high) in self.intervals.items():
             lines.append(self.marked(f"{metric}: {CONFIDENCE:.0%} interval [{low}, {high}]"))
         for metric, result in self.comparison.items():
             lines.append(self.marked(result.line(metric)))
-            lines += [self.marked(f"{metric} {change:+.6f} {image}") for image, change in result.largest]
+            if images:
+                lines += [self.marked(f"{metric} {change:+.6f} {image}") for image, change in result.largest]
         return lines
 
     def origin(self) -> str:
@@ -509,8 +510,8 @@ def _write(args: argparse.Namespace, evaluator: Evaluator, result: Evaluation, p
     if args.html:
         import gallery
 
-        page = gallery.page(ranking, evaluator.annotations.references, evaluator.paths, result.lines(), result.origin())
-        write_text(args.html, page)
+        references, lines = evaluator.annotations.references, result.lines(images=False)
+        write_text(args.html, gallery.page(ranking, references, evaluator.paths, lines, result.origin(), args.seed))
 
 
 @command

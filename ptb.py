@@ -196,7 +196,7 @@ _GRAMMAR: list[tuple[str, Callable[[str], str] | None]] = [  # of equally long m
     (r"((?i:c\+\+|[cf]#))", _as_it_is),
     # "can not", "gon na", "'t is": the second half is read on its own
     *(("((?i:{}))(?i:{})".format(*word.split("-")), _as_it_is) for word in _CUT_IN_TWO.split()),
-    ("(<apos>(?i:t))(?i:is|was)", _as_it_is),
+    ("('(?i:t))(?i:is|was)", _as_it_is),
     # markup
     ("(<tag>)", _no_spaces),
     ("((?i:&(?:md|mdash|ndash);)|[\x96\x97–—―])", _constant("--")),
@@ -239,7 +239,7 @@ _GRAMMAR: list[tuple[str, Callable[[str], str] | None]] = [  # of equally long m
     (r"(<acronym>\.|<title>\.|[A-Za-z]\.)", _as_it_is),
     ("(<acronym>)<space>", _as_it_is),
     ("(<apos>[0-9][0-9])<space>", _as_it_is),
-    (r"(<alnum>+(?:\.<alnum>+)*\.<extension>)(?:<space>|[.?!,])", _as_it_is),
+    (r"(<inner>+(?:\.<inner>+)*\.<extension>)(?:<space>|[.?!,])", _as_it_is),
     (r"(<word>\.)<pause>", _no_soft_hyphens),
     # telephone numbers
     (r"((?:\([0-9]{2,3}\) ?|(?:\+\+?)?(?:[0-9]{2,4}[\- ])?[0-9]{2,4}[\- ])[0-9]{3,4}[\- ]?[0-9]{3,5}"
