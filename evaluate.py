@@ -183,7 +183,7 @@ class Evaluation:
         return line if self.annotated is None else f"{line} | PARTIAL: {self.images} of {self.annotated} images"
 
     def lines(self, images: bool = True) -> list[str]:
-        """The report's line, and below it the intervals and the comparison asked for, with ``images`` most different."""
+        """The report's line, and below it intervals and comparison, with ``images`` the images that differ most."""
         lines = [self.line()]
         for metric, (low, high) in self.intervals.items():
             lines.append(self.marked(f"{metric}: {CONFIDENCE:.0%} interval [{low}, {high}]"))
@@ -474,7 +474,7 @@ def _add_uncertainty(args: argparse.Namespace, result: Evaluation, other: Evalua
         if args.bootstrap is not None:
             result.intervals[metric] = bootstrap_interval(np.array([*scores.values()]), args.bootstrap, args.seed)
         if other is not None and metric in other.means:
-            result.comparison[metric] = compare(scores, other.per_image[metric], args.bootstrap or 10_000, args.seed)
+            result.comparison[metric] = compare(scores, other.per_image[metric], seed=args.seed)
 
 
 def _add_statistics(

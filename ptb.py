@@ -212,7 +212,7 @@ _GRAMMAR: list[tuple[str, Callable[[str], str] | None]] = [  # of equally long m
     (r"((?i:cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l|o<inner_apos>o))", _as_it_is),
     ("((?i:y)<apos>)<alpha>", _as_it_is),
     # addresses
-    (r'((?i:https?)://[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){},\-])', _as_it_is),
+    (r'((?i:https?)://[^ \t\n\f\r"<>|(){}]+[^ \t\n\f\r"<>|.!?(){},\-])', _as_it_is),
     (r"""((?:(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}"""
      r"""|(?:[^ \t\n\f\r"`'<>|.!?(){},-_$]+\.)+(?i:com|net|org|edu))"""
      r"""(?:/[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){},\-])?)""", _as_it_is),
@@ -264,7 +264,7 @@ _GRAMMAR: list[tuple[str, Callable[[str], str] | None]] = [  # of equally long m
     # compounds
     (r"([A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-(?:<acronym>\.|[A-Za-z0-9\xad]+))+(?:\.(?=<pause>))?)", _no_soft_hyphens),
     (r"(<elision><alnum>+(?:<hyphen><elision><alnum>+)*(?:\.(?=<pause>))?)", _as_it_is),
-    (r"([A-Z]+(?:(?:[+&]|(?i:&amp;))[A-Z]+)+(?:\.(?=<pause>))?)", _ampersands),
+    (r"([A-Z]+(?:(?:(?i:&amp;)|[+&])[A-Z]+)+(?:\.(?=<pause>))?)", _ampersands),
     # quotation marks that open, then all others
     (r"(')[A-Za-z][^ \n]", _constant("`")),
     ("(''|[`‘’‚‛“”„‟\x91\x92\x93\x94‹›«»]{1,2}|<apos>)", _quotes),
