@@ -1,4 +1,4 @@
-"""Score captions with CIDEr (Vedantam et al. 2015) and CLIPScore (Hessel et al. 2021): a library and a command line.
+"""Score captions: CIDEr-D, CLIPScore, RefCLIPScore, BLEU, METEOR, ROUGE-L, SPICE. A library and a command line.
 
 CIDEr asks how far a caption says what people said of the image, each n-gram weighed by how rare it is among all the
 references; CLIPScore asks CLIP how well the caption fits the picture and needs no reference. Both give one number an
@@ -6,444 +6,152 @@ image, and their means are what is reported:
 
     python evaluate.py --pred_file pred.json --images_root images/val --annotation_file val.json
     CIDEr: 0.8844035428513431 | CLIPScore: 0.6921499633789062
+
+Standard output holds that line and what --bootstrap and --compare add below it; which tokenizer, model and precision
+made the numbers stands on standard error and in the --json file.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
+import csv
+import functools
+import importlib.util
+import io
 import logging
+import math
 import os
-import pickle
 import platform
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
+import cocometrics
+import ptb
+from annotations import (
+    Annotations,
+    check_keys,
+    find_images,
+    load_annotations,
+    load_predictions,
+    load_references,
+    shared_images,
+    some,
+)
+from cider import cider_d
+from clipscore import (
+    PRECISIONS,
+    ClipScorer,
+    clip_scores,
+    clipscore,
+    image_features,
+    named_scores,
+    ref_clip_scores,
+    text_features,
+)
 from profiles import PROFILES
 from runtime import (
     BAD_INPUT,
     PARTIAL,
     FlagParser,
     command,
-    import_guarded,
     pick_device,
     setup_logging,
     write_json,
+    write_text,
 )
+from significance import CONFIDENCE, Comparison, bootstrap_interval, compare
+from wording import caption_statistics
+
+__all__ = ["Annotations", "ClipScorer", "Evaluation", "Evaluator", "check_keys", "cider", "clipscore",
+           "evaluate_predictions", "load_annotations", "load_predictions", "load_references", "main", "parse_metrics",
+           "ptb_tokenize"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-METRICS = {"cider": "CIDEr", "clipscore": "CLIPScore"}  # what --metrics takes and what the results call it, in order
-PRECISIONS = ("auto", "fp32", "fp16", "bf16")
-TOKENIZER = "Stanford CoreNLP 3.4.1 PTBTokenizer, lower-cased, punctuation dropped"
-PTB_OPTIONS = ("-preserveLines", "-lowerCase", "-encoding", "utf-8")  # pycocoevalcap's, with the encoding said aloud
-CLIPSCORE_WEIGHT = 2.5  # w of Hessel et al. 2021, equation 1
+METRICS = {  # what --metrics takes and what the results call it, in the order of the results
+    "cider": ("CIDEr",),
+    "clipscore": ("CLIPScore",),
+    "refclipscore": ("RefCLIPScore",),
+    "bleu": ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"),
+    "meteor": ("METEOR",),
+    "rouge": ("ROUGE-L",),
+    "spice": ("SPICE",),
+}
+DEFAULT_METRICS = ("cider", "clipscore")  # the report's line
+NO_MEANS = {*METRICS["bleu"], *METRICS["meteor"]}  # of the corpus, and not the mean of its images
+TOKENIZERS = {
+    "ptb-java": "Stanford CoreNLP 3.4.1 PTBTokenizer (Java), lower-cased, punctuation dropped",
+    "ptb": "pure Python port of the PTB rules, lower-cased, punctuation dropped",
+}
 
 
-# ---------------------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------------------------- the words
 
 
-@dataclass(frozen=True)
-class Annotations:
-    """The references and the picture of every image of a COCO-style file, keyed by file name without extension."""
-
-    references: dict[str, list[str]]
-    file_names: dict[str, str]
-
-
-def load_annotations(annotation_file: str | os.PathLike) -> Annotations:
-    """Read ``images[{id, file_name}]`` and ``annotations[{image_id, caption}]`` from a JSON file.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of that form, two images share a stem or an id, an image has no reference, or a
-            reference is empty or belongs to no image.
-    """
-    content = _load_object(annotation_file)
-    stems, file_names = {}, {}
-    for image in _records(annotation_file, content, "images", {"id": int, "file_name": str}):
-        stem = Path(image["file_name"]).stem
-        if stem in file_names:
-            names = f"{file_names[stem]!r} and {image['file_name']!r}"
-            raise ValueError(f"{annotation_file}: {names} share the stem {stem!r}, which must name one image")
-        if image["id"] in stems:
-            raise ValueError(f"{annotation_file}: two images have the id {image['id']}")
-        stems[image["id"]], file_names[stem] = stem, image["file_name"]
-
-    references: dict[str, list[str]] = {stem: [] for stem in file_names}
-    for record in _records(annotation_file, content, "annotations", {"image_id": int, "caption": str}):
-        if record["image_id"] not in stems:
-            raise ValueError(f"{annotation_file}: a caption belongs to no listed image: id {record['image_id']}")
-        stem, caption = stems[record["image_id"]], record["caption"]
-        if not caption.strip():
-            raise ValueError(f"{annotation_file}: image {stem!r} has an empty reference; remove or fill it")
-        references[stem].append(_unicode(annotation_file, stem, caption))
-    bare = [stem for stem, captions in references.items() if not captions]
-    if bare or not references:
-        raise ValueError(f"{annotation_file}: {len(bare)} of {len(references)} images have no reference: {_some(bare)}")
-    return Annotations(references, file_names)
-
-
-def load_references(annotation_file: str | os.PathLike) -> dict[str, list[str]]:
-    """Return ``{file name without extension: [captions]}`` of a COCO-style file; see ``load_annotations``."""
-    return load_annotations(annotation_file).references
-
-
-def load_predictions(pred_file: str | os.PathLike) -> dict[str, str]:
-    """Read one flat JSON object ``{file name without extension: caption}``; an empty caption is legal.
+def pick_tokenizer(name: str = "auto") -> str:
+    """Return ``ptb-java`` or ``ptb``; ``auto`` takes Java's where Java and pycocoevalcap (it has the jar) are there.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not such an object, or names an image twice.
+        ValueError: ``name`` is none of the three.
     """
-    predictions = _load_object(pred_file)
-    for stem, caption in predictions.items():
-        if not isinstance(caption, str):
-            raise ValueError(f"{pred_file}: {stem!r} must map to one caption (a string), not {type(caption).__name__}")
-        _unicode(pred_file, stem, caption)
-    return predictions
+    if name == "auto":
+        java = shutil.which("java") is not None and importlib.util.find_spec("pycocoevalcap") is not None
+        return "ptb-java" if java else "ptb"
+    if name not in TOKENIZERS:
+        raise ValueError(f"--tokenizer {name}: use auto, {' or '.join(TOKENIZERS)}")
+    return name
 
 
-def check_keys(references: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming what is missing and what is extra, unless both have the same keys."""
-    missing = [key for key in references if key not in predictions]
-    extra = [key for key in predictions if key not in references]
-    if missing or extra:
-        raise ValueError(
-            "predictions and annotations must name the same images: "
-            f"{len(missing)} missing from the predictions{_listed(missing)}, "
-            f"{len(extra)} extra in the predictions{_listed(extra)}"
-        )
-
-
-def _load_object(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the JSON object in ``path``; a repeated key, which ``json`` would silently resolve, is an error."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
-    except ValueError as error:  # bad JSON, bad UTF-8, a repeated key
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold one JSON object, not a {type(content).__name__}")
-    return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} stands there twice")
-    return content
-
-
-def _records(path: Any, content: dict[str, Any], name: str, kinds: dict[str, type]) -> list[dict[str, Any]]:
-    records = content.get(name)
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: needs a list {name!r} of objects with {' and '.join(kinds)}")
-    for number, record in enumerate(records):
-        for key, kind in kinds.items():
-            if not isinstance(record, dict) or not isinstance(record.get(key), kind):
-                raise ValueError(f"{path}: {name}[{number}] needs {key!r} as {kind.__name__}")
-    return records
-
-
-def _unicode(path: Any, stem: str, caption: str) -> str:
-    try:
-        caption.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{path}: a caption of {stem!r} holds half a surrogate pair, which is no text") from error
-    return caption
-
-
-def _some(items: Iterable[object], limit: int = 5) -> str:
-    items = [str(item) for item in items]
-    return ", ".join(items[:limit]) + (", …" if len(items) > limit else "")
-
-
-def _one_line(text: str, limit: int = 300) -> str:
-    return " ".join(text.split())[:limit]
-
-
-def _listed(items: Sequence[object]) -> str:
-    return f" ({_some(items)})" if items else ""
-
-
-# -------------------------------------------------------------------------------------------------------------- CIDEr
-
-
-def ptb_tokenize(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+def ptb_tokenize(captions: Mapping[str, Sequence[str]], tokenizer: str = "auto") -> dict[str, list[str]]:
     """Tokenize ``{key: captions}`` as COCO's evaluation does: Penn Treebank tokens, lower case, no punctuation.
 
-    The same jar, options and punctuation list as pycocoevalcap's ``PTBTokenizer``, but fed through a pipe: nothing is
-    written to the package's folder. White space is normalised first, since Java counts ``\\r``, U+2028 and their like
-    as line ends, and every later caption would move to the wrong image. Returns tokens joined by single spaces.
-
-    Raises:
-        FileNotFoundError: no Java on the PATH.
-        ChildProcessError: Java failed, or gave back another number of lines than it got.
-        ValueError: pycocoevalcap is not installed.
+    Returns each caption's tokens joined by single spaces. Errors are those of ``cocometrics.ptb_java``.
     """
-    java = shutil.which("java")
-    if java is None:
-        raise FileNotFoundError(
-            "CIDEr needs Java for its tokenizer and there is no `java` on the PATH: install a Java runtime "
-            "(Debian: apt-get install default-jre-headless; conda: conda install openjdk) or use --metrics clipscore"
-        )
-    ptb = _import_pycocoevalcap("tokenizer.ptbtokenizer")
-    jar = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
-    lines = [" ".join(caption.split()) for group in captions.values() for caption in group]
-    run = subprocess.run(
-        [java, "-cp", jar.name, "edu.stanford.nlp.process.PTBTokenizer", *PTB_OPTIONS],
-        input="".join(line + "\n" for line in lines).encode(),
-        cwd=jar.parent,  # and a bare jar name: -cp would split a path at its colons
-        capture_output=True,
-        check=False,
-    )
-    tokenized = run.stdout.decode().split("\n")[:-1]
-    if run.returncode != 0 or len(tokenized) != len(lines):
-        raise ChildProcessError(
-            f"the PTB tokenizer failed: {java} exited with {run.returncode} and returned {len(tokenized)} of "
-            f"{len(lines)} lines ({_one_line(run.stderr.decode(errors='replace'))}); check that `java -version` works"
-        )
-    results = iter(tokenized)
-    return {key: [_drop_punctuation(next(results), ptb.PUNCTUATIONS) for _ in group] for key, group in captions.items()}
+    tokenize = {"ptb-java": cocometrics.ptb_java, "ptb": ptb.tokenize}[pick_tokenizer(tokenizer)]
+    tokenized = iter(tokenize([caption for group in captions.values() for caption in group]))
+    return {key: [next(tokenized) for _ in group] for key, group in captions.items()}
 
 
-def _drop_punctuation(line: str, punctuation: Sequence[str]) -> str:
-    return " ".join(word for word in line.rstrip().split(" ") if word not in punctuation)
-
-
-def _import_pycocoevalcap(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"pycocoevalcap.{module}")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"CIDEr needs pycocoevalcap ({error}): run pip install -r requirements.txt") from error
-
-
-def cider(references: Mapping[str, Sequence[str]], predictions: Mapping[str, str]) -> tuple[float, dict[str, float]]:
+def cider(
+    references: Mapping[str, Sequence[str]], predictions: Mapping[str, str], tokenizer: str = "auto"
+) -> tuple[float, dict[str, float]]:
     """Return CIDEr-D, the mean over the images and ``{key: score}``: pycocoevalcap's ``Cider`` on PTB tokens.
 
     The document frequencies come from the references given, so scores of different image sets are not comparable, and
     a single image always scores 0. Values lie between 0 and 10 (Vedantam et al. 2015; n = 1..4, sigma = 6, clipped).
 
     Raises:
-        FileNotFoundError, ChildProcessError: as ``ptb_tokenize``.
-        ValueError: the keys differ, an image has no reference with a word in it, or pycocoevalcap is not installed.
+        FileNotFoundError, ChildProcessError: as ``cocometrics.ptb_java``.
+        ValueError: the keys differ, or an image has no reference with a word in it.
     """
     check_keys(references, predictions)
+    candidates = ptb_tokenize({key: [predictions[key]] for key in references}, tokenizer)
+    return _cider(ptb_tokenize(references, tokenizer), {key: caption for key, (caption,) in candidates.items()})
+
+
+def _cider(references: Mapping[str, Sequence[str]], candidates: Mapping[str, str]) -> tuple[float, dict[str, float]]:
     if len(references) == 1:
         log.warning("CIDEr of a single image is 0 by definition: every n-gram occurs in all (one) images")
-    tokens = ptb_tokenize(references)
-    wordless = [key for key, captions in tokens.items() if not any(captions)]
-    if wordless or not tokens:
-        raise ValueError(f"CIDEr needs references with words; {len(wordless)} images have none: {_some(wordless)}")
-    candidates = ptb_tokenize({key: [predictions[key]] for key in references})
-    mean, scores = _import_pycocoevalcap("cider.cider").Cider().compute_score(tokens, candidates)
-    return float(mean), dict(zip(references, map(float, scores), strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------------- CLIPScore
-
-
-class ClipScorer:
-    """A CLIP model with its own preprocessing and tokenizer, loaded once and kept in eval mode.
-
-    Args:
-        model: an open_clip model name, or a folder with ``open_clip_config.json`` and the weights beside it.
-        weights: an open_clip tag or a local file; None for a folder.
-        device: where it runs; None picks one.
-        precision: ``fp32``, ``fp16``, ``bf16``, or ``auto``: fp16 on CUDA, as OpenAI's package runs it, else fp32.
-
-    Raises:
-        FileNotFoundError: the folder has no configuration, or ``weights`` is neither a tag nor a file.
-        ValueError: the model is unknown, its activation is not the one that the weights were trained with, the
-            weights cannot be loaded, or open_clip is not installed. Random weights are never used.
-    """
-
-    def __init__(
-        self,
-        model: str = PROFILES["full"].clip_model,
-        weights: str | None = PROFILES["full"].clip_weights,
-        device: torch.device | None = None,
-        precision: str = "auto",
-    ) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"--precision {precision}: use one of {', '.join(PRECISIONS)}")
-        self.model_name, self.weights = model, weights
-        self.device = device or pick_device()
-        self.precision = precision if precision != "auto" else "fp16" if self.device.type == "cuda" else "fp32"
-        open_clip = _import_open_clip()
-        name = _resolve_clip(open_clip, model, weights)
-        with _explained(model, weights):
-            self.model, self.preprocess = open_clip.create_model_from_pretrained(
-                name, weights, precision=self.precision, device=self.device
-            )
-            self.tokenizer = open_clip.get_tokenizer(name)  # truncates at the model's context length, OpenAI's at 77
-        self.model.eval().requires_grad_(False)
-        self.input_dtype = open_clip.get_input_dtype(self.precision)
-
-    @property
-    def description(self) -> dict[str, str | None]:
-        """What made the numbers: model, weights, device and precision."""
-        return {
-            "clip_model": self.model_name,
-            "clip_weights": self.weights,
-            "device": str(self.device),
-            "precision": self.precision,
-        }
-
-    def load_image(self, path: str | os.PathLike) -> torch.Tensor:
-        """Return the preprocessed pixels ``(3, size, size)`` of an image; EXIF orientation is ignored, as by OpenAI.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it cannot be decoded.
-        """
-        from PIL import Image
-
-        try:
-            with Image.open(path) as image:
-                return self.preprocess(image)
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-            raise ValueError(f"{path}: not a readable image ({error}); fetch or convert it again") from error
-
-    @torch.inference_mode()
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return unit-length features ``(n, dim)`` in float32 for preprocessed pixels ``(n, 3, size, size)``."""
-        features = self.model.encode_image(pixels.to(self.device, self.input_dtype))
-        return F.normalize(features.float(), dim=-1)  # float32 first: fp16 would round the norm
-
-    @torch.inference_mode()
-    def encode_texts(self, captions: Sequence[str]) -> torch.Tensor:
-        """Return unit-length features ``(n, dim)`` in float32 for captions, taken as they are, without any prefix."""
-        features = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
-        return F.normalize(features.float(), dim=-1)
-
-
-def clipscore(
-    scorer: ClipScorer,
-    image_paths: Mapping[str, str | os.PathLike],
-    captions: Mapping[str, str],
-    batch_size: int = 64,
-) -> dict[str, float]:
-    """Return ``{key: 2.5 * max(cos(image, caption), 0)}`` in the order of ``image_paths`` (Hessel et al. 2021).
-
-    Raises:
-        FileNotFoundError: an image is missing.
-        ValueError: the keys differ, an image cannot be decoded, or a score is not finite.
-    """
-    from tqdm import tqdm
-
-    check_keys(image_paths, captions)
-    if batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size}: must be at least 1")
-    keys, scores = list(image_paths), {}
-    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        pixels = _ahead(pool, scorer.load_image, [[image_paths[key] for key in batch] for batch in batches])
-        for batch, images in tqdm(zip(batches, pixels, strict=True), "CLIPScore", len(batches), disable=None):
-            image_features = scorer.encode_images(torch.stack(images))  # (n, dim)
-            text_features = scorer.encode_texts([captions[key] for key in batch])  # (n, dim)
-            cosine = (image_features * text_features).sum(dim=-1)  # (n,)
-            scores.update(zip(batch, (CLIPSCORE_WEIGHT * cosine.clamp(min=0)).tolist(), strict=True))
-    lost = [key for key, score in scores.items() if score != score]
-    if lost:
-        raise ValueError(f"{len(lost)} CLIPScores are not a number ({_some(lost)}): try --precision fp32")
-    return scores
-
-
-def _ahead(pool: ThreadPoolExecutor, load: Callable[[Any], Any], batches: list[list[Any]]) -> Iterator[list[Any]]:
-    """Yield every batch loaded, while the next one (and no more: memory) is being loaded behind it."""
-    pending = pool.map(load, batches[0]) if batches else iter(())
-    for following in [*batches[1:], []]:
-        loaded = list(pending)
-        pending = pool.map(load, following)
-        yield loaded
-
-
-def _import_open_clip() -> ModuleType:
-    try:
-        return import_guarded("open_clip")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"CLIPScore needs open_clip ({error}): run pip install -r requirements.txt") from error
-
-
-def _resolve_clip(open_clip: ModuleType, model: str, weights: str | None) -> str:
-    """Return open_clip's name for ``model`` after ruling out whatever it would accept in silence."""
-    if Path(model).is_dir():
-        if not (Path(model) / "open_clip_config.json").is_file():
-            raise FileNotFoundError(f"--clip-model {model}: the folder has no open_clip_config.json")
-        if weights is not None:
-            raise ValueError(f"--clip-weights {weights}: a folder ({model}) brings its own weights; leave the flag out")
-        return f"local-dir:{model}"
-    if model not in open_clip.list_models():
-        raise ValueError(
-            f"--clip-model {model}: neither a folder nor a model that open_clip knows, such as ViT-B-32-quickgelu"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if weights is None:
-        raise ValueError(f"--clip-model {model} needs --clip-weights: a file, or one of {_some(tags, 20)}")
-    tag = open_clip.get_pretrained_cfg(model, weights)
-    if not tag and not Path(weights).is_file():
-        raise FileNotFoundError(f"--clip-weights {weights}: no such file, and no tag of {model}: {_some(tags, 20)}")
-    _check_activation(open_clip, model, weights, tag)
-    return model
-
-
-def _check_activation(open_clip: ModuleType, model: str, weights: str, tag: Mapping[str, Any]) -> None:
-    """Refuse GELU for weights trained with QuickGELU: open_clip merely warns, or is silent where they are a file."""
-    twin = f"{model}-quickgelu"
-    if open_clip.get_model_config(model).get("quick_gelu", False) or twin not in open_clip.list_models():
-        return
-    if tag.get("quick_gelu", False) or (not tag and "openai" in Path(weights).name.lower()):
-        raise ValueError(
-            f"--clip-model {model} runs GELU and the weights {weights} were trained with QuickGELU, which gives wrong "
-            f"scores: use --clip-model {twin}"
-        )
-    if not tag:
-        log.warning("%s runs GELU; if %s holds OpenAI's weights, scores are wrong: use %s", model, weights, twin)
-
-
-@contextmanager
-def _explained(model: str, weights: str | None) -> Iterator[None]:
-    """Turn whatever open_clip raises while it loads a model into one line with a remedy, and mute its own log."""
-    from safetensors import SafetensorError
-
-    muted = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(
-            f"CLIP weights {weights or model} cannot be loaded for {model}: {_one_line(str(error))}; run `bash "
-            "hw3_download.sh` where there is a network, give a local file as --clip-weights, or take --profile micro "
-            "for the micro world"
-        ) from error
-    finally:
-        logging.disable(muted)
+    wordless = [key for key, captions in references.items() if not any(captions)]
+    if wordless or not references:
+        raise ValueError(f"CIDEr needs references with words; {len(wordless)} images have none: {some(wordless)}")
+    words = [[caption.split() for caption in captions] for captions in references.values()]
+    scores = cider_d(words, [candidates[key].split() for key in references])
+    return float(scores.mean()), dict(zip(references, scores.tolist(), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
-@dataclass(frozen=True)
+@dataclass
 class Evaluation:
     """What was computed: the mean and the scores by image of every metric, and why another one has none."""
 
@@ -452,14 +160,49 @@ class Evaluation:
     per_image: dict[str, dict[str, float]] = field(default_factory=dict)  # metric to {stem: score}
     errors: dict[str, str] = field(default_factory=dict)
     clip: dict[str, str | None] = field(default_factory=dict)  # ClipScorer.description of the scorer used
+    tokenizer: str = ""  # that made the words, where a metric used words
+    annotated: int | None = None  # how many images the annotations name, where fewer were scored
+    counts: dict[str, int] = field(default_factory=dict)  # references, empty and truncated captions
+    statistics: dict[str, Any] = field(default_factory=dict)  # wording.caption_statistics
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    comparison: dict[str, Comparison] = field(default_factory=dict)
+
+    def add(self, metric: str, mean: float, scores: Mapping[str, float]) -> None:
+        """Take in a metric's mean (or corpus score) and its scores by image; ValueError where one is not finite."""
+        lost = [stem for stem, score in scores.items() if not math.isfinite(score)]
+        if lost or not math.isfinite(mean):
+            raise ValueError(f"{metric} of {len(lost)} images is not a finite number: {some(lost)}")
+        self.means[metric], self.per_image[metric] = mean, dict(scores)
 
     def line(self) -> str:
         """The line that reports quote: ``CIDEr: 0.88… | CLIPScore: 0.69…``, every digit kept."""
-        return " | ".join(f"{metric}: {mean}" for metric, mean in self.means.items())
+        return self.marked(" | ".join(f"{metric}: {mean}" for metric, mean in self.means.items()))
+
+    def marked(self, line: str) -> str:
+        """Return ``line``, with a mark where not all annotated images were scored."""
+        return line if self.annotated is None else f"{line} | PARTIAL: {self.images} of {self.annotated} images"
+
+    def lines(self, images: bool = True) -> list[str]:
+        """The report's line, and below it intervals and comparison, with ``images`` the images that differ most."""
+        lines = [self.line()]
+        for metric, (low, high) in self.intervals.items():
+            lines.append(self.marked(f"{metric}: {CONFIDENCE:.0%} interval [{low}, {high}]"))
+        for metric, result in self.comparison.items():
+            lines.append(self.marked(result.line(metric)))
+            if images:
+                lines += [self.marked(f"{metric} {change:+.6f} {image}") for image, change in result.largest]
+        return lines
+
+    def origin(self) -> str:
+        """One line on what made the numbers: tokenizer, CLIP model, device, precision."""
+        parts = [f"tokenizer {self.tokenizer}: {TOKENIZERS[self.tokenizer]}"] if self.tokenizer else []
+        if self.clip:
+            parts.append("{clip_model} on {device} in {precision} (fp16: other fourth digit)".format(**self.clip))
+        return self.marked(" | ".join(parts))
 
     def ranking(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float | str]]:
-        """Return ``{stem: {metric: score, "caption": caption}}``, best CLIPScore (or else CIDEr) first."""
-        leading = list(self.means)[-1]
+        """Return ``{stem: {metric: score, "caption": caption}}``, best CLIPScore (or else the first metric) first."""
+        leading = "CLIPScore" if "CLIPScore" in self.means else next(iter(self.means))
         order = sorted(predictions, key=lambda stem: (-self.per_image[leading][stem], stem))
         return {
             stem: {**{metric: scores[stem] for metric, scores in self.per_image.items()}, "caption": predictions[stem]}
@@ -468,93 +211,214 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """Everything needed to quote the numbers: means, counts, model, device, precision, tokenizer, versions."""
-        packages = ["torch", "torchvision", "open_clip_torch", "pillow"] if "CLIPScore" in self.means else []
-        packages += ["pycocoevalcap"] if "CIDEr" in self.means else []
+        packages = ["torch", "torchvision", "open_clip_torch", "pillow"] if self.clip else ["torch"]
+        packages += ["pycocoevalcap"] if importlib.util.find_spec("pycocoevalcap") else []
         return {
             **self.means,
             "images": self.images,
+            **({} if self.annotated is None else {"partial": f"{self.images} of {self.annotated} images"}),
             "metrics": list(self.means),
             "errors": self.errors,
-            **({"tokenizer": TOKENIZER} if "CIDEr" in self.means else {}),
+            "counts": self.counts,
+            **({"tokenizer": f"{self.tokenizer}: {TOKENIZERS[self.tokenizer]}"} if self.tokenizer else {}),
             **self.clip,
+            **({"captions": self.statistics} if self.statistics else {}),
+            **({"intervals": self.intervals, "confidence": CONFIDENCE} if self.intervals else {}),
+            **({"comparison": {k: v.summary() for k, v in self.comparison.items()}} if self.comparison else {}),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         }
+
+
+@dataclass
+class Evaluator:
+    """Scores prediction files against the same images: references, pictures and model are read once, and when needed.
+
+    ``make_scorer`` is called only for CLIPScore and only once all images are known to exist.
+    """
+
+    annotations: Annotations
+    images_root: str | os.PathLike | None = None
+    make_scorer: Callable[[], ClipScorer] = ClipScorer
+    batch_size: int = 64
+    tokenizer: str = "auto"
+    clip_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        self.tokenizer = pick_tokenizer(self.tokenizer)
+
+    def evaluate(self, predictions: Mapping[str, str], metrics: Sequence[str] = DEFAULT_METRICS) -> Evaluation:
+        """Score ``{stem: caption}``; a metric that cannot be computed is logged and does not stop the others.
+
+        Raises:
+            ValueError: predictions and annotations do not name the same images, or a metric is unknown.
+        """
+        wanted = parse_metrics(",".join(metrics))
+        check_keys(self.annotations.references, predictions)
+        predictions = {stem: predictions[stem] for stem in self.annotations.references}
+        empty = [stem for stem, caption in predictions.items() if not caption.strip()]
+        if empty:
+            log.warning("%d of %d predicted captions are empty: %s", len(empty), len(predictions), some(empty))
+        references = sum(map(len, self.annotations.references.values()))
+        result = Evaluation(len(predictions), counts={"references": references, "empty": len(empty)})
+        run = _Run(self, predictions, result)
+        for metric in wanted:
+            try:
+                for label, mean, scores in getattr(run, metric)():
+                    result.add(label, mean, dict(zip(predictions, scores, strict=True)))
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                for label in METRICS[metric]:
+                    result.errors[label] = str(error)
+                log.error("%s not computed: %s", "/".join(METRICS[metric]), error)
+        return result
+
+    def tokenize(self, predictions: Mapping[str, str]) -> dict[str, str]:
+        """Return the tokens of each predicted caption."""
+        tokens = ptb_tokenize({stem: [caption] for stem, caption in predictions.items()}, self.tokenizer)
+        return {stem: caption for stem, (caption,) in tokens.items()}
+
+    def statistics(
+        self, predictions: Mapping[str, str], training: Mapping[str, Sequence[str]] | None = None
+    ) -> dict[str, Any]:
+        """Return ``wording.caption_statistics`` of predictions, with copies from ``training`` references if given."""
+        tokens = None if training is None else ptb_tokenize(training, self.tokenizer)
+        known = None if tokens is None else [caption for captions in tokens.values() for caption in captions]
+        return caption_statistics([*self.tokenize(predictions).values()], known)
+
+    @functools.cached_property
+    def references(self) -> dict[str, list[str]]:
+        """The tokens of each image's references."""
+        return ptb_tokenize(self.annotations.references, self.tokenizer)
+
+    @functools.cached_property
+    def paths(self) -> dict[str, Path]:
+        """Each image's file."""
+        return find_images(self.annotations, self.images_root)
+
+    @functools.cached_property
+    def scorer(self) -> ClipScorer:
+        """The CLIP model, loaded when the images are known to be there."""
+        assert self.paths
+        return self.make_scorer()
+
+    @functools.cached_property
+    def images(self) -> torch.Tensor:
+        """Unit-length features of the images ``(n, dim)``, in the order of the references."""
+        paths = list(self.paths.values())
+        return image_features(self.scorer, paths, self.batch_size)
+
+    @functools.cached_property
+    def reference_features(self) -> torch.Tensor:
+        """Unit-length features of all references, image by image."""
+        captions = [caption for group in self.annotations.references.values() for caption in group]
+        return text_features(self.scorer, captions, self.batch_size, self.clip_prompt)
+
+
+Scored = list[tuple[str, float, Sequence[float]]]  # label, the corpus' score, those of the images in order
+
+
+class _Run:
+    """The metrics of one prediction file, a method by the name of each; what several of them need is made once."""
+
+    def __init__(self, evaluator: Evaluator, predictions: Mapping[str, str], result: Evaluation) -> None:
+        self.evaluator, self.predictions, self.result = evaluator, predictions, result
+
+    @functools.cached_property
+    def words(self) -> tuple[dict[str, list[str]], dict[str, str]]:
+        words = self.evaluator.references, self.evaluator.tokenize(self.predictions)
+        self.result.tokenizer = self.evaluator.tokenizer
+        return words
+
+    @functools.cached_property
+    def texts(self) -> torch.Tensor:
+        evaluator, captions = self.evaluator, list(self.predictions.values())
+        self.result.clip.update(evaluator.scorer.description, clip_prompt=evaluator.clip_prompt)
+        cut = evaluator.scorer.truncated([evaluator.clip_prompt + caption for caption in captions])
+        self.result.counts["truncated"] = len(cut)
+        if cut:
+            names = some([list(self.predictions)[place] for place in cut])
+            log.warning("%d captions are longer than CLIP's context and were cut for it: %s", len(cut), names)
+        return text_features(evaluator.scorer, captions, evaluator.batch_size, evaluator.clip_prompt)
+
+    def cider(self) -> Scored:
+        mean, scores = _cider(*self.words)
+        return [("CIDEr", mean, list(scores.values()))]
+
+    def bleu(self) -> Scored:
+        return [(label, *scored) for label, scored in zip(METRICS["bleu"], cocometrics.bleu(*self.words), strict=True)]
+
+    def meteor(self) -> Scored:
+        return [("METEOR", *cocometrics.meteor(*self.words))]
+
+    def rouge(self) -> Scored:
+        return [("ROUGE-L", *cocometrics.rouge_l(*self.words))]
+
+    def spice(self) -> Scored:
+        return [("SPICE", *cocometrics.spice(*self.words))]
+
+    def clipscore(self) -> Scored:
+        scores = clip_scores(self.evaluator.images, self.texts)
+        return [_mean("CLIPScore", self.predictions, scores)]
+
+    def refclipscore(self) -> Scored:
+        images, texts, references = self.evaluator.images, self.texts, self.evaluator.reference_features
+        counts = [len(group) for group in self.evaluator.annotations.references.values()]
+        scores = ref_clip_scores(clip_scores(images, texts), texts, references, counts)
+        return [_mean("RefCLIPScore", self.predictions, scores)]
+
+
+def _mean(label: str, keys: Mapping[str, str], scores: torch.Tensor) -> tuple[str, float, list[float]]:
+    values = list(named_scores(label, keys, scores).values())
+    return label, sum(values) / len(values), values
 
 
 def evaluate_predictions(
     predictions: Mapping[str, str],
     annotations: Annotations,
-    metrics: Sequence[str] = tuple(METRICS),
+    metrics: Sequence[str] = DEFAULT_METRICS,
     images_root: str | os.PathLike | None = None,
     make_scorer: Callable[[], ClipScorer] = ClipScorer,
     batch_size: int = 64,
 ) -> Evaluation:
-    """Score ``{stem: caption}`` by ``metrics``; a metric that cannot be computed is logged and does not stop the other.
-
-    ``make_scorer`` is called only for CLIPScore and only once all images are known to exist.
-
-    Raises:
-        ValueError: predictions and annotations do not name the same images, or a metric is unknown.
-    """
-    wanted = parse_metrics(",".join(metrics))
-    check_keys(annotations.references, predictions)
-    empty = [stem for stem, caption in predictions.items() if not caption.strip()]
-    if empty:
-        log.warning("%d of %d predicted captions are empty: %s", len(empty), len(predictions), _some(empty))
-
-    def score_cider() -> tuple[float, dict[str, float]]:
-        return cider(annotations.references, predictions)
-
-    def score_clip() -> tuple[float, dict[str, float]]:
-        paths = _image_paths(annotations, images_root)
-        scorer = make_scorer()
-        result.clip.update(scorer.description)
-        log.info("CLIPScore by %(clip_model)s on %(device)s in %(precision)s (fp16: other fourth digit)", result.clip)
-        scores = clipscore(scorer, paths, predictions, batch_size)
-        return sum(scores.values()) / len(scores), scores
-
-    result = Evaluation(images=len(predictions))
-    for metric in wanted:
-        label = METRICS[metric]
-        try:
-            result.means[label], result.per_image[label] = {"cider": score_cider, "clipscore": score_clip}[metric]()
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            result.errors[label] = str(error)
-            log.error("%s not computed: %s", label, error)
-    return result
-
-
-def _image_paths(annotations: Annotations, images_root: str | os.PathLike | None) -> dict[str, Path]:
-    if images_root is None:
-        raise ValueError("--images_root is needed for CLIPScore; give it or use --metrics cider")
-    paths = {stem: Path(images_root) / name for stem, name in annotations.file_names.items()}
-    missing = [path.name for path in paths.values() if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"--images_root {images_root}: {len(missing)} of {len(paths)} images are not there{_listed(missing)}"
-        )
-    return paths
+    """Score one ``{stem: caption}``; see ``Evaluator``, which serves several, and its ``evaluate`` for errors."""
+    return Evaluator(annotations, images_root, make_scorer, batch_size).evaluate(predictions, metrics)
 
 
 def parse_metrics(text: str) -> list[str]:
-    """Return the metrics in ``"cider,clipscore"``, in the order of ``METRICS``; ValueError for an unknown or no one."""
+    """Return the metrics in ``"cider,clipscore"`` or ``"all"``, in the order of ``METRICS``.
+
+    Raises:
+        ValueError: one is unknown, or there is none.
+    """
     wanted = {name.strip().lower() for name in text.split(",")}
+    if wanted == {"all"}:
+        return list(METRICS)
     if not wanted <= METRICS.keys():
-        raise ValueError(f"--metrics {text}: unknown; choose from {', '.join(METRICS)}, with a comma between")
+        raise ValueError(f"--metrics {text}: unknown; choose from {', '.join(METRICS)}, with a comma between, or all")
     return [metric for metric in METRICS if metric in wanted]
+
+
+# ------------------------------------------------------------------------------------------------------- command line
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    parser = FlagParser(description="Score captions with CIDEr and CLIPScore.")
+    parser = FlagParser(description="Score captions: CIDEr, CLIPScore, RefCLIPScore, BLEU, METEOR, ROUGE-L, SPICE.")
     parser.add_argument("--pred-file", required=True, help="predictions: {file name without extension: caption}")
-    parser.add_argument("--images-root", help="folder of the images; only CLIPScore needs it")
+    parser.add_argument("--images-root", help="folder of the images; only CLIPScore and RefCLIPScore need it")
     parser.add_argument("--annotation-file", required=True, help="COCO-style references of exactly those images")
-    parser.add_argument("--metrics", default=",".join(METRICS), help="which ones, with a comma between")
+    parser.add_argument("--metrics", default=",".join(DEFAULT_METRICS), help=f"{','.join(METRICS)}, or all")
+    parser.add_argument("--tokenizer", default="auto", help="ptb-java, ptb (pure Python), or auto: Java's if there")
+    parser.add_argument("--allow-partial", action="store_true", help="score the images that both files name; says so")
+    parser.add_argument("--bootstrap", type=int, metavar="N", help="add intervals from N resamples of the images")
+    parser.add_argument("--compare", metavar="OTHER", help="other predictions: paired test, --pred-file minus OTHER")
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    parser.add_argument("--train-annotations", metavar="FILE", help="count captions copied from these references")
     parser.add_argument("--json", metavar="OUT", help="write the scores and what made them here")
-    parser.add_argument("--per-image", metavar="OUT", help="write every image's scores here, best first")
+    parser.add_argument("--per-image", metavar="OUT", help="write every image's scores here, best first: .json or .csv")
+    parser.add_argument("--html", metavar="OUT", help="write a page of best, worst and random images here")
     parser.add_argument("--clip-model", help="open_clip name, or folder with open_clip_config.json (the profile's)")
     parser.add_argument("--clip-weights", help="open_clip tag or file (the profile's; a folder has its own)")
+    parser.add_argument("--clip-prompt", default="", help='put before each caption; the paper has "A photo depicts "')
     parser.add_argument("--batch-size", type=int, default=64, help="images per CLIP forward pass")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="CLIP's; auto: fp16 on CUDA, else fp32")
@@ -563,35 +427,117 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse wrong flags before anything slow starts."""
+    parse_metrics(args.metrics)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.bootstrap is not None and args.bootstrap < 2:
+        raise ValueError(f"--bootstrap {args.bootstrap}: must be at least 2; 1000 is usual")
+    if args.per_image and Path(args.per_image).suffix not in (".json", ".csv"):
+        raise ValueError(f"--per-image {args.per_image}: must end in .json or .csv")
+    if args.html and not args.images_root:
+        raise ValueError(f"--html {args.html}: needs --images-root, whose pictures it shows")
+
+
+def _read(args: argparse.Namespace) -> tuple[Annotations, dict[str, dict[str, str]]]:
+    """Return the annotations and the predictions by file, cut down to shared images under --allow-partial."""
+    annotations = load_annotations(args.annotation_file)
+    files = [args.pred_file, *([args.compare] if args.compare else [])]
+    predictions = {name: load_predictions(name) for name in files}
+    if args.allow_partial:
+        for name in files:
+            annotations, predictions[name] = shared_images(annotations, predictions[name])
+        for name in files:
+            annotations, predictions[name] = shared_images(annotations, predictions[name])
+    return annotations, predictions
+
+
+def _make_evaluator(args: argparse.Namespace, annotations: Annotations) -> Evaluator:
+    device, profile = pick_device(args.device), PROFILES[args.profile]
+    model = args.clip_model or profile.clip_model
+    weights = args.clip_weights or (None if Path(model).is_dir() else profile.clip_weights)
+    return Evaluator(
+        annotations,
+        args.images_root,
+        lambda: ClipScorer(model, weights, device, args.precision),
+        args.batch_size,
+        args.tokenizer,
+        args.clip_prompt,
+    )
+
+
+def _add_uncertainty(args: argparse.Namespace, result: Evaluation, other: Evaluation | None) -> None:
+    """Fill in intervals and comparison, for the metrics that are means over images."""
+    for metric in (metric for metric in result.means if metric not in NO_MEANS):
+        scores = result.per_image[metric]
+        if args.bootstrap is not None:
+            result.intervals[metric] = bootstrap_interval(np.array([*scores.values()]), args.bootstrap, args.seed)
+        if other is not None and metric in other.means:
+            result.comparison[metric] = compare(scores, other.per_image[metric], seed=args.seed)
+
+
+def _add_statistics(
+    evaluator: Evaluator,
+    result: Evaluation,
+    predictions: Mapping[str, str],
+    training: Mapping[str, Sequence[str]] | None,
+) -> None:
+    """Fill in what the captions are like; without their words the scores still stand."""
+    try:
+        result.statistics = evaluator.statistics(predictions, training)
+    except (ValueError, OSError) as error:
+        result.errors["captions"] = str(error)
+        log.error("caption statistics not computed: %s", error)
+    else:
+        copied = result.statistics.get("copied")
+        if copied is not None:
+            log.info("%s", result.marked(f"{copied:.2%} of the captions equal a training caption"))
+
+
+def _write(args: argparse.Namespace, evaluator: Evaluator, result: Evaluation, predictions: dict[str, str]) -> None:
+    if args.json:
+        write_json(args.json, result.summary())
+    ranking = result.ranking(predictions)
+    if args.per_image and args.per_image.endswith(".csv"):
+        table = io.StringIO()
+        rows = csv.writer(table)
+        rows.writerow(["image", *result.means, "caption"])
+        rows.writerows([stem, *row.values()] for stem, row in ranking.items())
+        write_text(args.per_image, table.getvalue())
+    elif args.per_image:
+        write_json(args.per_image, ranking)
+    if args.html:
+        import gallery
+
+        references, lines = evaluator.annotations.references, result.lines(images=False)
+        write_text(args.html, gallery.page(ranking, references, evaluator.paths, lines, result.origin(), args.seed))
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Score a prediction file; return 0, 3 (``PARTIAL``) where one metric failed, 2 where none could be computed."""
     args = build_parser().parse_args(argv)
     setup_logging(args.verbose)
-    metrics = parse_metrics(args.metrics)
-    device = pick_device(args.device)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
-    profile = PROFILES[args.profile]
-    model = args.clip_model or profile.clip_model
-    weights = args.clip_weights or (None if Path(model).is_dir() else profile.clip_weights)
-    predictions = load_predictions(args.pred_file)
-    result = evaluate_predictions(
-        predictions,
-        load_annotations(args.annotation_file),
-        metrics,
-        args.images_root,
-        lambda: ClipScorer(model, weights, device, args.precision),
-        args.batch_size,
-    )
+    _check(args)
+    annotated = len(load_annotations(args.annotation_file).references)
+    annotations, files = _read(args)
+    training = load_references(args.train_annotations) if args.train_annotations else None
+    evaluator = _make_evaluator(args, annotations)
+    predictions = files[args.pred_file]
+    result = evaluator.evaluate(predictions, parse_metrics(args.metrics))
     if not result.means:
         return BAD_INPUT
-    print(result.line())
-    if args.json:
-        write_json(args.json, result.summary())
-    if args.per_image:
-        write_json(args.per_image, result.ranking(predictions))
-    return PARTIAL if result.errors else 0
+    if len(annotations.references) < annotated:
+        result.annotated = annotated
+    other = evaluator.evaluate(files[args.compare], parse_metrics(args.metrics)) if args.compare else None
+    _add_uncertainty(args, result, other)
+    if args.json or training:
+        _add_statistics(evaluator, result, predictions, training)
+    log.info("%s", result.origin())
+    print("\n".join(result.lines()))
+    _write(args, evaluator, result, predictions)
+    return PARTIAL if result.errors or (other and other.errors) else 0
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ import torch
 
 BAD_INPUT = 2  # exit code for wrong files, flags or data
 PARTIAL = 3  # exit code when a part of the work could not be done, and the rest was
-OURS = ("__main__", "captioner", "data", "decoder", "evaluate", "generation", "inference", "llava", "microworld",
-        "training")  # loggers whose INFO is shown  # fmt: skip
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
@@ -59,7 +57,8 @@ def seed_everything(seed: int) -> None:
 def setup_logging(verbose: bool = False) -> None:
     """Send log records to stderr: the suite's at INFO (DEBUG when ``verbose``), other libraries' warnings only."""
     logging.basicConfig(format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
-    for name in OURS:
+    here = Path(__file__).parent
+    for name in ("__main__", "bench", "microworld", *(path.stem for path in here.glob("*.py"))):
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 

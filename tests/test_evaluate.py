@@ -1,5 +1,9 @@
 """evaluate.py: exact scores against independent computations, and a clear line for everything that can go wrong."""
 
+import csv
+import hashlib
+import importlib.util
+import io
 import json
 import logging
 import math
@@ -15,7 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
+import clipscore as clip_module
 import evaluate
+from annotations import find_images
 from runtime import BAD_INPUT, PARTIAL, import_guarded
 
 ROOT = Path(evaluate.__file__).parent
@@ -124,14 +130,22 @@ def test_cider_of_the_clipscore_papers_example():
     assert round(evaluate.cider(references, bad)[0], 4) == 0.2790
 
 
-@needs_java
-def test_cider_of_the_courses_predictions():
+@pytest.mark.parametrize("tokenizer", [pytest.param("ptb-java", marks=needs_java), "ptb"])
+def test_cider_of_the_courses_predictions(tokenizer):
+    """The published figure, and pycocoevalcap's own score of every image, by both tokenizers."""
     if not COURSE_DATA.is_dir():
         pytest.skip("the course's validation references are not part of the project")
+    from pycocoevalcap.cider.cider import Cider
+
     references = evaluate.load_references(COURSE_DATA / "val.json")
-    mean, scores = evaluate.cider(references, evaluate.load_predictions(COURSE_DATA / "pred.json"))
+    predictions = evaluate.load_predictions(COURSE_DATA / "pred.json")
+    mean, scores = evaluate.cider(references, predictions, tokenizer)
     assert len(scores) == 1789
     assert mean == pytest.approx(0.9265429320858402, abs=1e-12)
+    tokens = evaluate.ptb_tokenize(references, tokenizer)
+    candidates = evaluate.ptb_tokenize({key: [predictions[key]] for key in references}, tokenizer)
+    theirs = Cider().compute_score(tokens, candidates)[1]
+    assert list(scores.values()) == pytest.approx(theirs.tolist(), abs=1e-12)
 
 
 @needs_java
@@ -218,7 +232,7 @@ def test_a_failing_java_gives_no_score(tmp_path, monkeypatch, script, message):
         evaluate.ptb_tokenize({"a": ["one"], "b": ["two"]})
 
 
-def test_without_java_cider_fails_clearly_and_leaves_no_file(tmp_path, monkeypatch):
+def test_without_java_its_tokenizer_fails_clearly_and_leaves_no_file(tmp_path, monkeypatch):
     """pycocoevalcap's tokenizer finds that there is no Java only after writing a temporary file, and leaves it."""
     from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -226,8 +240,27 @@ def test_without_java_cider_fails_clearly_and_leaves_no_file(tmp_path, monkeypat
     before = sorted(folder.iterdir())
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="install a Java runtime"):
-        evaluate.cider(REFERENCES, PREDICTIONS)
+        evaluate.cider(REFERENCES, PREDICTIONS, "ptb-java")
     assert sorted(folder.iterdir()) == before
+
+
+def test_without_java_the_pure_tokenizer_is_the_default(tmp_path, monkeypatch):
+    """A missing Java is by far the most common failure of this field's evaluators."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert evaluate.pick_tokenizer() == "ptb"
+    expected = plain_cider(REFERENCES, PREDICTIONS)
+    assert evaluate.cider(REFERENCES, PREDICTIONS)[1] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("missing", [None, "pycocoevalcap"])
+@needs_java
+def test_javas_tokenizer_is_the_default_where_its_jar_is(monkeypatch, missing):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    assert evaluate.pick_tokenizer() == ("ptb" if missing else "ptb-java")
+    assert evaluate.pick_tokenizer("ptb") == "ptb"
+    with pytest.raises(ValueError, match="--tokenizer spacy"):
+        evaluate.pick_tokenizer("spacy")
 
 
 # ---------------------------------------------------------------------------------------------------------- CLIPScore
@@ -309,7 +342,7 @@ def test_clipscore_equals_an_independent_computation(clip_folder, paths, scorer)
     assert min(cosines.values()) < 0 < max(cosines.values()), "the example must reach both sides of the clamp"
     scores = evaluate.clipscore(scorer, paths, CAPTIONS, batch_size=3)
     assert list(scores) == STEMS
-    assert scores == pytest.approx(expected, abs=1e-5)
+    assert scores == pytest.approx(expected, abs=1e-6)
 
 
 def test_clipscore_depends_neither_on_order_nor_on_batch_size(paths, scorer):
@@ -388,12 +421,12 @@ def test_openai_weights_in_a_local_file_are_refused_or_warned_of(tmp_path, caplo
     for file in (named, unnamed):
         file.touch()
     with pytest.raises(ValueError, match="ViT-B-32-quickgelu"):
-        evaluate._resolve_clip(open_clip, "ViT-B-32", str(named))
-    assert evaluate._resolve_clip(open_clip, "ViT-B-32-quickgelu", str(named)) == "ViT-B-32-quickgelu"
+        clip_module._resolve_clip(open_clip, "ViT-B-32", str(named))
+    assert clip_module._resolve_clip(open_clip, "ViT-B-32-quickgelu", str(named)) == "ViT-B-32-quickgelu"
     assert not caplog.records
-    assert evaluate._resolve_clip(open_clip, "ViT-B-32", str(unnamed)) == "ViT-B-32"
+    assert clip_module._resolve_clip(open_clip, "ViT-B-32", str(unnamed)) == "ViT-B-32"
     assert "use ViT-B-32-quickgelu" in caplog.text
-    assert evaluate._resolve_clip(open_clip, "ViT-B-32", "laion2b_s34b_b79k") == "ViT-B-32"
+    assert clip_module._resolve_clip(open_clip, "ViT-B-32", "laion2b_s34b_b79k") == "ViT-B-32"
 
 
 @pytest.mark.parametrize(
@@ -438,6 +471,87 @@ def test_missing_or_broken_weights_never_become_random_ones(tmp_path, clip_folde
         evaluate.ClipScorer(str(tmp_path), None, torch.device("cpu"))
 
 
+# ---------------------------------------------------------------------------------------------- RefCLIPScore, prompts
+
+
+def plain_ref_clipscore(scorer, scores, captions, references):
+    expected = {}
+    for stem, score in scores.items():
+        text, *others = scorer.encode_texts([captions[stem], *references[stem]]).double()
+        best = max(0.0, *(float(text @ other) for other in others))
+        expected[stem] = 2 / (1 / score + 1 / best) if score and best else 0.0
+    return expected
+
+
+def test_ref_clipscore_equals_its_definition_and_is_never_nan(images, scorer):
+    """Hessel et al. 2021, equation 2; upstream divides 0 by 0 where picture and references both do not fit."""
+    references = {stem: ["a red ball", f"{stem} on a table", "cubes"][: 1 + k % 3] for k, stem in enumerate(STEMS)}
+    annotations = evaluate.Annotations(references, {stem: f"{stem}.png" for stem in STEMS})
+    metrics = ["refclipscore", "clipscore"]
+    result = evaluate.evaluate_predictions(CAPTIONS, annotations, metrics, images, lambda: scorer)
+    scores = result.per_image["CLIPScore"]
+    expected = plain_ref_clipscore(scorer, scores, CAPTIONS, references)
+    assert min(scores.values()) == 0 < max(scores.values())
+    assert result.per_image["RefCLIPScore"] == pytest.approx(expected, abs=1e-6)
+    assert list(result.means) == ["CLIPScore", "RefCLIPScore"]
+
+
+def test_ref_clipscore_of_zero_and_zero():
+    one = torch.eye(2)
+    found = clip_module.ref_clip_scores(torch.tensor([0.0, 2.5]), one, torch.stack([-one[0], one[0], one[1]]), [1, 2])
+    assert found.tolist() == [0.0, pytest.approx(2 * 2.5 / 3.5)]
+
+
+def test_the_prompt_stands_before_every_caption(images, paths, scorer, files, clip_folder, capsys):
+    prompt = "A photo depicts "
+    expected = evaluate.clipscore(scorer, paths, {stem: prompt + caption for stem, caption in CAPTIONS.items()})
+    assert evaluate.clipscore(scorer, paths, CAPTIONS, prefix=prompt) == pytest.approx(expected, abs=1e-6)
+    argv = [*files(), "--images_root", str(images), "--clip-model", str(clip_folder), "--clip-prompt", prompt]
+    assert scored(argv, STEMS) == 0
+    assert float(capsys.readouterr().out.split()[1]) == pytest.approx(np.mean([*expected.values()]), abs=1e-6)
+
+
+def test_captions_beyond_the_context_are_counted(scorer, images, caplog):
+    assert scorer.truncated(["word " * 75, "word " * 76, "", "x", "é " * 75, "ü " * 90]) == [1, 5]
+    captions = {**CAPTIONS, "im2": "word " * 100}
+    annotations = evaluate.Annotations({stem: ["a"] for stem in STEMS}, {stem: f"{stem}.png" for stem in STEMS})
+    result = evaluate.evaluate_predictions(captions, annotations, ["clipscore"], images, lambda: scorer)
+    assert result.counts == {"references": 7, "empty": 1, "truncated": 1}
+    assert "1 captions are longer than CLIP's context and were cut for it: im2" in caplog.text
+
+
+def test_the_weights_are_named_by_their_hash(clip_folder, scorer, tmp_path):
+    file = clip_folder / "open_clip_pytorch_model.bin"
+    assert scorer.fingerprint == f"file:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    shutil.copytree(clip_folder, tmp_path / "twice")
+    shutil.copy(file, tmp_path / "twice" / "other.bin")  # which one was loaded is not plain from outside
+    twice = evaluate.ClipScorer(str(tmp_path / "twice"), None, torch.device("cpu"))
+    assert twice.fingerprint.startswith("state_dict:")
+    with torch.no_grad():
+        twice.model.visual.proj.mul_(2)
+    before = twice.__dict__.pop("fingerprint")
+    assert twice.fingerprint != before
+
+
+@pytest.mark.parametrize("size", [(640, 480), (333, 500), (224, 224), (100, 37), (1001, 224)])
+def test_open_clips_preprocessing_gives_the_original_packages_pixels(size):
+    """Bicubic resize on PIL, centre crop, OpenAI's mean and deviation, at 224: what ``clip.load`` does."""
+    open_clip = import_guarded("open_clip")
+    config = open_clip.get_pretrained_cfg("ViT-B-32-quickgelu", "openai")
+    names = {"mean", "std", "interpolation", "resize_mode"} & config.keys()
+    preprocess = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(size=224, **{name: config[name] for name in names}), is_train=False
+    )
+    noise = np.random.default_rng(sum(size)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    pixels = preprocess(picture)
+    path = io.BytesIO()
+    picture.save(path, "PNG")
+    path.seek(0)
+    assert torch.allclose(pixels, plain_pixels(path, 224), atol=1e-6)
+    assert open_clip.get_model_config("ViT-B-32-quickgelu")["quick_gelu"]
+
+
 # -------------------------------------------------------------------------------------------------------- files, CLI
 
 
@@ -450,7 +564,8 @@ def test_the_script_prints_one_line_and_imports_nothing_of_clip(files):
     )
     argv = [*files(), "--metrics", "cider"]
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr == f"I evaluate: tokenizer ptb-java: {evaluate.TOKENIZERS['ptb-java']}\n"
     assert done.stdout == f"CIDEr: {evaluate.cider(REFERENCES, PREDICTIONS)[0]}\n"
 
 
@@ -486,21 +601,24 @@ def test_per_image_without_clipscore_is_sorted_by_cider(tmp_path, files):
     assert rows["d"] == {"CIDEr": scores["d"], "caption": PREDICTIONS["d"]}
 
 
-def test_without_java_clipscore_is_still_computed(tmp_path, files, images, clip_folder, monkeypatch, capsys, caplog):
+def test_when_java_is_asked_for_and_missing_clipscore_is_still_computed(
+    tmp_path, files, images, clip_folder, monkeypatch, capsys, caplog
+):
     monkeypatch.setenv("PATH", str(tmp_path))
     out = tmp_path / "scores.json"
     argv = [*files(), "--images_root", str(images), "--clip-model", str(clip_folder), "--json", str(out)]
-    assert scored(argv, STEMS, metrics="cider,clipscore") == PARTIAL
+    assert scored([*argv, "--tokenizer", "ptb-java"], STEMS, metrics="cider,clipscore") == PARTIAL
     result = json.loads(out.read_text())
     assert capsys.readouterr().out == f"CLIPScore: {result['CLIPScore']}\n"
     assert "CIDEr" not in result
     assert "Java" in result["errors"]["CIDEr"]
-    assert "CIDEr not computed: CIDEr needs Java" in caplog.text
+    assert "CIDEr not computed: --tokenizer ptb-java needs Java" in caplog.text
 
 
 def test_with_nothing_computed_there_is_no_output(tmp_path, files, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert evaluate.main([*files(), "--metrics", "cider", "--json", str(tmp_path / "scores.json")]) == BAD_INPUT
+    argv = [*files(), "--metrics", "cider,meteor,spice", "--tokenizer", "ptb-java"]
+    assert evaluate.main([*argv, "--json", str(tmp_path / "scores.json")]) == BAD_INPUT
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "scores.json").exists()
 
@@ -528,9 +646,8 @@ def test_a_partial_run_survives_running_out_of_memory(tmp_path, monkeypatch):
 
     (tmp_path / "a.jpg").touch()
     annotations = evaluate.Annotations({"a": ["a ball"]}, {"a": "a.jpg"})
-    monkeypatch.setattr(evaluate, "cider", lambda references, predictions: (0.5, {"a": 0.5}))
     result = evaluate.evaluate_predictions({"a": "x"}, annotations, images_root=tmp_path, make_scorer=exhausted)
-    assert (result.means, result.errors) == ({"CIDEr": 0.5}, {"CLIPScore": "CUDA out of memory"})
+    assert (result.means, result.errors) == ({"CIDEr": 0.0}, {"CLIPScore": "CUDA out of memory"})
 
 
 @needs_java
@@ -613,7 +730,7 @@ def test_missing_files_and_wrong_flags_are_named(files, capsys):
     argv = files()
     for extra, message in [
         (["--pred_file", "nowhere.json"], "nowhere.json: no such file"),
-        (["--metrics", "cider,bleu"], "--metrics cider,bleu: unknown"),
+        (["--metrics", "cider,blue"], "--metrics cider,blue: unknown"),
         (["--metrics", ""], "--metrics : unknown"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--device", "toaster"], "--device toaster"),
@@ -626,3 +743,145 @@ def test_references_keep_their_images_and_their_order(files):
     argv = files()
     expected = {stem: captions[::-1] for stem, captions in REFERENCES.items()}
     assert evaluate.load_references(argv[3]) == expected
+
+
+# -------------------------------------------------------------------------------------------- what else main can write
+
+EXAMPLES = ROOT / "examples"
+EXPECTED = {"ptb-java": 1.417998065871006, "ptb": 1.417998065871006}  # the README's
+
+
+def example(*flags, pred="predictions"):
+    argv = ["--pred_file", EXAMPLES / f"{pred}.json", "--annotation_file", EXAMPLES / "references.json"]
+    return [*map(str, argv), "--profile", "micro", "--device", "cpu", *map(str, flags)]
+
+
+@pytest.mark.parametrize("tokenizer", [pytest.param("ptb-java", marks=needs_java), "ptb"])
+def test_the_readmes_example_by_each_tokenizer(tokenizer, capsys):
+    assert evaluate.main(example("--metrics", "cider", "--tokenizer", tokenizer)) == 0
+    printed = capsys.readouterr()
+    assert float(printed.out.removeprefix("CIDEr: ")) == pytest.approx(EXPECTED[tokenizer], abs=1e-8)
+
+
+def test_everything_that_needs_no_java(tmp_path, capsys, monkeypatch):
+    """All of the README's metrics but METEOR and SPICE, with every output, on a machine without Java."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    names = {"--json": "out.json", "--per_image": "rows.csv", "--html": "page.html"}
+    outputs = [word for flag, name in names.items() for word in (flag, tmp_path / name)]
+    argv = example("--images_root", EXAMPLES / "images", "--metrics", "all", "--bootstrap", 200, *outputs)
+    argv += ["--compare", str(EXAMPLES / "weaker.json"), "--train-annotations", str(EXAMPLES / "references.json")]
+    assert evaluate.main(argv) == PARTIAL
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["CIDEr"] == pytest.approx(EXPECTED["ptb"], abs=1e-8)
+    assert result["CLIPScore"] == pytest.approx(1.3941642766, abs=1e-4)
+    assert result["RefCLIPScore"] == pytest.approx(0.9045876638, abs=1e-4)
+    assert result["BLEU-4"] == pytest.approx(0.2882621696, abs=1e-9)
+    assert result["ROUGE-L"] == pytest.approx(0.5564914995, abs=1e-9)
+    assert set(result["errors"]) == {"METEOR", "SPICE"}
+    means = {"CIDEr", "CLIPScore", "RefCLIPScore", "ROUGE-L"}
+    assert result["intervals"].keys() == result["comparison"].keys() == means
+    assert result["comparison"]["CIDEr"]["wins"] == 6
+    assert result["captions"]["vocabulary"] == 75
+    assert result["tokenizer"].startswith("ptb: pure Python")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"CIDEr: {result['CIDEr']} | CLIPScore: {result['CLIPScore']} | RefCLIPScore: ")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open(encoding="utf-8", newline="")))
+    order = [float(row["CLIPScore"]) for row in rows]
+    assert order == sorted(order, reverse=True)
+    assert np.mean([float(row["CIDEr"]) for row in rows]) == pytest.approx(result["CIDEr"])
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<img ") == 24
+
+
+def test_a_comparison_is_the_difference_of_two_runs(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    scores = {}
+    for name in ("predictions", "weaker"):
+        assert evaluate.main(example("--metrics", "cider", "--tokenizer", "ptb", pred=name)) == 0
+        scores[name] = float(capsys.readouterr().out.removeprefix("CIDEr: "))
+    flags = ["--metrics", "cider", "--tokenizer", "ptb", "--compare", EXAMPLES / "weaker.json", "--json", out]
+    assert evaluate.main(example(*flags)) == 0
+    result = json.loads(out.read_text())["comparison"]["CIDEr"]
+    assert result["difference"] == pytest.approx(scores["predictions"] - scores["weaker"])
+    assert len(result["largest"]) == result["wins"] + result["losses"] == 6
+    assert capsys.readouterr().out.count("\n") == 2 + 6
+
+
+def test_partial_scores_say_so_on_every_line(files, capsys, tmp_path):
+    """CIDEr of a subset is not comparable with CIDEr of the whole."""
+    predictions = {key: PREDICTIONS[key] for key in "abc"} | {"extra": "a cat"}
+    argv = [*files(predictions), "--metrics", "cider", "--tokenizer", "ptb", "--json", str(tmp_path / "out.json")]
+    assert evaluate.main(argv) == BAD_INPUT
+    assert "--allow-partial" in capsys.readouterr().err
+    assert evaluate.main([*argv, "--allow-partial", "--bootstrap", "10"]) == 0
+    printed = capsys.readouterr()
+    subset = {key: REFERENCES[key] for key in "abc"}
+    mean = evaluate.cider(subset, {key: PREDICTIONS[key] for key in "abc"}, "ptb")[0]
+    assert printed.out.startswith(f"CIDEr: {mean} | PARTIAL: 3 of 4 images\n")
+    assert all("PARTIAL: 3 of 4 images" in line for line in printed.out.splitlines())
+    assert json.loads((tmp_path / "out.json").read_text())["partial"] == "3 of 4 images"
+    assert evaluate.main([*files({"x": "y"}), "--allow-partial"]) == BAD_INPUT
+
+
+def test_partial_comparison_takes_what_all_files_name(files, tmp_path, capsys):
+    (tmp_path / "other.json").write_text(json.dumps({key: PREDICTIONS[key] for key in "bcd"}))
+    argv = [*files(PREDICTIONS), "--metrics", "cider", "--allow-partial", "--compare", str(tmp_path / "other.json")]
+    assert evaluate.main([*argv, "--tokenizer", "ptb"]) == 0
+    assert "PARTIAL: 3 of 4 images" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_an_extra_prediction_alone_is_partial_too(files, capsys):
+    argv = [*files({**PREDICTIONS, "extra": "a cat"}), "--metrics", "cider", "--tokenizer", "ptb", "--allow-partial"]
+    assert evaluate.main(argv) == 0
+    assert "PARTIAL" not in capsys.readouterr().out, "every annotated image is scored"
+
+
+@pytest.mark.parametrize("name", ["two words.png", "übung 猫.webp", "a.b.c.JPEG", "v1.0.tar.bmp"])
+def test_names_with_spaces_dots_and_unicode_and_any_suffix(tmp_path, scorer, name):
+    Image.new("RGB", (40, 40)).save(tmp_path / name)
+    stem = Path(name).stem
+    for annotated in (name, f"{stem}.jpg"):  # also where the annotations name another suffix
+        annotations = evaluate.Annotations({stem: ["a ball"]}, {stem: annotated})
+        result = evaluate.evaluate_predictions({stem: "x"}, annotations, ["clipscore"], tmp_path, lambda: scorer)
+        assert not result.errors
+
+
+def test_two_images_that_could_be_meant_are_refused(tmp_path):
+    for suffix in ("png", "webp"):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"a.{suffix}")
+    with pytest.raises(ValueError, match=r"a\.jpg is not there; a\.png and a\.webp could be meant"):
+        find_images(evaluate.Annotations({"a": ["x"]}, {"a": "a.jpg"}), tmp_path)
+
+
+def test_duplicate_caption_ids_are_named(files, capsys):
+    """Padding of distributed runs repeats records, and CIDEr then counts them twice."""
+    assert evaluate.main(files(annotations=changed("annotations", 0, id=0))) == BAD_INPUT
+    assert "two captions have the id 0" in capsys.readouterr().err
+
+
+def test_a_metric_that_is_not_finite_is_no_score(monkeypatch, caplog, files, capsys):
+    monkeypatch.setattr(evaluate.cocometrics, "rouge_l", lambda *_: (float("nan"), [1.0, float("nan"), 1.0, 1.0]))
+    assert evaluate.main([*files(), "--metrics", "rouge,cider", "--tokenizer", "ptb"]) == PARTIAL
+    assert capsys.readouterr().out.startswith("CIDEr: ")
+    assert "ROUGE-L of 1 images is not a finite number" in caplog.text
+
+
+def test_wrong_output_flags_are_refused_before_anything_is_scored(files, capsys):
+    for flags, message in [
+        (["--per_image", "rows.txt"], "--per-image rows.txt: must end in .json or .csv"),
+        (["--html", "x.html"], "--html x.html: needs --images-root"),
+        (["--bootstrap", "1"], "--bootstrap 1: must be at least 2"),
+        (["--tokenizer", "nltk"], "--tokenizer nltk: use auto"),
+        (["--train-annotations", "gone.json"], "gone.json: no such file"),
+        (["--compare", "gone.json"], "gone.json: no such file"),
+    ]:
+        assert evaluate.main([*files(), "--metrics", "cider", *flags]) == BAD_INPUT
+        assert message in capsys.readouterr().err
+
+
+def test_several_evaluations_at_the_same_time(tmp_path):
+    """pycocoevalcap's tokenizer writes its temporary file beside its jar."""
+    command = [sys.executable, "evaluate.py", *example("--metrics", "cider,rouge", "--json", tmp_path / "out.json")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    runs = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(3)]
+    assert len({run.communicate()[0] for run in runs}) == 1
+    assert [run.returncode for run in runs] == [0, 0, 0]

@@ -1,0 +1,114 @@
+"""One HTML page of captions under their pictures: the best, the worst and some random ones. It needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+
+SECTIONS = 12  # images in each
+PIXELS = 360  # the longer side of a picture on the page
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fafaf8; --card: #fff; --ink: #1d1d1b; --soft: #5f5f5a; --line: #dcdcd6 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #161615; --card: #21211f; --ink: #ecece8; --soft: #a3a39c; --line: #3a3a37 }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 76rem; padding: 1.25rem; background: var(--page); color: var(--ink);
+  font: 16px/1.45 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: 0 0 .5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .75rem }
+p.scores { font: .95rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; margin: .15rem 0 }
+p.origin { color: var(--soft); overflow-wrap: anywhere; margin: .5rem 0 }
+ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: 1rem;
+  list-style: none; margin: 0; padding: 0 }
+ol > li { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; overflow: hidden }
+img { display: block; width: 100%; height: 13rem; object-fit: contain; background: var(--line) }
+div.text { padding: .75rem } div.text p { margin: 0; overflow-wrap: anywhere }
+p.caption { font-weight: 600 } p.numbers, summary, p.name { color: var(--soft); font-size: .85rem }
+details { margin-top: .4rem } details ul { margin: .3rem 0 0; padding-left: 1.1rem; font-size: .9rem }
+"""
+
+
+def page(
+    ranking: Mapping[str, Mapping[str, float | str]],
+    references: Mapping[str, Sequence[str]],
+    paths: Mapping[str, str | os.PathLike],
+    scores: Iterable[str],
+    origin: str,
+    seed: int = 0,
+) -> str:
+    """Return the page as text.
+
+    Args:
+        ranking: by image its scores and its ``caption``, best first (``Evaluation.ranking``).
+        references: by image, its references.
+        paths: by image, its file.
+        scores: the lines with the results.
+        origin: what made the numbers.
+        seed: of the random choice.
+    """
+    images = list(ranking)
+    best, worst = images[:SECTIONS], images[len(images) - 1 : SECTIONS - 1 : -1][:SECTIONS]  # none stands in both
+    rest = images[SECTIONS : max(len(images) - SECTIONS, SECTIONS)]
+    drawn = random.Random(seed).sample(rest, min(SECTIONS, len(rest)))
+    sections = [("Best", best), ("Worst, from the end", worst), ("Random, of the others", drawn)]
+    body = [
+        _section(f"{title}: {len(shown)} of {len(images)}", shown, ranking, references, paths)
+        for title, shown in sections
+        if shown
+    ]
+    lines = "".join(f'<p class="scores">{html.escape(line)}</p>\n' for line in scores)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Captions</title><style>{STYLE}</style></head>\n<body><h1>Captions</h1>\n{lines}"
+        f'<p class="origin">{html.escape(origin)}</p>\n' + "".join(body) + "</body></html>\n"
+    )
+
+
+def _section(
+    title: str,
+    images: Sequence[str],
+    ranking: Mapping[str, Mapping[str, float | str]],
+    references: Mapping[str, Sequence[str]],
+    paths: Mapping[str, str | os.PathLike],
+) -> str:
+    cards = "".join(_card(image, ranking[image], references[image], paths[image]) for image in images)
+    return f"<h2>{html.escape(title)}</h2>\n<ol>\n{cards}</ol>\n"
+
+
+def _card(image: str, row: Mapping[str, float | str], references: Sequence[str], path: str | os.PathLike) -> str:
+    caption = str(row["caption"]).strip() or "(empty)"
+    numbers = " · ".join(f"{metric} {score:.3f}" for metric, score in row.items() if metric != "caption")
+    listed = "".join(f"<li>{html.escape(reference)}</li>" for reference in references)
+    name, caption = html.escape(image), html.escape(caption)
+    return (
+        f'<li><img alt="{caption}" loading="lazy" src="{thumbnail(path)}"><div class="text">'
+        f'<p class="caption">{caption}</p><p class="numbers">{html.escape(numbers)}</p><p class="name">{name}</p>'
+        f"<details><summary>{len(references)} references</summary><ul>{listed}</ul></details></div></li>\n"
+    )
+
+
+def thumbnail(path: str | os.PathLike) -> str:
+    """Return the picture, no side over ``PIXELS``, as a ``data:`` URL of a JPEG.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be decoded.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.thumbnail((PIXELS, PIXELS))
+            content = io.BytesIO()
+            image.convert("RGB").save(content, "JPEG", quality=82)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+        raise ValueError(f"{path}: not a readable image ({error}); fetch or convert it again") from error
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()

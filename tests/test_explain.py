@@ -1,0 +1,179 @@
+"""explain.py: both models hand out their attention, and a planted patch comes back to the right pixels."""
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+from attention import Look, cell_centres, token_maps
+from captioner import Captioner, CaptionerConfig
+from decoder import LoraConfig, build_decoder
+from explain import P1Explainer, P2Explainer, explain, many_looks, read, shown_looks
+from llava import PROMPTS, load_llava
+from profiles import PROFILES
+
+CPU = torch.device("cpu")
+CAPTION = "A red ball lies on the road."
+
+
+@pytest.fixture(scope="module")
+def p2(tiny_profile):
+    """A tiny random captioner; with the CLS token left out, as in setting 4, when ``use_cls`` is off."""
+
+    def build(use_cls=True, crop=1.0):
+        lora = LoraConfig(rank=2, alpha=2)
+        kwargs = {**tiny_profile.encoder_kwargs, "crop_pct": crop}
+        config = CaptionerConfig(tiny_profile.encoder, "random", kwargs, use_cls=use_cls, lora=lora)
+        captioner = Captioner(config, build_decoder(tiny_profile.decoder, lora)).merge()
+        return P2Explainer(captioner, data.Tokenizer(tiny_profile.tokenizer), 3, 12)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def p1():
+    return P1Explainer(load_llava(PROFILES["micro"].llava, CPU, torch.float32), PROMPTS[1], 1, 32)
+
+
+@pytest.fixture(params=["p1", "p2", "p2 without CLS"])
+def explainer(request, p1, p2):
+    return p1 if request.param == "p1" else p2(use_cls=request.param == "p2")
+
+
+def image(size=(200, 120)):
+    return Image.effect_noise(size, 80).convert("RGB")
+
+
+def test_weights_are_attention_and_equal_with_and_without_the_images_rows(explainer):
+    inputs, tokens = explainer.prepare(image()), explainer.tokens(CAPTION)
+    with torch.no_grad():
+        part, whole = (explainer.capture(inputs, tokens, w) for w in (False, True))
+    assert whole.whole
+    assert not part.whole
+    assert part.grid[0] * part.grid[1] == len(part.patches)
+    for few, many in zip(part.weights, whole.weights, strict=True):
+        assert torch.allclose(many.sum(-1), torch.ones(()), atol=1e-5)
+        assert torch.allclose(few, many[:, :, -few.shape[2] :], atol=1e-5)
+        assert many[0].triu(1).abs().max() == 0  # causal
+    assert torch.allclose(part.logits, whole.logits, atol=1e-3)
+
+
+def test_logits_are_those_of_the_fused_path(p2):
+    """The manual softmax and the fused kernel are one mathematics."""
+    explainer = p2()
+    captioner, tokens = explainer.captioner, explainer.tokens(CAPTION)
+    features = explainer.prepare(image())
+    ids = [explainer.tokenizer.eos_id, *tokens]
+    with torch.no_grad():
+        capture = explainer.capture(features, tokens)
+        x = torch.cat([captioner.prefix(features), captioner.decoder.embed(torch.tensor([ids]))], 1)
+        hidden = captioner.decoder(x, torch.arange(x.shape[1]))[0, -len(ids) :]
+    assert torch.allclose(captioner.decoder.logits(hidden), capture.logits, atol=1e-5)
+
+
+def test_llavas_weights_are_the_librarys_eager_ones(p1):
+    row, tokens = p1.prepare(image()), p1.tokens(CAPTION)
+    model = p1.llava.model
+    with torch.no_grad():
+        capture = p1.capture(row, tokens)
+        ids = torch.cat([row.input_ids, torch.tensor(tokens)])[None]
+        model.set_attn_implementation("eager")
+        eager = model(input_ids=ids, pixel_values=row.pixel_values, output_attentions=True)
+        model.set_attn_implementation("sdpa")
+    for ours, theirs in zip(capture.weights, eager.attentions, strict=True):
+        assert torch.allclose(ours[0], theirs[0, :, -len(tokens) - 1 :], atol=1e-5)
+    assert torch.allclose(capture.logits, eager.logits[0, -len(tokens) - 1 :], atol=1e-3)
+
+
+def test_capturing_leaves_the_captions_alone(explainer):
+    inputs = explainer.prepare(image())
+    before = explainer.caption([inputs])
+    read(explainer, inputs, explainer.tokens(CAPTION), [Look("grad", "all")], "words")
+    assert explainer.caption([inputs]) == before
+
+
+def test_a_tokens_gradient_is_its_own(explainer):
+    """One backward pass for all tokens equals one a token."""
+    inputs, tokens = explainer.prepare(image()), explainer.tokens(CAPTION)
+    with torch.enable_grad():
+        capture = explainer.capture(inputs, tokens)
+    together = token_maps(capture, Look("grad", "all", "mean"))
+    for t in (0, 3, len(tokens) - 1):
+        with torch.enable_grad():
+            alone = explainer.capture(inputs, tokens)
+        gradients = torch.autograd.grad(alone.logits[t, tokens[t]], alone.weights)
+        expected = sum(
+            (w.detach()[0, :, t] * g[0, :, t]).clamp(min=0).mean(0)[alone.patches]
+            for w, g in zip(alone.weights, gradients, strict=True)
+        )
+        assert torch.allclose(together[t], expected, rtol=1e-3, atol=1e-7)
+
+
+def test_the_cls_token_is_no_patch(p2):
+    """Off by one would shift every map by a cell."""
+    with_cls, without = p2(), p2(use_cls=False)
+    assert with_cls.captioner.patch_columns.tolist() == list(range(1, 10))
+    assert without.captioner.patch_columns.tolist() == list(range(9))
+
+
+def test_patches_are_where_the_prompt_has_the_image(p1):
+    row = p1.prepare(image())
+    capture = p1.capture(row, p1.tokens(CAPTION))
+    text = p1.llava.processor.tokenizer.decode(row.input_ids[capture.patches[0] - 4 : capture.patches[0]])
+    assert text.startswith("<s>USER:")
+    assert (row.input_ids[capture.patches] == p1.llava.image_token_id).all()
+    assert row.input_ids[capture.patches[-1] + 1] != p1.llava.image_token_id
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (240, 240), (600, 130)])
+@pytest.mark.parametrize("model", ["p1", "p2", "p2 cropped"])
+def test_a_planted_patch_lands_on_its_pixels(size, model, p1, p2):
+    """A white square in the original is found in the model's own pixels, and its cell is mapped back to the original.
+
+    Transposed grids, a wrong crop and an off-by-one token would all land elsewhere.
+    """
+    explainer = p1 if model == "p1" else p2(crop=0.8 if "cropped" in model else 1.0)
+    left, top, right, bottom = explainer.window(size)
+    assert 0 <= left < right <= size[0]
+    assert 0 <= top < bottom <= size[1]
+    side = min(size) // 8
+    for share_x, share_y in ((0.2, 0.35), (0.8, 0.15), (0.55, 0.9)):
+        x, y = left + share_x * (right - left), top + share_y * (bottom - top)
+        picture = Image.new("RGB", size)
+        picture.paste((255, 255, 255), tuple(int(v) for v in (x - side, y - side, x + side, y + side)))
+        inputs = explainer.prepare(picture)
+        pixels = inputs.pixel_values if model == "p1" else explainer.captioner.transform(picture)[None]
+        gh, gw = explainer.capture(inputs, explainer.tokens("A")).grid
+        cells = torch.nn.functional.adaptive_avg_pool2d(pixels.mean(1, keepdim=True), (gh, gw))[0, 0]
+        row, column = divmod(int(cells.argmax()), gw)
+        xs, ys = cell_centres((left, top, right, bottom), (gh, gw))
+        assert abs(xs[column] - x) <= side + (right - left) / gw / 2
+        assert abs(ys[row] - y) <= side + (bottom - top) / gh / 2
+
+
+def test_explained_holds_what_pictures_need(explainer, tmp_path):
+    picture = image()
+    inputs = explainer.prepare(picture)
+    looks = shown_looks(Look("grad", "all", "mean"), explainer.n_layer)
+    reading = read(explainer, inputs, explainer.tokens(CAPTION), looks, "generic")
+    explained = explain(explainer, tmp_path / "x.png", picture, reading, looks)
+    assert explained.words == CAPTION.split()
+    assert explained.caption == CAPTION
+    assert {v.method for v in explained.views} == {"raw", "rollout", "grad", "relative"}
+    assert explained.views[0].method == "grad"
+    for view in explained.views:
+        assert view.maps.shape == (7, *reading.capture.grid)
+        assert (view.maps >= 0).all()
+        assert view.maps.max() > 0
+    assert ((explained.image_mass > 0) & (explained.image_mass < 1)).all()
+
+
+def test_tables_have_every_method_once(explainer):
+    looks = many_looks(explainer.n_layer, explainer.n_head, ("predict", "own"))
+    assert len(looks) == len(set(looks))
+    assert {look.method for look in looks} == {"raw", "rollout", "grad", "relative"}
+
+
+def test_an_empty_caption_has_nothing_to_explain(explainer):
+    with pytest.raises(ValueError, match="no word"):
+        read(explainer, explainer.prepare(image()), [], [Look()], "words")

@@ -1,0 +1,98 @@
+"""gallery.py: a page that is whole, escaped, and shows each picture once."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+import gallery
+
+EVIL = '<script>alert("x")</script> & "quotes" \'too\''
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    def make(count):
+        paths = {}
+        for place in range(count):
+            paths[f"im {place}"] = tmp_path / f"im {place}.png"
+            Image.new("RGBA" if place % 2 else "L", (600, 40 + place)).save(paths[f"im {place}"])
+        return paths
+
+    return make
+
+
+def make_page(paths, caption="a cat"):
+    ranking = {image: {"CIDEr": 9.0 - k, "caption": f"{caption} {k}"} for k, image in enumerate(paths)}
+    references = {image: [f"reference of {image}", EVIL] for image in paths}
+    return gallery.page(ranking, references, paths, ["CIDEr: 0.5 <b>"], "tokenizer & device")
+
+
+class Outline(HTMLParser):
+    """Collects headings, pictures' texts and every tag; complains of tags that do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.titles, self.alts, self.links = set(), [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        attrs = dict(attrs)
+        self.links += [attrs[name] for name in ("src", "href") if name in attrs]
+        if tag == "img":
+            self.alts.append(attrs["alt"])
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "h2":
+            self.titles.append(data)
+
+
+@pytest.mark.parametrize(("count", "shown"), [(1, 1), (5, 5), (13, 13), (20, 20), (30, 30), (60, 36)])
+def test_every_picture_stands_there_at_most_once(pictures, count, shown):
+    outline = Outline(make_page(pictures(count)))
+    assert len(outline.alts) == len(set(outline.alts)) == shown
+    assert outline.alts[0] == "a cat 0"
+    if count > gallery.SECTIONS:
+        assert outline.titles[1].startswith("Worst")
+        assert outline.alts[gallery.SECTIONS] == f"a cat {count - 1}", "the worst comes first among the worst"
+
+
+def test_captions_and_references_are_escaped(pictures):
+    page = make_page(pictures(2), EVIL)
+    assert "script" not in Outline(page).tags
+    assert "&lt;script&gt;" in page
+    assert "CIDEr: 0.5 &lt;b&gt;" in page
+    assert Outline(page).alts[0] == EVIL + " 0"
+
+
+def test_the_page_needs_no_other_file_and_fits_a_telephone(pictures):
+    page = make_page(pictures(3))
+    assert all(link.startswith("data:image/jpeg;base64,") for link in Outline(page).links)
+    assert not re.search(r"https?://|url\(|@import", page)
+    assert 'name="viewport"' in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_pictures_are_small(pictures):
+    path = pictures(1)["im 0"]
+    content = base64.b64decode(gallery.thumbnail(path).partition(",")[2])
+    with Image.open(io.BytesIO(content)) as image:
+        assert max(image.size) == gallery.PIXELS
+
+
+def test_a_broken_picture_is_named(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
+        gallery.thumbnail(tmp_path / "x.png")
+    with pytest.raises(FileNotFoundError):
+        gallery.thumbnail(tmp_path / "y.png")

@@ -1,0 +1,120 @@
+"""grounding.py: boxes and words from annotations, and measures on maps whose scores are known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from grounding import Score, baselines, centre_in, coverage, load_samples
+
+WINDOW, GRID = (0.0, 0.0, 80.0, 60.0), (6, 8)  # cells of 10 pixels
+
+
+def planted(row, column):
+    grid = np.full(GRID, 0.01)
+    grid[row, column] = 1.0
+    return grid
+
+
+def test_coverage_is_the_share_of_each_cell():
+    covered = coverage([(10, 20, 20, 10)], WINDOW, GRID)
+    assert covered.sum() == 2
+    assert covered[2, 1] == covered[2, 2] == 1
+    assert coverage([(10, 20, 5, 10)], WINDOW, GRID)[2, 1] == 0.5
+    twice = coverage([(10, 20, 20, 10), (10, 20, 20, 10)], WINDOW, GRID)
+    assert np.array_equal(twice, covered)
+
+
+def test_boxes_outside_the_crop_do_not_count():
+    assert coverage([(0, 0, 10, 10)], (40, 30, 80, 60), GRID).sum() == 0
+
+
+def test_pointing_needs_the_peak_inside_a_box_of_the_right_orientation():
+    boxes = [(10, 20, 20, 10)]
+    assert centre_in((2, 1), boxes, WINDOW, GRID)
+    assert not centre_in((1, 2), boxes, WINDOW, GRID)
+
+
+def test_measures_of_a_perfect_and_of_a_flat_map():
+    boxes = [(10, 20, 20, 10)]
+    covered = coverage(boxes, WINDOW, GRID)
+    perfect, flat, wrong = Score(), Score(), Score()
+    perfect.add(covered, boxes, covered, WINDOW)
+    flat.add(np.ones(GRID), boxes, covered, WINDOW)
+    wrong.add(planted(5, 7), boxes, covered, WINDOW)
+    assert (perfect.pointing, perfect.iou) == (1.0, 1.0)
+    assert perfect.mass_ratio == pytest.approx(48 / 2)
+    assert flat.mass_ratio == pytest.approx(1.0)
+    assert flat.iou == pytest.approx(2 / 48)
+    assert (wrong.pointing, wrong.iou) == (0.0, pytest.approx(2 / 48))
+
+
+def test_scores_are_means_over_words():
+    boxes = [(10, 20, 10, 10)]
+    covered = coverage(boxes, WINDOW, GRID)
+    score = Score()
+    for place in ((2, 1), (0, 0), (2, 1), (5, 5)):
+        score.add(planted(*place), boxes, covered, WINDOW)
+    assert score.pointing == 0.5
+
+
+def test_baselines_know_nothing_of_the_word():
+    one, two = [(30, 20, 20, 20)], [(35, 25, 10, 10)]
+    mentions = [(boxes, coverage(boxes, WINDOW, GRID), WINDOW) for boxes in (one, two)]
+    found = baselines(mentions)
+    assert found["centre"] == 1.0
+    assert found["mean image"] >= 0.5
+    assert found["random"] == pytest.approx((4 + 1) / 48 / 2, abs=0.03)
+
+
+# -------------------------------------------------------------------------------------------------------- annotations
+
+
+def write(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def captions(*texts, **extra):
+    return {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 100, "height": 80}],
+        "annotations": [{"id": n, "image_id": 1, "caption": text} for n, text in enumerate(texts)],
+        **extra,
+    }
+
+
+def test_the_micro_world_carries_its_own_boxes(tiny_data):
+    samples = load_samples(tiny_data / "val.json", tiny_data / "images" / "val")
+    assert len(samples) == 8
+    content = json.loads((tiny_data / "val.json").read_text())
+    boxes = {tuple(o["bbox"]) for o in content["objects"]}
+    for sample in samples:
+        assert sample.path.is_file()
+        assert all(set(m.boxes) <= boxes for m in sample.mentions)
+        assert all(m.word < len(sample.caption.split()) for m in sample.mentions)
+
+
+def test_coco_instances_are_found_by_their_categorys_name(tmp_path):
+    text = write(tmp_path / "c.json", captions("A thing.", "Two dogs chase a bus, and a man."))
+    instances = {
+        "images": [], "categories": [{"id": 18, "name": "dog"}, {"id": 6, "name": "bus"}, {"id": 1, "name": "person"}],
+        "annotations": [{"image_id": 1, "category_id": 18, "bbox": [0, 0, 10, 10]},
+                        {"image_id": 1, "category_id": 18, "bbox": [50, 0, 10, 10]},
+                        {"image_id": 1, "category_id": 6, "bbox": [20, 20, 30, 30]}],
+    }  # fmt: skip
+    (sample,) = load_samples(text, tmp_path, write(tmp_path / "i.json", instances))
+    assert sample.caption.startswith("Two dogs")
+    assert {m.word: len(m.boxes) for m in sample.mentions} == {1: 2, 4: 1}
+
+
+def test_bad_annotations_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        load_samples(tmp_path / "none.json", tmp_path)
+    with pytest.raises(ValueError, match="needs a list 'images'"):
+        load_samples(write(tmp_path / "a.json", {}), tmp_path)
+    with pytest.raises(ValueError, match="no word of a caption names a box"):
+        load_samples(write(tmp_path / "b.json", captions("A dog.")), tmp_path)
+    content = captions("A dog.", objects=[{"id": 0, "image_id": 1, "bbox": [90, 0, 30, 10]}])
+    content["annotations"][0]["mentions"] = [{"word": 1, "objects": [0], "role": "noun"}]
+    with pytest.raises(ValueError, match="outside or is empty"):
+        load_samples(write(tmp_path / "d.json", content), tmp_path)

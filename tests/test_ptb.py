@@ -1,0 +1,124 @@
+"""ptb.py: what the Java tokenizer says, from a table of its answers, and from Java itself where it is there."""
+
+import json
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import cocometrics
+import ptb
+
+ROOT = Path(ptb.__file__).parent
+ANSWERS = ROOT / "tests" / "data" / "ptb.json"  # written by `python -m tests.test_ptb` from the Java tokenizer
+COURSE_DATA = ROOT.parent / "shared" / "data" / "hw3_2023"
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="compares with the Java tokenizer")
+
+STRESS = (ROOT / "tests" / "data" / "ptb_stress.txt").read_text(encoding="utf-8").splitlines()
+
+
+def unescaped(line):
+    r"""Resolve the \x and \u escapes of a line that otherwise stands for itself."""
+    return re.sub(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4}))", lambda m: chr(int(m[1] or m[2], 16)), line)
+
+
+def stress_captions():
+    """The lines whole, and each piece between spaces alone, in the middle and at the end of a caption."""
+    lines = [unescaped(line) for line in STRESS]
+    pieces = sorted({piece for line in lines for piece in line.split()})
+    return lines + [text for piece in pieces for text in (piece, f"a {piece} cat", f"the dog, {piece}.")]
+
+
+def fuzzed_captions(count, seed=0):
+    """Captions of 1 to 12 random pieces, glued together half of the time."""
+    generator = random.Random(seed)
+    pieces = sorted({piece for line in STRESS for piece in unescaped(line).split()})
+    return [
+        "".join(generator.choice(pieces) + generator.choice(["", " "]) for _ in range(generator.randint(1, 12)))
+        for _ in range(count)
+    ]
+
+
+def differences(captions):
+    pairs = zip(captions, cocometrics.ptb_java(captions), ptb.tokenize(captions), strict=True)
+    return [(caption, java, pure) for caption, java, pure in pairs if java != pure]
+
+
+def test_the_stress_list_as_java_answered():
+    """The one test of the rules that needs no Java."""
+    answers = json.loads(ANSWERS.read_text(encoding="utf-8"))
+    assert list(answers) == list(dict.fromkeys(stress_captions())), "run python -m tests.test_ptb where Java is"
+    assert dict(zip(answers, ptb.tokenize(answers), strict=True)) == answers
+
+
+@needs_java
+def test_the_stress_list_by_java():
+    assert differences(stress_captions()) == []
+
+
+@needs_java
+def test_ten_thousand_fuzzed_captions_by_java():
+    """Known: a last capital sigma glued to another script is lowered otherwise, and 'tİs passes for 'tis in Java."""
+    found = differences(fuzzed_captions(10_000))
+    assert [pair for pair in found if not {"Σ", "İ"} & set(pair[0])] == []
+    assert len(found) <= 3
+
+
+@needs_java
+def test_every_character_of_the_basic_plane_by_java():
+    """Unicode has gained letters since; Python's tables and the jar's differ, and the port follows the jar."""
+    characters = [chr(point) for point in range(0x20, 0x10000) if not 0xD800 <= point <= 0xDFFF]
+    captions = [f"a{character}b {character} c{character}" for character in characters]
+    assert differences(captions) == []
+
+
+@needs_java
+def test_the_courses_captions_by_java():
+    if not COURSE_DATA.is_dir():
+        pytest.skip("the course's captions are not part of the project")
+    content = json.loads((COURSE_DATA / "val.json").read_text(encoding="utf-8"))
+    captions = [record["caption"] for record in content["annotations"]]
+    captions += json.loads((COURSE_DATA / "pred.json").read_text(encoding="utf-8")).values()
+    assert len(captions) == 10735
+    assert differences(captions) == []
+
+
+def test_the_punctuation_list_is_the_packages():
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    assert set(ptbtokenizer.PUNCTUATIONS) == ptb.PUNCTUATION
+
+
+def test_the_next_caption_decides_on_a_last_single_letter():
+    """All captions are one text to the Java tokenizer, whose rule for sentence starts looks past the line's end."""
+    assert ptb.tokenize(["vitamin c.", "A cat"]) == ["vitamin c", "a cat"]
+    assert ptb.tokenize(["vitamin c.", "a cat"]) == ["vitamin c.", "a cat"]
+    assert ptb.tokenize(["vitamin c.", "", "The cat"])[0] == "vitamin c"
+    assert ptb.tokenize(["vitamin c."]) == ["vitamin c."]
+
+
+def test_one_caption_for_one():
+    captions = ["one\rtwo", "", " \u2028 ", "three\x0bfour", "<a b='", "c'> d"]
+    assert ptb.tokenize(captions) == ["one two", "", "", "three four", "<a\xa0b='", "c'> d"]
+    assert ptb.tokenize([]) == []
+
+
+def test_reading_chunk_by_chunk_gives_what_reading_it_whole_gives(monkeypatch):
+    captions = [*stress_captions(), *fuzzed_captions(1000, seed=5)]
+    by_chunks = ptb.tokenize(captions)
+    monkeypatch.setattr(ptb, "_crossing", lambda: re.compile(""))  # every caption might cross
+    assert ptb.tokenize(captions) == by_chunks
+
+
+def main():
+    """Write down Java's answers to the stress list."""
+    captions = list(dict.fromkeys(stress_captions()))
+    answers = dict(zip(captions, cocometrics.ptb_java(captions), strict=True))
+    ANSWERS.write_text(json.dumps(answers, ensure_ascii=True, indent=0) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
