@@ -40,10 +40,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @dataclass
 class Row:
-    """One image with its prompt, ready for a batch: token ids (T,) and pixels (1, 3, H, W)."""
+    """One image with its prompt, ready for a batch: token ids (T,) and pixels (1, 3, H, W).
+
+    ``past`` is what the language model made of all but the last id, keys and values (1, nh, T - 1, hs) by layer, once
+    it has been read; then it need not be read again.
+    """
 
     input_ids: torch.Tensor
     pixel_values: torch.Tensor
+    past: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 class Llava:
@@ -88,25 +93,35 @@ class Llava:
                 f"--max-new-tokens {max_new_tokens}; shorten the prompt or the answer"
             )
 
-    @torch.inference_mode()
-    def generate(self, rows: Sequence[Row], num_beams: int = 1, max_new_tokens: int = 64) -> list[list[int]]:
-        """Return the answers' token ids, without specials, to rows of any lengths; greedy with one beam."""
+    @torch.no_grad()
+    def generate(
+        self, rows: Sequence[Row], num_beams: int = 1, max_new_tokens: int = 64, keep_past: bool = False
+    ) -> list[list[int]]:
+        """Return the answers' token ids, without specials, to rows of any lengths; greedy with one beam.
+
+        ``keep_past`` leaves what was read of the prompt in the row, when there is one row.
+        """
         tokenizer = self.processor.tokenizer
         ids = [row.input_ids for row in rows]
         pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # the mask hides it
         input_ids = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")  # (B, T)
         mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left")  # (B, T)
         pixels = torch.cat([row.pixel_values for row in rows])  # (B, 3, H, W)
-        tokens = self.model.generate(
+        output = self.model.generate(
             input_ids=input_ids.to(self.device),
             attention_mask=mask.to(self.device),
             pixel_values=pixels.to(self.device, self.model.dtype),
             generation_config=self._generation_config(num_beams, max_new_tokens, pad),
         )
-        return [self._until_end(answer) for answer in tokens[:, input_ids.shape[1] :].tolist()]
+        if keep_past and len(rows) == 1:
+            rows[0].past = _past(output.past_key_values, input_ids.shape[1] - 1)
+        return [self._until_end(answer) for answer in output.sequences[:, input_ids.shape[1] :].tolist()]
 
     def attend(self, row: Row, tokens: Sequence[int], whole: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Read a finished answer behind its image and prompt in one pass and return where it looked.
+
+        Image and prompt take the fused path into a cache, if they have not yet been read, and only the answer's rows
+        the slow one, unless all are wanted.
 
         Where gradients are on they flow from each row's logits to that row's weights, and to no other row's.
 
@@ -121,12 +136,20 @@ class Llava:
         """
         answer = torch.tensor(list(tokens), dtype=torch.long)
         ids = torch.cat([row.input_ids, answer])[None].to(self.device)
-        count = len(tokens) + 1
-        with _capture(self.model, ids.shape[1] if whole else count) as attentions:
+        pixels = row.pixel_values.to(self.device, self.model.dtype)
+        read = 0 if whole else len(row.input_ids) - 1
+        if not whole and row.past is None:
+            with torch.no_grad():
+                prompt = self.model(input_ids=ids[:, :read], pixel_values=pixels, use_cache=True, logits_to_keep=1)
+            row.past = _past(prompt.past_key_values, read)
+        inputs = {"pixel_values": pixels} if whole else {"past_key_values": _cache(row.past)}
+        with _capture(self.model) as attentions:
             output = self.model(
-                input_ids=ids, pixel_values=row.pixel_values.to(self.device, self.model.dtype),
-                attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=count,
-            )  # fmt: skip
+                input_ids=ids[:, read:], attention_mask=torch.ones_like(ids), logits_to_keep=len(tokens) + 1, **inputs
+            )
+        if len(attentions) != self.model.config.text_config.num_hidden_layers:
+            raise ValueError("the language model hands out no attention weights: its layers do not take transformers' "
+                             "attention interface")  # fmt: skip
         return attentions, output.logits[0]
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -137,7 +160,8 @@ class Llava:
         """The checkpoint's own settings without those of sampling, which would warn that they have no effect."""
         config = copy.deepcopy(self.model.generation_config)
         config.update(do_sample=False, temperature=None, top_p=None, top_k=None, max_length=None,
-                      num_beams=num_beams, max_new_tokens=max_new_tokens, pad_token_id=pad)  # fmt: skip
+                      num_beams=num_beams, max_new_tokens=max_new_tokens, pad_token_id=pad,
+                      return_dict_in_generate=True)  # fmt: skip
         return config
 
     def _until_end(self, tokens: list[int]) -> list[int]:
@@ -147,6 +171,19 @@ class Llava:
 
 def _as_list(value: int | list[int] | None) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _past(cache: Any, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the first ``length`` keys and values of a cache by layer; its beams have one prompt in common."""
+    return [(layer.keys[:1, :, :length], layer.values[:1, :, :length]) for layer in cache.layers]
+
+
+def _cache(past: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """Return a cache of its own, which grows without touching ``past``."""
+    cache = runtime.import_guarded("transformers").DynamicCache()
+    for layer, (keys, values) in enumerate(past):
+        cache.update(keys, values, layer)
+    return cache
 
 
 def check_prompt(prompt: str) -> str:
@@ -238,33 +275,31 @@ def _safetensors_errors() -> tuple[type[Exception], ...]:
     return (SafetensorError,)
 
 
-CAPTURE = "sdpa_that_shows_its_weights"
+CAPTURE = "softmax_that_shows_its_weights"
 
 
 @contextlib.contextmanager
-def _capture(model: Any, rows: int) -> Iterator[list[torch.Tensor]]:
-    """Let the language model's layers put the attention weights of their last ``rows`` rows into the list given.
+def _capture(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Let the language model's layers put the attention weights of the rows they compute into the list given.
 
-    transformers' own ``output_attentions`` keeps every row of every layer, and returns nothing with SDPA. An attention
-    function of our own, registered beside theirs, computes what SDPA does and the weights of a few rows.
+    transformers' own ``output_attentions`` returns nothing with SDPA. An attention function of our own, registered
+    beside theirs, does with a plain softmax what SDPA does in one kernel.
     """
     transformers = runtime.import_guarded("transformers")
     kept: list[torch.Tensor] = []
 
-    def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
-               scaling: float | None = None, **options: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
+    def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None,
+               scaling: float, **options: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
         groups = query.shape[1] // key.shape[1]  # grouped-query attention shares keys among heads
         key, value = (t.repeat_interleave(groups, 1).detach() for t in (key, value))  # (1, nh, S, hs)
-        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        scores = (query[:, :, -rows:] @ key.transpose(-2, -1)).float() * scaling  # (1, nh, rows, S)
-        total = scores.shape[-1]
+        scores = (query @ key.transpose(-2, -1)).float() * scaling  # (1, nh, R, S)
+        rows, total = scores.shape[-2:]
         seen = torch.ones(rows, total, dtype=torch.bool, device=scores.device).tril(total - rows)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         if torch.is_grad_enabled():
             weights.requires_grad_()
-            output = torch.cat([output[:, :, :-rows], weights.to(value.dtype) @ value], 2)
         kept.append(weights)
-        return output.transpose(1, 2).contiguous(), None
+        return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
 
     transformers.AttentionInterface.register(CAPTURE, attend)
     transformers.AttentionMaskInterface.register(CAPTURE, lambda *args, **kwargs: None)  # causal, one row: no mask

@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import viewer
 from attention import METHODS, ROWS, Explained, Heads, Look, parse_layers
 from captioner import load_captioner
 from explain import (
-    DEFAULT,
+    DEFAULTS,
     REPORT,
     Explainer,
     P1Explainer,
@@ -46,6 +47,18 @@ from profiles import PROFILES
 log = logging.getLogger(__name__)
 
 
+def _defaults(name: str) -> str:
+    values = {model: getattr(look, name) for model, look in DEFAULTS.items()}
+    same = len(set(values.values())) == 1
+    return f"(default: {values['p1']})" if same else f"(default: p1 {values['p1']}, p2 {values['p2']})"
+
+
+def chosen_look(args: argparse.Namespace) -> Look:
+    """Return the model's default look with what the flags change."""
+    flags = {name: getattr(args, name) for name in ("method", "layers", "heads", "row")}
+    return replace(DEFAULTS[args.model], **{name: value for name, value in flags.items() if value is not None})
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = runtime.FlagParser(description=__doc__.split("\n\n")[0])
@@ -53,10 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", choices=("p1", "p2"), required=True, help="p1: LLaVA; p2: the tuned captioner")
     add("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_FILE", help="images to explain")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
-    add("--method", choices=METHODS, default=DEFAULT.method, help="from weights to maps")
-    add("--layers", default=DEFAULT.layers, help="all, last, a number, or a range such as 2-5")
-    add("--heads", default=DEFAULT.heads, help="max, mean, a head's number, or topK")
-    add("--row", choices=ROWS, default=DEFAULT.row, help="position that predicts a token (as grad always), or its own")
+    add("--method", choices=METHODS, help=f"from weights to maps {_defaults('method')}")
+    add("--layers", help=f"all, last, a number, or a range such as 2-5 {_defaults('layers')}")
+    add("--heads", help=f"max, mean, a head's number, or topK {_defaults('heads')}")
+    add("--row", choices=ROWS, help=f"position that predicts a token (as grad always), or its own {_defaults('row')}")
     add("--relative-to", choices=("words", "generic"), default="words",
         help="what the method relative divides by: the mean over words, or a generic caption")  # fmt: skip
     add("--caption", help="explain this caption of one image instead of the model's own")
@@ -124,7 +137,7 @@ def explain_images(
     explainer: Explainer, paths: Sequence[Path], args: argparse.Namespace
 ) -> Iterator[tuple[Explained, Reading]]:
     """Caption and explain image after image; one that cannot be read is named and left out."""
-    look = Look(args.method, args.layers, args.heads, args.row)
+    look = chosen_look(args)
     for path in tqdm(paths, "explain", disable=None):
         try:
             image = data.load_image(path)
@@ -164,7 +177,7 @@ def save_maps(out: Path, explained: Explained, reading: Reading, look: Look) -> 
 
 def run_images(explainer: Explainer, paths: list[Path], args: argparse.Namespace) -> int:
     """Write a PNG and an npz an image, and the viewer; return the exit code."""
-    look = Look(args.method, args.layers, args.heads, args.row)
+    look = chosen_look(args)
     items = []
     for explained, reading in explain_images(explainer, paths, args):
         figures.word_grid(explained, explained.views[0], args.out / f"{explained.path.stem}.png")
@@ -194,7 +207,7 @@ def run_best_worst(explainer: Explainer, paths: list[Path], args: argparse.Names
         pairs.append((title, by_stem[stem], row["caption"], references.get(stem, []), row["CLIPScore"]))
         print(f"{title}: {by_stem[stem].name}  CLIPScore {row['CLIPScore']}  {row['caption']}")
         image = data.load_image(by_stem[stem])
-        look = Look(args.method, args.layers, args.heads, args.row)
+        look = chosen_look(args)
         inputs = explainer.prepare(image)
         reading = read(explainer, inputs, explainer.tokens(row["caption"]), [look], args.relative_to)
         notes = {"CLIPScore": f"{row['CLIPScore']:.4f}"}
@@ -225,7 +238,7 @@ def read_per_image(path: Path) -> dict[str, dict[str, Any]]:
 def run_grounding(explainer: Explainer, args: argparse.Namespace) -> int:
     """Write grounding.csv and its chart, and print the rows that matter."""
     samples = grounding.load_samples(args.grounding, args.images[0], args.boxes)[: args.count]
-    default = Look(args.method, args.layers, args.heads, args.row)
+    default = chosen_look(args)
     looks = many_looks(explainer.n_layer, explainer.n_head, ROWS)
     looks = list(dict.fromkeys([default, REPORT[explainer.name], *looks]))
     scores, floor = grounding.measure(explainer, samples, looks, args.relative_to)
@@ -289,9 +302,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.caption is not None and len(paths) != 1:
         raise ValueError(f"--caption explains one image, and --images names {len(paths)}")
     explainer = load_explainer(args, device)
-    parse_layers(args.layers, explainer.n_layer)
-    Heads.parse(args.heads, explainer.n_head)
-    args.out.mkdir(parents=True, exist_ok=True)
+    parse_layers(chosen_look(args).layers, explainer.n_layer)
+    Heads.parse(chosen_look(args).heads, explainer.n_head)
     if args.grounding:
         return run_grounding(explainer, args)
     if args.best_worst:

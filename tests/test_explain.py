@@ -23,7 +23,9 @@ def p2(tiny_profile):
     def build(use_cls=True, crop=1.0):
         lora = LoraConfig(rank=2, alpha=2)
         kwargs = {**tiny_profile.encoder_kwargs, "crop_pct": crop}
-        config = CaptionerConfig(tiny_profile.encoder, "random", kwargs, use_cls=use_cls, lora=lora)
+        config = CaptionerConfig(
+            encoder=tiny_profile.encoder, encoder_weights="random", encoder_kwargs=kwargs, use_cls=use_cls, lora=lora
+        )
         captioner = Captioner(config, build_decoder(tiny_profile.decoder, lora)).merge()
         return P2Explainer(captioner, data.Tokenizer(tiny_profile.tokenizer), 3, 12)
 

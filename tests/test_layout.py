@@ -32,9 +32,22 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "cocometrics": {"annotations", "ptb"},
     "clipscore": {"annotations", "profiles", "runtime"},
     "evaluate": {
-        "annotations", "cider", "clipscore", "cocometrics", "gallery", "profiles", "ptb", "runtime", "significance",
+        "annotations",
+        "cider",
+        "clipscore",
+        "cocometrics",
+        "gallery",
+        "profiles",
+        "ptb",
+        "runtime",
+        "significance",
         "wording",
     },
+    "attention": set(),
+    "explain": {"attention", "captioner", "data", "generation", "llava", "runtime"},
+    "figures": {"attention", "data", "runtime"},
+    "grounding": {"attention", "data", "explain"},
+    "viewer": {"attention", "data", "figures", "runtime"},
     "generation": {"captioner", "data", "decoder", "runtime", "search"},
     "inference": {"data", "runtime"},
     "data_prep": {"data", "runtime"},
@@ -136,7 +149,8 @@ def test_every_script_explains_itself(name, capsys):
 def test_both_spellings_of_every_option_work(name):
     parser = importlib.import_module(name).build_parser()
     positional = [(a.choices or [str(n)])[0] for n, a in enumerate(parser._actions) if not a.option_strings]
-    required = [word for a in parser._actions if a.option_strings and a.required for word in (a.option_strings[0], "x")]
+    needed = [a for a in parser._actions if a.option_strings and a.required]
+    required = [word for a in needed for word in (a.option_strings[0], str((a.choices or ["x"])[0]))]
     if not any("-" in flag[2:] for action in parser._actions for flag in action.option_strings):
         pytest.skip("no option of two words")
     for action in parser._actions:

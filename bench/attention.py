@@ -1,0 +1,102 @@
+"""What maps cost: captioning alone against captioning and explaining, image by image, in one run.
+
+    python -m bench.attention                        micro models: LLaVA and the captioner, beam search included
+    python -m bench.attention --full-size            ViT-L/14 and GPT-2 small with random weights
+
+The micro captioner has its pre-trained parts and an untrained adapter: its captions make no sense and are as long as
+they may be, which is what time depends on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import data
+import runtime
+from attention import Look
+from bench.common import in_turn, peak_memory, report
+from captioner import Captioner, CaptionerConfig
+from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder
+from explain import DEFAULTS, Explainer, P1Explainer, P2Explainer, read
+from llava import PROMPTS, load_llava
+from microworld.scenes import generate
+from profiles import PROFILES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = runtime.FlagParser(prog="python -m bench.attention", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--count", type=int, default=20, help="images")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each, in turn")
+    parser.add_argument("--max-new-tokens", type=int, default=30, help="longest caption in tokens")
+    parser.add_argument("--full-size", action="store_true", help="the captioner at full size, random weights")
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    return parser
+
+
+def captioner(full_size: bool, max_new_tokens: int, device: torch.device) -> P2Explainer:
+    """Return the captioner with an untrained adapter."""
+    profile, lora = PROFILES["full" if full_size else "micro"], LoraConfig()
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(), lora) if full_size else build_decoder(Path(profile.decoder), lora)
+    config = CaptionerConfig(
+        encoder=profile.encoder, encoder_weights="random" if full_size else profile.encoder_weights,
+        encoder_kwargs=profile.encoder_kwargs, lora=lora,
+    )  # fmt: skip
+    tokenizer = data.Tokenizer(PROFILES["micro"].tokenizer)  # at full size a stand-in: any ids take the same time
+    return P2Explainer(Captioner(config, decoder).to(device).merge(), tokenizer, 5, max_new_tokens)
+
+
+def compare(explainer: Explainer, paths: list[Path], repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """Time captions alone, and captions with the maps of each method."""
+    look = DEFAULTS[explainer.name]
+    looks = {f"{look.method} (default)": look, **{m: Look(m, "all", "mean") for m in ("raw", "grad", "rollout")}}
+    looks = dict({repr(value): (name, value) for name, value in reversed(looks.items())}.values())
+
+    def caption(look: Look | None) -> None:
+        for path in paths:
+            inputs = explainer.prepare(data.load_image(path))
+            tokens = explainer.caption([inputs])[0]
+            if look and explainer.text(tokens).strip():
+                read(explainer, inputs, tokens, [look], "words").maps(look)
+
+    rivals = {"captions alone": lambda: caption(None)}
+    rivals |= {name: (lambda look=look: caption(look)) for name, look in looks.items()}
+    for run in rivals.values():
+        run()
+    seconds = in_turn(rivals, repeats, device)
+    alone = seconds["captions alone"]
+    return [
+        {"model": explainer.name, "maps": name, "ms an image": 1000 * s / len(paths), "times captions alone": s / alone,
+         "peak memory, GB": peak_memory(device)}
+        for name, s in seconds.items()
+    ]  # fmt: skip
+
+
+@runtime.command
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark."""
+    args = build_parser().parse_args(argv)
+    device = runtime.pick_device(args.device)
+    explainers: list[Explainer] = [captioner(args.full_size, args.max_new_tokens, device)]
+    if not args.full_size:
+        llava = load_llava(PROFILES["micro"].llava, device, torch.float32)
+        explainers.append(P1Explainer(llava, PROMPTS[1], 1, args.max_new_tokens))
+    with tempfile.TemporaryDirectory() as folder:
+        generate(Path(folder), "val", args.count, seed=0, workers=1)
+        paths = data.list_images(Path(folder) / "images" / "val")
+        rows = [row for e in explainers for row in compare(e, paths, args.repeats, device)]
+    what = "ViT-L/14 and GPT-2 small, random weights" if args.full_size else "micro models"
+    report(f"What maps cost: {what}", rows, device, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""p3_attention.py end to end through its command line, for both models."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import p2_train
+import p3_attention
+import runtime
+from profiles import PROFILES
+
+TRAIN = (
+    "--device", "cpu", "--batch-size", "4", "--lora-rank", "4", "--val-images", "2", "--beam-size", "2",
+    "--max-new-tokens", "8", "--epochs", "1",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def micro(tiny_profile):
+    """The tiny profile stands in for the micro one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROFILES, "micro", tiny_profile)
+        yield
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter of one epoch; nothing scores it."""
+    out = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluate.cider", lambda references, predictions, *rest: (0.5, {}))
+        assert p2_train.main(["--profile", "micro", *TRAIN, "--out", str(out)]) == 0
+    return out / "best.safetensors"
+
+
+@pytest.fixture
+def images(tiny_data, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in sorted((tiny_data / "images" / "val").iterdir())[:3]:
+        shutil.copy(path, folder)
+    Image.effect_noise((200, 90), 60).convert("RGB").save(folder / "wide.png")
+    return folder
+
+
+def explain(model, images, out, adapter, *flags):
+    return p3_attention.main(["--model", model, "--images", *map(str, images), "--out", str(out), "--profile", "micro",
+                              "--device", "cpu", "--adapter", str(adapter), *map(str, flags)])  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["p1", "p2"])
+def test_maps_of_a_folder(model, images, tmp_path, adapter, capsys):
+    out = tmp_path / "out"
+    assert explain(model, [images], out, adapter, "--html") == 0
+    names = sorted(path.stem for path in images.iterdir())
+    assert sorted(path.stem for path in out.glob("*.png")) == names
+    printed = capsys.readouterr().out.splitlines()
+    for name, line in zip(names, printed, strict=True):
+        maps = np.load(out / f"{name}.npz")
+        layers, heads, tokens, *grid = maps["attention"].shape
+        assert maps["maps"].shape == (len(maps["words"]), *grid)
+        assert len(maps["tokens"]) == tokens == len(maps["word_of_token"])
+        assert heads == (4 if model == "p1" else 2)
+        assert set(maps["layers"]) == set(range(layers))
+        assert str(maps["caption"]).split() == maps["words"].tolist()
+        assert str(maps["caption"]) in line
+    wide = np.load(out / "wide.npz")
+    assert wide["window"].tolist() == [55, 0, 145, 90]
+    assert "<script" in (out / "viewer.html").read_text(encoding="utf-8")
+
+
+def test_flags_choose_layers_heads_and_method(images, tmp_path, adapter):
+    one = sorted(images.iterdir())[:1]
+    text = ("--caption", "A red ball.")
+    assert explain("p2", one, tmp_path / "a", adapter, *text, "--method", "raw", "--layers", 1, "--heads", 0) == 0
+    assert explain("p2", one, tmp_path / "b", adapter, *text, "--method", "relative", "--heads", "max", "--row", "own",
+                   "--relative-to", "generic") == 0  # fmt: skip
+    a, b = (np.load(tmp_path / x / f"{one[0].stem}.npz") for x in "ab")
+    assert (str(a["method"]), a["layers"].tolist(), str(a["heads"])) == ("raw", [1], "head 0")
+    assert (str(b["method"]), str(b["heads"]), str(b["row"])) == ("relative", "max", "own")
+    words = [a["attention"][1, 0][a["word_of_token"] == n].mean(0) for n in range(3)]
+    assert np.allclose(a["maps"], words, atol=1e-3)
+
+
+def test_best_and_worst_pair(tiny_data, tmp_path, adapter, capsys):
+    content = json.loads((tiny_data / "val.json").read_text())
+    stems = [image["file_name"].rsplit(".", 1)[0] for image in content["images"]]
+    scores = {stem: {"CLIPScore": n / 10, "CIDEr": 0.0, "caption": f"A ball {n}."} for n, stem in enumerate(stems)}
+    per_image = tmp_path / "per_image.json"
+    per_image.write_text(json.dumps(scores))
+    flags = ("--best-worst", per_image, "--annotation-file", tiny_data / "val.json")
+    assert explain("p2", [tiny_data / "images" / "val"], tmp_path / "out", adapter, *flags) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["best_worst.png", "last-1.png", "top-1.png"]
+    top, last = capsys.readouterr().out.splitlines()
+    assert top == f"Top-1: {stems[-1]}.jpg  CLIPScore 0.7  A ball 7."
+    assert last == f"Last-1: {stems[0]}.jpg  CLIPScore 0.0  A ball 0."
+
+
+@pytest.mark.parametrize("model", ["p1", "p2"])
+def test_the_grounding_table(model, tiny_data, tmp_path, adapter, capsys):
+    out = tmp_path / "out"
+    flags = ("--grounding", tiny_data / "val.json", "--count", 3)
+    assert explain(model, [tiny_data / "images" / "val"], out, adapter, *flags) == 0
+    rows = list(csv.DictReader((out / "grounding.csv").open()))
+    methods = {row["method"] for row in rows}
+    assert {"raw", "relative", "rollout", "grad", "centre", "random", "mean image"} == methods
+    notes = [row["note"] for row in rows]
+    assert notes.count("default") == notes.count("report") == 1
+    assert notes.count("baseline") == 3
+    assert all(0 <= float(row["pointing"]) <= 1 for row in rows)
+    assert (out / "grounding.png").stat().st_size > 10_000
+    assert "baseline" in capsys.readouterr().out
+
+
+def fails(capsys, *arguments):
+    assert explain(*arguments) == runtime.BAD_INPUT
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def test_bad_input(images, tmp_path, adapter, tiny_data, capsys):
+    out, one = tmp_path / "out", sorted(images.iterdir())[:1]
+    assert "layers 0 to 1" in fails(capsys, "p2", one, out, adapter, "--layers", "7")
+    assert "heads 0 to 1" in fails(capsys, "p2", one, out, adapter, "--heads", "5")
+    assert "--caption explains one image" in fails(capsys, "p2", [images], out, adapter, "--caption", "A dog.")
+    assert "--caption is empty" in fails(capsys, "p2", one, out, adapter, "--caption", " ")
+    assert "no such file or folder" in fails(capsys, "p2", [tmp_path / "none.jpg"], out, adapter)
+    assert "two files have the stem" in fails(capsys, "p2", [one[0], one[0]], out, adapter)
+    assert "--annotation-file" in fails(capsys, "p2", [images], out, adapter, "--best-worst", adapter)
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"a": {"CIDEr": 1}}')
+    flags = ("--best-worst", bad, "--annotation-file", tiny_data / "val.json")
+    assert "needs CLIPScore" in fails(capsys, "p2", [images], out, adapter, *flags)
+    assert "one folder" in fails(capsys, "p2", one, out, adapter, "--grounding", tiny_data / "val.json")
+    assert "no such file" in fails(capsys, "p2", one, out, tmp_path / "no.safetensors")
+    assert not out.exists()
+
+
+def test_unreadable_images_are_named_and_the_rest_is_explained(images, tmp_path, adapter, caplog):
+    (images / "wide.png").write_bytes(b"no picture")
+    assert explain("p2", [images], tmp_path / "out", adapter) == runtime.PARTIAL
+    assert len(list((tmp_path / "out").glob("*.npz"))) == 3
+    assert "wide.png" in caplog.text
