@@ -23,6 +23,7 @@ from profiles import PROFILES, ROOT
 
 SPLITS = ("val", "val_novel")
 SAMPLES = 9  # scenes on the contact sheet
+EXPLAINED, GROUNDED = 5, 150  # scenes with maps, and scenes that the maps are measured on
 # Micro-size numbers on top of `--setting best`: what trains a small decoder on few scenes within minutes.
 RECIPE = ["--epochs", "4", "--lora-rank", "16", "--lora-alpha", "16", "--lr", "2e-3", "--lora-dropout", "0.05",
           "--batch-size", "8", "--val-images", "60"]  # fmt: skip
@@ -88,6 +89,23 @@ def zero_shot(run: Runner, out: Path) -> dict[str, Any]:
     return {f"llava {setting}": {"val": s} for setting, s in scores.items()}
 
 
+def look(run: Runner, out: Path) -> None:
+    """Draw where each word of five captions looked, for both models, and measure it against the boxes."""
+    images = out / "data" / "images" / "val"
+    some = [sample.path for sample in data.load_split(out / "data", "val")[:EXPLAINED]]
+    flags = ("--profile", "micro", "--adapter", out / "lora" / "best.safetensors")
+    for model, name in (("p1", "LLaVA"), ("p2", "the captioner")):
+        folder = out / "attention" / model
+        run(
+            f"maps ({model})", "p3_attention.py", "--model", model, "--images", *some, "--out", folder, "--html", *flags
+        )
+        run(f"does {name} look at what it names?", "p3_attention.py", "--model", model, "--grounding",
+            out / "data" / "val.json", "--images", images, "--count", GROUNDED, "--out", folder, *flags)  # fmt: skip
+    run("best and worst pair", "p3_attention.py", "--model", "p2", "--best-worst",
+        out / "lora" / "val_per_image.json", "--annotation-file", out / "data" / "val.json", "--images", images,
+        "--out", out / "attention", *flags)  # fmt: skip
+
+
 def contact_sheet(out: Path, run_folder: Path) -> Path:
     """Draw the first validation scenes with their captions and CIDEr; return the picture's path."""
     import matplotlib as mpl
@@ -133,7 +151,8 @@ def summary(out: Path, run: Runner, scores: dict[str, Any], sheet: Path) -> None
     train = run.seconds["train lora"]
     print(f"\n{sum(run.seconds.values()):.0f} s in all, training {train:.0f} s; peak memory of a step {peak:.1f} GB")
     places = (("data", out / "data"), ("run folder", out / "lora"), ("loss curve", out / "lora" / "loss.png"),
-              ("captions", out / "lora" / "val.json"), ("samples", sheet))  # fmt: skip
+              ("captions", out / "lora" / "val.json"), ("samples", sheet), ("maps", out / "attention"),
+              ("viewer", out / "attention" / "p2" / "viewer.html"))  # fmt: skip
     for name, path in places:
         print(f"{name:<11} {path}")
 
@@ -159,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.blind:
         scores["blind"] = train_and_score(run, out, "blind", args.epochs, blind=True)
     scores |= zero_shot(run, out)
+    look(run, out)
     runtime.write_json(out / "scores.json", {"scores": scores, "seconds": run.seconds})
     summary(out, run, scores, contact_sheet(out, out / "lora"))
     return 0
