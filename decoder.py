@@ -196,6 +196,13 @@ class KVCache:
         self.values[layer][:, :, self.length : end] = v.detach()
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows (n,) alone; they move to the front of the same memory, and only what is filled."""
+        for buffers in (self.keys, self.values):
+            for layer, buffer in enumerate(buffers):
+                buffer[: len(rows), :, : self.length] = buffer[rows, :, : self.length]
+                buffers[layer] = buffer[: len(rows)]
+
 
 class Attention(nn.Module):
     """Multi-head self-attention."""
@@ -410,6 +417,22 @@ def merge_lora(decoder: Decoder) -> None:
         else:
             layer.weight.copy_(merged)
         layer.merged = True
+
+
+def cast_weights(decoder: Decoder, dtype: torch.dtype) -> None:
+    """Turn the weights of embeddings and linear layers into ``dtype``, once, for inference under autocast.
+
+    Autocast alone would cast every weight anew for every token. Layer norms, positions and the sum that runs through
+    the blocks stay in float32, so that all results but the rounding of the token embeddings are those of autocast.
+
+    Raises:
+        ValueError: LoRA is not merged, and rounded weights would be merged later.
+    """
+    if decoder.lora is not None and not decoder.merged:
+        raise ValueError("cast_weights rounds for good: call merge_lora first")
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear) or module is decoder.wte:
+            module.to(dtype)
 
 
 def _full_update(layer: loralib.Linear | MergedLinear) -> torch.Tensor:
