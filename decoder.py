@@ -419,22 +419,6 @@ def merge_lora(decoder: Decoder) -> None:
         layer.merged = True
 
 
-def cast_weights(decoder: Decoder, dtype: torch.dtype) -> None:
-    """Turn the weights of embeddings and linear layers into ``dtype``, once, for inference under autocast.
-
-    Autocast alone would cast every weight anew for every token. Layer norms, positions and the sum that runs through
-    the blocks stay in float32, so that all results but the rounding of the token embeddings are those of autocast.
-
-    Raises:
-        ValueError: LoRA is not merged, and rounded weights would be merged later.
-    """
-    if decoder.lora is not None and not decoder.merged:
-        raise ValueError("cast_weights rounds for good: call merge_lora first")
-    for module in decoder.modules():
-        if isinstance(module, nn.Linear) or module is decoder.wte:
-            module.to(dtype)
-
-
 def _full_update(layer: loralib.Linear | MergedLinear) -> torch.Tensor:
     """(alpha / rank) B A as one float32 matrix (out, in)."""
     rows = layer.enabled_rows() if isinstance(layer, MergedLinear) else [slice(None)]

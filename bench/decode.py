@@ -12,6 +12,7 @@ linearly). Random weights hardly ever say EOS, so every caption has its full len
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ import runtime
 import search
 from bench.common import CLOCKS, Floor, add_clock, in_turn, peak_memory, report, timed
 from captioner import SharedPrefix
-from decoder import Decoder, DecoderConfig, cast_weights, gpt2_state_dict
+from decoder import Decoder, DecoderConfig, gpt2_state_dict
 from generation import autocast
+from packing import prepare_decoder
 
 BEAMS = 5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -83,8 +85,7 @@ class Rivals:
             self.prefix = torch.randn(batch_size, size.prefix, size.config.n_embd).to(device)  # (B, P, C)
         self.theirs = transformers_model(self.decoder, size).to(device, DTYPES[precision])
         self.decoder = self.decoder.to(device).eval().requires_grad_(False)
-        if precision == "bf16":
-            cast_weights(self.decoder, torch.bfloat16)
+        self.prepared = prepare_decoder(copy.deepcopy(self.decoder), DTYPES[precision])
         self.captions: dict[str, list[list[int]]] = {}
         self.cache_bytes: dict[str, int] = {}
 
@@ -92,8 +93,8 @@ class Rivals:
     def ours(self) -> None:
         """Search as p2_infer.py does."""
         with autocast(self.device, self.precision):
-            step = SharedPrefix(self.decoder, self.prefix, BEAMS, self.size.tokens)
-            self.captions["ours"] = self._search(step, len(self.prefix))
+            step = SharedPrefix(self.prepared, self.prefix, BEAMS, self.size.tokens)
+            self.captions["ours"] = self._search(step, len(self.prefix), step.keep)
         self.cache_bytes["ours"] = sum(t.nbytes for t in step.cache.keys + step.cache.values)
 
     @torch.no_grad()
@@ -134,9 +135,11 @@ class Rivals:
         at(1)
         return (at(1) + at(self.size.tokens)) / 2 * self.size.tokens * len(self.prefix)
 
-    def _search(self, step: search.Step, images: int) -> list[list[int]]:
+    def _search(
+        self, step: search.Step, images: int, keep: Callable[[torch.Tensor], None] | None = None
+    ) -> list[list[int]]:
         eos = self.size.eos
-        found = search.beam_search(step, images, eos, eos, BEAMS, self.size.tokens, device=self.device)
+        found = search.beam_search(step, images, eos, eos, BEAMS, self.size.tokens, device=self.device, keep=keep)
         return found.tokens
 
 
