@@ -25,6 +25,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +47,7 @@ from annotations import (
     some,
 )
 from cider import cider_d
+from clipcache import cached_image_features
 from clipscore import (
     PRECISIONS,
     ClipScorer,
@@ -85,6 +87,7 @@ METRICS = {  # what --metrics takes and what the results call it, in the order o
     "rouge": ("ROUGE-L",),
     "spice": ("SPICE",),
 }
+CLIP_METRICS = ("clipscore", "refclipscore")  # computed beside the others, which are of words alone
 DEFAULT_METRICS = ("cider", "clipscore")  # the report's line
 NO_MEANS = {*METRICS["bleu"], *METRICS["meteor"]}  # of the corpus, and not the mean of its images
 TOKENIZERS = {
@@ -242,6 +245,7 @@ class Evaluator:
     batch_size: int = 64
     tokenizer: str = "auto"
     clip_prompt: str = ""
+    cache: Path | None = None  # folder of CLIP's image features from earlier runs
 
     def __post_init__(self) -> None:
         self.tokenizer = pick_tokenizer(self.tokenizer)
@@ -261,9 +265,9 @@ class Evaluator:
         references = sum(map(len, self.annotations.references.values()))
         result = Evaluation(len(predictions), counts={"references": references, "empty": len(empty)})
         run = _Run(self, predictions, result)
-        for metric in wanted:
+        for metric, scored in run.all(wanted).items():
             try:
-                for label, mean, scores in getattr(run, metric)():
+                for label, mean, scores in scored():
                     result.add(label, mean, dict(zip(predictions, scores, strict=True)))
             except (ValueError, OSError, torch.OutOfMemoryError) as error:
                 for label in METRICS[metric]:
@@ -304,7 +308,9 @@ class Evaluator:
     def images(self) -> torch.Tensor:
         """Unit-length features of the images ``(n, dim)``, in the order of the references."""
         paths = list(self.paths.values())
-        return image_features(self.scorer, paths, self.batch_size)
+        if self.cache is None:
+            return image_features(self.scorer, paths, self.batch_size)
+        return cached_image_features(self.scorer, paths, self.batch_size, self.cache)
 
     @functools.cached_property
     def reference_features(self) -> torch.Tensor:
@@ -321,6 +327,15 @@ class _Run:
 
     def __init__(self, evaluator: Evaluator, predictions: Mapping[str, str], result: Evaluation) -> None:
         self.evaluator, self.predictions, self.result = evaluator, predictions, result
+
+    def all(self, metrics: Sequence[str]) -> dict[str, Callable[[], Scored]]:
+        """Compute every metric, those of CLIP and those of words at the same time; a call returns one's or raises."""
+        with ThreadPoolExecutor(1) as with_clip, ThreadPoolExecutor(1) as of_words:  # one after the other in each
+            futures = {
+                metric: (with_clip if metric in CLIP_METRICS else of_words).submit(getattr(self, metric))
+                for metric in metrics
+            }
+        return {metric: future.result for metric, future in futures.items()}
 
     @functools.cached_property
     def words(self) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -420,6 +435,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip-weights", help="open_clip tag or file (the profile's; a folder has its own)")
     parser.add_argument("--clip-prompt", default="", help='put before each caption; the paper has "A photo depicts "')
     parser.add_argument("--batch-size", type=int, default=64, help="images per CLIP forward pass")
+    parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True,
+                        help="keep CLIP's features of the images in the profile's cache folder")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="CLIP's; auto: fp16 on CUDA, else fp32")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
@@ -464,6 +481,7 @@ def _make_evaluator(args: argparse.Namespace, annotations: Annotations) -> Evalu
         args.batch_size,
         args.tokenizer,
         args.clip_prompt,
+        Path(profile.cache) / "clip" if args.cache else None,
     )
 
 

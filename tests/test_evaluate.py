@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,13 @@ def annotation_content(references=REFERENCES, suffix=".png"):
     pairs = [(100 + i, caption) for i, captions in enumerate(references.values()) for caption in captions]
     annotations = [{"id": i, "image_id": image, "caption": caption} for i, (image, caption) in enumerate(pairs)]
     return {"images": images, "annotations": annotations[::-1]}  # nothing may lean on the order of the file
+
+
+@pytest.fixture(autouse=True)
+def caches_of_their_own(tmp_path_factory, monkeypatch):
+    """Keep what one test caches from the others and from the repository."""
+    for name, profile in evaluate.PROFILES.items():
+        monkeypatch.setitem(evaluate.PROFILES, name, replace(profile, cache=str(tmp_path_factory.mktemp("cache"))))
 
 
 @pytest.fixture

@@ -32,9 +32,11 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "annotations": set(),
     "cocometrics": {"annotations", "ptb"},
     "clipscore": {"annotations", "profiles", "runtime"},
+    "clipcache": {"clipscore", "runtime"},
     "evaluate": {
         "annotations",
         "cider",
+        "clipcache",
         "clipscore",
         "cocometrics",
         "gallery",
