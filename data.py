@@ -644,8 +644,9 @@ def _new_cache(folder: Path, identity: dict[str, Any]) -> dict[str, int]:
 def _check_disk(folder: Path, missing: int, wanted: int, row_bytes: int) -> None:
     needed, free = missing * row_bytes, shutil.disk_usage(folder).free
     logger.info(
-        "feature cache %s: %d of %d images to encode, %.1f MB to write", folder, missing, wanted, needed / 1e6
-    )
+        "feature cache %s: %d of %d images to encode, %.1f MB to write, %.1f GB free on that disk",
+        folder, missing, wanted, needed / 1e6, free / 1e9,
+    )  # fmt: skip
     if needed > free:
         raise ValueError(
             f"{folder}: the features of {missing} images need {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free; "

@@ -1,4 +1,4 @@
-"""Time the scoring against pycocoevalcap: CIDEr on 2,000 images, and the two tokenizers on 10,000 captions.
+"""Time the scoring against pycocoevalcap: CIDEr on 2,000 images, the two tokenizers on 10,000 captions, a second run.
 
 Both sides run in turn within one run, after a warm-up, and medians are compared, so that a busy machine slows both;
 their results are compared as well. Captions are the micro world's, or those of --annotation-file, whose words are
@@ -16,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -24,10 +25,12 @@ from typing import Any
 
 import cocometrics
 import ptb
-from annotations import load_references
+from annotations import find_images, load_annotations, load_references
 from cider import cider_d
-from microworld.scenes import make_scene
-from profiles import ROOT
+from clipscore import ClipScorer, clip_scores
+from evaluate import Evaluator
+from microworld.scenes import generate, make_scene
+from profiles import PROFILES, ROOT
 from runtime import FlagParser, command, write_json, write_text
 
 IMAGES, REFERENCES = 2000, 5
@@ -90,6 +93,41 @@ def bench_tokenizers(captions: Sequence[str], repeats: int) -> dict[str, Any]:
     return {**report(seconds), "captions": len(captions), "different": sum(a != b for a, b in pairs)}
 
 
+def bench_second_run(count: int, repeats: int) -> dict[str, Any]:
+    """Score drawn scenes by the micro scorer: a second run of ours, against one image after the other and no cache."""
+    from pycocoevalcap.cider.cider import Cider
+
+    profile = PROFILES["micro"]
+    scorer = ClipScorer(profile.clip_model, profile.clip_weights)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        generate(folder, "val", count, seed=0, workers=1)
+        annotations = load_annotations(folder / "val.json")
+        references, images = annotations.references, folder / "images" / "val"
+        stems = list(references)
+        predictions = {stem: references[stems[place - 1]][0] for place, stem in enumerate(stems)}
+
+        def theirs() -> dict[str, float]:
+            tokens = cocometrics.ptb_java([caption for stem in stems for caption in references[stem]])
+            flat = iter(tokens + cocometrics.ptb_java([predictions[stem] for stem in stems]))
+            wanted = {stem: [next(flat) for _ in references[stem]] for stem in stems}
+            scores = []
+            for path in find_images(annotations, images).values():
+                seen = scorer.encode_images(scorer.load_image(path)[None])
+                said = scorer.encode_texts([predictions[path.stem]])
+                scores.append(clip_scores(seen, said).item())
+            found = Cider().compute_score(wanted, {stem: [next(flat)] for stem in stems})[0]
+            return {"CIDEr": float(found), "CLIPScore": statistics.fmean(scores)}
+
+        def ours() -> dict[str, float]:
+            evaluator = Evaluator(annotations, images, lambda: scorer, cache=folder / "cache")
+            return evaluator.evaluate(predictions).means
+
+        seconds, results = in_turn({"one at a time": theirs, "evaluate.py": ours}, repeats)
+    first, second = results.values()
+    return {**report(seconds), "images": count, "largest_difference": max(abs(first[k] - second[k]) for k in first)}
+
+
 def report(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Return medians, and how many times faster the second side is."""
     theirs, ours = (statistics.median(values) for values in seconds.values())
@@ -109,7 +147,8 @@ def markdown(results: dict[str, Any]) -> str:
     """Return the results as a table."""
     lines = [f"# Scoring against pycocoevalcap\n\n{results['machine']}; captions: {results['captions']}\n"]
     lines += ["| what | theirs, s | ours, s | times faster | same results |", "|---|---|---|---|---|"]
-    for name, same in (("cider", "largest_difference"), ("tokenizer", "different")):
+    rows = (("cider", "largest_difference"), ("tokenizer", "different"), ("second run", "largest_difference"))
+    for name, same in rows:
         part = results[name]
         theirs, ours = part["medians"].values()
         lines.append(f"| {name} | {theirs:.3f} | {ours:.3f} | {part['times_faster']:.2f} | {same}: {part[same]:.3g} |")
@@ -121,6 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(prog="python -m bench.evaluate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     parser.add_argument("--repeats", type=int, default=7, help="measured runs of each side")
+    parser.add_argument("--images", type=int, default=300, help="scenes of the second run, micro scorer")
     parser.add_argument("--annotation-file", help="take captions from here instead of the micro world")
     return parser
 
@@ -138,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         "captions": "of --annotation-file" if args.annotation_file else "micro world",
         "cider": bench_cider(groups, candidates, args.repeats),
         "tokenizer": bench_tokenizers(captions, args.repeats),
+        "second run": bench_second_run(args.images, args.repeats),
     }
     print(markdown(results))
     if args.out:

@@ -11,10 +11,12 @@ from bench import evaluate as bench
 @pytest.mark.skipif(shutil.which("java") is None, reason="times the Java tokenizer")
 def test_a_small_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "IMAGES", 20)
-    assert bench.main(["--repeats", "2", "--out", str(tmp_path / "figures")]) == 0
+    assert bench.main(["--repeats", "2", "--images", "6", "--out", str(tmp_path / "figures")]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["cider"]["largest_difference"] < 1e-12
     assert (figures["tokenizer"]["different"], figures["tokenizer"]["captions"]) == (0, 100)
+    assert figures["second run"]["images"] == 6
+    assert figures["second run"]["largest_difference"] < 1e-5
     assert len(figures["cider"]["seconds"]["cider.py"]) == 2
     table = (tmp_path / "figures.md").read_text()
     assert "CPUs" in table
