@@ -34,7 +34,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            rank = os.environ.get("LOCAL_RANK")  # which of several processes on this machine, where it was launched so
+            return torch.device("cuda" if rank is None else f"cuda:{rank}")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
