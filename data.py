@@ -27,12 +27,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from runtime import write_json, write_text
+from strictjson import read_json
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 END_OF_TEXT = "<|endoftext|>"  # GPT-2 begins and ends every text with it
 IGNORED = -100  # the label that torch's cross_entropy passes over
+MAX_IMAGE_BYTES = 512 * 2**20  # Pillow's limit on pixels leaves honest images below this
 NAMED = 5  # a message about many files or ids names so many of them
 
 
@@ -46,7 +48,8 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no image, or two images with one stem, which is what predictions are keyed by.
+        ValueError: it holds no image, two images with one stem, which is what predictions are keyed by, or a name that
+            is not valid Unicode.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -59,6 +62,9 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     )
     if not images:
         raise ValueError(f"{folder}: no image here; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    odd = [repr(path.name) for path in images if not _is_text(path.name)]
+    if odd:  # results are written as UTF-8, and would fail at the end of the work
+        raise ValueError(f"{folder}: names that are not valid Unicode: {_some(odd)}; rename them")
     _refuse_shared_stems(folder, images)
     return images
 
@@ -69,9 +75,13 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     Raises:
         OSError: the file is missing or must not be read.
         ValueError: the file is empty, truncated, damaged, no image, of a kind without a plain meaning in 8 bits
-            (floating point), or so large that Pillow takes it for a decompression bomb.
+            (floating point), or so large that Pillow takes it for a decompression bomb; or no plain file.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a named pipe would be waited for, for ever
+        raise ValueError(f"{path}: not a plain file; replace it or take it out")
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_IMAGE_BYTES / 1e6:.0f} MB; scale it down or take it out")
     encoded = path.read_bytes()  # apart from decoding: a missing file is no damaged one
     try:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -139,7 +149,7 @@ def load_annotations(annotation_file: str | os.PathLike, images_root: str | os.P
             images with one stem, an image without captions, or an empty caption.
     """
     file = Path(annotation_file)
-    content = _read_json(file)
+    content = read_json(file)
     images = _records(file, content, "images", {"id": int, "file_name": str})
     annotations = _records(file, content, "annotations", {"image_id": int, "caption": str})
     root = Path() if images_root is None else Path(images_root)
@@ -167,15 +177,6 @@ def load_split(data_dir: str | os.PathLike, split: str) -> list[Sample]:
             f"{file}: no such file; `bash hw3_download.sh data` makes hw3_data, `python -m microworld.scenes` others"
         )
     return load_annotations(file, Path(data_dir) / "images" / split)
-
-
-def _read_json(file: Path) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))  # Windows editors put a byte-order mark first
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise ValueError(f"{file}: not a JSON file ({error}); was the download cut off?") from error
 
 
 def _records(file: Path, content: Any, name: str, kinds: dict[str, type]) -> list[dict[str, Any]]:
@@ -318,7 +319,7 @@ def _byte_level(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
 
 
 def _read_vocab(file: Path) -> dict[str, int]:
-    vocab = _read_json(file)
+    vocab = read_json(file)
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
     if not ids or not all(map(_is_int, ids)) or sorted(ids) != list(range(len(ids))):
         raise ValueError(f"{file}: not a vocabulary; expected one object of tokens with the ids 0 to its size less 1")
@@ -613,7 +614,7 @@ def _recover_rows(folder: Path, identity: dict[str, Any], row_bytes: int) -> dic
     if not features.exists() and not listing.exists():
         return _new_cache(folder, identity)
     try:
-        stale = _read_json(key_file) != identity
+        stale = read_json(key_file) != identity
     except (FileNotFoundError, ValueError):
         stale = True
     if stale:
