@@ -42,10 +42,17 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> None:
-    """Write tensors and texts to one safetensors file, atomically, with a checksum over both."""
+    """Write tensors and texts to one safetensors file, atomically, with a checksum over both.
+
+    Raises:
+        OSError: the disk is full, or the folder must not be written.
+    """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    with runtime.atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={**texts, DIGEST: _digest(tensors, texts)})
+    try:
+        with runtime.atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={**texts, DIGEST: _digest(tensors, texts)})
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
             (floating point), or so large that Pillow takes it for a decompression bomb; or no plain file.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # a named pipe would be waited for, for ever
+    if path.exists() and not path.is_file() and not path.is_dir():  # a named pipe would be waited for, for ever
         raise ValueError(f"{path}: not a plain file; replace it or take it out")
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise ValueError(f"{path}: larger than {MAX_IMAGE_BYTES / 1e6:.0f} MB; scale it down or take it out")
@@ -510,10 +511,10 @@ class FeatureCache:
     """Encoder tokens of a list of images, computed once, then memory-mapped.
 
     One folder per key holds ``features.bin`` (rows of N x D numbers), ``rows.sha256`` (line i: digest of the image
-    file that row i was made from) and ``key.json``. Rows are found by the *content* of image files, so a changed
-    image is encoded anew, a renamed or copied one is not, and splits share a folder. A row is listed only after it
-    is on disk, so a killed build goes on where it stopped. One process builds at a time (a POSIX file lock); another
-    one waits, then finds the rows.
+    file that row i was made from, and the row's CRC-32, checked whenever a cache is opened) and ``key.json``. Rows are
+    found by the *content* of image files, so a changed image is encoded anew, a renamed or copied one is not, and
+    splits share a folder. A row is listed only after it is on disk, so a killed build goes on where it stopped. One
+    process builds at a time (a POSIX file lock); another one waits, then finds the rows.
     """
 
     def __init__(self, file: Path, rows: np.ndarray, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -555,7 +556,7 @@ class FeatureCache:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
         row_bytes = int(np.prod(shape)) * _numpy_dtype(dtype).itemsize
-        identity = {"key": key, "shape": list(shape), "dtype": str(dtype), "format": 1}
+        identity = {"key": key, "shape": list(shape), "dtype": str(dtype), "format": 2}
         folder = Path(root) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
         with _locked(folder):
@@ -566,7 +567,9 @@ class FeatureCache:
                 features = _encode_checked(encode, [path for _, path in batch], shape, dtype)
                 # Order matters: a row that is listed must be on disk, whenever the process dies.
                 _append(folder / "features.bin", features.numpy().tobytes())
-                _append(folder / "rows.sha256", "".join(f"{digest}\n" for digest, _ in batch).encode())
+                checks = [zlib.crc32(row) for row in features.numpy()]
+                lines = [f"{digest} {check:08x}\n" for (digest, _), check in zip(batch, checks, strict=True)]
+                _append(folder / "rows.sha256", "".join(lines).encode())
                 row_of.update({digest: len(row_of) + i for i, (digest, _) in enumerate(batch)})
         return cls(folder / "features.bin", np.array([row_of[digest] for digest in digests]), tuple(shape), dtype)
 
@@ -621,9 +624,10 @@ def _recover_rows(folder: Path, identity: dict[str, Any], row_bytes: int) -> dic
         logger.warning("feature cache %s is stale: its key.json is not this encoder's; building it anew", folder)
         return _new_cache(folder, identity)
     lines = listing.read_bytes().split(b"\n")[:-1] if listing.exists() else []  # a torn last line has no newline
-    row_of = {line.decode("ascii", "replace"): row for row, line in enumerate(lines)}
+    parts = [re.fullmatch("([0-9a-f]{64}) ([0-9a-f]{8})", line.decode("ascii", "replace")) for line in lines]
+    row_of = {part[1]: row for row, part in enumerate(parts) if part}
     size, expected = features.stat().st_size if features.exists() else -1, len(lines) * row_bytes
-    if size < expected or len(row_of) < len(lines) or not all(re.fullmatch("[0-9a-f]{64}", d) for d in row_of):
+    if size < expected or len(row_of) < len(lines) or not _rows_are_whole(features, row_bytes, parts):
         logger.warning("feature cache %s is damaged (%d bytes for %d rows); building it anew", folder, size, len(lines))
         return _new_cache(folder, identity)
     if size > expected:
@@ -632,6 +636,11 @@ def _recover_rows(folder: Path, identity: dict[str, Any], row_bytes: int) -> dic
     if listing.exists():
         os.truncate(listing, sum(len(line) + 1 for line in lines))
     return row_of
+
+
+def _rows_are_whole(features: Path, row_bytes: int, parts: list[re.Match]) -> bool:
+    with features.open("rb") as file:
+        return all(zlib.crc32(file.read(row_bytes)) == int(part[2], 16) for part in parts)
 
 
 def _new_cache(folder: Path, identity: dict[str, Any]) -> dict[str, int]:

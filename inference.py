@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 import data
 import runtime
+from strictjson import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ READ_AHEAD = 2  # batches that are read while one is captioned
 
 class PredictionLog:
     """The captions of one run so far, kept in ``OUT.json.part.jsonl``: a line for the run, then one a caption.
+
+    Every caption has a checksum: a line that is torn or damaged is passed over, and its image captioned again.
 
     Use it as a context manager: it holds a lock on the side file.
 
@@ -65,23 +69,28 @@ class PredictionLog:
         self._file.close()
 
     def _locked(self) -> io.BufferedRandom:
-        file = self.part.open("a+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            raise ValueError(f"{self.part}: another run is writing it; wait for it, or name another file") from error
-        return file
+        while True:
+            file = self.part.open("a+b")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.close()
+                raise ValueError(f"{self.part}: another run is writing it; wait for it, or name another") from error
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+            file.close()  # its run finished and removed it between our open and our lock
 
     def _resume(self, header: dict[str, Any], overwrite: bool) -> None:
         """Take over the captions of the side file, cut behind its last whole line, or begin it anew."""
         self._file.seek(0)
         text = self._file.read()
         whole = text[: text.rfind(b"\n") + 1]
-        theirs, captions = self._parse(whole, overwrite)
+        theirs, captions, damaged = self._parse(whole, overwrite)
         if captions and theirs == header:
             self._file.truncate(len(whole))
             self.captions = captions
+            if damaged:
+                log.warning("%s: %d lines are damaged; their images are captioned again", self.part, damaged)
             log.info("%s: going on behind %d captions", self.part, len(captions))
             return
         if not overwrite and captions:
@@ -95,15 +104,18 @@ class PredictionLog:
         self._file.truncate(0)
         self._write(header)
 
-    def _parse(self, lines: bytes, overwrite: bool) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return the side file's header and captions."""
+    def _parse(self, lines: bytes, overwrite: bool) -> tuple[dict[str, Any], dict[str, str], int]:
+        """Return the side file's header, its captions, and how many lines are none of ours."""
+        first, *others = lines.split(b"\n")[:-1] or [b"{}"]
         try:
-            header, *records = [json.loads(line) for line in lines.splitlines()] or [{}]
-            return dict(header), {record["image"]: str(record["caption"]) for record in records}
-        except (ValueError, KeyError, TypeError) as error:
+            header = dict(parse_json(first.decode()))
+        except (ValueError, TypeError) as error:
             if overwrite:
-                return {}, {}
+                log.warning("%s: damaged (%s); beginning anew", self.part, error)
+                return {}, {}, 0
             raise ValueError(f"{self.part}: damaged ({error}); remove it, or give --overwrite") from error
+        captions = dict(filter(None, map(_caption_of, others)))
+        return header, captions, len(others) - len(captions)
 
     def _write(self, *records: dict[str, Any]) -> None:
         self._file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
@@ -111,7 +123,9 @@ class PredictionLog:
 
     def add(self, captions: dict[str, str]) -> None:
         """Keep the captions of a batch, ``{file name without suffix: caption}``."""
-        self._write(*({"image": image, "caption": caption} for image, caption in captions.items()))
+        self._write(*(
+            {"image": image, "caption": caption, "check": _check(image, caption)} for image, caption in captions.items()
+        ))  # fmt: skip
         self.captions |= captions
 
     def finish(self, paths: Sequence[Path]) -> dict[str, str]:
@@ -126,6 +140,20 @@ class PredictionLog:
         if missing:
             log.error("%d of %d images were not captioned", missing, len(paths))
         return captions
+
+
+def _check(image: str, caption: str) -> int:
+    return zlib.crc32(json.dumps([image, caption]).encode())
+
+
+def _caption_of(line: bytes) -> tuple[str, str] | None:
+    """Return image and caption of a line of the side file, or None where its checksum is wrong."""
+    try:
+        record = parse_json(line.decode())
+        image, caption = record["image"], record["caption"]
+        return (image, caption) if record["check"] == _check(image, caption) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class Halving:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from argparse import BooleanOptionalAction
@@ -157,7 +158,7 @@ def describe_run(args: Any, config: TrainConfig, captioner: Captioner, trainable
     """Return what config.json keeps: settings, captioner, versions, command and git revision."""
     packages = ("torch", "timm", "loralib", "tokenizers", "pycocoevalcap")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False)
+    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
     return {
         "setting": args.setting,
         "profile": args.profile,
@@ -169,7 +170,7 @@ def describe_run(args: Any, config: TrainConfig, captioner: Captioner, trainable
         "random_weights": args.random_weights,
         "device": str(captioner.device),
         "command": sys.argv,
-        "git": revision.stdout.strip() or None,
+        "git": revision.strip() or None,
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 

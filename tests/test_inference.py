@@ -1,5 +1,6 @@
 """inference.py: the loop over a folder - reading ahead, batches that halve, the side file, resuming."""
 
+import fcntl
 import json
 import logging
 import subprocess
@@ -114,10 +115,39 @@ def test_another_run_is_neither_resumed_nor_dropped(tmp_path, images):
 
 def test_a_damaged_side_file_is_named(tmp_path, images):
     part = tmp_path / "out.json.part.jsonl"
-    part.write_text('{"run": {}}\nnonsense\n')
+    part.write_text("nonsense\n")
     with pytest.raises(ValueError, match="damaged"):
         run(tmp_path / "out.json", images)
+    assert part.read_text() == "nonsense\n"
     assert len(run(tmp_path / "out.json", images, overwrite=True)) == 7
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_line_is_captioned_again_and_the_others_are_kept(tmp_path, images, caplog, overwrite):
+    """A flipped letter in the side file stood in the final captions; with --overwrite damage cost them all."""
+    out, part = tmp_path / "out.json", tmp_path / "out.json.part.jsonl"
+    with pytest.raises(Interrupted):
+        run(out, images, breaking_after(2))
+    part.write_text(part.read_text().replace("level 1", "level 9").replace('"level 4"', "\x00"))
+    seen = []
+    captions = run(out, images, lambda levels: seen.extend(levels) or say(levels), overwrite=overwrite)
+    assert seen == [1, 4, 6]
+    assert captions == {str(k): f"level {k}" for k in range(7)}
+    assert "2 lines are damaged" in caplog.text
+
+
+def test_a_side_file_removed_between_open_and_lock_is_made_anew(tmp_path, images, monkeypatch):
+    """Captions went into a file without a name, and the run ended in an error when it removed it."""
+    lock, calls = fcntl.flock, []
+
+    def finished_meanwhile(file, mode):
+        calls.append(mode)
+        if len(calls) == 1:
+            (tmp_path / "out.json.part.jsonl").unlink()
+        lock(file, mode)
+
+    monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
+    assert len(run(tmp_path / "out.json", images)) == 7
 
 
 def test_an_existing_result_is_kept(tmp_path, images):

@@ -51,7 +51,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "grounding": {"attention", "data", "explain", "strictjson"},
     "viewer": {"attention", "data", "figures", "runtime"},
     "generation": {"captioner", "data", "decoder", "runtime", "search"},
-    "inference": {"data", "runtime"},
+    "inference": {"data", "runtime", "strictjson"},
     "data_prep": {"data", "runtime"},
     "llava": {"runtime"},
     "microworld.things": set(),
