@@ -68,9 +68,9 @@ class PredictionLog:
             self.part.unlink(missing_ok=True)
         self._file.close()
 
-    def _locked(self) -> io.BufferedRandom:
+    def _locked(self) -> io.FileIO:
         while True:
-            file = self.part.open("a+b")
+            file = self.part.open("a+b", buffering=0)  # what a full disk refuses must not wait in a buffer
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -118,8 +118,13 @@ class PredictionLog:
         return header, captions, len(others) - len(captions)
 
     def _write(self, *records: dict[str, Any]) -> None:
-        self._file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
-        self._file.flush()
+        left = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OSError(f"{self.part}: cannot be written ({error}); the captions so far are kept in it, so make room "
+                          "and run the same command again") from error  # fmt: skip
 
     def add(self, captions: dict[str, str]) -> None:
         """Keep the captions of a batch, ``{file name without suffix: caption}``."""
