@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo blind test lint clean
+.PHONY: demo blind test faults lint clean
 
 $(STAMP): requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -25,6 +25,10 @@ blind: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest
+
+# Kills, full disks, vanishing files and damaged ones, by the hundred; `make test` has a small form of it.
+faults: $(STAMP)
+	$(PY) -m pytest tests/faults -m faults
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

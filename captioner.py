@@ -8,7 +8,6 @@ an image follow one prefix, each seeing the prefix and itself, positions restart
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -19,11 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 import runtime
+from checkpoints import fingerprint, read_tensors, write_tensors
 from decoder import (
     Decoder,
     LoraConfig,
@@ -146,16 +144,6 @@ def build_transform(encoder: nn.Module) -> Callable[[Any], torch.Tensor]:
     timm_data = runtime.import_guarded("timm.data")
     # The model, not its name: given a string, timm silently answers with ImageNet's mean, std and crop.
     return timm_data.create_transform(**timm_data.resolve_model_data_config(encoder), is_training=False)
-
-
-def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """Return a short hash of the names, shapes, types and values of a state dict."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        tensor = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class Captioner(nn.Module):
@@ -324,9 +312,8 @@ class Captioner(nn.Module):
 
     def save_adapter(self, path: str | os.PathLike) -> None:
         """Write LoRA, projector and config to ``path`` (safetensors), atomically."""
-        state = {k: v.detach().float().cpu().contiguous() for k, v in self.adapter_state().items()}
-        with runtime.atomic_path(path) as temporary:
-            save_file(state, temporary, metadata={"captioner": json.dumps(asdict(self.config))})
+        state = {k: v.float() for k, v in self.adapter_state().items()}
+        write_tensors(path, state, {"captioner": json.dumps(asdict(self.config))})
 
     def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy an adapter's tensors; names and shapes must match exactly, or ValueError says which do not."""
@@ -356,11 +343,9 @@ def read_adapter(path: str | os.PathLike) -> tuple[CaptionerConfig, dict[str, to
     if not Path(path).is_file():
         raise FileNotFoundError(f"--adapter {path}: no such file; train one with p2_train.py, or name another")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"--adapter {path}: damaged or not a safetensors file ({error})") from error
+        state, metadata = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"--adapter {error}") from error
     if "captioner" not in metadata:
         raise ValueError(f"--adapter {path}: no adapter of this suite (its header holds no captioner config)")
     try:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 import data
 import runtime
+from strictjson import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +62,9 @@ def find_workers() -> Workers:
 class PredictionLog:
     """The captions of one run so far, kept in ``OUT.json.part.jsonl``: a line for the run, then one a caption.
 
-    Several processes write a side file each, ``OUT.json.part1.jsonl``, …, and the first one merges them. A run may go
-    on with another number of processes. Use it as a context manager: it holds a lock on the side file.
+    Every caption has a checksum: a line that is torn or damaged is passed over, and its image captioned again. Several
+    processes write a side file each, ``OUT.json.part1.jsonl``, …, and the first one merges them; a run may go on with
+    another number of processes. Use it as a context manager: it holds a lock on the side file.
 
     Args:
         out: the final JSON.
@@ -84,7 +87,7 @@ class PredictionLog:
         if workers.rank == 0:
             self._file = self._locked()
             try:
-                self._check(overwrite)
+                self._check_parts(overwrite)
             except ValueError:
                 self._file.close()
                 raise
@@ -106,21 +109,24 @@ class PredictionLog:
             self.part.unlink(missing_ok=True)
         self._file.close()
 
-    def _locked(self) -> io.BufferedRandom:
-        file = self.part.open("a+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            raise ValueError(f"{self.part}: another run is writing it; wait for it, or name another file") from error
-        return file
+    def _locked(self) -> io.FileIO:
+        while True:
+            file = self.part.open("a+b", buffering=0)  # what a full disk refuses must not wait in a buffer
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.close()
+                raise ValueError(f"{self.part}: another run is writing it; wait for it, or name another") from error
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+            file.close()  # its run finished and removed it between our open and our lock
 
     def _parts(self) -> list[Path]:
         """Return the side files of all processes, of this run and of the one before."""
         pattern = re.compile(re.escape(self.out.name) + r"\.part\d*\.jsonl")
         return sorted(path for path in self.out.parent.iterdir() if pattern.fullmatch(path.name))
 
-    def _check(self, overwrite: bool) -> None:
+    def _check_parts(self, overwrite: bool) -> None:
         """Make sure that all side files are this run's, or drop them where that is allowed."""
         contents = {path: self._parse(path, overwrite) for path in self._parts()}
         started = {path: header for path, (header, captions) in contents.items() if captions}
@@ -149,26 +155,38 @@ class PredictionLog:
             self._write(self._header)
 
     def _parse(self, path: Path, overwrite: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return a side file's header and captions, up to its last whole line."""
-        text = path.read_bytes()
+        """Return a side file's header and captions; a line that is none of ours is passed over."""
+        first, *others = path.read_bytes().split(b"\n")[:-1] or [b"{}"]
         try:
-            header, *records = [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()] or [{}]
-            return dict(header), {record["image"]: str(record["caption"]) for record in records}
-        except (ValueError, KeyError, TypeError) as error:
+            header = dict(parse_json(first.decode()))
+        except (ValueError, TypeError) as error:
             if overwrite:
+                log.warning("%s: damaged (%s); beginning anew", path, error)
                 return {}, {}
             raise ValueError(f"{path}: damaged ({error}); remove it, or give --overwrite") from error
+        captions = dict(filter(None, map(_caption_of, others)))
+        if len(captions) < len(others):
+            damaged = len(others) - len(captions)
+            log.warning("%s: %d lines are damaged; their images are captioned again", path, damaged)
+        return header, captions
 
     def _all_captions(self) -> dict[str, str]:
         return {image: caption for path in self._parts() for image, caption in self._parse(path)[1].items()}
 
     def _write(self, *records: dict[str, Any]) -> None:
-        self._file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
-        self._file.flush()
+        left = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OSError(f"{self.part}: cannot be written ({error}); the captions so far are kept in it, so make room "
+                          "and run the same command again") from error  # fmt: skip
 
     def add(self, captions: dict[str, str]) -> None:
         """Keep the captions of a batch, ``{file name without suffix: caption}``."""
-        self._write(*({"image": image, "caption": caption} for image, caption in captions.items()))
+        self._write(*(
+            {"image": image, "caption": caption, "check": _check(image, caption)} for image, caption in captions.items()
+        ))  # fmt: skip
         self.captions |= captions
 
     def finish(self, paths: Sequence[Path]) -> dict[str, str]:
@@ -191,6 +209,20 @@ class PredictionLog:
             if len(captions) < len(paths):
                 log.error("%d of %d images were not captioned", len(paths) - len(captions), len(paths))
         return captions
+
+
+def _check(image: str, caption: str) -> int:
+    return zlib.crc32(json.dumps([image, caption]).encode())
+
+
+def _caption_of(line: bytes) -> tuple[str, str] | None:
+    """Return image and caption of a line of the side file, or None where its checksum is wrong."""
+    try:
+        record = parse_json(line.decode())
+        image, caption = record["image"], record["caption"]
+        return (image, caption) if record["check"] == _check(image, caption) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class Halving:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,6 +42,7 @@ from explain import (
 )
 from llava import DTYPES, PROMPTS, check_prompt, load_llava, pick_dtype
 from profiles import PROFILES
+from strictjson import read_json
 
 log = logging.getLogger(__name__)
 
@@ -227,14 +227,20 @@ def read_per_image(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"--best-worst {path}: no such file; write it with evaluate.py --per-image")
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
+        scores = read_json(path)
     except ValueError as error:
         raise ValueError(f"--best-worst {path}: {error}") from error
     rows = scores.values() if isinstance(scores, dict) else []
-    if not rows or not all(isinstance(r, dict) and {"CLIPScore", "caption"} <= r.keys() for r in rows):
+    if not rows or not all(map(_is_scored, rows)):
         raise ValueError(f"--best-worst {path}: needs CLIPScore and caption of every image, as evaluate.py --per-image "
                          "OUT.json writes them")  # fmt: skip
     return scores
+
+
+def _is_scored(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("caption"), str) or not row["caption"].strip():
+        return False
+    return isinstance(row.get("CLIPScore"), int | float)
 
 
 # --- grounding ------------------------------------------------------------------------------------------------------

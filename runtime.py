@@ -23,6 +23,7 @@ import torch
 
 BAD_INPUT = 2  # exit code for wrong files, flags or data
 PARTIAL = 3  # exit code when a part of the work could not be done, and the rest was
+STOPPED = 4  # exit code when SIGTERM or SIGINT ended a training run early and all of it was kept: --resume goes on
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 

@@ -1,5 +1,6 @@
 """inference.py: the loop over a folder - reading ahead, batches that halve, the side file, resuming."""
 
+import fcntl
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import inference
 from inference import Halving, PredictionLog, Workers, caption_images, read_ahead
 
 RUN = {"model": "m", "beams": (1, 2)}
@@ -115,10 +117,39 @@ def test_another_run_is_neither_resumed_nor_dropped(tmp_path, images):
 
 def test_a_damaged_side_file_is_named(tmp_path, images):
     part = tmp_path / "out.json.part.jsonl"
-    part.write_text('{"run": {}}\nnonsense\n')
+    part.write_text("nonsense\n")
     with pytest.raises(ValueError, match="damaged"):
         run(tmp_path / "out.json", images)
+    assert part.read_text() == "nonsense\n"
     assert len(run(tmp_path / "out.json", images, overwrite=True)) == 7
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_line_is_captioned_again_and_the_others_are_kept(tmp_path, images, caplog, overwrite):
+    """A flipped letter in the side file stood in the final captions; with --overwrite damage cost them all."""
+    out, part = tmp_path / "out.json", tmp_path / "out.json.part.jsonl"
+    with pytest.raises(Interrupted):
+        run(out, images, breaking_after(2))
+    part.write_text(part.read_text().replace("level 1", "level 9").replace('"level 4"', "\x00"))
+    seen = []
+    captions = run(out, images, lambda levels: seen.extend(levels) or say(levels), overwrite=overwrite)
+    assert seen == [1, 4, 6]
+    assert captions == {str(k): f"level {k}" for k in range(7)}
+    assert "2 lines are damaged" in caplog.text
+
+
+def test_a_side_file_removed_between_open_and_lock_is_made_anew(tmp_path, images, monkeypatch):
+    """Captions went into a file without a name, and the run ended in an error when it removed it."""
+    lock, calls = fcntl.flock, []
+
+    def finished_meanwhile(file, mode):
+        calls.append(mode)
+        if len(calls) == 1:
+            (tmp_path / "out.json.part.jsonl").unlink()
+        lock(file, mode)
+
+    monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
+    assert len(run(tmp_path / "out.json", images)) == 7
 
 
 def test_an_existing_result_is_kept(tmp_path, images):
@@ -202,6 +233,10 @@ with PredictionLog(Path(sys.argv[2]), {"model": "m"}, workers=find_workers()) as
 """
 
 
+def kept(image, caption):
+    return json.dumps({"image": image, "caption": caption, "check": inference._check(image, caption)}) + "\n"
+
+
 def launch(script, processes, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -216,8 +251,8 @@ def test_two_processes_share_a_folder_and_finish_what_three_began(tmp_path, imag
     script.write_text(SHARED)
     header = '{"run": {"model": "m"}}\n'
     (tmp_path / "out.json.part.jsonl").write_text(header)
-    (tmp_path / "out.json.part1.jsonl").write_text(header + '{"image": "1", "caption": "kept"}\n{"image": "4", "capt')
-    (tmp_path / "out.json.part2.jsonl").write_text(header + '{"image": "2", "caption": "kept too"}\n')
+    (tmp_path / "out.json.part1.jsonl").write_text(header + kept("1", "kept") + kept("4", "torn")[:-9])
+    (tmp_path / "out.json.part2.jsonl").write_text(header + kept("2", "kept too"))
     result = launch(script, 2, images[0].parent, out)
     assert result.returncode == 0, result.stderr
     expected = {str(k): f"level {k}" for k in range(7)} | {"1": "kept", "2": "kept too"}
@@ -227,7 +262,7 @@ def test_two_processes_share_a_folder_and_finish_what_three_began(tmp_path, imag
 
 def test_side_files_of_another_run_are_refused_by_all(tmp_path, images):
     part = tmp_path / "out.json.part1.jsonl"
-    part.write_text('{"run": {"model": "other"}}\n{"image": "1", "caption": "theirs"}\n')
+    part.write_text('{"run": {"model": "other"}}\n' + kept("1", "theirs"))
     with pytest.raises(ValueError, match=r"part1\.jsonl belongs to another run \(other model"):
         run(tmp_path / "out.json", images)
     assert "theirs" in part.read_text()
