@@ -136,9 +136,9 @@ def settings_section(runs: Sequence[Run]) -> Section:
     if any(r.config["profile"] == "micro" for r in chosen):
         section.blocks.append(Text(
             "Settings are written for 10,000 photographs. On the micro world one rule holds for all of them: half the "
-            "epochs, rounded up, at the same rank, alpha and dropout, with batches of 8, and learning rates times the "
-            "ratio of the optimiser steps that an epoch has at full size and here, since what Adam can move a weight "
-            "is the learning rate times the number of steps."))  # fmt: skip
+            "epochs, rounded up, at the same rank, alpha and dropout, with batches of 8, and learning rates times 3, "
+            "since the decoder is 3 times as narrow and Adam's rate goes with one over the width (Yang et al., arXiv "
+            "2203.03466)."))  # fmt: skip
     section.blocks += curves("p2_settings_curves", "the settings", chosen)
     return section
 

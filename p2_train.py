@@ -22,7 +22,7 @@ import data
 import evaluate
 import generation
 import runtime
-from captioner import RANDOM, Captioner, CaptionerConfig, read_adapter
+from captioner import PREPROCESSING, RANDOM, Captioner, CaptionerConfig, read_adapter
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_state_dict
 from profiles import PROFILES, downloaded_encoder
 from scst import ScstTrainer
@@ -95,6 +95,8 @@ def build_parser() -> Any:
                         help="the blind baseline: train on captions dealt to wrong images")  # fmt: skip
     parser.add_argument("--init-adapter", type=Path,
                         help="adapter to start from; its LoRA, layer and CLS are taken over")  # fmt: skip
+    parser.add_argument("--report-faithful", action="store_true",
+                        help="the report's own ways: ImageNet preprocessing, LoRA alpha 1")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
     group = parser.add_argument_group("numbers (defaults are those of --setting best)")
@@ -128,15 +130,25 @@ def make_captioner(args: Any, config: TrainConfig, out: Path) -> Captioner:
     default = profile.encoder_weights if own else downloaded_encoder(args.encoder)
     weights = RANDOM if args.random_weights else args.encoder_weights or default
     log.info("encoder weights: %s", weights or "timm's own, from its cache or the hub")
+    name = args.encoder or profile.encoder
     captioner_config = CaptionerConfig(
-        encoder=args.encoder or profile.encoder,
-        encoder_kwargs=profile.encoder_kwargs if own else {},
+        encoder=name,
+        encoder_kwargs=(profile.encoder_kwargs if own else {}) | (by_name(name) if args.report_faithful else {}),
         encoder_weights=weights,
         use_cls=config.cls,
         encoder_layer=config.encoder_layer,
         lora=config.lora(),
     )
     return Captioner(captioner_config, make_decoder(args, config.lora(), out))
+
+
+def by_name(encoder: str) -> dict[str, Any]:
+    """Return the preprocessing that timm answers with when asked by name: not the model's own, but ImageNet's.
+
+    The report was trained like that; the values travel in the adapter's config, so inference has them too.
+    """
+    found = runtime.import_guarded("timm.data").resolve_data_config({}, model=encoder)
+    return {key: found[key] for key in PREPROCESSING}
 
 
 def check_trainable(captioner: Captioner, limit: int) -> int:
@@ -175,6 +187,7 @@ def describe_run(args: Any, config: TrainConfig, captioner: Captioner, trainable
         "shuffled_captions": args.shuffle_captions,
         "init_adapter": str(args.init_adapter.resolve()) if args.init_adapter else None,
         "random_weights": args.random_weights,
+        "report_faithful": args.report_faithful,
         "device": str(captioner.device),
         "command": sys.argv,
         "git": revision.stdout.strip() or None,
@@ -201,6 +214,8 @@ def resolve_config(args: Any) -> TrainConfig:
     given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if getattr(args, f.name) is not None}
     if given.get("objective") == "scst":
         given = SCST_NUMBERS | given
+    if args.report_faithful:
+        given = {"lora_alpha": 1.0, "rank_stabilized": False, "encoder_layer": -1} | given
     if "lr" in given and "projector_lr" not in given:
         given["projector_lr"] = given["lr"]  # one --lr is meant for both
     if args.init_adapter:

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
 import generation
 import p2_train
-from captioner import Captioner, CaptionerConfig, read_adapter
+from captioner import Captioner, CaptionerConfig, load_captioner, read_adapter
 from decoder import LoraConfig, build_decoder
 from profiles import PROFILES
 from training import TrainConfig
@@ -155,3 +156,24 @@ def test_rank_stabilised_lora_scales_by_alpha_over_the_root_of_the_rank():
 def test_numbers_out_of_range_are_refused_by_flag(flags, message, tmp_path, capsys):
     assert train(tmp_path / "run", "--epochs", 2, *flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_report_faithful_preprocesses_by_name_and_scales_by_one_over_the_rank(tmp_path, tiny_data):
+    """timm answers a name with ImageNet's mean, deviation and crop, whatever the model's own; inference must agree."""
+    out = tmp_path / "run"
+    assert train(out, "--epochs", 1, "--report-faithful") == 0
+    stored = read_adapter(out / "best.safetensors")[0]
+    assert stored.lora.scaling == pytest.approx(1 / 4)
+    assert list(stored.encoder_kwargs["mean"]) == [0.485, 0.456, 0.406]
+    assert stored.encoder_kwargs["crop_pct"] == 0.875
+    assert json.loads((out / "config.json").read_text())["report_faithful"] is True
+    loaded = load_captioner(out / "best.safetensors", PROFILES["micro"].decoder, None, torch.device("cpu"))
+    own = captioner(PROFILES["micro"], -1).transform
+    with Image.open(sorted((tiny_data / "images" / "val").iterdir())[0]) as image:
+        assert not torch.allclose(loaded.transform(image), own(image), atol=0.05)
+    assert "0.4850" in repr(loaded.transform)
+
+
+def test_report_faithful_leaves_what_is_asked_for(tmp_path):
+    assert train(tmp_path / "run", "--epochs", 1, "--report-faithful", "--lora-alpha", 2) == 0
+    assert read_adapter(tmp_path / "run" / "best.safetensors")[0].lora.alpha == 2
