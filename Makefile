@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo blind test faults lint clean
+.PHONY: demo blind settings ablation test faults lint clean
 
 $(STAMP): requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -22,6 +22,10 @@ demo: $(STAMP)
 # The demo, and beside it a captioner trained on captions dealt to wrong images.
 blind: $(STAMP)
 	$(PY) -m microworld.demo --out demo --blind
+
+# All six settings on the demo's scenes, and what each part of the recipe is worth; both go on where they stopped.
+settings ablation: $(STAMP)
+	$(PY) -m microworld.studies $@ --out demo
 
 test: $(STAMP)
 	$(PY) -m pytest

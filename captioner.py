@@ -49,6 +49,7 @@ class CaptionerConfig:
         encoder_kwargs: further arguments of ``timm.create_model``.
         encoder_weights: local file, None for timm's own weights, or ``random``.
         use_cls: whether the encoder's prefix tokens (CLS, registers) go to the decoder too.
+        encoder_layer: which layer feeds the projector: -1 is the last, after its norm; -2 the one before, and so on.
         lora: the decoder's LoRA.
         encoder_hash, decoder_hash: fingerprints of the frozen weights that the adapter was trained on.
     """
@@ -60,6 +61,7 @@ class CaptionerConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     encoder_hash: str = ""
     decoder_hash: str = ""
+    encoder_layer: int = -1
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CaptionerConfig:
@@ -162,6 +164,9 @@ class Captioner(nn.Module):
         self.encoder = build_encoder(config.encoder, config.encoder_weights, config.encoder_kwargs)
         self.transform = build_transform(self.encoder)
         self.decoder = decoder
+        depth = len(self.encoder.blocks)
+        if not -depth <= config.encoder_layer < 0:
+            raise ValueError(f"--encoder-layer {config.encoder_layer}: {config.encoder} has layers -1 to -{depth}")
         self.n_patches = self.encoder.patch_embed.num_patches
         self.skipped = 0 if config.use_cls else self.encoder.num_prefix_tokens
         self.feature_shape = (self.encoder.num_prefix_tokens + self.n_patches, self.encoder.num_features)
@@ -201,8 +206,17 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return all tokens of the encoder's last layer, after its norm: (B, 3, H, W) to (B, N, D)."""
-        return self.encoder.forward_features(pixels)
+        """Return all tokens of the encoder's last layer, after its norm: (B, 3, H, W) to (B, N, D).
+
+        With another ``encoder_layer`` they are that layer's, as LLaVA takes them: without the final norm.
+        """
+        if self.config.encoder_layer == -1:
+            return self.encoder.forward_features(pixels)
+        ((patches, prefix),) = self.encoder.forward_intermediates(
+            pixels, indices=[self.config.encoder_layer], norm=False, output_fmt="NLC", return_prefix_tokens=True,
+            intermediates_only=True,
+        )  # fmt: skip
+        return torch.cat([prefix, patches], 1)
 
     def prefix(self, features: torch.Tensor) -> torch.Tensor:
         """Project encoder tokens (B, N, D) to the decoder's width: (B, P, C)."""
@@ -216,10 +230,19 @@ class Captioner(nn.Module):
             batch: ``data.PackedBatch`` of the images' captions, (B, S) each.
             label_smoothing: share of the target spread over the vocabulary.
         """
+        logits, targets = self._predictions(features, batch)
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+    def log_probs(self, features: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Return the log-probability of every target that is not padding, row by row: (n,)."""
+        logits, targets = self._predictions(features, batch)
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    def _predictions(self, features: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float32 logits (n, V) and targets (n,) of the n caption positions, row by row."""
         hidden = self.decoder(*self._packed_sequence(features, batch))[:, -batch.inputs.shape[1] :]  # (B, S, C)
         kept = batch.targets != IGNORED  # the wide output layer runs on caption positions only
-        logits = self.decoder.logits(hidden[kept]).float()
-        return F.cross_entropy(logits, batch.targets[kept], label_smoothing=label_smoothing)
+        return self.decoder.logits(hidden[kept]).float(), batch.targets[kept]
 
     def _packed_sequence(self, features: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return embeddings (B, P+S, C), positions (B, P+S) and mask (B, 1, P+S, P+S) of ``[prefix | captions]``."""

@@ -111,7 +111,8 @@ def compare(captions: dict[str, dict[str, str]], args: argparse.Namespace) -> tu
         if result.errors:
             raise ValueError(f"setting {setting}: " + "; ".join(result.errors.values()))
         words = sum(len(caption.split()) for caption in predictions.values()) / len(predictions)
-        scores[setting] = {**result.means, "words": words, "images": len(predictions)}
+        scores[setting] = {**result.means, "words": words, "images": len(predictions), "profile": args.profile,
+                           "device": str(scorer.device)}  # fmt: skip
         lines.append(f"{setting:<9}{len(predictions):>7}{result.means['CIDEr']:>9.3f}"
                      f"{result.means['CLIPScore']:>11.3f}{words:>8.1f}")  # fmt: skip
     return scores, "\n".join(lines)

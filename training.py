@@ -21,7 +21,7 @@ import data
 import evaluate
 import generation
 import runtime
-from captioner import Captioner
+from captioner import Captioner, read_adapter
 from decoder import LoraConfig
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,15 @@ class TrainConfig:
     log_every: int = 10  # steps
     save_every: int = 200  # steps; what a kill costs at most
     max_skipped: int = 10  # steps in a row without a finite loss and gradient
+    rank_stabilized: bool = False  # scale LoRA by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732)
+    encoder_layer: int = -1  # that feeds the projector; -2 is the second to last
+    projector_epochs: int = 0  # first epochs that train the projector alone
+    average_last: int = 0  # epochs whose weights are averaged at the end; 0 or 1 averages nothing
+    patience: int = 0  # epochs without a better one after which training stops; 0 never stops
+    objective: str = "xe"  # cross-entropy, or scst: CIDEr-D as a reward (scst.py)
+    samples: int = 5  # captions drawn an image, scst
+    temperature: float = 1.0  # of the draw, scst
+    clip_reward: float = 0.0  # weight of CLIPScore in the reward, scst
 
     def __post_init__(self) -> None:
         at_least_one = ("epochs", "batch_size", "accumulate", "beam_size", "max_new_tokens", "val_images", "log_every",
@@ -71,19 +80,36 @@ class TrainConfig:
         for name in ("warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be in [0, 1)")
+        for name in ("projector_epochs", "average_last"):
+            if not 0 <= getattr(self, name) <= self.epochs:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be from 0 to --epochs")
+        if self.patience < 0:
+            raise ValueError(f"--patience {self.patience}: must be 0 or more")
+        if self.encoder_layer >= 0:
+            raise ValueError(f"--encoder-layer {self.encoder_layer}: count from the end, -1 is the last layer")
+        if self.samples < 2:
+            raise ValueError(f"--samples {self.samples}: each is compared with the others, so at least 2")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"--temperature {self.temperature}: must be a positive number")
+        if not 0 <= self.clip_reward < math.inf:
+            raise ValueError(f"--clip-reward {self.clip_reward}: must be 0 or more")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
 
     def lora(self) -> LoraConfig:
-        """The decoder's LoRA."""
+        """The decoder's LoRA, whose scaling is always its alpha / rank."""
+        alpha = self.lora_alpha * math.sqrt(self.lora_rank) if self.rank_stabilized else self.lora_alpha
         return LoraConfig(
-            rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout,
+            rank=self.lora_rank, alpha=alpha, dropout=self.lora_dropout,
             enable_lora=self.lora_enable, lm_head=self.lora_lm_head,
         )  # fmt: skip
 
 
-CHOICES = {"optimizer": ("adam", "adamw"), "schedule": ("cosine", "constant"), "precision": ("auto", "fp32", "bf16")}
+CHOICES = {
+    "optimizer": ("adam", "adamw"), "schedule": ("cosine", "constant"), "precision": ("auto", "fp32", "bf16"),
+    "objective": ("xe", "scst"),
+}  # fmt: skip
 
 # The report's own: plain Adam at 5e-5, no schedule, and loralib's default lora_alpha of 1 (a scaling of 1 / rank).
 _REPORT = TrainConfig(
@@ -98,6 +124,10 @@ SETTINGS = {
     "4": replace(_REPORT, epochs=7, lora_enable=(True, False, True), lora_dropout=0.2, lora_lm_head=True, cls=False),
     "5": replace(_REPORT, epochs=13),
 }
+
+
+# Rewards are noisy and start from a trained captioner: small, constant rates.
+SCST_NUMBERS = {"lr": 2e-4, "schedule": "constant", "epochs": 2, "warmup": 0.0, "patience": 2, "weight_decay": 0.0}
 
 
 def make_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Optimizer:
@@ -143,7 +173,7 @@ class Trainer:
     """Trains one captioner on one split, validates it on another, and keeps the run folder."""
 
     # What a resumed run takes over beside adapter, optimiser and random state.
-    KEPT = ("epoch", "position", "step", "losses", "skipped", "skipped_in_a_row", "best", "criterion")
+    KEPT = ("epoch", "position", "step", "losses", "skipped", "skipped_in_a_row", "best", "criterion", "stale")
 
     def __init__(self, captioner: Captioner, tokenizer: data.Tokenizer, train: Split, val: Split,
                  config: TrainConfig, out: Path) -> None:  # fmt: skip
@@ -160,6 +190,7 @@ class Trainer:
         self.skipped, self.skipped_in_a_row = 0, 0
         self.random_state: dict[str, torch.Tensor] = {}  # of a state taken up in the middle of an epoch
         self.stop = checkpoints.StopSignals()
+        self.stale = 0  # epochs since the best one
         self.started = time.time()
 
     def run(self) -> dict[str, Any]:
@@ -183,12 +214,41 @@ class Trainer:
                     self.keep(record)
         except torch.OutOfMemoryError as error:
             raise ValueError(memory_advice(self.config, self.device)) from error
+        if self.out_of_patience:
+            log.info("stopped after epoch %d: none of the last %d was better", self.epoch, self.stale)
+            self.write_metrics({"kind": "stopped", "epoch": self.epoch, "step": self.step})
+        return (self.average() if self.finished else None) or record
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether ``patience`` is at its end."""
+        return 0 < self.config.patience <= self.stale
+
+    def average(self) -> dict[str, Any]:
+        """Average the last epochs' adapters; where that validates better than every epoch, it becomes the best.
+
+        Averaged are A and B of LoRA each, as weights of one trajectory (Izmailov et al., arXiv 1803.05407).
+        """
+        first = self.epoch - self.config.average_last + 1
+        paths = [self.out / f"epoch{epoch}.safetensors" for epoch in range(first, self.epoch + 1)]
+        if len(paths) < 2 or not all(path.is_file() for path in paths):
+            return {}
+        states = [read_adapter(path)[1] for path in paths]
+        self.captioner.load_adapter_state({k: sum(s[k] for s in states) / len(states) for k in states[0]})
+        record = {"kind": "average", "epochs": len(paths), "step": self.step, **self.validate()}
+        sign = 1 if self.criterion == "val_cider" else -1
+        record["best"] = sign * record.get(self.criterion, -sign * math.inf) > self.best
+        if record["best"]:
+            self.captioner.save_adapter(self.out / "best.safetensors")
+        self.write_metrics(record)
+        for path in paths:
+            path.unlink()
         return record
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done; False behind ``run`` means that a signal stopped it."""
-        return self.epoch >= self.config.epochs
+        """Whether all epochs are done, or patience is; False behind ``run`` means that a signal stopped it."""
+        return self.epoch >= self.config.epochs or self.out_of_patience
 
     def sanity_check(self) -> None:
         """Take two validation batches through loss and search: a bad path fails in seconds, not after an epoch."""
@@ -256,12 +316,12 @@ class Trainer:
             group["lr"] = lr * schedule_factor(self.step, self.steps, config)
         self.optimizer.zero_grad(set_to_none=True)
         for indices in batches:
-            shown = [self.dataset[i][1] for i in indices]
-            features, packed = self.train_split.batch(indices, self.tokenizer.eos_id, self.device, shown)
-            with generation.autocast(self.device, self.config.precision):
-                loss = self.captioner.loss(features, packed, config.label_smoothing) / len(batches)
+            loss = self.batch_loss(indices) / len(batches)
             loss.backward()
             total += loss.item()
+        if self.epoch < config.projector_epochs:
+            for parameter in self.optimizer.param_groups[0]["params"]:
+                parameter.grad = None  # the optimiser passes it over, moments and all
         # An infinite limit clips nothing, and the norm still tells of a gradient that is not finite.
         norm = torch.nn.utils.clip_grad_norm_(list(self.captioner.trainable().values()), config.clip or math.inf)
         self.step += 1
@@ -269,6 +329,13 @@ class Trainer:
             return math.nan
         self.optimizer.step()
         return total
+
+    def batch_loss(self, indices: list[int]) -> torch.Tensor:
+        """Return the loss of one batch of images."""
+        shown = [self.dataset[i][1] for i in indices]
+        features, packed = self.train_split.batch(indices, self.tokenizer.eos_id, self.device, shown)
+        with generation.autocast(self.device, self.config.precision):
+            return self.captioner.loss(features, packed, self.config.label_smoothing)
 
     @torch.no_grad()
     def val_loss(self, count: int) -> float:
@@ -281,16 +348,17 @@ class Trainer:
             losses.append(loss.item() * len(indices))
         return sum(losses) / count
 
-    def captions(self, count: int) -> dict[str, str]:
-        """Caption the first ``count`` validation images."""
+    def captions(self, count: int, beam_size: int | None = None) -> dict[str, str]:
+        """Caption the first ``count`` validation images, with the config's beams or as many as given."""
         predictions = {}
         for start in range(0, count, self.config.batch_size):
             indices = list(range(start, min(start + self.config.batch_size, count)))
             features = self.val_split.features.gather(indices).float().to(self.device)
             with generation.autocast(self.device, self.config.precision):
                 texts = generation.caption_features(
-                    self.captioner, self.tokenizer, features, self.config.beam_size, self.config.max_new_tokens
-                )
+                    self.captioner, self.tokenizer, features, beam_size or self.config.beam_size,
+                    self.config.max_new_tokens,
+                )  # fmt: skip
             predictions |= {self.val_split.samples[i].path.stem: t for i, t in zip(indices, texts, strict=True)}
         return predictions
 
@@ -316,16 +384,20 @@ class Trainer:
         score = sign * record.get(self.criterion, -sign * math.inf)
         record["best"] = score > self.best
         self.best = max(self.best, score)
+        self.stale = 0 if record["best"] else self.stale + 1
         self.captioner.save_adapter(self.out / "last.safetensors")
         if record["best"]:
             self.captioner.save_adapter(self.out / "best.safetensors")
+        if self.config.average_last:
+            self.captioner.save_adapter(self.out / f"epoch{self.epoch}.safetensors")
+            (self.out / f"epoch{self.epoch - self.config.average_last}.safetensors").unlink(missing_ok=True)
         self.write_metrics(record)  # before the state: killed in between, the epoch is validated again, and not lost
         self.save_state()
         plot_losses(self.out)
         log.info(
-            "epoch %d: train loss %.3f, val loss %.3f, val CIDEr %s%s", self.epoch, record["train_loss"],
-            record["val_loss"], f"{record['val_cider']:.3f}" if "val_cider" in record else "-",
-            " (best)" if record["best"] else "",
+            "epoch %d: train loss %.3f, val loss %.3f, val CIDEr %s%s", self.epoch,
+            record.get("train_loss", math.nan), record["val_loss"],
+            f"{record['val_cider']:.3f}" if "val_cider" in record else "-", " (best)" if record["best"] else "",
         )  # fmt: skip
 
     def write_metrics(self, record: dict[str, Any]) -> None:

@@ -29,6 +29,9 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "cider": set(),
     "wording": set(),
     "significance": set(),
+    "runs": set(),
+    "reporting": {"runtime"},
+    "chapters": {"llava", "reporting", "runs"},
     "gallery": set(),
     "annotations": {"strictjson"},
     "cocometrics": {"annotations", "ptb"},
@@ -59,7 +62,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "microworld.scenes": {"runtime", "microworld.captions", "microworld.things"},
 }
 # Scripts are no libraries otherwise.
-MAY_USE_SCRIPTS = {name: {"evaluate"} for name in ("training", "p2_train", "p1_llava_caption")}
+MAY_USE_SCRIPTS = {name: {"evaluate"} for name in ("training", "scst", "p2_train", "p1_llava_caption")}
 MAY_USE_ALL = {"report"}
 
 
