@@ -29,7 +29,7 @@ STYLE = """
     --warn: #f0c070; --warn-page: #2d2412 }
 }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem }
 h2 { font-size: 1.25rem; margin: 2.75rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line) }
@@ -44,8 +44,8 @@ nav ol { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; list-style: none; p
 .scroll { overflow-x: auto; margin: .9rem 0; border: 1px solid var(--line); border-radius: .4rem;
   background: var(--card) }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums }
-caption { caption-side: top; text-align: left; padding: .5rem .7rem; font-weight: 600 }
-th, td { padding: .3rem .7rem; text-align: left; border-top: 1px solid var(--line); vertical-align: top }
+caption { caption-side: top; text-align: left; padding: .5rem; font-weight: 600 }
+th, td { padding: .3rem .5rem; text-align: left; border-top: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom }
 td.n, th.n { text-align: right } td.n { white-space: nowrap }
 figure { margin: 1.1rem 0; background: var(--card); border: 1px solid var(--line); border-radius: .4rem;
