@@ -259,29 +259,13 @@ class Captioner(nn.Module):
         return x, positions, (related & causal)[:, None]
 
     @torch.no_grad()
-    def step_function(
-        self, features: torch.Tensor, beam_size: int, max_new_tokens: int
-    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def step_function(self, features: torch.Tensor, beam_size: int, max_new_tokens: int) -> SharedPrefix:
         """Read the images (B, N, D) once and return the step function that ``search`` calls for each new token.
-
-        The cache holds the prefix once an image; beams lie behind it and see their own history by a mask.
 
         Raises:
             ValueError: prefix and caption do not fit into the decoder's context.
         """
-        count, room = self.n_prefix, self.decoder.config.n_positions - self.n_prefix
-        if max_new_tokens > room:
-            raise ValueError(f"--max-new-tokens {max_new_tokens}: behind {count} image tokens only {room} fit")
-        cache = self.decoder.new_cache(len(features), count + beam_size * max_new_tokens)
-        self.decoder(self.prefix(features), torch.arange(count), cache=cache)
-
-        def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-            position = torch.tensor([count + ancestors.shape[2] // tokens.shape[1] - 1])
-            mask = F.pad(ancestors, (count, 0), value=True)[:, None]  # (B, 1, K, P + slots)
-            hidden = self.decoder(self.decoder.embed(tokens), position, mask, cache)
-            return self.decoder.logits(hidden)
-
-        return step
+        return SharedPrefix(self.decoder, self.prefix(features), beam_size, max_new_tokens)
 
     @property
     def patch_columns(self) -> torch.Tensor:
@@ -350,6 +334,43 @@ class Captioner(nn.Module):
             raise ValueError(f"the adapter does not fit this captioner: {', '.join(sorted(wrong))}")
         load_lora_state_dict(self.decoder, _below(state, "decoder."))
         self.projector.load_state_dict(_below(state, "projector."))
+
+
+class SharedPrefix:
+    """The step function that ``search`` calls for each new token, over projected images that are read once.
+
+    The cache holds the prefix once an image; beams lie behind it and see their own history by a mask.
+
+    Args:
+        decoder: LoRA is best merged.
+        prefix: projected image tokens (B, P, C).
+        beam_size: live beams an image.
+        max_new_tokens: longest caption.
+
+    Raises:
+        ValueError: prefix and caption do not fit into the decoder's context.
+    """
+
+    @torch.no_grad()
+    def __init__(self, decoder: Decoder, prefix: torch.Tensor, beam_size: int, max_new_tokens: int) -> None:
+        self.decoder, self.count = decoder, prefix.shape[1]
+        room = decoder.config.n_positions - self.count
+        if max_new_tokens > room:
+            raise ValueError(f"--max-new-tokens {max_new_tokens}: behind {self.count} image tokens only {room} fit")
+        self.cache = decoder.new_cache(len(prefix), self.count + beam_size * max_new_tokens)
+        decoder(prefix, torch.arange(self.count), cache=self.cache)
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, K, V) behind the newest tokens (B, K), each of which sees its ancestors (B, K, n)."""
+        position = torch.tensor([self.count + ancestors.shape[2] // tokens.shape[1] - 1])
+        mask = F.pad(ancestors, (self.count, 0), value=True)[:, None]  # (B, 1, K, P + slots)
+        hidden = self.decoder(self.decoder.embed(tokens), position, mask, self.cache)
+        return self.decoder.logits(hidden)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these images alone, by place in the batch (n,)."""
+        self.cache.keep(rows)
 
 
 def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

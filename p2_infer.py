@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     fallback = PROFILES[args.profile].encoder_weights
     captioner = load_captioner(args.adapter, args.decoder, args.encoder_weights, device, fallback)
     generation.check_vocabulary(tokenizer, captioner.decoder)
+    generation.prepare(captioner, args.precision)
     with PredictionLog(args.out, describe_run(args), overwrite=True, workers=find_workers()) as log_file:
         caption = caption_function(captioner, tokenizer, args)
         caption_images(log_file, paths, captioner.transform, caption, args.batch_size)

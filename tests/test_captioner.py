@@ -436,3 +436,19 @@ def test_an_adapter_with_a_spoilt_config_is_refused_by_name(header, tmp_path):
     save_file({"projector.bias": torch.zeros(2)}, path, metadata={"captioner": header})
     with pytest.raises(ValueError, match=r"spoilt\.safetensors"):
         read_adapter(path)
+
+
+def test_images_that_leave_a_search_take_nothing_from_the_others():
+    """The others' keys and values move to the front of the same memory."""
+    captioner = make_captioner()
+    features = random_features(captioner, 4)
+    tokens, alone = torch.tensor([[EOS, 2]] * 4), torch.eye(2, dtype=torch.bool).repeat(4, 1, 1)
+    seen = torch.cat([alone, alone], -1)
+    whole, part = (captioner.step_function(features, 2, 5) for _ in range(2))
+    for step in (whole, part):
+        step(tokens, alone)
+    rows = torch.tensor([0, 3])
+    part.keep(rows)
+    more = torch.tensor([[3, 4]] * 4)
+    torch.testing.assert_close(part(more[rows], seen[rows]), whole(more, seen)[rows], atol=1e-5, rtol=0)
+    assert part.cache.keys[0].data_ptr() == part.cache.keys[0]._base.data_ptr()  # nothing was allocated anew
