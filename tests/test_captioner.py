@@ -74,9 +74,10 @@ def unpacked_loss(captioner, features, captions):
 
 @pytest.mark.parametrize("use_cls", [True, False])
 @pytest.mark.parametrize("lora", [LORA, LoraConfig(rank=2, alpha=2.0, enable_lora=(True, False, True))])
-def test_packed_captions_give_the_loss_and_gradients_of_single_ones(use_cls, lora):
+@pytest.mark.parametrize("counts", [(1, 5, 3), (7, 2), (4, 6, 1)])
+def test_packed_captions_give_the_loss_and_gradients_of_single_ones(use_cls, lora, counts):
     model = make_captioner(lora, use_cls)
-    features, captions = random_features(model, 3), ragged_captions()
+    features, captions = random_features(model, len(counts)), ragged_captions(counts)
     parameters = model.trainable()
 
     def gradients(loss):
