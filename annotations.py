@@ -45,6 +45,8 @@ def load_annotations(annotation_file: str | os.PathLike) -> Annotations:
     for record in _records(annotation_file, content, "annotations", {"image_id": int, "caption": str}):
         if record["image_id"] not in stems:
             raise ValueError(f"{annotation_file}: a caption belongs to no listed image: id {record['image_id']}")
+        if not isinstance(record.get("id", 0), int | str):
+            raise ValueError(f"{annotation_file}: a caption has the id {record['id']!r:.80}, which is no number")
         if record.get("id") in ids:
             raise ValueError(f"{annotation_file}: two captions have the id {record['id']}; remove the copy")
         ids |= {record["id"]} if "id" in record else set()

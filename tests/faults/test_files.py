@@ -25,7 +25,7 @@ from decoder import LoraConfig, build_decoder, read_state_dict
 from inference import PredictionLog
 from microworld.scenes import generate
 
-COUNTS = [pytest.param(8, id="small"), pytest.param(60, id="campaign", marks=pytest.mark.faults)]
+COUNTS = [pytest.param(8, id="small"), pytest.param(100, id="campaign", marks=pytest.mark.faults)]
 RUN = {"model": "m"}
 
 
