@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo blind test lint clean
+.PHONY: demo blind settings ablation test faults lint clean
 
 $(STAMP): requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -23,8 +23,16 @@ demo: $(STAMP)
 blind: $(STAMP)
 	$(PY) -m microworld.demo --out demo --blind
 
+# All six settings on the demo's scenes, and what each part of the recipe is worth; both go on where they stopped.
+settings ablation: $(STAMP)
+	$(PY) -m microworld.studies $@ --out demo
+
 test: $(STAMP)
 	$(PY) -m pytest
+
+# Kills, full disks, vanishing files and damaged ones, by the hundred; `make test` has a small form of it.
+faults: $(STAMP)
+	$(PY) -m pytest tests/faults -m faults
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

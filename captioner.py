@@ -8,7 +8,6 @@ an image follow one prefix, each seeing the prefix and itself, positions restart
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -19,11 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 import runtime
+from checkpoints import fingerprint, read_tensors, write_tensors
 from decoder import (
     Decoder,
     LoraConfig,
@@ -51,6 +49,7 @@ class CaptionerConfig:
         encoder_kwargs: further arguments of ``timm.create_model``.
         encoder_weights: local file, None for timm's own weights, or ``random``.
         use_cls: whether the encoder's prefix tokens (CLS, registers) go to the decoder too.
+        encoder_layer: which layer feeds the projector: -1 is the last, after its norm; -2 the one before, and so on.
         lora: the decoder's LoRA.
         encoder_hash, decoder_hash: fingerprints of the frozen weights that the adapter was trained on.
     """
@@ -62,6 +61,7 @@ class CaptionerConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     encoder_hash: str = ""
     decoder_hash: str = ""
+    encoder_layer: int = -1
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CaptionerConfig:
@@ -148,16 +148,6 @@ def build_transform(encoder: nn.Module) -> Callable[[Any], torch.Tensor]:
     return timm_data.create_transform(**timm_data.resolve_model_data_config(encoder), is_training=False)
 
 
-def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """Return a short hash of the names, shapes, types and values of a state dict."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        tensor = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 class Captioner(nn.Module):
     """Frozen encoder, trained projector, GPT-2 with LoRA.
 
@@ -174,6 +164,9 @@ class Captioner(nn.Module):
         self.encoder = build_encoder(config.encoder, config.encoder_weights, config.encoder_kwargs)
         self.transform = build_transform(self.encoder)
         self.decoder = decoder
+        depth = len(self.encoder.blocks)
+        if not -depth <= config.encoder_layer < 0:
+            raise ValueError(f"--encoder-layer {config.encoder_layer}: {config.encoder} has layers -1 to -{depth}")
         self.n_patches = self.encoder.patch_embed.num_patches
         self.skipped = 0 if config.use_cls else self.encoder.num_prefix_tokens
         self.feature_shape = (self.encoder.num_prefix_tokens + self.n_patches, self.encoder.num_features)
@@ -213,8 +206,17 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return all tokens of the encoder's last layer, after its norm: (B, 3, H, W) to (B, N, D)."""
-        return self.encoder.forward_features(pixels)
+        """Return all tokens of the encoder's last layer, after its norm: (B, 3, H, W) to (B, N, D).
+
+        With another ``encoder_layer`` they are that layer's, as LLaVA takes them: without the final norm.
+        """
+        if self.config.encoder_layer == -1:
+            return self.encoder.forward_features(pixels)
+        ((patches, prefix),) = self.encoder.forward_intermediates(
+            pixels, indices=[self.config.encoder_layer], norm=False, output_fmt="NLC", return_prefix_tokens=True,
+            intermediates_only=True,
+        )  # fmt: skip
+        return torch.cat([prefix, patches], 1)
 
     def prefix(self, features: torch.Tensor) -> torch.Tensor:
         """Project encoder tokens (B, N, D) to the decoder's width: (B, P, C)."""
@@ -228,10 +230,19 @@ class Captioner(nn.Module):
             batch: ``data.PackedBatch`` of the images' captions, (B, S) each.
             label_smoothing: share of the target spread over the vocabulary.
         """
+        logits, targets = self._predictions(features, batch)
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+    def log_probs(self, features: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Return the log-probability of every target that is not padding, row by row: (n,)."""
+        logits, targets = self._predictions(features, batch)
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    def _predictions(self, features: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float32 logits (n, V) and targets (n,) of the n caption positions, row by row."""
         hidden = self.decoder(*self._packed_sequence(features, batch))[:, -batch.inputs.shape[1] :]  # (B, S, C)
         kept = batch.targets != IGNORED  # the wide output layer runs on caption positions only
-        logits = self.decoder.logits(hidden[kept]).float()
-        return F.cross_entropy(logits, batch.targets[kept], label_smoothing=label_smoothing)
+        return self.decoder.logits(hidden[kept]).float(), batch.targets[kept]
 
     def _packed_sequence(self, features: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return embeddings (B, P+S, C), positions (B, P+S) and mask (B, 1, P+S, P+S) of ``[prefix | captions]``."""
@@ -308,9 +319,8 @@ class Captioner(nn.Module):
 
     def save_adapter(self, path: str | os.PathLike) -> None:
         """Write LoRA, projector and config to ``path`` (safetensors), atomically."""
-        state = {k: v.detach().float().cpu().contiguous() for k, v in self.adapter_state().items()}
-        with runtime.atomic_path(path) as temporary:
-            save_file(state, temporary, metadata={"captioner": json.dumps(asdict(self.config))})
+        state = {k: v.float() for k, v in self.adapter_state().items()}
+        write_tensors(path, state, {"captioner": json.dumps(asdict(self.config))})
 
     def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy an adapter's tensors; names and shapes must match exactly, or ValueError says which do not."""
@@ -377,11 +387,9 @@ def read_adapter(path: str | os.PathLike) -> tuple[CaptionerConfig, dict[str, to
     if not Path(path).is_file():
         raise FileNotFoundError(f"--adapter {path}: no such file; train one with p2_train.py, or name another")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"--adapter {path}: damaged or not a safetensors file ({error})") from error
+        state, metadata = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"--adapter {error}") from error
     if "captioner" not in metadata:
         raise ValueError(f"--adapter {path}: no adapter of this suite (its header holds no captioner config)")
     try:

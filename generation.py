@@ -45,6 +45,8 @@ def cached_features(captioner: Captioner, paths: Sequence[Path], cache: Path) ->
 
     config = captioner.config
     key = {"encoder": config.encoder, "weights": config.encoder_hash, "transform": repr(captioner.transform)}
+    if config.encoder_layer != -1:
+        key["layer"] = str(config.encoder_layer)
     return data.FeatureCache.open(cache, key, list(paths), captioner.feature_shape, encode)
 
 

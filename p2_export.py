@@ -73,7 +73,8 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(enc
 model, tokenizer = GPT2LMHeadModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 projector = load_file(f"{{folder}}/projector.safetensors")
 with torch.inference_mode():
-    tokens = encoder.forward_features(transform(image)[None])[:, {skipped}]
+    pixels = transform(image)[None]
+    tokens = {encode}[:, {skipped}]
     prefix = tokens @ projector["weight"].T + projector["bias"]
     begin = model.get_input_embeddings()(torch.tensor([[tokenizer.bos_token_id]]))
     embeddings = torch.cat([prefix, begin], 1)
@@ -176,7 +177,8 @@ def make_cards(
     lora, shape = asdict(config.lora), decoder.config
     parts = {
         "config": config,
-        "tokens": "all tokens of the last layer" if config.use_cls else "the patch tokens of the last layer",
+        "tokens": f"{'all' if config.use_cls else 'the patch'} tokens of "
+                  f"{'the last layer' if config.encoder_layer == -1 else f'layer {config.encoder_layer}'}",
         "decoder": f"{shape.n_layer} layers of {shape.n_embd}, {shape.vocab_size:,} tokens",
         "lora": ", ".join(f"{key} {_plain(value)}" for key, value in lora.items() if value is not None),
         "projector": " to ".join(str(size) for size in reversed(projector["weight"].shape)),
@@ -186,7 +188,12 @@ def make_cards(
     kwargs = {key: value for key, value in config.encoder_kwargs.items() if key not in PREPROCESSING}
     kwargs |= {"pretrained_cfg_overlay": overlay} if overlay else {}
     call = [repr(config.encoder), "pretrained=True", "num_classes=0", *(f"{k}={v!r}" for k, v in kwargs.items())]
-    use = GPT2_USE.format(encoder=", ".join(call), skipped=":" if config.use_cls else "encoder.num_prefix_tokens :")
+    encode = "encoder.forward_features(pixels)" if config.encoder_layer == -1 else (
+        f"torch.cat(encoder.forward_intermediates(pixels, indices=[{config.encoder_layer}], norm=False, "
+        'output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)[0][::-1], 1)'
+    )  # fmt: skip
+    skipped = ":" if config.use_cls else "encoder.num_prefix_tokens :"
+    use = GPT2_USE.format(encoder=", ".join(call), skipped=skipped, encode=encode)
     return {
         "adapter": CARD.format(
             library="safetensors", title="LoRA adapter", use=ADAPTER_USE, **parts,

@@ -9,25 +9,33 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from argparse import BooleanOptionalAction
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from safetensors.torch import save_file
 
+import checkpoints
 import data
+import evaluate
 import generation
 import runtime
-from captioner import RANDOM, Captioner, CaptionerConfig
+from captioner import PREPROCESSING, RANDOM, Captioner, CaptionerConfig, read_adapter
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_state_dict
 from profiles import PROFILES, downloaded_encoder
-from training import CHOICES, SETTINGS, Split, TrainConfig, Trainer
+from scst import ScstTrainer
+from strictjson import read_json
+from training import CHOICES, SCST_NUMBERS, SETTINGS, Split, TrainConfig, Trainer
 
 log = logging.getLogger(__name__)
 
+FILES_OF_WEIGHTS = 11  # best, last, and weights with two moments in each of three states, one of them being written
+FREE = ("train.log_every", "train.save_every", "train.max_skipped")  # a resumed run may have other values of these
 HELP = {
     "epochs": "passes over the training images",
     "batch_size": "images a batch; all their captions go with them",
@@ -54,6 +62,17 @@ HELP = {
     "beam_size": "beams in validation",
     "max_new_tokens": "longest caption in validation",
     "log_every": "steps between lines of metrics.jsonl",
+    "save_every": "steps between states for --resume, beside one an epoch: what a kill costs at most",
+    "max_skipped": "end the run when so many steps in a row had no finite loss and gradient",
+    "rank_stabilized": "scale LoRA by alpha / sqrt(rank) instead of alpha / rank",
+    "encoder_layer": "layer that feeds the projector, from the end: -1 is the last, -2 the one before",
+    "projector_epochs": "first epochs that train the projector alone",
+    "average_last": "last epochs whose weights are averaged in the end",
+    "patience": "epochs without a better one after which training stops; 0 never stops",
+    "objective": "xe (cross-entropy), or scst (CIDEr-D as a reward; needs --init-adapter)",
+    "samples": "captions drawn an image, scst",
+    "temperature": "of the draw, scst",
+    "clip_reward": "weight of CLIPScore in the reward, scst",
 }
 
 
@@ -70,7 +89,7 @@ def build_parser() -> Any:
     parser.add_argument("--setting", choices=list(SETTINGS), default="best", help="whose numbers the flags change")
     parser.add_argument("--data", type=Path, help="folder with train.json, val.json, images/train, images/val")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/SETTING)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last whole epoch in the run folder")
+    parser.add_argument("--resume", action="store_true", help="go on from the last state in the run folder")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
     parser.add_argument("--encoder", help="timm ViT (default: the profile's)")
     parser.add_argument("--encoder-weights", help="local file of its weights (default: the profile's)")
@@ -82,6 +101,10 @@ def build_parser() -> Any:
                              "--decoder is given")  # fmt: skip
     parser.add_argument("--shuffle-captions", action="store_true",
                         help="the blind baseline: train on captions dealt to wrong images")  # fmt: skip
+    parser.add_argument("--init-adapter", type=Path,
+                        help="adapter to start from; its LoRA, layer and CLS are taken over")  # fmt: skip
+    parser.add_argument("--report-faithful", action="store_true",
+                        help="the report's own ways: ImageNet preprocessing, LoRA alpha 1")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
     group = parser.add_argument_group("numbers (defaults are those of --setting best)")
@@ -115,14 +138,25 @@ def make_captioner(args: Any, config: TrainConfig, out: Path) -> Captioner:
     default = profile.encoder_weights if own else downloaded_encoder(args.encoder)
     weights = RANDOM if args.random_weights else args.encoder_weights or default
     log.info("encoder weights: %s", weights or "timm's own, from its cache or the hub")
+    name = args.encoder or profile.encoder
     captioner_config = CaptionerConfig(
-        encoder=args.encoder or profile.encoder,
-        encoder_kwargs=profile.encoder_kwargs if own else {},
+        encoder=name,
+        encoder_kwargs=(profile.encoder_kwargs if own else {}) | (by_name(name) if args.report_faithful else {}),
         encoder_weights=weights,
         use_cls=config.cls,
+        encoder_layer=config.encoder_layer,
         lora=config.lora(),
     )
     return Captioner(captioner_config, make_decoder(args, config.lora(), out))
+
+
+def by_name(encoder: str) -> dict[str, Any]:
+    """Return the preprocessing that timm answers with when asked by name: not the model's own, but ImageNet's.
+
+    The report was trained like that; the values travel in the adapter's config, so inference has them too.
+    """
+    found = runtime.import_guarded("timm.data").resolve_data_config({}, model=encoder)
+    return {key: found[key] for key in PREPROCESSING}
 
 
 def check_trainable(captioner: Captioner, limit: int) -> int:
@@ -150,7 +184,7 @@ def describe_run(args: Any, config: TrainConfig, captioner: Captioner, trainable
     """Return what config.json keeps: settings, captioner, versions, command and git revision."""
     packages = ("torch", "timm", "loralib", "tokenizers", "pycocoevalcap")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False)
+    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
     return {
         "setting": args.setting,
         "profile": args.profile,
@@ -159,10 +193,12 @@ def describe_run(args: Any, config: TrainConfig, captioner: Captioner, trainable
         "trainable_parameters": trainable,
         "data": str((args.data or Path(PROFILES[args.profile].data)).resolve()),
         "shuffled_captions": args.shuffle_captions,
+        "init_adapter": str(args.init_adapter.resolve()) if args.init_adapter else None,
         "random_weights": args.random_weights,
+        "report_faithful": args.report_faithful,
         "device": str(captioner.device),
         "command": sys.argv,
-        "git": revision.stdout.strip() or None,
+        "git": revision.strip() or None,
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
@@ -172,10 +208,11 @@ def check_resumed_config(out: Path, described: dict[str, Any]) -> None:
     path = out / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"--resume: {path} does not exist; start without --resume")
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     now = json.loads(json.dumps(described))
     parts = ("train", "captioner")
     changed = [f"{part}.{k}" for part in parts for k in now[part] if now[part][k] != before[part].get(k)]
+    changed = [name for name in changed if name not in FREE]
     changed += [k for k in ("shuffled_captions", "data") if now[k] != before.get(k)]
     if changed:
         raise ValueError(f"--resume: {out} was begun with other values of {', '.join(changed)}")
@@ -184,46 +221,110 @@ def check_resumed_config(out: Path, described: dict[str, Any]) -> None:
 def resolve_config(args: Any) -> TrainConfig:
     """Return the setting's numbers with those of the flags that were given."""
     given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if getattr(args, f.name) is not None}
+    if given.get("objective") == "scst":
+        given = SCST_NUMBERS | given
+    if args.report_faithful:
+        given = {"lora_alpha": 1.0, "rank_stabilized": False, "encoder_layer": -1} | given
     if "lr" in given and "projector_lr" not in given:
         given["projector_lr"] = given["lr"]  # one --lr is meant for both
+    if args.init_adapter:
+        given |= adopted(read_adapter(args.init_adapter)[0], given, args.init_adapter)
+    elif given.get("objective") == "scst":
+        raise ValueError("--objective scst tunes a captioner that can caption: name one with --init-adapter")
     return replace(SETTINGS[args.setting], **given)
 
 
-def claim(out: Path, resume: bool) -> None:
-    """Make the run folder; never write over a finished run without being asked to go on."""
-    if not resume and (out / "training_state.pt").exists():
+def adopted(stored: CaptionerConfig, given: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the numbers that an adapter decides; ValueError where a flag says otherwise."""
+    lora = stored.lora
+    numbers = {
+        "lora_rank": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "rank_stabilized": False,
+        "lora_enable": lora.enable_lora, "lora_lm_head": lora.lm_head, "cls": stored.use_cls,
+        "encoder_layer": stored.encoder_layer,
+    }  # fmt: skip
+    for name, value in numbers.items():
+        if given.get(name, value) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {given[name]}: --init-adapter {path} has {value}; leave the flag out")
+    return numbers
+
+
+def make_trainer(args: Any, captioner: Captioner, tokenizer: data.Tokenizer, train: Split, val: Split,
+                 config: TrainConfig, out: Path) -> Trainer:  # fmt: skip
+    """Return the trainer of the objective; rewards by CLIPScore need the profile's CLIP."""
+    if config.objective == "xe":
+        return Trainer(captioner, tokenizer, train, val, config, out)
+    profile = PROFILES[args.profile]
+    trainer = ScstTrainer(captioner, tokenizer, train, val, config, out)
+    try:
+        trainer.use_clip(evaluate.ClipScorer(profile.clip_model, profile.clip_weights, captioner.device))
+    except (FileNotFoundError, ValueError) as error:
+        if config.clip_reward:
+            raise
+        log.warning("no CLIPScore in validation: %s", error)
+    return trainer
+
+
+def start_from(captioner: Captioner, path: Path) -> None:
+    """Load an adapter to train on; ValueError where it belongs to other frozen weights."""
+    stored, state = read_adapter(path)
+    for part in ("encoder", "decoder"):
+        wanted, found = (getattr(config, f"{part}_hash") for config in (stored, captioner.config))
+        if wanted != found:
+            raise ValueError(f"--init-adapter {path}: was trained on another {part} (hash {wanted}, not {found})")
+    captioner.load_adapter_state(state)
+
+
+def claim(out: Path, resume: bool) -> IO[bytes]:
+    """Make and lock the run folder; never write over a run without being asked to go on. Returns the lock."""
+    if resume and not checkpoints.has_state(out):
+        raise FileNotFoundError(f"--resume: {out} holds no state of a run; start without --resume")
+    if not resume and checkpoints.has_state(out):
         raise ValueError(f"--out {out}: holds a run already; add --resume, name another folder, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
+    lock = checkpoints.lock_folder(out)
     if not resume:
-        (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was stopped before its first whole epoch
+        (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was stopped before its first state
+    return lock
 
 
 @runtime.command
 def main(argv: list[str] | None = None) -> int:
-    """Train; return 0."""
+    """Train; return 0, or 4 (``STOPPED``) where SIGTERM or SIGINT ended the run behind a step and --resume goes on."""
     args = build_parser().parse_args(argv)
     runtime.setup_logging(args.verbose)
     config = resolve_config(args)
     device = runtime.pick_device(args.device)
     out = args.out or Path("runs") / args.setting
-    claim(out, args.resume)
+    lock = claim(out, args.resume)
+    with lock:
+        return run(args, config, device, out)
+
+
+def run(args: Any, config: TrainConfig, device: torch.device, out: Path) -> int:
+    """Build, train and say what came of it; return the exit code."""
     runtime.seed_everything(config.seed)
     tokenizer = data.Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
     captioner = make_captioner(args, config, out).to(device)
     generation.check_vocabulary(tokenizer, captioner.decoder)
     trainable = check_trainable(captioner, config.max_trainable)
+    checkpoints.check_room(out, FILES_OF_WEIGHTS * 4 * trainable)
     described = describe_run(args, config, captioner, trainable)
     if args.resume:
         check_resumed_config(out, described)
     train, val = (prepare_split(args, name, captioner, tokenizer) for name in ("train", "val"))
-    trainer = Trainer(captioner, tokenizer, train, val, config, out)
+    trainer = make_trainer(args, captioner, tokenizer, train, val, config, out)
     if args.resume:
         trainer.resume()
+    elif args.init_adapter:
+        start_from(captioner, args.init_adapter)
     runtime.write_json(out / "config.json", described)
     record = trainer.run()
     if record:
         shown = {k: round(v, 4) for k, v in record.items() if isinstance(v, float)}
         print(f"{out / 'best.safetensors'}: {shown}")
+    if not trainer.finished:
+        print(f"stopped behind step {trainer.step} of {trainer.steps}; the same command with --resume goes on")
+        return runtime.STOPPED
     return 0
 
 

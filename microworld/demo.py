@@ -152,7 +152,7 @@ def summary(out: Path, run: Runner, scores: dict[str, Any], sheet: Path) -> None
     print(f"\n{sum(run.seconds.values()):.0f} s in all, training {train:.0f} s; peak memory of a step {peak:.1f} GB")
     places = (("data", out / "data"), ("run folder", out / "lora"), ("loss curve", out / "lora" / "loss.png"),
               ("captions", out / "lora" / "val.json"), ("samples", sheet), ("maps", out / "attention"),
-              ("viewer", out / "attention" / "p2" / "viewer.html"))  # fmt: skip
+              ("viewer", out / "attention" / "p2" / "viewer.html"), ("report", out / "report.html"))  # fmt: skip
     for name, path in places:
         print(f"{name:<11} {path}")
 
@@ -180,13 +180,14 @@ def main(argv: list[str] | None = None) -> int:
     scores |= zero_shot(run, out)
     look(run, out)
     runtime.write_json(out / "scores.json", {"scores": scores, "seconds": run.seconds})
+    run("report", "report.py", "--runs", out, "--out", out / "report.html")
     summary(out, run, scores, contact_sheet(out, out / "lora"))
     return 0
 
 
 def _remove_run(folder: Path) -> None:
     """Remove the files of an earlier demo run, and nothing that the demo did not write."""
-    for pattern in ("*.safetensors", "*.json", "metrics.jsonl", "loss.png", "training_state.pt"):
+    for pattern in ("*.safetensors", "*.json", "metrics.jsonl", "loss.png", "training_state*.safetensors"):
         for file in folder.glob(pattern):
             file.unlink()
 

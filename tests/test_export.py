@@ -32,10 +32,11 @@ def micro(tiny_profile):
         yield
 
 
-def make_adapter(path, lora, use_cls=True):
+def make_adapter(path, lora, use_cls=True, layer=-1):
     """An adapter file with random LoRA and projector, as if trained."""
     profile = PROFILES["micro"]
-    config = CaptionerConfig(profile.encoder, profile.encoder_kwargs, profile.encoder_weights, use_cls, lora)
+    config = CaptionerConfig(profile.encoder, profile.encoder_kwargs, profile.encoder_weights, use_cls, lora,
+                             encoder_layer=layer)  # fmt: skip
     captioner = Captioner(config, build_decoder(profile.decoder, lora))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -45,8 +46,8 @@ def make_adapter(path, lora, use_cls=True):
     return path
 
 
-def export(tmp_path, lora, use_cls=True):
-    adapter = make_adapter(tmp_path / "run" / "best.safetensors", lora, use_cls)
+def export(tmp_path, lora, use_cls=True, layer=-1):
+    adapter = make_adapter(tmp_path / "run" / "best.safetensors", lora, use_cls, layer)
     assert p2_export.main([str(tmp_path / "out"), "--adapter", str(adapter), "--profile", "micro"]) == 0
     return p2_infer.load_captioner(adapter, PROFILES["micro"].decoder, None, torch.device("cpu")), tmp_path / "out"
 
@@ -77,11 +78,11 @@ def test_the_tokenizer_is_the_suites(tmp_path):
     assert theirs.bos_token_id == theirs.eos_token_id == ours.eos_id
 
 
-@pytest.mark.parametrize("use_cls", [True, False])
-def test_the_code_on_the_card_captions_like_the_suite(tmp_path, monkeypatch, capsys, tiny_data, use_cls):
+@pytest.mark.parametrize(("use_cls", "layer"), [(True, -1), (False, -1), (True, -2), (False, -2)])
+def test_the_code_on_the_card_captions_like_the_suite(tmp_path, monkeypatch, capsys, tiny_data, use_cls, layer):
     """The card's code is run as it stands; only the encoder's weights, which no hub holds, are put in its hands."""
     timm = runtime.import_guarded("timm")
-    captioner, out = export(tmp_path, LORAS["best"], use_cls)
+    captioner, out = export(tmp_path, LORAS["best"], use_cls, layer)
     picture = sorted((tiny_data / "images" / "val").iterdir())[0]
     Image.open(picture).save(out / "gpt2" / "image.jpg", quality=100)
     features = captioner.encode(captioner.transform(Image.open(out / "gpt2" / "image.jpg").convert("RGB"))[None])

@@ -21,15 +21,20 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "search": set(),
     "profiles": set(),
     "runtime": set(),
-    "data": {"runtime"},
-    "captioner": {"decoder", "runtime"},
+    "strictjson": set(),
+    "checkpoints": {"runtime"},
+    "data": {"runtime", "strictjson"},
+    "captioner": {"checkpoints", "decoder", "runtime"},
     "packing": {"decoder"},
     "ptb": set(),
     "cider": set(),
     "wording": set(),
     "significance": set(),
+    "runs": set(),
+    "reporting": {"runtime"},
+    "chapters": {"llava", "reporting", "runs"},
     "gallery": set(),
-    "annotations": set(),
+    "annotations": {"strictjson"},
     "cocometrics": {"annotations", "ptb"},
     "clipscore": {"annotations", "profiles", "runtime"},
     "clipcache": {"clipscore", "runtime"},
@@ -49,10 +54,10 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "attention": set(),
     "explain": {"attention", "captioner", "data", "generation", "llava", "runtime"},
     "figures": {"attention", "data", "runtime"},
-    "grounding": {"attention", "data", "explain"},
+    "grounding": {"attention", "data", "explain", "strictjson"},
     "viewer": {"attention", "data", "figures", "runtime"},
     "generation": {"captioner", "data", "decoder", "packing", "runtime", "search"},
-    "inference": {"data", "runtime"},
+    "inference": {"data", "runtime", "strictjson"},
     "data_prep": {"data", "runtime"},
     "llava": {"runtime"},
     "microworld.things": set(),
@@ -60,7 +65,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "microworld.scenes": {"runtime", "microworld.captions", "microworld.things"},
 }
 # Scripts are no libraries otherwise.
-MAY_USE_SCRIPTS = {name: {"evaluate"} for name in ("training", "p2_train", "p1_llava_caption", "bench.evaluate")}
+MAY_USE_SCRIPTS = {name: {"evaluate"} for name in ("training", "scst", "p2_train", "p1_llava_caption", "bench.evaluate")}
 MAY_USE_ALL = {"report"}
 
 

@@ -1,0 +1,90 @@
+"""What a step of self-critical training spends on its reward: ``python -m bench.scst``.
+
+GPT-2 small with LoRA behind 257 image tokens, random weights, so every sample runs to its full length; references are
+drawn from a Zipf distribution over GPT-2's vocabulary, 10,000 images with 5 captions of 12 tokens each.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import runtime
+import scst
+from bench.common import peak_memory, report
+from captioner import Captioner, CaptionerConfig
+from decoder import Decoder, DecoderConfig, LoraConfig
+
+ENCODER, EOS = "vit_large_patch14_clip_224", 50256
+
+
+class Ids:
+    """Stands in for the tokenizer: only its two numbers are asked for."""
+
+    eos_id, vocab_size = EOS, EOS + 1
+
+
+def make_captioner(device: torch.device) -> Captioner:
+    """Return the full-size captioner with one layer of its encoder, whose tokens are cached in training anyway."""
+    lora = LoraConfig(32, 32.0, lm_head=True)
+    config = CaptionerConfig(ENCODER, {"depth": 1}, "random", lora=lora)
+    return Captioner(config, Decoder(DecoderConfig(), lora)).to(device).eval()
+
+
+def references(images: int) -> list[list[list[int]]]:
+    """Return 5 captions of 12 token ids for each image."""
+    drawn = np.random.default_rng(0).zipf(1.3, size=(images, 5, 12)) % EOS
+    return drawn.tolist()
+
+
+def measure(images: int, samples: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Return the median seconds of each part of a step, after one step to warm up."""
+    captioner, reward = make_captioner(device), scst.CiderReward(references(10_000), EOS)
+    features = torch.randn(images, *captioner.feature_shape, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    times: dict[str, list[float]] = {"draw": [], "reward": [], "gradient": []}
+    for _ in range(repeats + 1):
+        marks = [time.perf_counter()]
+        drawn = scst.draw(captioner, Ids, features, samples, 30, 1.0, generator)
+        marks.append(time.perf_counter())
+        flat = [sample for group in drawn for sample in group]
+        rewards = reward(np.repeat(np.arange(images), samples).tolist(), flat).reshape(images, samples)
+        marks.append(time.perf_counter())
+        scst.policy_loss(captioner, features, drawn, scst.advantages(rewards), EOS).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        marks.append(time.perf_counter())
+        for name, seconds in zip(times, np.diff(marks), strict=True):
+            times[name].append(float(seconds))
+    return {name: float(np.median(values[1:])) for name, values in times.items()}
+
+
+@runtime.command
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; return 1 where the reward takes 10 % of a step or more."""
+    parser = runtime.FlagParser(prog="python -m bench.scst", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--images", type=int, default=4, help="images a step")
+    parser.add_argument("--samples", type=int, default=5, help="captions drawn an image")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
+    args = parser.parse_args(argv)
+    for name in ("images", "repeats"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    device = runtime.pick_device(args.device)
+    parts = measure(args.images, args.samples, args.repeats, device)
+    share = parts["reward"] / sum(parts.values())
+    row = {"images": args.images, "samples an image": args.samples}
+    row |= {f"{name}, s": seconds for name, seconds in parts.items()}
+    row |= {"reward's share": share, "peak memory, GB": peak_memory(device)}
+    report("Self-critical training, a step at full size (random weights)", [row], device, args.out)
+    return int(share >= 0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

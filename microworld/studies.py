@@ -1,0 +1,146 @@
+"""Studies on the micro world: all six settings, or what each part of the recipe is worth over several seeds.
+
+    python -m microworld.studies settings --out demo      every --setting by one scaling rule, scored on unseen scenes
+    python -m microworld.studies ablation --out demo      variants of the demo's recipe, on scenes of another seed
+
+A study that was broken off goes on where it stopped: finished runs are passed over, a begun one is resumed. report.py
+shows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import checkpoints
+import runtime
+from microworld.demo import RECIPE, Runner
+from profiles import PROFILES
+from runs import read_run
+from training import SETTINGS
+
+# How much wider the full-size decoder is. Adam's rate for matrices goes with 1 / width (Yang et al., arXiv 2203.03466).
+WIDTH_RATIO = 768 / 256
+BATCH = 8  # images, on the micro world
+DEVELOPMENT_SEED = 1  # of scenes that no reported number is measured on; the demo's have seed 0
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "recipe": (),
+    "alpha 1": ("--lora-alpha", "1"),
+    "rank-stabilised": ("--rank-stabilized",),
+    "no lm_head": ("--no-lora-lm-head",),
+    "constant rate": ("--schedule", "constant"),
+    "no dropout": ("--lora-dropout", "0"),
+    "label smoothing 0.1": ("--label-smoothing", "0.1"),
+    "projector first": ("--projector-epochs", "1"),
+    "projector rate x 3": ("--projector-lr", "6e-3"),
+    "average of 2": ("--average-last", "2"),
+    "layer before the last": ("--encoder-layer", "-2"),
+    "no CLS": ("--no-cls",),
+}
+
+
+def scaled(setting: str) -> list[str]:
+    """Return the flags that bring a full-size setting to the micro world; one rule for all of them.
+
+    Half the epochs, rounded up, in batches of 8, at learning rates times ``WIDTH_RATIO``. All else stays literal.
+    """
+    config = SETTINGS[setting]
+    return [
+        "--epochs", str(math.ceil(config.epochs / 2)), "--batch-size", str(BATCH), "--val-images", "60",
+        "--lr", f"{config.lr * WIDTH_RATIO:.3g}", "--projector-lr", f"{config.projector_lr * WIDTH_RATIO:.3g}",
+    ]  # fmt: skip
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run's training has ended."""
+    try:
+        read_run(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def train(run: Runner, folder: Path, data: Path, cache: Path, flags: list[str]) -> None:
+    """Train one run, or go on with it, or pass it over."""
+    if finished(folder):
+        return
+    resume = ["--resume"] if checkpoints.has_state(folder) else []
+    run(f"train {folder.name}", "p2_train.py", "--profile", "micro", "--data", data, "--cache", cache, "--out", folder,
+        *flags, *resume)  # fmt: skip
+
+
+def score(run: Runner, folder: Path, data: Path) -> None:
+    """Caption and score the validation scenes, where that is not done yet."""
+    result, images, predictions = folder / "val_scores.json", data / "images" / "val", folder / "val.json"
+    if result.exists():
+        return
+    run(f"caption ({folder.name})", "p2_infer.py", images, predictions, PROFILES["micro"].decoder, "--profile",
+        "micro", "--adapter", folder / "best.safetensors")  # fmt: skip
+    run(f"score ({folder.name})", "evaluate.py", "--pred_file", predictions, "--images_root", images,
+        "--annotation_file", data / "val.json", "--profile", "micro", "--json", result)  # fmt: skip
+
+
+def draw(run: Runner, folder: Path, train: int, val: int, seed: int) -> None:
+    """Draw training and validation scenes, where they are not there yet."""
+    for split, count in (("train", train), ("val", val)):
+        if not (folder / f"{split}.json").exists():
+            run(f"draw {split}", "-m", "microworld.scenes", "--out", folder, "--split", split, "--count", count,
+                "--seed", seed)  # fmt: skip
+
+
+def study_settings(run: Runner, args: argparse.Namespace) -> None:
+    """Train and score every setting on the demo's scenes."""
+    data = args.out / "data"
+    draw(run, data, args.train, args.val, seed=0)
+    for setting in args.only or SETTINGS:
+        if setting not in SETTINGS:
+            raise ValueError(f"--only {setting}: choose from {', '.join(SETTINGS)}")
+        folder = args.out / "settings" / setting
+        train(run, folder, data, args.out / "cache", ["--setting", setting, *scaled(setting)])
+        score(run, folder, data)
+
+
+def study_ablation(run: Runner, args: argparse.Namespace) -> None:
+    """Train every variant with every seed; its CIDEr is the best epoch's on development scenes."""
+    data = args.out / "ablation" / "data"
+    draw(run, data, args.train, args.val, DEVELOPMENT_SEED)
+    for seed in range(args.seeds):
+        for variant in args.only or VARIANTS:
+            if variant not in VARIANTS:
+                raise ValueError(f"--only {variant}: choose from {', '.join(VARIANTS)}")
+            folder = args.out / "ablation" / variant.replace(" ", "_") / str(seed)
+            flags = [*RECIPE, *VARIANTS[variant], "--seed", str(seed), "--val-images", str(args.val)]
+            flags += ["--epochs", str(args.epochs)] if args.epochs else []
+            train(run, folder, data, args.out / "cache", flags)
+
+
+STUDIES = {"settings": study_settings, "ablation": study_ablation}
+
+
+@runtime.command
+def main(argv: list[str] | None = None) -> int:
+    """Run a study."""
+    parser = runtime.FlagParser(prog="python -m microworld.studies", description=__doc__.split("\n\n")[0])
+    parser.add_argument("study", choices=STUDIES, help="which one")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the demo; runs go below it")
+    parser.add_argument("--train", type=int, default=1700, help="training scenes, where they must be drawn")
+    parser.add_argument("--val", type=int, default=300, help="validation scenes, where they must be drawn")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings or variants (default: all)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant (ablation)")
+    parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's (ablation)")
+    args = parser.parse_args(argv)
+    for name in ("train", "val", "seeds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    args.out = args.out.absolute()
+    run = Runner()
+    STUDIES[args.study](run, args)
+    run("report", "report.py", "--runs", args.out, "--out", args.out / "report.html")
+    print(f"{sum(run.seconds.values()):.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Self-critical sequence training: CIDEr-D of sampled captions as the reward (Rennie et al., arXiv 1612.00563).
+
+Several captions of an image are drawn behind one shared prefix. Each is rewarded by its CIDEr-D on token ids, with the
+document frequencies of the training references, and its advantage is its reward less the mean of the image's other
+samples (Luo, arXiv 2003.09971), so no greedy pass is needed. ``clip_reward`` mixes CLIPScore in (Cho et al., arXiv
+2205.13115). Two guards against what rewards invite: EOS is a token of captions and references, so that an ending in
+the middle of a phrase costs n-grams; and a sample that repeats more bigrams than any reference of its image earns
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+import data
+import evaluate
+import generation
+import search
+from captioner import Captioner
+from cider import DocumentFrequencies, cider_d
+from clipscore import CLIPSCORE_WEIGHT, ClipScorer, image_features, text_features
+from training import Trainer
+from wording import caption_statistics
+
+
+class CiderReward:
+    """CIDEr-D of token ids against an image's training captions.
+
+    Args:
+        captions: by image, its captions as token ids without EOS.
+        eos: id that ends every finished caption, and counts as a token.
+    """
+
+    def __init__(self, captions: Sequence[Sequence[Sequence[int]]], eos: int) -> None:
+        self.eos = eos
+        self.references = [[(*caption, eos) for caption in group] for group in captions]
+        self.frequencies = DocumentFrequencies(self.references)
+        self.most_repeats = [max(map(repeats, group)) for group in self.references]
+
+    def __call__(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return the rewards (n,) of ``samples``, which hold EOS where they are finished; ``images`` says of what."""
+        scores = cider_d([self.references[i] for i in images], samples, self.frequencies)
+        excessive = [repeats(s) > self.most_repeats[i] for i, s in zip(images, samples, strict=True)]
+        return np.where(excessive, 0.0, scores)
+
+
+class ClipReward:
+    """CLIPScore of texts against training images, whose features are computed once."""
+
+    def __init__(self, scorer: ClipScorer, paths: Sequence[Any]) -> None:
+        self.scorer = scorer
+        self.images = image_features(scorer, paths)
+
+    def __call__(self, images: Sequence[int], texts: Sequence[str]) -> np.ndarray:
+        """Return ``2.5 * max(cos, 0)`` of each text with the image of the same place: (n,)."""
+        cosines = (self.images[list(images)] * text_features(self.scorer, texts)).sum(-1)
+        return (CLIPSCORE_WEIGHT * cosines.clamp(min=0)).numpy()
+
+
+def repeats(tokens: Sequence[int]) -> int:
+    """How many bigrams of ``tokens`` have stood in it before."""
+    return max(len(tokens) - 1, 0) - len(set(pairwise(tokens)))
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """Return rewards (B, K) less the mean of the other K - 1 samples of the image."""
+    count = rewards.shape[1]
+    return rewards - (rewards.sum(1, keepdims=True) - rewards) / (count - 1)
+
+
+def draw(captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tensor, count: int, longest: int,
+         temperature: float, generator: torch.Generator) -> list[list[list[int]]]:  # fmt: skip
+    """Draw ``count`` captions of each of B images behind one prefix: ``[image][sample]`` token ids.
+
+    A sample that ended has EOS as its last token; one that was cut at ``longest`` tokens has not.
+    """
+    step = own_history(captioner.step_function(features, count, longest), count, tokenizer.vocab_size)
+    eos, rows = tokenizer.eos_id, len(features) * count
+    found = search.sample(step, rows, eos, eos, generator, temperature, None, 1.0, longest, features.device)
+    ended = [tokens if len(tokens) == longest else [*tokens, eos] for tokens in found.tokens]
+    return [ended[start : start + count] for start in range(0, rows, count)]
+
+
+def own_history(step: Callable, count: int, vocab_size: int) -> Callable:
+    """Make of a step function for B images of ``count`` beams one for B * count rows that never branch."""
+
+    def single(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        own = torch.eye(count, dtype=torch.bool, device=tokens.device).repeat(1, ancestors.shape[2])  # (K, K t)
+        logits = step(tokens.view(-1, count), own.expand(len(tokens) // count, -1, -1))
+        return logits[..., :vocab_size].reshape(len(tokens), 1, -1)
+
+    return single
+
+
+def policy_loss(captioner: Captioner, features: torch.Tensor, samples: Sequence[Sequence[Sequence[int]]],
+                advantage: np.ndarray, eos: int) -> torch.Tensor:  # fmt: skip
+    """Return the loss whose gradient is REINFORCE's: minus the mean over drawn tokens of advantage * log-probability.
+
+    Args:
+        captioner: in eval mode, so that it gives the tokens the probabilities that they were drawn with.
+        features: encoder tokens (B, N, D).
+        samples: ``[image][sample]`` token ids, with EOS where EOS was drawn.
+        advantage: (B, K).
+        eos: id of EOS.
+    """
+    bare = [[s[:-1] if s[-1] == eos else s for s in group] for group in samples]
+    weights, drawn = [], 0
+    for group, row in zip(samples, advantage, strict=True):
+        for sample, value in zip(group, row, strict=True):
+            cut = sample[-1] != eos  # packing adds an EOS that nobody drew: it gets no weight
+            weights += [value] * len(sample) + [0.0] * cut
+            drawn += len(sample)
+    batch = data.pack_captions(bare, eos, pad_to_multiple=8).to(features.device)
+    log_probs = captioner.log_probs(features, batch)
+    return -(torch.tensor(weights, dtype=torch.float32, device=features.device) * log_probs).sum() / drawn
+
+
+class ScstTrainer(Trainer):
+    """Tunes a trained captioner for its reward; epoch 0 in the metrics is the captioner that it began with."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.reward = CiderReward(self.train_split.captions, self.tokenizer.eos_id)
+        self.generator = torch.Generator(self.device)
+        self.scorer: ClipScorer | None = None
+        self.clip_reward: ClipReward | None = None
+        self.rewards: list[float] = []
+
+    def use_clip(self, scorer: ClipScorer) -> None:
+        """Log CLIPScore in validation, and mix it into the reward where the config gives it a weight."""
+        self.scorer = scorer
+        if self.config.clip_reward:
+            self.clip_reward = ClipReward(scorer, [s.path for s in self.train_split.samples])
+
+    def run(self) -> dict[str, Any]:
+        """Measure the captioner as it comes, which is the best so far, then train."""
+        if not self.criterion:  # nothing was kept yet: a run resumed at epoch 0 has been measured
+            self.sanity_check()
+            self.keep({"kind": "epoch", "epoch": 0, "step": 0, **self.validate()})
+        return super().run()
+
+    def train_epoch(self, bar: Any) -> float:
+        """Train one epoch and return its mean loss."""
+        self.rewards = []
+        return super().train_epoch(bar)
+
+    def train_step(self, batches: list[list[int]]) -> float:
+        """Take one optimiser step; what it draws depends on its number alone, so a resumed run draws the same."""
+        self.generator.manual_seed(self.config.seed * 1_000_000 + self.step)
+        return super().train_step(batches)
+
+    def batch_loss(self, indices: list[int]) -> torch.Tensor:
+        """Draw, reward, and return the loss of one batch of images."""
+        self.captioner.eval()  # no dropout: probabilities must be those of the draw
+        config = self.config
+        features = self.train_split.features.gather(indices).float().to(self.device)
+        with generation.autocast(self.device, config.precision):
+            samples = draw(self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens,
+                           config.temperature, self.generator)  # fmt: skip
+            rewards = self.score(indices, samples)
+            self.rewards.append(float(rewards.mean()))
+            return policy_loss(self.captioner, features, samples, advantages(rewards), self.tokenizer.eos_id)
+
+    def score(self, indices: Sequence[int], samples: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+        """Return the rewards (B, K)."""
+        images = np.repeat(indices, self.config.samples).tolist()
+        flat = [sample for group in samples for sample in group]
+        rewards = self.reward(images, flat)
+        if self.clip_reward is not None:
+            texts = [self.tokenizer.decode(sample) for sample in flat]
+            rewards = rewards + self.config.clip_reward * self.clip_reward(images, texts)
+        return rewards.reshape(len(samples), -1)
+
+    def validate(self) -> dict[str, Any]:
+        """Return loss, CIDEr by beam and by greedy search, CLIPScore, and what the captions are like."""
+        record = super().validate()
+        count = record["val_images"]
+        shown = self.val_split.samples[:count]
+        references = {s.path.stem: list(s.captions) for s in shown}
+        beam, greedy = self.captions(count), self.captions(count, beam_size=1)
+        if "val_cider" in record:
+            record["greedy_cider"] = evaluate.cider(references, greedy)[0]
+        if self.scorer is not None:
+            scores = evaluate.clipscore(self.scorer, {s.path.stem: s.path for s in shown}, beam)
+            record["clipscore"] = sum(scores.values()) / count
+        words = evaluate.ptb_tokenize({"beam": list(beam.values()),
+                                       "references": [c for group in references.values() for c in group]})  # fmt: skip
+        for prefix, captions in (("", words["beam"]), ("reference_", words["references"])):
+            statistics = caption_statistics(captions)
+            record |= {f"{prefix}length": statistics["mean_length"], f"{prefix}repeated_2": statistics["repeated_2"]}
+        if self.rewards:
+            record["reward"] = sum(self.rewards) / len(self.rewards)
+        return record

@@ -1,0 +1,181 @@
+"""Options of the training recipe, each through the command line or on the part that it changes."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import checkpoints
+import evaluate
+import generation
+import p2_train
+from captioner import Captioner, CaptionerConfig, load_captioner, read_adapter
+from decoder import LoraConfig, build_decoder
+from profiles import PROFILES
+from training import TrainConfig
+
+SMALL = ("--profile", "micro", "--device", "cpu", "--batch-size", "4", "--lora-rank", "4", "--val-images", "4",
+         "--beam-size", "2", "--max-new-tokens", "8", "--log-every", "1")  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def micro(tiny_profile):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROFILES, "micro", tiny_profile)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def scores(monkeypatch):
+    """CIDEr of each validation, in turn; the last one stays."""
+    values = [0.5]
+
+    def cider(references, predictions):
+        return (values.pop(0) if len(values) > 1 else values[0]), {}
+
+    monkeypatch.setattr(evaluate, "cider", cider)
+    return values
+
+
+def train(out, *flags):
+    return p2_train.main([*SMALL, "--out", str(out), *map(str, flags)])
+
+
+def lines(out, kind):
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == kind]
+
+
+def captioner(profile, layer):
+    lora = LoraConfig(4, 4.0)
+    config = CaptionerConfig(profile.encoder, profile.encoder_kwargs, "random", lora=lora, encoder_layer=layer)
+    return Captioner(config, build_decoder(profile.decoder, lora)).eval()
+
+
+def test_first_only_the_projector_learns_then_lora_too(tmp_path):
+    for epochs, learned in ((1, False), (2, True)):
+        out = tmp_path / str(epochs)
+        assert train(out, "--epochs", epochs, "--projector-epochs", 1) == 0
+        state = load_file(out / "last.safetensors")
+        assert {bool(tensor.any()) for name, tensor in state.items() if name.endswith("lora_B")} == {learned}
+
+
+def test_lora_that_waited_begins_without_the_momentum_of_the_wait(tmp_path):
+    assert train(tmp_path / "run", "--epochs", 1, "--projector-epochs", 1) == 0
+    tensors, values = checkpoints.load_state(tmp_path / "run")
+    moments = {int(name.split(".")[1]) for name in tensors if name.startswith("optimizer.")}
+    lora, projector = values["groups"]
+    assert not set(lora["params"]) & moments
+    assert set(projector["params"]) <= moments
+
+
+def test_the_projector_has_a_learning_rate_of_its_own(tmp_path, monkeypatch):
+    seen = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step",
+                        lambda self, *a, **k: (seen.append([g["lr"] for g in self.param_groups]), step(self, *a, **k)))
+    flags = ("--epochs", 1, "--lr", 0.001, "--projector-lr", 0.004, "--schedule", "constant", "--warmup", 0)
+    assert train(tmp_path / "run", *flags) == 0
+    assert set(map(tuple, seen)) == {(0.001, 0.004)}
+
+
+def test_the_last_epochs_are_averaged_and_kept_where_that_is_better(tmp_path, scores, monkeypatch):
+    kept = {}
+    unlink = p2_train.Path.unlink
+
+    def remember(path, **kwargs):
+        if path.name.startswith("epoch") and path.is_file():
+            kept[path.name] = load_file(path)
+        unlink(path, **kwargs)
+
+    monkeypatch.setattr(p2_train.Path, "unlink", remember)
+    scores[:] = [0.1, 0.2, 0.3, 0.9]
+    out = tmp_path / "run"
+    assert train(out, "--epochs", 3, "--average-last", 2) == 0
+    (record,) = lines(out, "average")
+    assert (record["epochs"], record["best"], record["val_cider"]) == (2, True, 0.9)
+    best = load_file(out / "best.safetensors")
+    for name, tensor in best.items():
+        wanted = (kept["epoch2.safetensors"][name] + kept["epoch3.safetensors"][name]) / 2
+        assert torch.allclose(tensor, wanted, atol=1e-6), name
+    assert not list(out.glob("epoch*.safetensors"))
+
+
+def test_an_average_that_is_worse_is_not_kept(tmp_path, scores):
+    scores[:] = [0.1, 0.2, 0.3, 0.05]
+    out = tmp_path / "run"
+    assert train(out, "--epochs", 3, "--average-last", 2) == 0
+    best, last = (load_file(out / f"{name}.safetensors") for name in ("best", "last"))
+    assert all(torch.equal(best[name], last[name]) for name in best)
+    assert lines(out, "average")[0]["best"] is False
+
+
+def test_training_stops_when_patience_is_at_its_end(tmp_path, scores):
+    scores[:] = [0.5, 0.4, 0.45, 0.9]
+    out = tmp_path / "run"
+    assert train(out, "--epochs", 9, "--patience", 2) == 0
+    assert [r["epoch"] for r in lines(out, "epoch")] == [1, 2, 3]
+    assert lines(out, "stopped")
+
+
+def test_another_layer_feeds_the_projector_and_has_features_of_its_own(tiny_profile, tiny_data, tmp_path):
+    last, before = captioner(tiny_profile, -1), captioner(tiny_profile, -2)
+    pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    tokens = {}
+    block = before.encoder.blocks[-2]
+    handle = block.register_forward_hook(lambda module, inputs, output: tokens.update(found=output))
+    found = before.encode(pixels)
+    handle.remove()
+    assert torch.equal(found, tokens["found"])  # CLS first, then the patches, and no norm
+    assert found.shape == last.encode(pixels).shape
+    paths = sorted((tiny_data / "images" / "val").glob("*"))[:2]
+    ours, theirs = (generation.cached_features(model, paths, tmp_path / "cache") for model in (before, last))
+    assert not torch.equal(ours[0], theirs[0])  # one key for both once gave the cached layer to either
+
+
+def test_the_layer_is_remembered_by_the_adapter_and_adapters_without_one_have_the_last(tmp_path, tiny_profile):
+    assert train(tmp_path / "run", "--epochs", 1, "--encoder-layer", -2) == 0
+    assert read_adapter(tmp_path / "run" / "best.safetensors")[0].encoder_layer == -2
+    plain = vars(captioner(tiny_profile, -1).config) | {"lora": {"rank": 4}}
+    plain.pop("encoder_layer")
+    assert CaptionerConfig.from_dict(plain).encoder_layer == -1
+
+
+def test_rank_stabilised_lora_scales_by_alpha_over_the_root_of_the_rank():
+    plain, stable = (TrainConfig(lora_rank=16, lora_alpha=8.0, rank_stabilized=on).lora() for on in (False, True))
+    assert (plain.scaling, stable.scaling) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(("--projector-epochs", "9"), "--projector-epochs 9"), (("--average-last", "-1"), "--average-last -1"),
+     (("--patience", "-1"), "--patience -1"), (("--encoder-layer", "0"), "--encoder-layer 0"),
+     (("--encoder-layer", "-9"), "--encoder-layer -9"), (("--temperature", "0"), "--temperature 0"),
+     (("--clip-reward", "-1"), "--clip-reward -1")],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_by_flag(flags, message, tmp_path, capsys):
+    assert train(tmp_path / "run", "--epochs", 2, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_report_faithful_preprocesses_by_name_and_scales_by_one_over_the_rank(tmp_path, tiny_data):
+    """timm answers a name with ImageNet's mean, deviation and crop, whatever the model's own; inference must agree."""
+    out = tmp_path / "run"
+    assert train(out, "--epochs", 1, "--report-faithful") == 0
+    stored = read_adapter(out / "best.safetensors")[0]
+    assert stored.lora.scaling == pytest.approx(1 / 4)
+    assert list(stored.encoder_kwargs["mean"]) == [0.485, 0.456, 0.406]
+    assert stored.encoder_kwargs["crop_pct"] == 0.875
+    assert json.loads((out / "config.json").read_text())["report_faithful"] is True
+    loaded = load_captioner(out / "best.safetensors", PROFILES["micro"].decoder, None, torch.device("cpu"))
+    own = captioner(PROFILES["micro"], -1).transform
+    with Image.open(sorted((tiny_data / "images" / "val").iterdir())[0]) as image:
+        assert not torch.allclose(loaded.transform(image), own(image), atol=0.05)
+    assert "0.4850" in repr(loaded.transform)
+
+
+def test_report_faithful_leaves_what_is_asked_for(tmp_path):
+    assert train(tmp_path / "run", "--epochs", 1, "--report-faithful", "--lora-alpha", 2) == 0
+    assert read_adapter(tmp_path / "run" / "best.safetensors")[0].lora.alpha == 2

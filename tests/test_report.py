@@ -1,0 +1,199 @@
+"""report.py on folders of runs that the tests write: what is told, what is named as missing, what is left out."""
+
+import base64
+import csv
+import html
+import io
+import json
+import re
+
+import pytest
+from PIL import Image
+
+import chapters
+import report
+import reporting
+import runs
+
+NAUGHTY = '<script>alert("x")</script> & "quotes"'
+
+
+def png(colour="red", size=(40, 30)):
+    content = io.BytesIO()
+    Image.new("RGB", size, colour).save(content, "PNG")
+    return content.getvalue()
+
+
+def write_run(folder, setting="1", epochs=2, done=2, cider=1.25, profile="micro", **train):
+    folder.mkdir(parents=True)
+    numbers = {"epochs": epochs, "batch_size": 8, "lr": 0.001, "lora_rank": 4, "lora_alpha": 4.0, "seed": 0, **train}
+    config = {"setting": setting, "profile": profile, "train": numbers, "captioner": {"encoder": NAUGHTY},
+              "trainable_parameters": 1234, "device": "cpu", "versions": {"torch": "2.13.0"}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [{"kind": "epoch", "epoch": e, "step": 10 * e, "train_loss": 1.0, "val_loss": 1.1, "val_cider": e / 10,
+              "seconds": 30.0 * e} for e in range(1, done + 1)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "best.safetensors").write_bytes(b"")
+    scores = {"CIDEr": cider, "CLIPScore": 1.5, "images": 9, "device": "cpu"}
+    (folder / "val_scores.json").write_text(json.dumps(scores))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "runs"
+    write_run(root / "lora", setting="best")
+    return root
+
+
+def make(root, tmp_path, *flags):
+    out = tmp_path / "report.html"
+    assert report.main(["--runs", str(root), "--out", str(out), "--bench", str(tmp_path), *flags]) == 0
+    return out.read_text(encoding="utf-8")
+
+
+def test_the_page_needs_no_other_file_and_escapes_what_it_is_told(root, tmp_path):
+    page = make(root, tmp_path)
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
+    assert "<script" not in page
+    assert html.escape(NAUGHTY) in page
+    assert 'lang="en"' in page
+    assert page.count("<h1>") == 1
+    assert all(f'id="{name}"' in page for name in re.findall(r'href="#([^"]+)"', page))
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
+
+
+def test_numbers_stand_beside_the_reports_with_their_world_and_device(root, tmp_path):
+    write_run(root / "settings" / "1", setting="1", cider=0.123456789)
+    make(root, tmp_path)
+    with (tmp_path / "report_files" / "p2_settings.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["CIDEr"]) == 0.123456789
+    assert float(row["report's CIDEr"]) == 0.8844035428513431
+    assert (row["world"], row["device"], row["trainable"]) == ("micro", "cpu", "1234")
+    assert "0.1235" in (tmp_path / "report_files" / "p2_settings.md").read_text()
+
+
+def test_settings_that_were_not_run_are_named_and_get_no_row(root, tmp_path):
+    write_run(root / "settings" / "1", setting="1")
+    page = make(root, tmp_path)
+    assert "settings 2, 3, 4, 5, best" in page
+
+
+def test_missing_parts_are_named_with_the_command_that_makes_them(root, tmp_path):
+    page = make(root, tmp_path)
+    for what in ("captions and scores of both prompts", "--best-worst", "--grounding", "make settings",
+                 "--objective scst", "make ablation"):  # fmt: skip
+        assert what in page, what
+
+
+def test_a_complete_part_is_not_called_missing(root, tmp_path):
+    folder = root / "attention" / "p2"
+    folder.mkdir(parents=True)
+    (folder / "one.png").write_bytes(png())
+    (folder / "grounding.csv").write_text(
+        "method,layers,heads,row,pointing,mass_ratio,iou,note\nraw,all,mean,predict,0.5,2.0,0.3,default\n"
+        "centre,,,,0.25,,,baseline\n"
+    )
+    (root / "attention" / "best_worst.png").write_bytes(png())
+    page = make(root, tmp_path)
+    assert "maps of The captioner" not in page
+    assert "--best-worst" not in page
+    assert page.count("<img ") == 3  # the map, the pair, the curves
+    assert (tmp_path / "report_files" / "p3_p2_one.png").read_bytes() == png()
+    assert "0.2500" in page
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(lambda f: (f / "config.json").write_text("{"), "half-written"),
+     (lambda f: (f / "config.json").write_text('{"setting": "1"}'), "another version"),
+     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+     (lambda f: (f / "metrics.jsonl").write_text('{"kind": "epo'), "half-written"),
+     (lambda f: (f / "val_scores.json").write_text("[]"), "no JSON object"),
+     (lambda f: (f / "best.safetensors").unlink(), "best.safetensors is missing")],
+)  # fmt: skip
+def test_a_run_that_cannot_be_trusted_is_named_and_left_out(spoil, reason, root, tmp_path):
+    spoil(write_run(root / "odd", cider=9.87654))
+    page = make(root, tmp_path)
+    assert "Left out: odd" in page
+    assert reason in page
+    assert "9.8765" not in page
+
+
+def test_a_training_still_going_on_is_left_out_and_one_stopped_early_is_not(root, tmp_path):
+    write_run(root / "going", epochs=4, done=2, cider=9.87654)
+    stopped = write_run(root / "stopped", epochs=4, done=2, cider=8.76543)
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "stopped", "epoch": 2}\n')
+    page = make(root, tmp_path)
+    assert "Left out: going, since its training has not ended (2 of 4 epochs" in page
+    assert "9.8765" not in page
+    assert "8.7654" in page
+
+
+def test_no_run_and_no_folder(tmp_path, capsys):
+    assert report.main(["--runs", str(tmp_path / "no"), "--out", str(tmp_path / "r.html")]) == 2
+    assert "--runs" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    page = make(tmp_path / "empty", tmp_path)
+    assert "No finished run lies here" in page
+    assert "a finished training run" in page
+
+
+def test_micro_and_full_size_are_never_mixed_in_silence(root, tmp_path):
+    assert "Micro world: every number" in make(root, tmp_path)
+    write_run(root / "big", profile="full")
+    assert "Micro and full-size runs stand side by side" in make(root, tmp_path)
+
+
+def test_the_words_on_the_prompts_follow_the_numbers():
+    one, two = {"CIDEr": 2.0, "CLIPScore": 1.0, "words": 9}, {"CIDEr": 1.0, "CLIPScore": 1.1, "words": 18}
+    assert "as in the report" in chapters.explain_prompts({"1": one, "2": two})
+    assert "2.0 times as long" in chapters.explain_prompts({"1": one, "2": two})
+    turned = chapters.explain_prompts({"1": two, "2": one})
+    assert turned.count("Unlike in the report") == 2
+
+
+def test_ablation_runs_are_averaged_over_seeds(root, tmp_path):
+    for seed, done in ((0, 2), (1, 4)):
+        write_run(root / "ablation" / "recipe" / str(seed), epochs=2, done=done, seed=seed)
+    page = make(root, tmp_path)
+    assert "0.300 ± 0.141" in page  # of 0.2 and 0.4
+    assert "some variants have 2" in page
+
+
+def test_a_damaged_score_file_is_one_line_that_names_it(root, tmp_path, capsys):
+    (root / "scores.json").write_text("{")
+    assert report.main(["--runs", str(root), "--out", str(tmp_path / "r.html")]) == 2
+    assert "scores.json" in capsys.readouterr().err
+
+
+def test_run_without_a_micro_world_is_refused(root, tmp_path, capsys):
+    assert report.main(["--runs", str(root), "--out", str(tmp_path / "r.html"), "--run"]) == 2
+    assert "--run" in capsys.readouterr().err
+
+
+def test_tables_keep_every_digit_and_break_no_markdown():
+    table = reporting.Table("t", "A table", ("a", "b"), [(0.1 + 0.2, "x|y"), (None, 12345)])
+    assert "0.30000000000000004" in reporting.csv_text(table)
+    assert "x\\|y" in reporting.markdown(table)
+    assert "12,345" in reporting.markdown(table)
+
+
+def test_large_pictures_are_shrunk_for_the_page_only(root, tmp_path):
+    figure = reporting.Figure("big", png(size=(3200, 100)), "a", "b")
+    reporting.write("t", [], [reporting.Section("s", [figure])], tmp_path / "p.html")
+    encoded = re.search(r"base64,([^\"]+)", (tmp_path / "p.html").read_text()).group(1)
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+        assert image.width == reporting.PIXELS
+    assert (tmp_path / "p_files" / "big.png").read_bytes() == figure.png
+
+
+def test_runs_are_found_below_but_a_models_config_is_no_run(root):
+    (root / "export").mkdir()
+    (root / "export" / "config.json").write_text("{}")
+    found, omitted = runs.find_runs(root)
+    assert [r.name for r in found] == ["lora"]
+    assert not omitted

@@ -1,0 +1,235 @@
+"""scst.py: rewards, advantages, draws behind a shared prefix, the gradient, and a reward that rises."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import p2_train
+import runs
+import scst
+import training
+from captioner import Captioner, CaptionerConfig
+from decoder import LoraConfig, build_decoder
+from profiles import MICRO_WEIGHTS, PROFILES
+
+EOS = 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def micro(tiny_profile):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROFILES, "micro", tiny_profile)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch):
+    """Validations tokenize without the start of Java."""
+    monkeypatch.setattr(evaluate, "pick_tokenizer", lambda name: "ptb")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return data.Tokenizer(tokenizer_folder)
+
+
+@pytest.fixture
+def captioner(tiny_profile):
+    torch.manual_seed(0)
+    lora = LoraConfig(4, 4.0)
+    config = CaptionerConfig(tiny_profile.encoder, tiny_profile.encoder_kwargs, "random", lora=lora)
+    return Captioner(config, build_decoder(tiny_profile.decoder, lora)).eval()
+
+
+def random_captions(rng, images, words=12):
+    return [[rng.integers(1, words, size=rng.integers(4, 9)).tolist() for _ in range(3)] for _ in range(images)]
+
+
+# ---------------------------------------------------------------------------------------------------------- rewards
+
+
+def test_the_reward_is_pycocoevalcaps_cider_on_the_same_tokens():
+    cider = pytest.importorskip("pycocoevalcap.cider.cider")
+    rng = np.random.default_rng(0)
+    groups = random_captions(rng, 30)
+    samples = [[*rng.permutation(group[0]).tolist(), EOS] for group in groups]
+    reward = scst.CiderReward(groups, EOS)
+    reward.most_repeats = [99] * len(groups)  # the guard is no part of CIDEr-D
+
+    def text(tokens):
+        return " ".join(f"t{token}" for token in tokens)
+
+    references = {i: [text([*c, EOS]) for c in group] for i, group in enumerate(groups)}
+    wanted = cider.Cider().compute_score(references, {i: [text(s)] for i, s in enumerate(samples)})[1]
+    found = reward(range(30), samples)
+    assert np.abs(found - wanted).max() < 1e-6
+    assert found.std() > 0.1
+    # A batch has few images, and the document frequencies stay those of the training set.
+    assert reward([7, 7, 3], [samples[7], samples[7], samples[3]]) == pytest.approx(wanted[[7, 7, 3]], abs=1e-6)
+
+
+def test_an_ending_in_the_middle_of_a_phrase_costs_reward():
+    rng = np.random.default_rng(1)
+    groups = random_captions(rng, 20)
+    reward = scst.CiderReward(groups, EOS)
+    whole = groups[0][0]
+    ended, cut, early = reward([0, 0, 0], [[*whole, EOS], whole, [*whole[:-2], EOS]])
+    assert ended > cut
+    assert ended > early
+
+
+def test_repetition_beyond_the_references_earns_nothing():
+    groups = [[[1, 2, 3, 1, 2, 4]], [[5, 6, 7, 8]]]
+    reward = scst.CiderReward(groups, EOS)
+    once, twice = reward([0, 0], [[1, 2, 3, 1, 2, 4, EOS], [1, 2, 3, 1, 2, 1, 2, EOS]])
+    assert once > 0
+    assert twice == 0
+    assert [scst.repeats(t) for t in ([], [1], [1, 1, 1], [1, 2, 1, 2])] == [0, 0, 1, 1]
+
+
+def test_each_sample_is_compared_with_the_others_and_not_with_itself():
+    found = scst.advantages(np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]]))
+    assert found[0] == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5])
+    assert found[1] == pytest.approx([0, 0, 0])
+
+
+# ------------------------------------------------------------------------------------------------------------- draws
+
+
+def test_samples_behind_a_shared_prefix_follow_the_models_own_distribution(captioner, tokenizer):
+    """Samples of one image once saw each other's tokens when ancestors were laid out row by row."""
+    features = torch.randn(2, *captioner.feature_shape, generator=torch.Generator().manual_seed(3))
+    shared = scst.own_history(captioner.step_function(features, 3, 4), 3, tokenizer.vocab_size)
+    alone = captioner.step_function(features.repeat_interleave(3, 0), 1, 4)
+    tokens = torch.tensor([tokenizer.eos_id] * 6)
+    for length in range(1, 5):
+        ancestors = torch.ones(6, 1, length, dtype=torch.bool)
+        ours, plain = shared(tokens[:, None], ancestors), alone(tokens[:, None], ancestors)
+        assert torch.allclose(ours, plain[..., : tokenizer.vocab_size], atol=1e-4)
+        tokens = torch.arange(6) * 7 + length  # different ones in every row
+
+
+def test_draws_are_repeatable_and_end_with_eos_unless_cut(captioner, tokenizer):
+    features = torch.randn(2, *captioner.feature_shape, generator=torch.Generator().manual_seed(3))
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return scst.draw(captioner, tokenizer, features, 4, 6, 1.0, generator)
+
+    samples = draw(0)
+    assert samples == draw(0)
+    assert samples != draw(1)
+    assert [len(group) for group in samples] == [4, 4]
+    for sample in (s for group in samples for s in group):
+        assert sample[-1] == tokenizer.eos_id or len(sample) == 6
+        assert tokenizer.eos_id not in sample[:-1]
+
+
+def test_the_loss_is_minus_advantage_times_log_probability_and_a_cut_sample_is_not_taught_to_end(captioner, tokenizer):
+    eos = tokenizer.eos_id
+    features = torch.randn(1, *captioner.feature_shape, generator=torch.Generator().manual_seed(3))
+    samples, advantage = [[[5, 6, eos], [7, 8, 9]]], np.array([[2.0, -1.0]])
+    total = 0.0
+    for sample, value in zip(samples[0], advantage[0], strict=True):
+        bare = [t for t in sample if t != eos]
+        log_probs = captioner.log_probs(features, data.pack_captions([[bare]], eos))
+        total += value * log_probs[: len(sample)].sum().item()
+    loss = scst.policy_loss(captioner, features, samples, advantage, eos)
+    assert loss.item() == pytest.approx(-total / 6, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+SMALL = ("--profile", "micro", "--device", "cpu", "--batch-size", "4", "--val-images", "4", "--beam-size", "2",
+         "--max-new-tokens", "8", "--log-every", "1")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A short run with cross-entropy, to start from."""
+    out = tmp_path_factory.mktemp("xe") / "run"
+    assert p2_train.main([*SMALL, "--epochs", "1", "--lora-rank", "4", "--no-cls", "--out", str(out)]) == 0
+    return out / "best.safetensors"
+
+
+def tune(out, adapter, *flags):
+    return p2_train.main([*SMALL, "--objective", "scst", "--samples", "3", "--init-adapter", str(adapter), "--out",
+                          str(out), *flags])  # fmt: skip
+
+
+def epochs(out):
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "epoch"]
+
+
+def test_the_reward_rises_and_the_captioner_takes_over_what_the_adapter_has(begun, tmp_path, monkeypatch):
+    """The reward is the share of tokens with an even id, which a few steps can teach even a tiny random model."""
+    monkeypatch.setattr(scst.CiderReward, "__call__",
+                        lambda self, images, samples: np.array([np.mean([t % 2 == 0 for t in s]) for s in samples]))
+    out = tmp_path / "run"
+    assert tune(out, begun, "--epochs", "6", "--lr", "0.02", "--patience", "0") == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["train"]["lora_rank"], config["captioner"]["use_cls"]) == (4, False)
+    rewards = [e["reward"] for e in epochs(out) if e["epoch"]]
+    assert abs(rewards[0] - 0.5) < 0.15
+    assert rewards[-1] > rewards[0] + 0.25
+
+
+def test_a_run_logs_what_is_asked_and_begins_with_the_captioner_as_it_came(begun, tmp_path):
+    out = tmp_path / "run"
+    assert tune(out, begun, "--epochs", "1") == 0
+    before, after = epochs(out)
+    assert (before["epoch"], after["epoch"]) == (0, 1)
+    measures = {"val_cider", "greedy_cider", "length", "repeated_2", "reference_length", "reference_repeated_2"}
+    assert measures <= before.keys() & after.keys()
+    assert "reward" in after
+    assert runs.read_run(out).objective == "scst"
+
+
+def test_what_does_not_help_is_not_kept_and_training_stops(begun, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.0, 0.3, 0.0, 0.2, 0.0])  # beam and greedy of each validation
+    monkeypatch.setattr(evaluate, "cider", lambda references, predictions: (next(scores), {}))
+    out = tmp_path / "run"
+    assert tune(out, begun, "--epochs", "5", "--patience", "2", "--lr", "0.01") == 0
+    assert [e["epoch"] for e in epochs(out)] == [0, 1, 2]
+    kept, start, last = (scst_state(p) for p in (out / "best.safetensors", begun, out / "last.safetensors"))
+    assert all(torch.equal(kept[name], start[name]) for name in start)
+    assert any(not torch.equal(last[name], start[name]) for name in start)
+    assert runs.read_run(out).name == "run"  # stopped early is not unfinished
+
+
+def scst_state(path):
+    return training.read_adapter(path)[1]
+
+
+def test_bad_starts_are_refused_by_flag(begun, tmp_path, capsys):
+    assert p2_train.main([*SMALL, "--objective", "scst", "--out", str(tmp_path / "a")]) == 2
+    assert "--init-adapter" in capsys.readouterr().err
+    assert tune(tmp_path / "b", tmp_path / "gone.safetensors") == 2
+    assert "gone.safetensors" in capsys.readouterr().err
+    assert tune(tmp_path / "c", begun, "--lora-rank", "8") == 2
+    assert "--lora-rank 8" in capsys.readouterr().err
+    assert tune(tmp_path / "d", begun, "--samples", "1") == 2
+    assert "--samples 1" in capsys.readouterr().err
+
+
+def test_a_clip_reward_needs_a_clip(begun, tmp_path, monkeypatch, capsys):
+    def no_clip(*args):
+        raise FileNotFoundError("no CLIP here")
+
+    monkeypatch.setattr(evaluate, "ClipScorer", no_clip)
+    assert tune(tmp_path / "a", begun, "--clip-reward", "1", "--epochs", "1") == 2
+    assert "no CLIP here" in capsys.readouterr().err
+
+
+def test_the_clip_reward_prefers_the_pictures_own_caption(tiny_data):
+    samples = data.load_split(tiny_data, "train")
+    scorer = evaluate.ClipScorer(str(MICRO_WEIGHTS / "scorer"), None)
+    reward = scst.ClipReward(scorer, [s.path for s in samples])
+    own = reward(range(len(samples)), [s.captions[0] for s in samples])
+    other = reward(range(len(samples)), [s.captions[0] for s in reversed(samples)])
+    assert own.mean() > other.mean() + 0.2

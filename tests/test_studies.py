@@ -1,0 +1,105 @@
+"""microworld/studies.py: one scaling rule, and a study that goes on where it stopped."""
+
+import json
+import math
+
+import pytest
+
+import checkpoints
+from microworld import studies
+from p2_train import build_parser, resolve_config
+from training import SETTINGS, TrainConfig
+
+
+class Recorder:
+    """Stands in for the runner: notes the commands, and leaves what a training and a scoring leave."""
+
+    def __init__(self, stop_at=None):
+        self.commands, self.seconds, self.stop_at = [], {}, stop_at
+
+    def __call__(self, title, *arguments):
+        words = [str(a) for a in arguments]
+        self.commands.append(words)
+        if title == self.stop_at:
+            folder = studies.Path(words[words.index("--out") + 1])
+            folder.mkdir(parents=True)
+            (folder / checkpoints.NEWEST).touch()
+            raise ValueError("stopped")
+        if words[0] == "p2_train.py":
+            leave_run(studies.Path(words[words.index("--out") + 1]))
+        if words[0] == "evaluate.py":
+            studies.Path(words[words.index("--json") + 1]).write_text("{}")
+
+    def scripts(self):
+        return [words[0] for words in self.commands]
+
+
+def leave_run(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    train = {"epochs": 1, "batch_size": 8, "lr": 0.1, "lora_rank": 4, "lora_alpha": 4, "seed": 0}
+    config = {"setting": "1", "profile": "micro", "train": train, "captioner": {}, "trainable_parameters": 1,
+              "device": "cpu", "versions": {}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text('{"kind": "epoch", "epoch": 1, "step": 1}\n')
+    (folder / "best.safetensors").touch()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_one_rule_scales_every_setting(setting):
+    config = resolve_config(build_parser().parse_args(["--setting", setting, *studies.scaled(setting)]))
+    full = SETTINGS[setting]
+    assert config.epochs == math.ceil(full.epochs / 2)
+    assert config.lr == pytest.approx(3 * full.lr)
+    assert config.projector_lr / config.lr == pytest.approx(full.projector_lr / full.lr, rel=0.01)
+    scaled = {"epochs", "batch_size", "lr", "projector_lr", "val_images"}
+    kept = TrainConfig.__dataclass_fields__.keys() - scaled
+    assert all(getattr(config, name) == getattr(full, name) for name in kept)
+
+
+@pytest.mark.parametrize("variant", studies.VARIANTS)
+def test_every_variant_differs_from_the_recipe_in_what_it_names(variant):
+    configs = [
+        resolve_config(build_parser().parse_args([*studies.RECIPE, *flags]))
+        for flags in ((), studies.VARIANTS[variant])
+    ]
+    different = [name for name in TrainConfig.__dataclass_fields__ if len({getattr(c, name) for c in configs}) > 1]
+    assert len(different) == (0 if variant == "recipe" else 1)
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    first = Recorder(stop_at="train 2")
+    monkeypatch.setattr(studies, "Runner", lambda: first)
+    flags = ["settings", "--out", str(tmp_path), "--only", "1", "2"]
+    assert studies.main(flags) == 2
+    second = Recorder()
+    monkeypatch.setattr(studies, "Runner", lambda: second)
+    assert studies.main(flags) == 0
+    trained = [words for words in second.commands if words[0] == "p2_train.py"]
+    assert len(trained) == 1
+    assert trained[0][trained[0].index("--setting") + 1] == "2"
+    assert "--resume" in trained[0]
+    assert second.scripts()[-1] == "report.py"
+    third = Recorder()
+    monkeypatch.setattr(studies, "Runner", lambda: third)
+    assert studies.main(flags) == 0
+    assert not {"p2_train.py", "p2_infer.py", "evaluate.py"} & set(third.scripts())
+
+
+def test_the_ablation_trains_every_seed_on_scenes_that_are_not_the_reported_ones(tmp_path, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(studies, "Runner", lambda: recorder)
+    assert studies.main(["ablation", "--out", str(tmp_path), "--only", "no CLS", "--seeds", "2"]) == 0
+    drawn = [words for words in recorder.commands if words[:2] == ["-m", "microworld.scenes"]]
+    assert {words[words.index("--seed") + 1] for words in drawn} == {"1"}
+    trained = [words for words in recorder.commands if words[0] == "p2_train.py"]
+    assert [words[words.index("--seed") + 1] for words in trained] == ["0", "1"]
+    assert (tmp_path / "ablation" / "no_CLS" / "1" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags", [("settings", "--only", "9"), ("ablation", "--seeds", "0"), ("ablation", "--only", "x")]
+)
+def test_names_and_numbers_that_do_not_exist_are_refused(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(studies, "Runner", Recorder)
+    assert studies.main([*flags, "--out", str(tmp_path)]) == 2
+    assert f"{flags[1]} {flags[2]}" in capsys.readouterr().err
