@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -514,13 +515,23 @@ class FeatureCache:
     file that row i was made from, and the row's CRC-32, checked whenever a cache is opened) and ``key.json``. Rows are
     found by the *content* of image files, so a changed image is encoded anew, a renamed or copied one is not, and
     splits share a folder. A row is listed only after it is on disk, so a killed build goes on where it stopped. One
-    process builds at a time (a POSIX file lock); another one waits, then finds the rows.
+    process builds at a time (a POSIX file lock); another one waits, then finds the rows. Images beyond the limit of
+    its size are encoded whenever they are asked for, and rounded as the cached ones are.
     """
 
-    def __init__(self, file: Path, rows: np.ndarray, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self._arguments = (file, rows, shape, dtype)
-        self._rows = rows  # (images,), row in the file of each image
-        self._features = np.memmap(file, _numpy_dtype(dtype), mode="r", shape=(int(rows.max()) + 1, *shape))
+    def __init__(
+        self,
+        file: Path,
+        rows: np.ndarray,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        encode: Callable[[list[int]], torch.Tensor] | None = None,
+    ) -> None:
+        self._arguments = (file, rows, shape, dtype, encode)
+        self._rows = rows  # (images,), row in the file of each image; -1 for those that are not in it
+        self._encode = encode
+        whole, kind = (int(rows.max()) + 1, *shape), _numpy_dtype(dtype)
+        self._features = np.memmap(file, kind, mode="r", shape=whole) if whole[0] else np.empty(whole, kind)
 
     @classmethod
     def open(
@@ -533,6 +544,7 @@ class FeatureCache:
         dtype: torch.dtype = torch.float16,
         batch_size: int = 16,
         progress: bool = True,
+        limit: float = math.inf,
     ) -> FeatureCache:
         """Open the cache of ``paths`` under ``root``, encoding what is not yet there.
 
@@ -545,6 +557,7 @@ class FeatureCache:
             dtype: float16 or float32 on disk.
             batch_size: the largest b.
             progress: show a bar where stderr is a terminal.
+            limit: bytes; images for which the folder has no room below it are not cached.
 
         Raises:
             FileNotFoundError: an image is missing.
@@ -562,6 +575,11 @@ class FeatureCache:
         with _locked(folder):
             row_of = _recover_rows(folder, identity, row_bytes)
             missing = {digest: path for digest, path in zip(digests, paths, strict=True) if digest not in row_of}
+            room = int(max(0, min(limit / row_bytes - len(row_of), len(missing))))
+            if room < len(missing):
+                logger.warning("feature cache %s: %d images are beyond its limit of %.1f GB and are encoded every time",
+                               folder, len(missing) - room, limit / 1e9)  # fmt: skip
+            missing = dict(list(missing.items())[:room])
             _check_disk(folder, len(missing), len(set(digests)), row_bytes)
             for batch in _batches(list(missing.items()), batch_size, progress):
                 features = _encode_checked(encode, [path for _, path in batch], shape, dtype)
@@ -571,7 +589,13 @@ class FeatureCache:
                 lines = [f"{digest} {check:08x}\n" for (digest, _), check in zip(batch, checks, strict=True)]
                 _append(folder / "rows.sha256", "".join(lines).encode())
                 row_of.update({digest: len(row_of) + i for i, (digest, _) in enumerate(batch)})
-        return cls(folder / "features.bin", np.array([row_of[digest] for digest in digests]), tuple(shape), dtype)
+        rows = np.array([row_of.get(digest, -1) for digest in digests])
+
+        def encode_rest(indices: list[int]) -> torch.Tensor:
+            return _encode_checked(encode, [Path(paths[i]) for i in indices], shape, dtype)
+
+        rest = encode_rest if rows.min() < 0 else None  # a closure, which would keep a whole cache from being pickled
+        return cls(folder / "features.bin", rows, tuple(shape), dtype, rest)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -587,8 +611,15 @@ class FeatureCache:
         Raises:
             IndexError: an index is outside of the list of images.
         """
-        rows = self._rows[np.asarray(indices, dtype=np.int64)]
-        return torch.from_numpy(np.asarray(self._features[rows]))
+        indices = np.asarray(indices, dtype=np.int64)
+        rows = self._rows[indices]
+        cached = rows >= 0
+        if cached.all():
+            return torch.from_numpy(np.asarray(self._features[rows]))
+        found = np.empty((len(rows), *self._features.shape[1:]), self._features.dtype)
+        found[cached] = self._features[rows[cached]]
+        found[~cached] = self._encode(indices[~cached].tolist()).numpy()
+        return torch.from_numpy(found)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the place of the features and not the features: a data loader's worker maps the file anew."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,17 +38,24 @@ def read_pixels(transform: Callable, paths: Sequence[Path]) -> torch.Tensor:
     return torch.stack([transform(data.load_image(path)) for path in paths])
 
 
-def cached_features(captioner: Captioner, paths: Sequence[Path], cache: Path) -> data.FeatureCache:
-    """Return the encoder's tokens of ``paths``, from the cache folder or computed now and kept there."""
+def cached_features(
+    captioner: Captioner, paths: Sequence[Path], cache: Path, limit: float = math.inf
+) -> data.FeatureCache:
+    """Return the encoder's tokens of ``paths``, from the cache folder or computed now and kept there.
+
+    Images for which there is no room below ``limit`` bytes are encoded whenever they are asked for.
+    """
 
     def encode(batch: list[Path]) -> torch.Tensor:
-        return captioner.encode(read_pixels(captioner.transform, batch).to(captioner.device))
+        pixels = read_pixels(captioner.transform, batch).to(captioner.device)
+        with torch.autocast(captioner.device.type, enabled=False):  # cached or not, features are float32's
+            return captioner.encode(pixels)
 
     config = captioner.config
     key = {"encoder": config.encoder, "weights": config.encoder_hash, "transform": repr(captioner.transform)}
     if config.encoder_layer != -1:
         key["layer"] = str(config.encoder_layer)
-    return data.FeatureCache.open(cache, key, list(paths), captioner.feature_shape, encode)
+    return data.FeatureCache.open(cache, key, list(paths), captioner.feature_shape, encode, limit=limit)
 
 
 def caption_features(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import math
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,8 @@ def build_parser() -> Any:
     parser.add_argument("--decoder", help="GPT-2 state dict (default: the profile's)")
     parser.add_argument("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
     parser.add_argument("--cache", type=Path, help="folder of cached encoder tokens (default: the profile's)")
+    parser.add_argument("--cache-gb", type=float, default=math.inf, metavar="N",
+                        help="cache at most N GB; images beyond are encoded every epoch (default: all)")  # fmt: skip
     parser.add_argument("--random-weights", action="store_true",
                         help="for checks of shape and speed only: random encoder, and a random GPT-2 small unless "
                              "--decoder is given")  # fmt: skip
@@ -176,7 +179,10 @@ def prepare_split(args: Any, name: str, captioner: Captioner, tokenizer: data.To
         samples = data.shuffle_captions(samples, seed=0)
     room = captioner.decoder.config.n_positions - captioner.n_prefix - 1
     captions = data.encode_captions(samples, tokenizer, room)
-    features = generation.cached_features(captioner, [s.path for s in samples], args.cache or Path(profile.cache))
+    if not args.cache_gb >= 0:
+        raise ValueError(f"--cache-gb {args.cache_gb}: must be 0 or more")
+    folder = args.cache or Path(profile.cache)
+    features = generation.cached_features(captioner, [s.path for s in samples], folder, args.cache_gb * 1e9)
     return Split(samples, captions, features)
 
 

@@ -773,6 +773,21 @@ def test_two_builders_at_once_share_the_work(open_cache, paths):
         assert_serves(cache, paths)
 
 
+@pytest.mark.parametrize("kept", [0, 3, 10])
+def test_images_beyond_the_limit_are_encoded_when_asked_for(open_cache, paths, tmp_path, caplog, kept):
+    encoder, row = Encoder(), 3 * 4 * 2
+    cache = open_cache(encode=encoder, limit=kept * row + row - 1)
+    assert len(encoder.encoded) == kept
+    assert (cache_folder(tmp_path) / "features.bin").stat().st_size == kept * row
+    assert ("beyond its limit" in caplog.text) == (kept < 10)
+    for _ in range(2):
+        assert torch.equal(cache.gather([9, 0, 4]), torch.stack([features_of(paths[i]).half() for i in (9, 0, 4)]))
+    assert len(encoder.encoded) == kept + {0: 6, 3: 4, 10: 0}[kept]
+    assert len(open_cache(encode=Encoder(), limit=0)) == 10  # what is there is used, whatever the limit
+    whole = open_cache(encode=encoder)
+    assert_serves(whole, paths)
+
+
 def test_disk_space_is_checked_before_encoding(open_cache, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10 * 3 * 4 * 2 - 1))

@@ -65,7 +65,9 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "microworld.scenes": {"runtime", "microworld.captions", "microworld.things"},
 }
 # Scripts are no libraries otherwise.
-MAY_USE_SCRIPTS = {name: {"evaluate"} for name in ("training", "scst", "p2_train", "p1_llava_caption", "bench.evaluate")}
+MAY_USE_SCRIPTS = {
+    name: {"evaluate"} for name in ("training", "scst", "p2_train", "p1_llava_caption", "bench.evaluate")
+}
 MAY_USE_ALL = {"report"}
 
 
