@@ -213,6 +213,8 @@ def test_bad_starts_are_refused_by_flag(begun, tmp_path, capsys):
     assert "gone.safetensors" in capsys.readouterr().err
     assert tune(tmp_path / "c", begun, "--lora-rank", "8") == 2
     assert "--lora-rank 8" in capsys.readouterr().err
+    assert tune(tmp_path / "e", begun, "--report-faithful", "--lora-alpha", "32") == 2
+    assert "preprocessing" in capsys.readouterr().err  # the weights are the same, what they are fed with is not
     assert tune(tmp_path / "d", begun, "--samples", "1") == 2
     assert "--samples 1" in capsys.readouterr().err
 
