@@ -66,6 +66,7 @@ HELP = {
     "samples": "captions drawn an image, scst",
     "temperature": "of the draw, scst",
     "clip_reward": "weight of CLIPScore in the reward, scst",
+    "xe_weight": "weight of cross-entropy beside the rewards, scst: holds captions near people's",
 }
 
 
