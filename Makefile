@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo blind settings ablation test lint clean
+.PHONY: demo blind settings ablation test faults lint clean
 
 $(STAMP): requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -29,6 +29,10 @@ settings ablation: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest
+
+# Kills, full disks, vanishing files and damaged ones, by the hundred; `make test` has a small form of it.
+faults: $(STAMP)
+	$(PY) -m pytest tests/faults -m faults
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

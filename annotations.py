@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from strictjson import read_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -44,6 +45,8 @@ def load_annotations(annotation_file: str | os.PathLike) -> Annotations:
     for record in _records(annotation_file, content, "annotations", {"image_id": int, "caption": str}):
         if record["image_id"] not in stems:
             raise ValueError(f"{annotation_file}: a caption belongs to no listed image: id {record['image_id']}")
+        if not isinstance(record.get("id", 0), int | str):
+            raise ValueError(f"{annotation_file}: a caption has the id {record['id']!r:.80}, which is no number")
         if record.get("id") in ids:
             raise ValueError(f"{annotation_file}: two captions have the id {record['id']}; remove the copy")
         ids |= {record["id"]} if "id" in record else set()
@@ -130,24 +133,10 @@ def find_images(annotations: Annotations, images_root: str | os.PathLike | None)
 
 
 def _load_object(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the JSON object in ``path``; a repeated key, which ``json`` would silently resolve, is an error."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
-    except ValueError as error:  # bad JSON, bad UTF-8, a repeated key
-        raise ValueError(f"{path}: {error}") from error
+    """Return the JSON object in ``path``."""
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold one JSON object, not a {type(content).__name__}")
-    return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} stands there twice")
     return content
 
 

@@ -8,7 +8,6 @@ an image follow one prefix, each seeing the prefix and itself, positions restart
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -19,11 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 import runtime
+from checkpoints import fingerprint, read_tensors, write_tensors
 from decoder import (
     Decoder,
     LoraConfig,
@@ -159,16 +157,6 @@ def preprocessing_by_name(encoder: str) -> dict[str, Any]:
     return {key: found[key] for key in PREPROCESSING}
 
 
-def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """Return a short hash of the names, shapes, types and values of a state dict."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        tensor = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 class Captioner(nn.Module):
     """Frozen encoder, trained projector, GPT-2 with LoRA.
 
@@ -280,29 +268,13 @@ class Captioner(nn.Module):
         return x, positions, (related & causal)[:, None]
 
     @torch.no_grad()
-    def step_function(
-        self, features: torch.Tensor, beam_size: int, max_new_tokens: int
-    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def step_function(self, features: torch.Tensor, beam_size: int, max_new_tokens: int) -> SharedPrefix:
         """Read the images (B, N, D) once and return the step function that ``search`` calls for each new token.
-
-        The cache holds the prefix once an image; beams lie behind it and see their own history by a mask.
 
         Raises:
             ValueError: prefix and caption do not fit into the decoder's context.
         """
-        count, room = self.n_prefix, self.decoder.config.n_positions - self.n_prefix
-        if max_new_tokens > room:
-            raise ValueError(f"--max-new-tokens {max_new_tokens}: behind {count} image tokens only {room} fit")
-        cache = self.decoder.new_cache(len(features), count + beam_size * max_new_tokens)
-        self.decoder(self.prefix(features), torch.arange(count), cache=cache)
-
-        def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-            position = torch.tensor([count + ancestors.shape[2] // tokens.shape[1] - 1])
-            mask = F.pad(ancestors, (count, 0), value=True)[:, None]  # (B, 1, K, P + slots)
-            hidden = self.decoder(self.decoder.embed(tokens), position, mask, cache)
-            return self.decoder.logits(hidden)
-
-        return step
+        return SharedPrefix(self.decoder, self.prefix(features), beam_size, max_new_tokens)
 
     @property
     def patch_columns(self) -> torch.Tensor:
@@ -356,9 +328,8 @@ class Captioner(nn.Module):
 
     def save_adapter(self, path: str | os.PathLike) -> None:
         """Write LoRA, projector and config to ``path`` (safetensors), atomically."""
-        state = {k: v.detach().float().cpu().contiguous() for k, v in self.adapter_state().items()}
-        with runtime.atomic_path(path) as temporary:
-            save_file(state, temporary, metadata={"captioner": json.dumps(asdict(self.config))})
+        state = {k: v.float() for k, v in self.adapter_state().items()}
+        write_tensors(path, state, {"captioner": json.dumps(asdict(self.config))})
 
     def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy an adapter's tensors; names and shapes must match exactly, or ValueError says which do not."""
@@ -372,6 +343,43 @@ class Captioner(nn.Module):
             raise ValueError(f"the adapter does not fit this captioner: {', '.join(sorted(wrong))}")
         load_lora_state_dict(self.decoder, _below(state, "decoder."))
         self.projector.load_state_dict(_below(state, "projector."))
+
+
+class SharedPrefix:
+    """The step function that ``search`` calls for each new token, over projected images that are read once.
+
+    The cache holds the prefix once an image; beams lie behind it and see their own history by a mask.
+
+    Args:
+        decoder: LoRA is best merged.
+        prefix: projected image tokens (B, P, C).
+        beam_size: live beams an image.
+        max_new_tokens: longest caption.
+
+    Raises:
+        ValueError: prefix and caption do not fit into the decoder's context.
+    """
+
+    @torch.no_grad()
+    def __init__(self, decoder: Decoder, prefix: torch.Tensor, beam_size: int, max_new_tokens: int) -> None:
+        self.decoder, self.count = decoder, prefix.shape[1]
+        room = decoder.config.n_positions - self.count
+        if max_new_tokens > room:
+            raise ValueError(f"--max-new-tokens {max_new_tokens}: behind {self.count} image tokens only {room} fit")
+        self.cache = decoder.new_cache(len(prefix), self.count + beam_size * max_new_tokens)
+        decoder(prefix, torch.arange(self.count), cache=self.cache)
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, K, V) behind the newest tokens (B, K), each of which sees its ancestors (B, K, n)."""
+        position = torch.tensor([self.count + ancestors.shape[2] // tokens.shape[1] - 1])
+        mask = F.pad(ancestors, (self.count, 0), value=True)[:, None]  # (B, 1, K, P + slots)
+        hidden = self.decoder(self.decoder.embed(tokens), position, mask, self.cache)
+        return self.decoder.logits(hidden)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these images alone, by place in the batch (n,)."""
+        self.cache.keep(rows)
 
 
 def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -388,11 +396,9 @@ def read_adapter(path: str | os.PathLike) -> tuple[CaptionerConfig, dict[str, to
     if not Path(path).is_file():
         raise FileNotFoundError(f"--adapter {path}: no such file; train one with p2_train.py, or name another")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"--adapter {path}: damaged or not a safetensors file ({error})") from error
+        state, metadata = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"--adapter {error}") from error
     if "captioner" not in metadata:
         raise ValueError(f"--adapter {path}: no adapter of this suite (its header holds no captioner config)")
     try:

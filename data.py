@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,12 +28,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from runtime import write_json, write_text
+from strictjson import read_json
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 END_OF_TEXT = "<|endoftext|>"  # GPT-2 begins and ends every text with it
 IGNORED = -100  # the label that torch's cross_entropy passes over
+MAX_IMAGE_BYTES = 512 * 2**20  # Pillow's limit on pixels leaves honest images below this
 NAMED = 5  # a message about many files or ids names so many of them
 
 
@@ -46,7 +49,8 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no image, or two images with one stem, which is what predictions are keyed by.
+        ValueError: it holds no image, two images with one stem, which is what predictions are keyed by, or a name that
+            is not valid Unicode.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -59,6 +63,9 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     )
     if not images:
         raise ValueError(f"{folder}: no image here; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    odd = [repr(path.name) for path in images if not _is_text(path.name)]
+    if odd:  # results are written as UTF-8, and would fail at the end of the work
+        raise ValueError(f"{folder}: names that are not valid Unicode: {_some(odd)}; rename them")
     _refuse_shared_stems(folder, images)
     return images
 
@@ -69,9 +76,13 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     Raises:
         OSError: the file is missing or must not be read.
         ValueError: the file is empty, truncated, damaged, no image, of a kind without a plain meaning in 8 bits
-            (floating point), or so large that Pillow takes it for a decompression bomb.
+            (floating point), or so large that Pillow takes it for a decompression bomb; or no plain file.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():  # a named pipe would be waited for, for ever
+        raise ValueError(f"{path}: not a plain file; replace it or take it out")
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_IMAGE_BYTES / 1e6:.0f} MB; scale it down or take it out")
     encoded = path.read_bytes()  # apart from decoding: a missing file is no damaged one
     try:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -139,7 +150,7 @@ def load_annotations(annotation_file: str | os.PathLike, images_root: str | os.P
             images with one stem, an image without captions, or an empty caption.
     """
     file = Path(annotation_file)
-    content = _read_json(file)
+    content = read_json(file)
     images = _records(file, content, "images", {"id": int, "file_name": str})
     annotations = _records(file, content, "annotations", {"image_id": int, "caption": str})
     root = Path() if images_root is None else Path(images_root)
@@ -167,15 +178,6 @@ def load_split(data_dir: str | os.PathLike, split: str) -> list[Sample]:
             f"{file}: no such file; `bash hw3_download.sh data` makes hw3_data, `python -m microworld.scenes` others"
         )
     return load_annotations(file, Path(data_dir) / "images" / split)
-
-
-def _read_json(file: Path) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))  # Windows editors put a byte-order mark first
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise ValueError(f"{file}: not a JSON file ({error}); was the download cut off?") from error
 
 
 def _records(file: Path, content: Any, name: str, kinds: dict[str, type]) -> list[dict[str, Any]]:
@@ -318,7 +320,7 @@ def _byte_level(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
 
 
 def _read_vocab(file: Path) -> dict[str, int]:
-    vocab = _read_json(file)
+    vocab = read_json(file)
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
     if not ids or not all(map(_is_int, ids)) or sorted(ids) != list(range(len(ids))):
         raise ValueError(f"{file}: not a vocabulary; expected one object of tokens with the ids 0 to its size less 1")
@@ -509,10 +511,10 @@ class FeatureCache:
     """Encoder tokens of a list of images, computed once, then memory-mapped.
 
     One folder per key holds ``features.bin`` (rows of N x D numbers), ``rows.sha256`` (line i: digest of the image
-    file that row i was made from) and ``key.json``. Rows are found by the *content* of image files, so a changed
-    image is encoded anew, a renamed or copied one is not, and splits share a folder. A row is listed only after it
-    is on disk, so a killed build goes on where it stopped. One process builds at a time (a POSIX file lock); another
-    one waits, then finds the rows.
+    file that row i was made from, and the row's CRC-32, checked whenever a cache is opened) and ``key.json``. Rows are
+    found by the *content* of image files, so a changed image is encoded anew, a renamed or copied one is not, and
+    splits share a folder. A row is listed only after it is on disk, so a killed build goes on where it stopped. One
+    process builds at a time (a POSIX file lock); another one waits, then finds the rows.
     """
 
     def __init__(self, file: Path, rows: np.ndarray, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -554,7 +556,7 @@ class FeatureCache:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
         row_bytes = int(np.prod(shape)) * _numpy_dtype(dtype).itemsize
-        identity = {"key": key, "shape": list(shape), "dtype": str(dtype), "format": 1}
+        identity = {"key": key, "shape": list(shape), "dtype": str(dtype), "format": 2}
         folder = Path(root) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
         with _locked(folder):
@@ -565,7 +567,9 @@ class FeatureCache:
                 features = _encode_checked(encode, [path for _, path in batch], shape, dtype)
                 # Order matters: a row that is listed must be on disk, whenever the process dies.
                 _append(folder / "features.bin", features.numpy().tobytes())
-                _append(folder / "rows.sha256", "".join(f"{digest}\n" for digest, _ in batch).encode())
+                checks = [zlib.crc32(row) for row in features.numpy()]
+                lines = [f"{digest} {check:08x}\n" for (digest, _), check in zip(batch, checks, strict=True)]
+                _append(folder / "rows.sha256", "".join(lines).encode())
                 row_of.update({digest: len(row_of) + i for i, (digest, _) in enumerate(batch)})
         return cls(folder / "features.bin", np.array([row_of[digest] for digest in digests]), tuple(shape), dtype)
 
@@ -613,16 +617,17 @@ def _recover_rows(folder: Path, identity: dict[str, Any], row_bytes: int) -> dic
     if not features.exists() and not listing.exists():
         return _new_cache(folder, identity)
     try:
-        stale = _read_json(key_file) != identity
+        stale = read_json(key_file) != identity
     except (FileNotFoundError, ValueError):
         stale = True
     if stale:
         logger.warning("feature cache %s is stale: its key.json is not this encoder's; building it anew", folder)
         return _new_cache(folder, identity)
     lines = listing.read_bytes().split(b"\n")[:-1] if listing.exists() else []  # a torn last line has no newline
-    row_of = {line.decode("ascii", "replace"): row for row, line in enumerate(lines)}
+    parts = [re.fullmatch("([0-9a-f]{64}) ([0-9a-f]{8})", line.decode("ascii", "replace")) for line in lines]
+    row_of = {part[1]: row for row, part in enumerate(parts) if part}
     size, expected = features.stat().st_size if features.exists() else -1, len(lines) * row_bytes
-    if size < expected or len(row_of) < len(lines) or not all(re.fullmatch("[0-9a-f]{64}", d) for d in row_of):
+    if size < expected or len(row_of) < len(lines) or not _rows_are_whole(features, row_bytes, parts):
         logger.warning("feature cache %s is damaged (%d bytes for %d rows); building it anew", folder, size, len(lines))
         return _new_cache(folder, identity)
     if size > expected:
@@ -631,6 +636,11 @@ def _recover_rows(folder: Path, identity: dict[str, Any], row_bytes: int) -> dic
     if listing.exists():
         os.truncate(listing, sum(len(line) + 1 for line in lines))
     return row_of
+
+
+def _rows_are_whole(features: Path, row_bytes: int, parts: list[re.Match]) -> bool:
+    with features.open("rb") as file:
+        return all(zlib.crc32(file.read(row_bytes)) == int(part[2], 16) for part in parts)
 
 
 def _new_cache(folder: Path, identity: dict[str, Any]) -> dict[str, int]:

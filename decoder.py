@@ -196,6 +196,13 @@ class KVCache:
         self.values[layer][:, :, self.length : end] = v.detach()
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows (n,) alone; they move to the front of the same memory, and only what is filled."""
+        for buffers in (self.keys, self.values):
+            for layer, buffer in enumerate(buffers):
+                buffer[: len(rows), :, : self.length] = buffer[rows, :, : self.length]
+                buffers[layer] = buffer[: len(rows)]
+
 
 class Attention(nn.Module):
     """Multi-head self-attention."""

@@ -30,7 +30,8 @@ from captioner import Captioner
 from llava import Llava
 
 GENERIC = "A picture."  # what every image is: the attention of its words says what is looked at in any case
-DEFAULTS = {  # what --grounding found best on 1,500 scenes of the split `train`; the README reports the split `val`
+# What --grounding found best on scenes of the split `train` (p1: 500, p2: 1,500); the README reports the split `val`.
+DEFAULTS = {
     "p1": Look("grad", "all", "mean", "predict"),
     "p2": Look("raw", "all", "mean", "predict"),
 }

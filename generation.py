@@ -11,12 +11,25 @@ import data
 import search
 from captioner import Captioner
 from decoder import Decoder
+from packing import prepare_decoder, prepare_linears
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context for ``fp32``, ``bf16``, or ``auto``, which is bf16 on CUDA and fp32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=product_dtype(device, precision) == torch.bfloat16)
+
+
+def product_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Return the type that matrix products have under ``autocast(device, precision)``."""
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def prepare(captioner: Captioner, precision: str) -> None:
+    """Make the weights of a merged captioner ready for inference under ``autocast``, in place and for good."""
+    dtype = product_dtype(captioner.device, precision)
+    prepare_linears(captioner.encoder, dtype)
+    prepare_decoder(captioner.decoder, dtype)
 
 
 def read_pixels(transform: Callable, paths: Sequence[Path]) -> torch.Tensor:
@@ -55,7 +68,9 @@ def caption_features(
     if beam_size == 1:
         found = search.greedy(step, len(features), eos, eos, max_new_tokens, device)
     else:
-        found = search.beam_search(step, len(features), eos, eos, beam_size, max_new_tokens, length_penalty, device)
+        found = search.beam_search(
+            step, len(features), eos, eos, beam_size, max_new_tokens, length_penalty, device, read_on.keep
+        )
     return [tokenizer.decode(tokens) for tokens in found.tokens]
 
 

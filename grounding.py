@@ -7,7 +7,6 @@ micro world writes them) or is found by the name of the boxes' category (COCO in
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 import data
 from attention import Look, Window, cell_centres
 from explain import Explainer, read
+from strictjson import read_json
 
 THRESHOLDS = np.arange(0.05, 1.0, 0.05)  # of a map's maximum
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels, as COCO has it
@@ -59,7 +59,7 @@ def load_samples(annotations: Path, images: Path, boxes: Path | None = None) -> 
     content = _read(annotations)
     names = {image["id"]: image for image in content["images"]}
     by_image: dict[Any, list[tuple[str, tuple[Mention, ...]]]] = {}
-    find = _own_mentions(content) if boxes is None else _category_mentions(_read(boxes))
+    find = _own_mentions(annotations, content) if boxes is None else _category_mentions(_read(boxes, captions=False))
     for record in content["annotations"]:
         if record["image_id"] in names:
             mentions = find(record)
@@ -76,29 +76,56 @@ def load_samples(annotations: Path, images: Path, boxes: Path | None = None) -> 
     return samples
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+def _read(path: Path, captions: bool = True) -> dict[str, Any]:
+    """Return COCO's captions or instances, with every field that is read below checked for its type."""
+    content = read_json(path)
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path}: needs a list {key!r}, as COCO has it")
+    needed = {"annotations": {"image_id": int} | ({"caption": str} if captions else {"category_id": int, "bbox": list})}
+    if captions:
+        needed |= {"images": {"id": int, "file_name": str}, "objects": {"id": int, "image_id": int, "bbox": list}}
+    else:
+        needed |= {"categories": {"id": int, "name": str}}
+    for name, kinds in needed.items():
+        for number, record in enumerate(_list(path, content, name)):
+            for key, kind in kinds.items():
+                value = record.get(key) if isinstance(record, dict) else None
+                if not isinstance(value, kind) or (key == "bbox" and not _is_box(value)):
+                    wanted = "four numbers" if key == "bbox" else kind.__name__
+                    raise ValueError(f"{path}: {name}[{number}] needs {key!r} as {wanted}, not {value!r:.80}")
     return content
 
 
-def _own_mentions(content: dict[str, Any]) -> Any:
+def _list(path: Path, content: dict[str, Any], name: str) -> list[Any]:
+    value = content.get(name, [])
+    if not isinstance(value, list):
+        raise ValueError(f"{path}: {name!r} must be a list, not a {type(value).__name__}")
+    return value
+
+
+def _is_box(value: list[Any]) -> bool:
+    return len(value) == 4 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+
+
+def _own_mentions(path: Path, content: dict[str, Any]) -> Any:
     """Return a function of a caption record: its mentions of nouns, from the annotations themselves."""
     boxes = {(o["image_id"], o["id"]): tuple(o["bbox"]) for o in content.get("objects", [])}
 
     def find(record: dict[str, Any]) -> tuple[Mention, ...]:
-        return tuple(
-            Mention(m["word"], tuple(boxes[record["image_id"], thing] for thing in m["objects"]))
-            for m in record.get("mentions", [])
-            if m["role"] == "noun"
-        )
+        words, where = len(record["caption"].split()), f"{path}: a caption of image {record['image_id']}"
+        try:
+            found = tuple(
+                Mention(m["word"], tuple(boxes[record["image_id"], thing] for thing in m["objects"]))
+                for m in record.get("mentions", [])
+                if m["role"] == "noun"
+            )
+            if all(m.boxes and 0 <= m.word < words for m in found):
+                return found
+        except (KeyError, TypeError) as error:  # of strangers' files: a field is missing, or of another type
+            raise ValueError(f"{where} has mentions of another form; each needs word, role and objects of its "
+                             "image") from error  # fmt: skip
+        raise ValueError(f"{where} mentions a word that it lacks, or no object")
 
     return find
 
@@ -126,7 +153,7 @@ def _category_mentions(content: dict[str, Any]) -> Any:
 
 def _check_boxes(path: Path, image: dict[str, Any], mentions: Sequence[Mention]) -> None:
     width, height = image.get("width"), image.get("height")
-    if width is None or height is None:
+    if not isinstance(width, int) or not isinstance(height, int):
         return  # COCO gives them; without, the boxes are taken at their word
     for mention in mentions:
         for x, y, w, h in mention.boxes:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import importlib.util
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,7 +231,10 @@ def load_llava(
             processor = transformers.AutoProcessor.from_pretrained(model, revision=revision)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"--model {model} does not fit into the memory of {device}: use --load-in-4bit") from error
-        except (OSError, ValueError, RuntimeError, KeyError, *_safetensors_errors()) as error:
+        except pickle.UnpicklingError as error:  # torch's own message says how to run its code
+            raise ValueError(f"--model {model}: its weights are a damaged pickle, or one that wants to run code, which "
+                             "is never done; take safetensors instead") from error  # fmt: skip
+        except (OSError, EOFError, ValueError, RuntimeError, KeyError, *_safetensors_errors()) as error:
             raise ValueError(f"--model {model}: {_one_line(error)}; {_remedy(model)}") from error
     absent = sorted(info["missing_keys"]) + sorted(str(m) for m in info["mismatched_keys"])
     if absent:  # transformers would go on with random numbers there

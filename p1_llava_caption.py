@@ -13,7 +13,7 @@ from typing import Any
 import evaluate
 import runtime
 from data import list_images, load_image
-from inference import PredictionLog, caption_images
+from inference import PredictionLog, caption_images, find_workers
 from llava import DTYPES, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
 from profiles import PROFILES
 
@@ -70,7 +70,7 @@ def open_job(prompt: str, out: Path, args: argparse.Namespace) -> Job:
         "prompt": prompt,
         **{name: getattr(args, name) for name in ("revision", "num_beams", "max_new_tokens", "dtype", "load_in_4bit")},
     }
-    return Job(prompt, PredictionLog(out, run, args.overwrite))
+    return Job(prompt, PredictionLog(out, run, args.overwrite, find_workers()))
 
 
 def run_job(model: Llava, job: Job, paths: list[Path], args: argparse.Namespace) -> None:
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         for job in jobs.values():
             run_job(model, job, paths, args)
         captions = {name: job.log.finish(paths) for name, job in jobs.items()}
-    if args.compare:
+    if args.compare and find_workers().rank == 0:
         scores, table = compare(captions, args)
         runtime.write_json(args.out, scores)
         print(table)

@@ -14,7 +14,7 @@ import data
 import generation
 import runtime
 from captioner import Captioner, load_captioner
-from inference import PredictionLog, caption_images
+from inference import PredictionLog, caption_images, find_workers
 from profiles import PROFILES
 
 
@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     fallback = PROFILES[args.profile].encoder_weights
     captioner = load_captioner(args.adapter, args.decoder, args.encoder_weights, device, fallback)
     generation.check_vocabulary(tokenizer, captioner.decoder)
-    with PredictionLog(args.out, describe_run(args), overwrite=True) as log_file:
+    generation.prepare(captioner, args.precision)
+    with PredictionLog(args.out, describe_run(args), overwrite=True, workers=find_workers()) as log_file:
         caption = caption_function(captioner, tokenizer, args)
         caption_images(log_file, paths, captioner.transform, caption, args.batch_size)
         captions = log_file.finish(paths)

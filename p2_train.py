@@ -9,15 +9,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from argparse import BooleanOptionalAction
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from safetensors.torch import save_file
 
+import checkpoints
 import data
 import evaluate
 import generation
@@ -27,10 +30,13 @@ from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_stat
 from initial import adopted, start_from
 from profiles import PROFILES, downloaded_encoder
 from scst import ScstTrainer
+from strictjson import read_json
 from training import CHOICES, SCST_NUMBERS, SETTINGS, Split, TrainConfig, Trainer
 
 log = logging.getLogger(__name__)
 
+FILES_OF_WEIGHTS = 11  # best, last, and weights with two moments in each of three states, one of them being written
+FREE = ("train.log_every", "train.save_every", "train.max_skipped")  # a resumed run may have other values of these
 HELP = {
     "epochs": "passes over the training images",
     "batch_size": "images a batch; all their captions go with them",
@@ -57,6 +63,8 @@ HELP = {
     "beam_size": "beams in validation",
     "max_new_tokens": "longest caption in validation",
     "log_every": "steps between lines of metrics.jsonl",
+    "save_every": "steps between states for --resume, beside one an epoch: what a kill costs at most",
+    "max_skipped": "end the run when so many steps in a row had no finite loss and gradient",
     "rank_stabilized": "scale LoRA by alpha / sqrt(rank) instead of alpha / rank",
     "encoder_layer": "layer that feeds the projector, from the end: -1 is the last, -2 the one before",
     "projector_epochs": "first epochs that train the projector alone",
@@ -83,7 +91,7 @@ def build_parser() -> Any:
     parser.add_argument("--setting", choices=list(SETTINGS), default="best", help="whose numbers the flags change")
     parser.add_argument("--data", type=Path, help="folder with train.json, val.json, images/train, images/val")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/SETTING)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last whole epoch in the run folder")
+    parser.add_argument("--resume", action="store_true", help="go on from the last state in the run folder")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
     parser.add_argument("--encoder", help="timm ViT (default: the profile's)")
     parser.add_argument("--encoder-weights", help="local file of its weights (default: the profile's)")
@@ -171,7 +179,7 @@ def describe_run(args: Any, config: TrainConfig, captioner: Captioner, trainable
     """Return what config.json keeps: settings, captioner, versions, command and git revision."""
     packages = ("torch", "timm", "loralib", "tokenizers", "pycocoevalcap")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False)
+    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
     return {
         "setting": args.setting,
         "profile": args.profile,
@@ -185,7 +193,7 @@ def describe_run(args: Any, config: TrainConfig, captioner: Captioner, trainable
         "report_faithful": args.report_faithful,
         "device": str(captioner.device),
         "command": sys.argv,
-        "git": revision.stdout.strip() or None,
+        "git": revision.strip() or None,
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
@@ -195,10 +203,11 @@ def check_resumed_config(out: Path, described: dict[str, Any]) -> None:
     path = out / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"--resume: {path} does not exist; start without --resume")
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     now = json.loads(json.dumps(described))
     parts = ("train", "captioner")
     changed = [f"{part}.{k}" for part in parts for k in now[part] if now[part][k] != before[part].get(k)]
+    changed = [name for name in changed if name not in FREE]
     changed += [k for k in ("shuffled_captions", "data") if now[k] != before.get(k)]
     if changed:
         raise ValueError(f"--resume: {out} was begun with other values of {', '.join(changed)}")
@@ -238,29 +247,39 @@ def make_trainer(args: Any, captioner: Captioner, tokenizer: data.Tokenizer, tra
 
 
 
-def claim(out: Path, resume: bool) -> None:
-    """Make the run folder; never write over a finished run without being asked to go on."""
-    if not resume and (out / "training_state.pt").exists():
+def claim(out: Path, resume: bool) -> IO[bytes]:
+    """Make and lock the run folder; never write over a run without being asked to go on. Returns the lock."""
+    if resume and not checkpoints.has_state(out):
+        raise FileNotFoundError(f"--resume: {out} holds no state of a run; start without --resume")
+    if not resume and checkpoints.has_state(out):
         raise ValueError(f"--out {out}: holds a run already; add --resume, name another folder, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
+    lock = checkpoints.lock_folder(out)
     if not resume:
-        (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was stopped before its first whole epoch
+        (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was stopped before its first state
+    return lock
 
 
 @runtime.command
 def main(argv: list[str] | None = None) -> int:
-    """Train; return 0."""
+    """Train; return 0, or 4 (``STOPPED``) where SIGTERM or SIGINT ended the run behind a step and --resume goes on."""
     args = build_parser().parse_args(argv)
     runtime.setup_logging(args.verbose)
     config = resolve_config(args)
     device = runtime.pick_device(args.device)
     out = args.out or Path("runs") / args.setting
-    claim(out, args.resume)
+    lock = claim(out, args.resume)
+    with lock:
+        return run(args, config, device, out)
+
+
+def run(args: Any, config: TrainConfig, device: torch.device, out: Path) -> int:
+    """Build, train and say what came of it; return the exit code."""
     runtime.seed_everything(config.seed)
     tokenizer = data.Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
     captioner = make_captioner(args, config, out).to(device)
     generation.check_vocabulary(tokenizer, captioner.decoder)
     trainable = check_trainable(captioner, config.max_trainable)
+    checkpoints.check_room(out, FILES_OF_WEIGHTS * 4 * trainable)
     described = describe_run(args, config, captioner, trainable)
     if args.resume:
         check_resumed_config(out, described)
@@ -275,6 +294,9 @@ def main(argv: list[str] | None = None) -> int:
     if record:
         shown = {k: round(v, 4) for k, v in record.items() if isinstance(v, float)}
         print(f"{out / 'best.safetensors'}: {shown}")
+    if not trainer.finished:
+        print(f"stopped behind step {trainer.step} of {trainer.steps}; the same command with --resume goes on")
+        return runtime.STOPPED
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,6 +42,7 @@ from explain import (
 )
 from llava import DTYPES, PROMPTS, check_prompt, load_llava, pick_dtype
 from profiles import PROFILES
+from strictjson import read_json
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def load_explainer(args: argparse.Namespace, device: torch.device) -> Explainer:
 def explain_images(
     explainer: Explainer, paths: Sequence[Path], args: argparse.Namespace
 ) -> Iterator[tuple[Explained, Reading]]:
-    """Caption and explain image after image; one that cannot be read is named and left out."""
+    """Caption and explain image after image; one without a picture or without a caption is named and left out."""
     look = chosen_look(args)
     for path in tqdm(paths, "explain", disable=None):
         try:
@@ -146,6 +146,9 @@ def explain_images(
             continue
         inputs = explainer.prepare(image)
         tokens = explainer.caption([inputs])[0] if args.caption is None else explainer.tokens(args.caption)
+        if not explainer.text(tokens).strip():
+            log.error("not explained: %s: the model's caption is empty", path)
+            continue
         looks = shown_looks(look, explainer.n_layer) if args.html else [look]
         reading = read(explainer, inputs, tokens, looks, args.relative_to)
         yield explain(explainer, path, image, reading, looks), reading
@@ -206,6 +209,8 @@ def run_best_worst(explainer: Explainer, paths: list[Path], args: argparse.Names
         row = scores[stem]
         pairs.append((title, by_stem[stem], row["caption"], references.get(stem, []), row["CLIPScore"]))
         print(f"{title}: {by_stem[stem].name}  CLIPScore {row['CLIPScore']}  {row['caption']}")
+        if not row["caption"].strip():
+            continue  # nothing to explain; the pair is drawn all the same
         image = data.load_image(by_stem[stem])
         look = chosen_look(args)
         inputs = explainer.prepare(image)
@@ -222,14 +227,20 @@ def read_per_image(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"--best-worst {path}: no such file; write it with evaluate.py --per-image")
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
+        scores = read_json(path)
     except ValueError as error:
         raise ValueError(f"--best-worst {path}: {error}") from error
     rows = scores.values() if isinstance(scores, dict) else []
-    if not rows or not all(isinstance(r, dict) and {"CLIPScore", "caption"} <= r.keys() for r in rows):
+    if not rows or not all(map(_is_scored, rows)):
         raise ValueError(f"--best-worst {path}: needs CLIPScore and caption of every image, as evaluate.py --per-image "
                          "OUT.json writes them")  # fmt: skip
     return scores
+
+
+def _is_scored(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("caption"), str) or not row["caption"].strip():
+        return False
+    return isinstance(row.get("CLIPScore"), int | float)
 
 
 # --- grounding ------------------------------------------------------------------------------------------------------

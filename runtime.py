@@ -23,6 +23,7 @@ import torch
 
 BAD_INPUT = 2  # exit code for wrong files, flags or data
 PARTIAL = 3  # exit code when a part of the work could not be done, and the rest was
+STOPPED = 4  # exit code when SIGTERM or SIGINT ended a training run early and all of it was kept: --resume goes on
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
@@ -34,7 +35,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            rank = os.environ.get("LOCAL_RANK")  # which of several processes on this machine, where it was launched so
+            return torch.device("cuda" if rank is None else f"cuda:{rank}")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -146,10 +146,14 @@ class ScstTrainer(Trainer):
         return super().run()
 
     def train_epoch(self, bar: Any) -> float:
-        """Train one epoch and return its mean loss; a resumed run draws what an unbroken one draws."""
-        self.generator.manual_seed(self.config.seed * 1000 + self.epoch)
+        """Train one epoch and return its mean loss."""
         self.rewards = []
         return super().train_epoch(bar)
+
+    def train_step(self, batches: list[list[int]]) -> float:
+        """Take one optimiser step; what it draws depends on its number alone, so a resumed run draws the same."""
+        self.generator.manual_seed(self.config.seed * 1_000_000 + self.step)
+        return super().train_step(batches)
 
     def batch_loss(self, indices: list[int]) -> torch.Tensor:
         """Draw, reward, and return the loss of one batch of images."""

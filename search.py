@@ -12,18 +12,20 @@ attention mask. No cache is ever reordered or copied. The first call feeds K equ
 itself alone; only the first of these beams counts, which keeps the layout regular. Greedy search and sampling are the
 case K = 1, where every slot is an ancestor.
 
-An image that is done is fed on until all are; what the model says of it is ignored.
+An image that is done is fed on until all are, and what the model says of it is ignored; but a beam search leaves done
+images out of its batch where it is told how (``keep``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+LEAVING = 0.25  # share of a batch that must be done before it leaves: moving the others costs about one step's reading
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def beam_search(
     max_new_tokens: int = 30,
     length_penalty: float = 1.0,
     device: torch.device | str | None = None,
+    keep: Callable[[torch.Tensor], None] | None = None,
 ) -> SearchResult:
     """Keep the ``beam_size`` best unfinished captions at each step; return the best finished one of each image.
 
@@ -125,6 +128,8 @@ def beam_search(
         max_new_tokens: longest caption, EOS included; what still lives then counts as finished.
         length_penalty: exponent of the length that divides a sum of log-probabilities; higher favours longer captions.
         device: where the tokens lie.
+        keep: called with places in the batch, long (n,), when a quarter of its images are done: from then on ``step``
+            gets these n images alone, in this order. Without it the batch stays whole.
 
     Raises:
         ValueError: sizes below 1, or logits that are not numbers.
@@ -137,9 +142,12 @@ def beam_search(
         log_probs = _log_probs(step(beams.tokens, beams.ancestors))  # (B, K, V)
         broken = _broken_rows(log_probs) & beams.open  # (B,)
         beams.advance(log_probs, length, length_penalty)
-        if _finished(broken, ~beams.open, length):
+        left = _still_open(broken, ~beams.open, length, beams.images)
+        if not left:
             break
-    return SearchResult(_cut(beams.done_tokens[:, 0], eos), beams.done_scores[:, 0].tolist())
+        if keep is not None and left <= (1 - LEAVING) * len(beams.images):
+            keep(beams.leave())
+    return beams.result()
 
 
 class _Beams:
@@ -158,6 +166,8 @@ class _Beams:
         self.done_tokens = self.live
         self.done_scores = torch.full((batch, k), -math.inf, device=device)  # -inf: no caption in this place yet
         self.open = torch.ones(batch, dtype=torch.bool, device=device)  # (B,) may still find a better caption
+        self.images = list(range(batch))  # which images the rows of all these are
+        self.found: dict[int, tuple[list[int], float]] = {}  # tokens and score of the images that have left
 
     def advance(self, log_probs: torch.Tensor, length: int, length_penalty: float) -> None:
         """Grow all beams by one token, to ``length``; log_probs (B, K, V) are float32."""
@@ -182,6 +192,26 @@ class _Beams:
         history = _pick(self.ancestors, parents.gather(1, kept))  # (B, K, n)
         self.ancestors = torch.cat((history, self.own_slot), -1)  # (B, K, n + K)
         self.open = self.open & (self.scores[:, 0] / scale > self.done_scores[:, -1])
+
+    def leave(self) -> torch.Tensor:
+        """Take the images that are done out of the batch; return the places of the others, (n,)."""
+        self._collect(~self.open)
+        rows = self.open.nonzero().flatten()
+        for name in ("own_slot", "tokens", "ancestors", "scores", "live", "done_tokens", "done_scores", "open"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.images = [self.images[row] for row in rows.tolist()]
+        return rows
+
+    def result(self) -> SearchResult:
+        """Return the best caption of every image, those that have left included."""
+        self._collect(torch.ones_like(self.open))
+        tokens, scores = zip(*(self.found[image] for image in sorted(self.found)), strict=True)
+        return SearchResult(list(tokens), list(scores))
+
+    def _collect(self, chosen: torch.Tensor) -> None:
+        images = [self.images[row] for row in chosen.nonzero().flatten().tolist()]
+        captions = _cut(self.done_tokens[chosen, 0], self.eos)
+        self.found.update(zip(images, zip(captions, self.done_scores[chosen, 0].tolist(), strict=True), strict=True))
 
 
 def _single_path(
@@ -210,7 +240,7 @@ def _single_path(
         history.append(newest)
         broken = broken & ~done
         done = done | (newest == eos)
-        if _finished(broken, done, length):
+        if not _still_open(broken, done, length, range(batch_size)):
             break
     return SearchResult(_cut(torch.stack(history, 1), eos), (sums / lengths).tolist())
 
@@ -244,16 +274,16 @@ def _broken_rows(log_probs: torch.Tensor) -> torch.Tensor:
     return log_probs.amax((1, 2)).isnan()
 
 
-def _finished(broken: torch.Tensor, done: torch.Tensor, length: int) -> bool:
-    """Whether all images are done. The only wait for the device in a step, so it also looks for broken images."""
-    any_broken, all_done = torch.stack((broken.any(), done.all())).tolist()
+def _still_open(broken: torch.Tensor, done: torch.Tensor, length: int, images: Sequence[int]) -> int:
+    """How many images are not done. The only wait for the device in a step, so it also looks for broken images."""
+    any_broken, left = torch.stack((broken.any(), (~done).sum())).tolist()
     if any_broken:
-        rows = broken.nonzero().flatten().tolist()
+        rows = [images[row] for row in broken.nonzero().flatten().tolist()]
         raise ValueError(
             f"the model's logits are NaN or infinite at token {length} of image rows {rows}; "
             "check the weights and the image features, or decode in float32"
         )
-    return all_done
+    return left
 
 
 def _pick(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import pickle
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import data
 import evaluate
 import generation
@@ -55,6 +56,8 @@ class TrainConfig:
     beam_size: int = 5
     max_new_tokens: int = 30
     log_every: int = 10  # steps
+    save_every: int = 200  # steps; what a kill costs at most
+    max_skipped: int = 10  # steps in a row without a finite loss and gradient
     rank_stabilized: bool = False  # scale LoRA by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732)
     encoder_layer: int = -1  # that feeds the projector; -2 is the second to last
     projector_epochs: int = 0  # first epochs that train the projector alone
@@ -67,7 +70,8 @@ class TrainConfig:
     xe_weight: float = 0.0  # of cross-entropy beside the rewards, scst
 
     def __post_init__(self) -> None:
-        at_least_one = ("epochs", "batch_size", "accumulate", "beam_size", "max_new_tokens", "val_images", "log_every")
+        at_least_one = ("epochs", "batch_size", "accumulate", "beam_size", "max_new_tokens", "val_images", "log_every",
+                        "save_every", "max_skipped")  # fmt: skip
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
@@ -170,7 +174,8 @@ class Split:
 class Trainer:
     """Trains one captioner on one split, validates it on another, and keeps the run folder."""
 
-    KEPT = ("epoch", "step", "best", "criterion", "stale")  # what a resumed run takes over beside adapter and optimiser
+    # What a resumed run takes over beside adapter, optimiser and random state.
+    KEPT = ("epoch", "position", "step", "losses", "skipped", "skipped_in_a_row", "best", "criterion", "stale")
 
     def __init__(self, captioner: Captioner, tokenizer: data.Tokenizer, train: Split, val: Split,
                  config: TrainConfig, out: Path) -> None:  # fmt: skip
@@ -183,27 +188,41 @@ class Trainer:
         self.steps_per_epoch = math.ceil(per_epoch / config.accumulate)
         self.steps = self.steps_per_epoch * config.epochs
         self.epoch, self.step, self.best, self.criterion = 0, 0, -math.inf, ""
+        self.position, self.losses = 0, []  # steps taken of this epoch, and their losses
+        self.skipped, self.skipped_in_a_row = 0, 0
+        self.random_state: dict[str, torch.Tensor] = {}  # of a state taken up in the middle of an epoch
+        self.stop = checkpoints.StopSignals()
         self.stale = 0  # epochs since the best one
         self.started = time.time()
 
     def run(self) -> dict[str, Any]:
-        """Train what is left of the epochs and return the last line of metrics."""
-        self.sanity_check()
+        """Train what is left of the epochs, or until a signal asks to stop; return the last line of metrics.
+
+        Raises:
+            ValueError: memory ran out, or too many steps in a row had no finite loss and gradient.
+        """
         record: dict[str, Any] = {}
-        with tqdm(total=self.steps, initial=self.step, desc="train", disable=not sys.stderr.isatty()) as bar:
-            while self.epoch < self.config.epochs and not self.stopped:
-                loss = self.train_epoch(bar)
-                self.epoch += 1
-                record = {"kind": "epoch", "epoch": self.epoch, "step": self.step, "train_loss": loss}
-                record |= self.validate()
-                self.keep(record)
-        if self.stopped:
+        bar = tqdm(total=self.steps, initial=self.step, desc="train", disable=not sys.stderr.isatty())
+        try:
+            self.sanity_check()
+            with bar, self.stop:
+                while not self.finished and not self.stop.requested:
+                    loss = self.train_epoch(bar)
+                    if self.position < self.steps_per_epoch:  # stopped
+                        break
+                    self.epoch, self.position, self.losses = self.epoch + 1, 0, []
+                    record = {"kind": "epoch", "epoch": self.epoch, "step": self.step, "train_loss": loss}
+                    record |= self.validate()
+                    self.keep(record)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(memory_advice(self.config, self.device)) from error
+        if self.out_of_patience:
             log.info("stopped after epoch %d: none of the last %d was better", self.epoch, self.stale)
             self.write_metrics({"kind": "stopped", "epoch": self.epoch, "step": self.step})
-        return self.average() or record
+        return (self.average() if self.finished else None) or record
 
     @property
-    def stopped(self) -> bool:
+    def out_of_patience(self) -> bool:
         """Whether ``patience`` is at its end."""
         return 0 < self.config.patience <= self.stale
 
@@ -228,6 +247,11 @@ class Trainer:
             path.unlink()
         return record
 
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or patience is; False behind ``run`` means that a signal stopped it."""
+        return self.epoch >= self.config.epochs or self.out_of_patience
+
     def sanity_check(self) -> None:
         """Take two validation batches through loss and search: a bad path fails in seconds, not after an epoch."""
         self.captioner.eval()
@@ -242,43 +266,70 @@ class Trainer:
         yield from data.length_grouped_batches(self.dataset.lengths(), config.batch_size, config.seed, self.epoch)
 
     def train_epoch(self, bar: Any) -> float:
-        """Train one epoch and return its mean loss."""
-        config, losses = self.config, []
-        torch.manual_seed(config.seed * 1000 + self.epoch)  # dropout: a resumed run draws what an unbroken one draws
+        """Train what is left of an epoch, or until a signal asks to stop, and return its mean loss."""
+        config = self.config
+        if self.random_state:
+            self.restore_random_state()
+        else:
+            torch.manual_seed(config.seed * 1000 + self.epoch)
         self.captioner.train()
         batches = list(self.batches())
-        for start in range(0, len(batches), config.accumulate):
-            loss = self.train_step(batches[start : start + config.accumulate])
-            losses.append(loss)
+        groups = [batches[start : start + config.accumulate] for start in range(0, len(batches), config.accumulate)]
+        for group in groups[self.position :]:
+            loss = self.train_step(group)
+            self.position += 1
+            self.count(loss)
             bar.update()
             bar.set_postfix(epoch=self.epoch + 1, loss=f"{loss:.3f}")
-            if self.step % config.log_every == 0 or self.step == 1:
+            if math.isfinite(loss) and (self.step % config.log_every == 0 or self.step == 1):
                 lr = self.optimizer.param_groups[0]["lr"]
                 self.write_metrics({"kind": "step", "step": self.step, "loss": loss, "lr": lr})
-        return sum(losses) / len(losses)
+            if self.stop.requested or self.step % config.save_every == 0:
+                self.save_state()
+            if self.stop.requested:
+                break
+        if not self.losses and not self.stop.requested:
+            raise ValueError(f"no step of epoch {self.epoch + 1} had a finite loss; lower --lr, or set --clip 1")
+        return sum(self.losses) / max(1, len(self.losses))
+
+    def count(self, loss: float) -> None:
+        """Keep the loss of a step, or count the step as skipped; too many in a row end the run."""
+        if math.isfinite(loss):
+            self.losses.append(loss)
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        log.warning("step %d skipped: its loss or gradient is not finite (%d so far)", self.step, self.skipped)
+        self.write_metrics({"kind": "skipped", "step": self.step, "skipped": self.skipped})
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            raise ValueError(
+                f"the loss or the gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step "
+                f"{self.step}; lower --lr, set --clip 1, or raise --max-skipped; what was saved before is in {self.out}"
+            )
 
     def train_step(self, batches: list[list[int]]) -> float:
-        """Take one optimiser step over ``batches`` and return their mean loss."""
+        """Take one optimiser step over ``batches`` and return their mean loss.
+
+        Where it or the gradient is not finite, NaN is returned and nothing but the count of steps has changed.
+        """
         config, total = self.config, 0.0
         for group, lr in zip(self.optimizer.param_groups, (config.lr, config.projector_lr), strict=True):
             group["lr"] = lr * schedule_factor(self.step, self.steps, config)
         self.optimizer.zero_grad(set_to_none=True)
         for indices in batches:
             loss = self.batch_loss(indices) / len(batches)
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"the loss is {loss.item()} at step {self.step}; lower --lr, or set --clip 1; "
-                    f"the last whole epoch, if any, is kept in {self.out}"
-                )
             loss.backward()
             total += loss.item()
         if self.epoch < config.projector_epochs:
             for parameter in self.optimizer.param_groups[0]["params"]:
                 parameter.grad = None  # the optimiser passes it over, moments and all
-        if config.clip:
-            torch.nn.utils.clip_grad_norm_(list(self.captioner.trainable().values()), config.clip)
-        self.optimizer.step()
+        # An infinite limit clips nothing, and the norm still tells of a gradient that is not finite.
+        norm = torch.nn.utils.clip_grad_norm_(list(self.captioner.trainable().values()), config.clip or math.inf)
         self.step += 1
+        if not math.isfinite(total) or not torch.isfinite(norm):
+            return math.nan
+        self.optimizer.step()
         return total
 
     def batch_loss(self, indices: list[int]) -> torch.Tensor:
@@ -342,12 +393,8 @@ class Trainer:
         if self.config.average_last:
             self.captioner.save_adapter(self.out / f"epoch{self.epoch}.safetensors")
             (self.out / f"epoch{self.epoch - self.config.average_last}.safetensors").unlink(missing_ok=True)
-        # The state holds the adapter too: one file, one rename, so that weights and optimiser never disagree.
-        state = {key: getattr(self, key) for key in self.KEPT}
-        state |= {"optimizer": self.optimizer.state_dict(), "adapter": self.captioner.adapter_state()}
-        with runtime.atomic_path(self.out / "training_state.pt") as temporary:
-            torch.save(state, temporary)
-        self.write_metrics(record)
+        self.write_metrics(record)  # before the state: killed in between, the epoch is validated again, and not lost
+        self.save_state()
         plot_losses(self.out)
         log.info(
             "epoch %d: train loss %.3f, val loss %.3f, val CIDEr %s%s", self.epoch,
@@ -359,24 +406,76 @@ class Trainer:
         """Append one line to metrics.jsonl."""
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save_state(self) -> None:
+        """Write all that a resumed run needs to one file, so that weights, optimiser and counts never disagree."""
+        optimizer = self.optimizer.state_dict()
+        tensors = {f"adapter.{name}": tensor for name, tensor in self.captioner.adapter_state().items()}
+        tensors |= {f"optimizer.{i}.{k}": v for i, state in optimizer["state"].items() for k, v in state.items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        values = {key: getattr(self, key) for key in self.KEPT}
+        checkpoints.save_state(self.out, tensors, {**values, "groups": optimizer["param_groups"]})
+
+    def restore_random_state(self) -> None:
+        """Go on drawing dropout where the state that was taken up had stopped; with another device kind, anew."""
+        torch.set_rng_state(self.random_state["cpu"])
+        if self.device.type == "cuda" and "cuda" in self.random_state:
+            torch.cuda.set_rng_state(self.random_state["cuda"], self.device)
+        self.random_state = {}
 
     def resume(self) -> None:
-        """Take up the last whole epoch of the run folder."""
-        path = self.out / "training_state.pt"
-        if not path.is_file():
-            raise FileNotFoundError(f"--resume: {path} does not exist; start without --resume")
+        """Take up the newest whole state of the run folder.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, or it belongs to another captioner.
+        """
+        tensors, values = checkpoints.load_state(self.out)
+        parts: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "optimizer": {}, "random": {}}
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.captioner.load_adapter_state(state["adapter"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for name, tensor in tensors.items():
+                part, rest = name.split(".", 1)
+                parts[part][rest] = tensor
+            self.captioner.load_adapter_state(parts["adapter"])
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, tensor in parts["optimizer"].items():
+                number, key = name.split(".")
+                state.setdefault(int(number), {})[key] = tensor
+            self.optimizer.load_state_dict({"state": state, "param_groups": values["groups"]})
             for key in self.KEPT:
-                setattr(self, key, state[key])
-        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"--resume: {path} is damaged ({error}); start anew in another folder") from error
-        metrics = self.out / "metrics.jsonl"  # steps behind the last whole epoch are taken again: drop their lines
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        runtime.write_text(metrics, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
-        log.info("resumed after epoch %d", self.epoch)
+                setattr(self, key, values[key])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"--resume: {self.out} holds the state of another run ({error})") from error
+        self.random_state = parts["random"] if self.position else {}
+        self.cut_metrics()
+        log.info("resumed after epoch %d, step %d", self.epoch, self.step)
+
+    def cut_metrics(self) -> None:
+        """Drop the lines of steps and epochs that will be taken again, and a last line that a kill tore."""
+        path, kept = self.out / "metrics.jsonl", []
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+                if record["step"] <= self.step and record.get("epoch", 0) <= self.epoch and line.endswith("\n"):
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s: a damaged line is dropped", path)
+        runtime.write_text(path, "".join(kept))
+
+
+def memory_advice(config: TrainConfig, device: torch.device) -> str:
+    """Say which flags need less memory, and how much was in use at most."""
+    peak = f" (at most {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB)" if device.type == "cuda" else ""
+    if config.batch_size > 1:
+        smaller = f"--batch-size {config.batch_size // 2} --accumulate {2 * config.accumulate} (the same steps)"
+    else:
+        smaller = "--captions-per-image 1"
+    precision = "" if config.precision == "bf16" else ", --precision bf16"
+    return f"out of memory{peak}; start anew with {smaller}, a lower --lora-rank or --beam-size{precision}"
 
 
 def plot_losses(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import resource
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 
 import runtime
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def machine(device: torch.device) -> str:
@@ -36,17 +39,64 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
 
 
-def in_turn(rivals: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+def in_turn(
+    rivals: dict[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Return the median seconds of each rival, run in turn ``repeats`` times, so that noise meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(repeats):
         for name, run in rivals.items():
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed(run, device, clock))
     return {name: median(values) for name, values in seconds.items()}
+
+
+def timed(run: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the seconds of one run, the device's work included."""
+    start = clock()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - start
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """Add ``--clock``: which time is measured."""
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall",
+                        help="cpu: processor seconds, for a machine that does other work; "
+                        "set OMP_NUM_THREADS=1, since they add up over threads")  # fmt: skip
+
+
+class Floor:
+    """What the hardware allows: bytes over the measured rate of copying, operations over that of one big product.
+
+    Args:
+        device: where.
+        dtype: of numbers moved and multiplied.
+        clock: as the benchmark's.
+        size: rows and columns of the matrices that are measured.
+    """
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter, size: int = 2048
+    ) -> None:
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        source = torch.ones(16 * size * size, device=device)
+        target = torch.empty_like(source)
+        rivals = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+        in_turn(rivals, 1, device, clock)
+        seconds = in_turn(rivals, 5, device, clock)
+        self.bytes_a_second = 2 * source.nbytes / seconds["copy"]  # read and written
+        self.operations_a_second = 2 * size**3 / seconds["product"]
+
+    def seconds(self, moved: float, operations: float) -> float:
+        """Return the least time in which ``moved`` bytes are read and ``operations`` done, both at once."""
+        return max(moved / self.bytes_a_second, operations / self.operations_a_second)
+
+    def __str__(self) -> str:
+        return f"{self.bytes_a_second / 1e9:.1f} GB/s, {self.operations_a_second / 1e9:.0f} GFLOP/s"
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _remove_run(folder: Path) -> None:
     """Remove the files of an earlier demo run, and nothing that the demo did not write."""
-    for pattern in ("*.safetensors", "*.json", "metrics.jsonl", "loss.png", "training_state.pt"):
+    for pattern in ("*.safetensors", "*.json", "metrics.jsonl", "loss.png", "training_state*.safetensors"):
         for file in folder.glob(pattern):
             file.unlink()
 

@@ -14,6 +14,7 @@ import math
 import sys
 from pathlib import Path
 
+import checkpoints
 import runtime
 from microworld.demo import RECIPE, Runner
 from profiles import PROFILES
@@ -65,7 +66,7 @@ def train(run: Runner, folder: Path, data: Path, cache: Path, flags: list[str]) 
     """Train one run, or go on with it, or pass it over."""
     if finished(folder):
         return
-    resume = ["--resume"] if (folder / "training_state.pt").exists() else []
+    resume = ["--resume"] if checkpoints.has_state(folder) else []
     run(f"train {folder.name}", "p2_train.py", "--profile", "micro", "--data", data, "--cache", cache, "--out", folder,
         *flags, *resume)  # fmt: skip
 

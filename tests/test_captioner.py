@@ -74,9 +74,10 @@ def unpacked_loss(captioner, features, captions):
 
 @pytest.mark.parametrize("use_cls", [True, False])
 @pytest.mark.parametrize("lora", [LORA, LoraConfig(rank=2, alpha=2.0, enable_lora=(True, False, True))])
-def test_packed_captions_give_the_loss_and_gradients_of_single_ones(use_cls, lora):
+@pytest.mark.parametrize("counts", [(1, 5, 3), (7, 2), (4, 6, 1)])
+def test_packed_captions_give_the_loss_and_gradients_of_single_ones(use_cls, lora, counts):
     model = make_captioner(lora, use_cls)
-    features, captions = random_features(model, 3), ragged_captions()
+    features, captions = random_features(model, len(counts)), ragged_captions(counts)
     parameters = model.trainable()
 
     def gradients(loss):
@@ -436,3 +437,19 @@ def test_an_adapter_with_a_spoilt_config_is_refused_by_name(header, tmp_path):
     save_file({"projector.bias": torch.zeros(2)}, path, metadata={"captioner": header})
     with pytest.raises(ValueError, match=r"spoilt\.safetensors"):
         read_adapter(path)
+
+
+def test_images_that_leave_a_search_take_nothing_from_the_others():
+    """The others' keys and values move to the front of the same memory."""
+    captioner = make_captioner()
+    features = random_features(captioner, 4)
+    tokens, alone = torch.tensor([[EOS, 2]] * 4), torch.eye(2, dtype=torch.bool).repeat(4, 1, 1)
+    seen = torch.cat([alone, alone], -1)
+    whole, part = (captioner.step_function(features, 2, 5) for _ in range(2))
+    for step in (whole, part):
+        step(tokens, alone)
+    rows = torch.tensor([0, 3])
+    part.keep(rows)
+    more = torch.tensor([[3, 4]] * 4)
+    torch.testing.assert_close(part(more[rows], seen[rows]), whole(more, seen)[rows], atol=1e-5, rtol=0)
+    assert part.cache.keys[0].data_ptr() == part.cache.keys[0]._base.data_ptr()  # nothing was allocated anew

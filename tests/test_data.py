@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import logging
+import os
 import pickle
 import shutil
 import threading
@@ -166,6 +167,38 @@ def test_any_damage_gives_an_image_or_a_value_error(tmp_path):
                 assert load_image(tmp_path / name).mode == "RGB"
             except ValueError as error:
                 assert name in str(error)
+
+
+def test_pipes_loops_and_huge_files_are_refused_and_not_waited_for(tmp_path, monkeypatch):
+    """A named pipe was waited for, for ever."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    picture = save_image(tmp_path / "-large\n.png", size=(20_000, 2))
+    assert load_image(picture).size == (20_000, 2)
+    monkeypatch.setattr(data, "MAX_IMAGE_BYTES", 20)
+    for name, error in (("pipe.jpg", "not a plain file"), ("loop.jpg", "loop.jpg"), (picture.name, "scale it down")):
+        with pytest.raises((ValueError, OSError), match=error):
+            load_image(tmp_path / name)
+    assert [path.name for path in list_images(tmp_path)] == [picture.name, "loop.jpg", "pipe.jpg"]
+
+
+def test_the_first_frame_counts_whatever_the_suffix_says(tmp_path):
+    red, green = (Image.new("RGB", (4, 4), colour) for colour in ("red", "green"))
+    for kind, name in (("GIF", "gif.jpg"), ("PNG", "apng.webp"), ("WEBP", "webp.png")):
+        red.save(tmp_path / name, format=kind, save_all=True, append_images=[green])
+        level = load_image(tmp_path / name).getpixel((1, 1))
+        assert level[0] > 240 and max(level[1:]) < 15, name
+
+
+def test_a_name_that_is_no_unicode_is_refused_before_work(tmp_path):
+    """It failed when the captions were written, behind all the work."""
+    picture = save_image(tmp_path / "a.png")
+    try:
+        picture.rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    except OSError:
+        pytest.skip("this file system takes valid Unicode only")
+    with pytest.raises(ValueError, match=r"not valid Unicode.*rename"):
+        list_images(tmp_path)
 
 
 def test_bombs_floats_and_folders_are_refused(tmp_path, monkeypatch):
@@ -645,6 +678,19 @@ def damage_shorter(folder):
         file.truncate(100)
 
 
+def damage_one_bit(folder):
+    with (folder / "features.bin").open("r+b") as file:
+        file.seek(100)
+        bit = file.read(1)[0] ^ 1
+        file.seek(100)
+        file.write(bytes([bit]))
+
+
+def damage_checksum(folder):
+    listing = folder / "rows.sha256"
+    listing.write_text(listing.read_text()[:-9] + "00000000\n")
+
+
 def damage_lost_features(folder):
     (folder / "features.bin").unlink()
 
@@ -679,7 +725,7 @@ def damage_lost_key(folder):
 @pytest.mark.parametrize(
     "damage",
     [
-        damage_shorter, damage_lost_features, damage_listing, damage_double_listing,
+        damage_one_bit, damage_checksum, damage_shorter, damage_lost_features, damage_listing, damage_double_listing,
         damage_lost_listing, damage_key, damage_key_syntax, damage_lost_key,
     ],
 )  # fmt: skip

@@ -858,6 +858,12 @@ def test_duplicate_caption_ids_are_named(files, capsys):
     assert "two captions have the id 0" in capsys.readouterr().err
 
 
+def test_a_caption_id_that_is_a_list_is_named(files, capsys):
+    """Found by mutating files at random: it ended in a TypeError, unhashable."""
+    assert evaluate.main(files(annotations=changed("annotations", 0, id=[1]))) == BAD_INPUT
+    assert "a caption has the id [1], which is no number" in capsys.readouterr().err
+
+
 def test_a_metric_that_is_not_finite_is_no_score(monkeypatch, caplog, files, capsys):
     monkeypatch.setattr(evaluate.cocometrics, "rouge_l", lambda *_: (float("nan"), [1.0, float("nan"), 1.0, 1.0]))
     assert evaluate.main([*files(), "--metrics", "rouge,cider", "--tokenizer", "ptb"]) == PARTIAL

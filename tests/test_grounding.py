@@ -1,5 +1,6 @@
 """grounding.py: boxes and words from annotations, and measures on maps whose scores are known."""
 
+import copy
 import json
 
 import numpy as np
@@ -118,3 +119,42 @@ def test_bad_annotations_are_named(tmp_path):
     content["annotations"][0]["mentions"] = [{"word": 1, "objects": [0], "role": "noun"}]
     with pytest.raises(ValueError, match="outside or is empty"):
         load_samples(write(tmp_path / "d.json", content), tmp_path)
+
+
+MENTIONED = {
+    "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 40}],
+    "annotations": [{"id": 1, "image_id": 1, "caption": "a red bike",
+                     "mentions": [{"word": 2, "role": "noun", "objects": [7]}]}],
+    "objects": [{"id": 7, "image_id": 1, "bbox": [1, 2, 3, 4]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("images", 0, "id"), [], r"images\[0\] needs 'id' as int"),
+        (("images", 0, "file_name"), None, r"images\[0\] needs 'file_name'"),
+        (("annotations", 0, "caption"), 3, r"annotations\[0\] needs 'caption'"),
+        (("annotations", 0, "mentions"), 3, "mentions of another form"),
+        (("annotations", 0, "mentions", 0, "word"), "bike", "mentions of another form"),
+        (("annotations", 0, "mentions", 0, "word"), 3, "a word that it lacks"),
+        (("annotations", 0, "mentions", 0, "objects"), [8], "mentions of another form"),
+        (("annotations", 0, "mentions", 0, "objects"), [], "or no object"),
+        (("objects",), {}, "'objects' must be a list"),
+        (("objects", 0, "bbox"), [1, 2, 3], r"objects\[0\] needs 'bbox' as four numbers"),
+        (("objects", 0, "bbox"), [1, 2, 3, "4"], "four numbers"),
+    ],
+)
+def test_annotations_of_another_form_are_refused_by_place(tmp_path, place, value, message):
+    """These ended in KeyError and TypeError, some of them after minutes of work."""
+    content = copy.deepcopy(MENTIONED)
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps(content))
+    assert load_samples(file, tmp_path)[0].mentions[0].word == 2
+    spot = content
+    for step in place[:-1]:
+        spot = spot[step]
+    spot[place[-1]] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load_samples(file, tmp_path)

@@ -1,7 +1,9 @@
 """inference.py: the loop over a folder - reading ahead, batches that halve, the side file, resuming."""
 
+import fcntl
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from inference import Halving, PredictionLog, caption_images, read_ahead
+import inference
+from inference import Halving, PredictionLog, Workers, caption_images, read_ahead
 
 RUN = {"model": "m", "beams": (1, 2)}
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,10 +117,39 @@ def test_another_run_is_neither_resumed_nor_dropped(tmp_path, images):
 
 def test_a_damaged_side_file_is_named(tmp_path, images):
     part = tmp_path / "out.json.part.jsonl"
-    part.write_text('{"run": {}}\nnonsense\n')
+    part.write_text("nonsense\n")
     with pytest.raises(ValueError, match="damaged"):
         run(tmp_path / "out.json", images)
+    assert part.read_text() == "nonsense\n"
     assert len(run(tmp_path / "out.json", images, overwrite=True)) == 7
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_line_is_captioned_again_and_the_others_are_kept(tmp_path, images, caplog, overwrite):
+    """A flipped letter in the side file stood in the final captions; with --overwrite damage cost them all."""
+    out, part = tmp_path / "out.json", tmp_path / "out.json.part.jsonl"
+    with pytest.raises(Interrupted):
+        run(out, images, breaking_after(2))
+    part.write_text(part.read_text().replace("level 1", "level 9").replace('"level 4"', "\x00"))
+    seen = []
+    captions = run(out, images, lambda levels: seen.extend(levels) or say(levels), overwrite=overwrite)
+    assert seen == [1, 4, 6]
+    assert captions == {str(k): f"level {k}" for k in range(7)}
+    assert "2 lines are damaged" in caplog.text
+
+
+def test_a_side_file_removed_between_open_and_lock_is_made_anew(tmp_path, images, monkeypatch):
+    """Captions went into a file without a name, and the run ended in an error when it removed it."""
+    lock, calls = fcntl.flock, []
+
+    def finished_meanwhile(file, mode):
+        calls.append(mode)
+        if len(calls) == 1:
+            (tmp_path / "out.json.part.jsonl").unlink()
+        lock(file, mode)
+
+    monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
+    assert len(run(tmp_path / "out.json", images)) == 7
 
 
 def test_an_existing_result_is_kept(tmp_path, images):
@@ -185,3 +217,66 @@ def test_one_image_that_does_not_fit_is_an_error_with_a_remedy():
 
     with pytest.raises(ValueError, match="with one image: use a smaller model"):
         Halving(function)([1, 2])
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+SHARED = """
+import sys
+from pathlib import Path
+from inference import PredictionLog, caption_images, find_workers
+images = sorted(Path(sys.argv[1]).iterdir())
+with PredictionLog(Path(sys.argv[2]), {"model": "m"}, workers=find_workers()) as log:
+    caption_images(log, images, lambda image: image.getpixel((0, 0))[0], lambda ls: [f"level {l}" for l in ls], 2)
+    assert len(log.finish(images)) == 7
+"""
+
+
+def kept(image, caption):
+    return json.dumps({"image": image, "caption": caption, "check": inference._check(image, caption)}) + "\n"
+
+
+def launch(script, processes, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_two_processes_share_a_folder_and_finish_what_three_began(tmp_path, images):
+    """A run of three was killed and left its side files, one with a torn line: no image is lost or captioned twice."""
+    script, out = tmp_path / "share.py", tmp_path / "out.json"
+    script.write_text(SHARED)
+    header = '{"run": {"model": "m"}}\n'
+    (tmp_path / "out.json.part.jsonl").write_text(header)
+    (tmp_path / "out.json.part1.jsonl").write_text(header + kept("1", "kept") + kept("4", "torn")[:-9])
+    (tmp_path / "out.json.part2.jsonl").write_text(header + kept("2", "kept too"))
+    result = launch(script, 2, images[0].parent, out)
+    assert result.returncode == 0, result.stderr
+    expected = {str(k): f"level {k}" for k in range(7)} | {"1": "kept", "2": "kept too"}
+    assert json.loads(out.read_text()) == expected
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_side_files_of_another_run_are_refused_by_all(tmp_path, images):
+    part = tmp_path / "out.json.part1.jsonl"
+    part.write_text('{"run": {"model": "other"}}\n' + kept("1", "theirs"))
+    with pytest.raises(ValueError, match=r"part1\.jsonl belongs to another run \(other model"):
+        run(tmp_path / "out.json", images)
+    assert "theirs" in part.read_text()
+    assert len(run(tmp_path / "out.json", images, overwrite=True)) == 7
+    assert not part.exists()
+
+
+def test_every_image_belongs_to_one_process(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(Workers, "wait", lambda self: None)
+    seen = []
+    for rank in (1, 2, 0):
+        with PredictionLog(tmp_path / "out.json", RUN, workers=Workers(rank, 3)) as log_file:
+            log_file.captions.clear()  # as if all had started at once
+            caption_images(log_file, images, grey, lambda levels: seen.extend(levels) or say(levels), 2)
+            if rank == 0:
+                assert len(log_file.finish(images)) == 7
+    assert sorted(seen) == list(range(7))

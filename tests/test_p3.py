@@ -86,18 +86,23 @@ def test_flags_choose_layers_heads_and_method(images, tmp_path, adapter):
     assert np.allclose(a["maps"], words, atol=1e-3)
 
 
-def test_best_and_worst_pair(tiny_data, tmp_path, adapter, capsys):
+@pytest.mark.parametrize("worst_is_empty", [False, True])
+def test_best_and_worst_pair(worst_is_empty, tiny_data, tmp_path, adapter, capsys):
     content = json.loads((tiny_data / "val.json").read_text())
     stems = [image["file_name"].rsplit(".", 1)[0] for image in content["images"]]
+    empty = len(stems) // 2
     scores = {stem: {"CLIPScore": n / 10, "CIDEr": 0.0, "caption": f"A ball {n}."} for n, stem in enumerate(stems)}
+    scores[stems[empty]] |= {"caption": "", "CLIPScore": -1.0} if worst_is_empty else {}
     per_image = tmp_path / "per_image.json"
     per_image.write_text(json.dumps(scores))
     flags = ("--best-worst", per_image, "--annotation-file", tiny_data / "val.json")
     assert explain("p2", [tiny_data / "images" / "val"], tmp_path / "out", adapter, *flags) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["best_worst.png", "last-1.png", "top-1.png"]
+    drawn = ["best_worst.png", *([] if worst_is_empty else ["last-1.png"]), "top-1.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == drawn
     top, last = capsys.readouterr().out.splitlines()
     assert top == f"Top-1: {stems[-1]}.jpg  CLIPScore 0.7  A ball 7."
-    assert last == f"Last-1: {stems[0]}.jpg  CLIPScore 0.0  A ball 0."
+    worst = f"{stems[empty]}.jpg  CLIPScore -1.0  " if worst_is_empty else f"{stems[0]}.jpg  CLIPScore 0.0  A ball 0."
+    assert last == f"Last-1: {worst}"
 
 
 @pytest.mark.parametrize("model", ["p1", "p2"])

@@ -344,3 +344,49 @@ def test_what_a_finished_image_says_is_ignored():
 def test_bad_settings_name_their_flag(search, message):
     with pytest.raises(ValueError, match=message):
         search()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_images_that_leave_the_batch_keep_their_captions(beams):
+    """With ``keep`` the batch shrinks, and every image has the caption and score that it has in a whole batch."""
+    model, rows, sizes = TableModel(6, rows=9, depth=2, sharpness=2.0), list(range(9)), []
+    model.table[..., EOS] += torch.linspace(0, 6, 9).view(-1, 1, 1)  # the last ones end at once, the first ones late
+    stays = beam_search(model.step(rows), 9, EOS, EOS, beams, 12)
+    fed: list[torch.Tensor] = []
+
+    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(tokens))
+        fed.append(tokens)
+        slots = torch.cat(fed, 1)
+        return torch.stack([
+            torch.stack([model.logits(row, tuple(own[seen].tolist())[1:]) for seen in mask])
+            for row, own, mask in zip(rows, slots, ancestors, strict=True)
+        ])  # fmt: skip
+
+    def keep(places: torch.Tensor) -> None:
+        fed[:] = [tokens[places] for tokens in fed]
+        rows[:] = [rows[place] for place in places.tolist()]
+
+    leaves = beam_search(step, 9, EOS, EOS, beams, 12, keep=keep)
+    assert leaves.tokens == stays.tokens
+    assert leaves.scores == pytest.approx(stays.scores, abs=1e-5)
+    assert len(set(map(len, stays.tokens))) > 2  # so that there is something to leave early
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 2
+    assert all(later == earlier or later <= 0.75 * earlier for earlier, later in itertools.pairwise(sizes))
+
+
+def test_a_broken_image_is_named_by_its_place_in_the_whole_batch():
+    """After images have left, the row in the batch is another one than the image."""
+
+    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(*tokens.shape, 5)
+        logits[..., 3] = 9.0
+        if len(tokens) == 4:
+            logits[:2, :, EOS] = 99.0  # the first two end at once
+        if len(tokens) == 2:
+            logits[1] = math.nan
+        return logits
+
+    with pytest.raises(ValueError, match=r"at token 2 of image rows \[3\]"):
+        beam_search(step, 4, EOS, EOS, 1, 6, keep=lambda rows: None)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+import checkpoints
 from microworld import studies
 from p2_train import build_parser, resolve_config
 from training import SETTINGS, TrainConfig
@@ -22,7 +23,7 @@ class Recorder:
         if title == self.stop_at:
             folder = studies.Path(words[words.index("--out") + 1])
             folder.mkdir(parents=True)
-            (folder / "training_state.pt").touch()
+            (folder / checkpoints.NEWEST).touch()
             raise ValueError("stopped")
         if words[0] == "p2_train.py":
             leave_run(studies.Path(words[words.index("--out") + 1]))
