@@ -148,6 +148,15 @@ def build_transform(encoder: nn.Module) -> Callable[[Any], torch.Tensor]:
     return timm_data.create_transform(**timm_data.resolve_model_data_config(encoder), is_training=False)
 
 
+def preprocessing_by_name(encoder: str) -> dict[str, Any]:
+    """Return the preprocessing that timm answers with when asked by name: not the model's own, but ImageNet's.
+
+    The report was trained like that; the values travel in the adapter's config, so inference has them too.
+    """
+    found = runtime.import_guarded("timm.data").resolve_data_config({}, model=encoder)
+    return {key: found[key] for key in PREPROCESSING}
+
+
 class Captioner(nn.Module):
     """Frozen encoder, trained projector, GPT-2 with LoRA.
 

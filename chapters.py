@@ -117,6 +117,8 @@ def captioner_section(runs: Sequence[Run], omitted: Sequence[Omitted]) -> Sectio
     else:
         section.blocks += [Text(describe(best)), _run_table("p2_runs", "Runs, scored on unseen images", plain)]
         section.blocks += _novel_table(plain)
+    if any(run.blind for run in plain):
+        section.blocks.append(Text("A blind run was trained on captions of other images: what language alone scores."))
     section.blocks += [Text(f"Left out: {o.name}, since {o.reason}.") for o in omitted]
     section.blocks += curves("p2_curves", "the runs", plain)
     return section
@@ -133,6 +135,7 @@ def settings_section(runs: Sequence[Run]) -> Section:
     if absent:
         section.blocks.append(Missing(f"settings {', '.join(absent)}", "make settings"))
     section.blocks.append(_run_table("p2_settings", "Settings", chosen))
+    section.blocks += _seeds_table(chosen)
     if any(r.config["profile"] == "micro" for r in chosen):
         section.blocks.append(Text(
             "Settings are written for 10,000 photographs. On the micro world one rule holds for all of them: half the "
@@ -141,6 +144,23 @@ def settings_section(runs: Sequence[Run]) -> Section:
             "2203.03466)."))  # fmt: skip
     section.blocks += curves("p2_settings_curves", "the settings", chosen)
     return section
+
+
+def _seeds_table(runs: Sequence[Run]) -> list[Table]:
+    """Mean and spread by setting, where one was run with several seeds."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        if "val" in run.scores:
+            groups[run.config["setting"]].append(run)
+    if all(len(group) < 2 for group in groups.values()):
+        return []
+    rows = [
+        (name, len(group), *(spread([r.scores["val"][metric] for r in group]) for metric in ("CIDEr", "CLIPScore")),
+         world(group[0].config["profile"]), group[0].config["device"])
+        for name, group in groups.items()
+    ]  # fmt: skip
+    columns = ("setting", "seeds", "CIDEr", "CLIPScore", "world", "device")
+    return [Table("p2_settings_seeds", "Settings, mean ± standard deviation over seeds", columns, rows)]
 
 
 def describe(run: Run) -> str:
@@ -160,7 +180,7 @@ def _run_table(name: str, caption: str, runs: Iterable[Run]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for run in runs:
         train, scores = run.config["train"], run.scores.get("val", {})
-        kind = "blind: captions of other images" if run.blind else run.objective
+        kind = "blind" if run.blind else run.objective
         rows.append((
             run.name, run.config["setting"], kind, train["lora_rank"], f"{train['lora_alpha']:g}", train["epochs"],
             f"{train['lr']:g}", run.config["trainable_parameters"], run.seconds, scores.get("CIDEr"),

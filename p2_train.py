@@ -26,8 +26,9 @@ import data
 import evaluate
 import generation
 import runtime
-from captioner import PREPROCESSING, RANDOM, Captioner, CaptionerConfig, read_adapter
+from captioner import RANDOM, Captioner, CaptionerConfig, preprocessing_by_name, read_adapter
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_state_dict
+from initial import adopted, start_from
 from profiles import PROFILES, downloaded_encoder
 from scst import ScstTrainer
 from strictjson import read_json
@@ -74,6 +75,7 @@ HELP = {
     "samples": "captions drawn an image, scst",
     "temperature": "of the draw, scst",
     "clip_reward": "weight of CLIPScore in the reward, scst",
+    "xe_weight": "weight of cross-entropy beside the rewards, scst: holds captions near people's",
 }
 
 
@@ -144,7 +146,8 @@ def make_captioner(args: Any, config: TrainConfig, out: Path) -> Captioner:
     name = args.encoder or profile.encoder
     captioner_config = CaptionerConfig(
         encoder=name,
-        encoder_kwargs=(profile.encoder_kwargs if own else {}) | (by_name(name) if args.report_faithful else {}),
+        encoder_kwargs=(profile.encoder_kwargs if own else {})
+        | (preprocessing_by_name(name) if args.report_faithful else {}),
         encoder_weights=weights,
         use_cls=config.cls,
         encoder_layer=config.encoder_layer,
@@ -152,14 +155,6 @@ def make_captioner(args: Any, config: TrainConfig, out: Path) -> Captioner:
     )
     return Captioner(captioner_config, make_decoder(args, config.lora(), out))
 
-
-def by_name(encoder: str) -> dict[str, Any]:
-    """Return the preprocessing that timm answers with when asked by name: not the model's own, but ImageNet's.
-
-    The report was trained like that; the values travel in the adapter's config, so inference has them too.
-    """
-    found = runtime.import_guarded("timm.data").resolve_data_config({}, model=encoder)
-    return {key: found[key] for key in PREPROCESSING}
 
 
 def check_trainable(captioner: Captioner, limit: int) -> int:
@@ -240,20 +235,6 @@ def resolve_config(args: Any) -> TrainConfig:
     return replace(SETTINGS[args.setting], **given)
 
 
-def adopted(stored: CaptionerConfig, given: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the numbers that an adapter decides; ValueError where a flag says otherwise."""
-    lora = stored.lora
-    numbers = {
-        "lora_rank": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "rank_stabilized": False,
-        "lora_enable": lora.enable_lora, "lora_lm_head": lora.lm_head, "cls": stored.use_cls,
-        "encoder_layer": stored.encoder_layer,
-    }  # fmt: skip
-    for name, value in numbers.items():
-        if given.get(name, value) != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {given[name]}: --init-adapter {path} has {value}; leave the flag out")
-    return numbers
-
 
 def make_trainer(args: Any, captioner: Captioner, tokenizer: data.Tokenizer, train: Split, val: Split,
                  config: TrainConfig, out: Path) -> Trainer:  # fmt: skip
@@ -270,15 +251,6 @@ def make_trainer(args: Any, captioner: Captioner, tokenizer: data.Tokenizer, tra
         log.warning("no CLIPScore in validation: %s", error)
     return trainer
 
-
-def start_from(captioner: Captioner, path: Path) -> None:
-    """Load an adapter to train on; ValueError where it belongs to other frozen weights."""
-    stored, state = read_adapter(path)
-    for part in ("encoder", "decoder"):
-        wanted, found = (getattr(config, f"{part}_hash") for config in (stored, captioner.config))
-        if wanted != found:
-            raise ValueError(f"--init-adapter {path}: was trained on another {part} (hash {wanted}, not {found})")
-    captioner.load_adapter_state(state)
 
 
 def claim(out: Path, resume: bool) -> IO[bytes]:

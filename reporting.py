@@ -56,7 +56,7 @@ figcaption { padding: .5rem .8rem; font-size: .88rem; color: var(--soft); border
   :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --accent: #000;
     --warn: #6b3a00; --warn-page: #fff }
   body { max-width: none; padding: 0; font-size: 10pt } nav, .skip { display: none } .scroll { overflow: visible }
-  table { font-size: 7.5pt } th, td { padding: .15rem .3rem } td.n, th.n { white-space: normal }
+  table { font-size: 7pt } th, td { padding: .15rem .2rem } td.n, th.n { white-space: normal }
   h2, caption { break-after: avoid } figure, tr { break-inside: avoid } figure img { max-height: 22cm }
 }
 """

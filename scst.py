@@ -5,7 +5,8 @@ document frequencies of the training references, and its advantage is its reward
 samples (Luo, arXiv 2003.09971), so no greedy pass is needed. ``clip_reward`` mixes CLIPScore in (Cho et al., arXiv
 2205.13115). Two guards against what rewards invite: EOS is a token of captions and references, so that an ending in
 the middle of a phrase costs n-grams; and a sample that repeats more bigrams than any reference of its image earns
-nothing.
+nothing. ``xe_weight`` keeps cross-entropy in the loss (Paulus et al., arXiv 1705.04304), which holds length and wording
+near people's.
 """
 
 from __future__ import annotations
@@ -164,7 +165,10 @@ class ScstTrainer(Trainer):
                            config.temperature, self.generator)  # fmt: skip
             rewards = self.score(indices, samples)
             self.rewards.append(float(rewards.mean()))
-            return policy_loss(self.captioner, features, samples, advantages(rewards), self.tokenizer.eos_id)
+            loss = policy_loss(self.captioner, features, samples, advantages(rewards), self.tokenizer.eos_id)
+        if config.xe_weight:
+            loss = loss + config.xe_weight * super().batch_loss(indices)
+        return loss
 
     def score(self, indices: Sequence[int], samples: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
         """Return the rewards (B, K)."""

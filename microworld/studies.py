@@ -91,22 +91,24 @@ def draw(run: Runner, folder: Path, train: int, val: int, seed: int) -> None:
 
 
 def study_settings(run: Runner, args: argparse.Namespace) -> None:
-    """Train and score every setting on the demo's scenes."""
+    """Train and score every setting on the demo's scenes, with one seed or as many as asked for."""
     data = args.out / "data"
     draw(run, data, args.train, args.val, seed=0)
-    for setting in args.only or SETTINGS:
-        if setting not in SETTINGS:
-            raise ValueError(f"--only {setting}: choose from {', '.join(SETTINGS)}")
-        folder = args.out / "settings" / setting
-        train(run, folder, data, args.out / "cache", ["--setting", setting, *scaled(setting)])
-        score(run, folder, data)
+    for seed in range(args.seeds or 1):
+        for setting in args.only or SETTINGS:
+            if setting not in SETTINGS:
+                raise ValueError(f"--only {setting}: choose from {', '.join(SETTINGS)}")
+            folder = args.out / "settings" / (setting if seed == 0 else f"{setting}-seed{seed}")
+            flags = ["--setting", setting, *scaled(setting), "--seed", str(seed)]
+            train(run, folder, data, args.out / "cache", flags)
+            score(run, folder, data)
 
 
 def study_ablation(run: Runner, args: argparse.Namespace) -> None:
     """Train every variant with every seed; its CIDEr is the best epoch's on development scenes."""
     data = args.out / "ablation" / "data"
     draw(run, data, args.train, args.val, DEVELOPMENT_SEED)
-    for seed in range(args.seeds):
+    for seed in range(args.seeds or 3):
         for variant in args.only or VARIANTS:
             if variant not in VARIANTS:
                 raise ValueError(f"--only {variant}: choose from {', '.join(VARIANTS)}")
@@ -128,11 +130,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=1700, help="training scenes, where they must be drawn")
     parser.add_argument("--val", type=int, default=300, help="validation scenes, where they must be drawn")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings or variants (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant (ablation)")
+    parser.add_argument("--seeds", type=int, help="seeds of each (default: 1 of settings, 3 of the ablation)")
     parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's (ablation)")
     args = parser.parse_args(argv)
     for name in ("train", "val", "seeds"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
     args.out = args.out.absolute()
     run = Runner()

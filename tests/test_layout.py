@@ -31,6 +31,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "wording": set(),
     "significance": set(),
     "runs": set(),
+    "initial": {"captioner"},
     "reporting": {"runtime"},
     "chapters": {"llava", "reporting", "runs"},
     "gallery": set(),

@@ -153,7 +153,7 @@ def test_rank_stabilised_lora_scales_by_alpha_over_the_root_of_the_rank():
     [(("--projector-epochs", "9"), "--projector-epochs 9"), (("--average-last", "-1"), "--average-last -1"),
      (("--patience", "-1"), "--patience -1"), (("--encoder-layer", "0"), "--encoder-layer 0"),
      (("--encoder-layer", "-9"), "--encoder-layer -9"), (("--temperature", "0"), "--temperature 0"),
-     (("--clip-reward", "-1"), "--clip-reward -1")],
+     (("--clip-reward", "-1"), "--clip-reward -1"), (("--xe-weight", "-1"), "--xe-weight -1")],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused_by_flag(flags, message, tmp_path, capsys):
     assert train(tmp_path / "run", "--epochs", 2, *flags) == 2

@@ -81,6 +81,12 @@ def test_settings_that_were_not_run_are_named_and_get_no_row(root, tmp_path):
     assert "settings 2, 3, 4, 5, best" in page
 
 
+def test_settings_of_several_seeds_are_averaged(root, tmp_path):
+    for name, cider in (("1", 0.5), ("1-seed1", 0.7)):
+        write_run(root / "settings" / name, setting="1", cider=cider)
+    assert "0.600 ± 0.141" in make(root, tmp_path)
+
+
 def test_missing_parts_are_named_with_the_command_that_makes_them(root, tmp_path):
     page = make(root, tmp_path)
     for what in ("captions and scores of both prompts", "--best-worst", "--grounding", "make settings",

@@ -202,6 +202,17 @@ def test_what_does_not_help_is_not_kept_and_training_stops(begun, tmp_path, monk
     assert runs.read_run(out).name == "run"  # stopped early is not unfinished
 
 
+def test_cross_entropy_beside_the_rewards_keeps_the_references_likely(begun, tmp_path, monkeypatch):
+    monkeypatch.setattr(scst.CiderReward, "__call__", lambda self, images, samples: np.zeros(len(samples)))
+    losses = {}
+    for weight in ("0", "2"):
+        out = tmp_path / weight
+        assert tune(out, begun, "--epochs", "2", "--lr", "0.01", "--xe-weight", weight, "--patience", "0") == 0
+        losses[weight] = [e["val_loss"] for e in epochs(out)]
+    assert len(set(losses["0"])) == 1  # equal rewards teach nothing
+    assert losses["2"][2] < losses["2"][0] - 0.1
+
+
 def scst_state(path):
     return training.read_adapter(path)[1]
 
@@ -213,6 +224,8 @@ def test_bad_starts_are_refused_by_flag(begun, tmp_path, capsys):
     assert "gone.safetensors" in capsys.readouterr().err
     assert tune(tmp_path / "c", begun, "--lora-rank", "8") == 2
     assert "--lora-rank 8" in capsys.readouterr().err
+    assert tune(tmp_path / "e", begun, "--report-faithful", "--lora-alpha", "32") == 2
+    assert "preprocessing" in capsys.readouterr().err  # the weights are the same, what they are fed with is not
     assert tune(tmp_path / "d", begun, "--samples", "1") == 2
     assert "--samples 1" in capsys.readouterr().err
 

@@ -85,6 +85,15 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert not {"p2_train.py", "p2_infer.py", "evaluate.py"} & set(third.scripts())
 
 
+def test_further_seeds_of_a_setting_have_folders_of_their_own(tmp_path, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(studies, "Runner", lambda: recorder)
+    assert studies.main(["settings", "--out", str(tmp_path), "--only", "3", "--seeds", "2"]) == 0
+    trained = [words for words in recorder.commands if words[0] == "p2_train.py"]
+    assert [studies.Path(words[words.index("--out") + 1]).name for words in trained] == ["3", "3-seed1"]
+    assert [words[words.index("--seed") + 1] for words in trained] == ["0", "1"]
+
+
 def test_the_ablation_trains_every_seed_on_scenes_that_are_not_the_reported_ones(tmp_path, monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(studies, "Runner", lambda: recorder)
