@@ -75,6 +75,6 @@ def prepare_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
     if decoder.lm_head is None and (weight.dtype != dtype or can_pack(weight.device, dtype)):
         width, vocabulary = decoder.config.n_embd, decoder.config.vocab_size
         decoder.lm_head = nn.Linear(width, vocabulary, bias=False, device="meta")  # no numbers: they are replaced
-        decoder.lm_head.weight = nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
+        decoder.lm_head.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     prepare_linears(decoder, dtype)
     return decoder

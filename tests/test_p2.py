@@ -175,6 +175,17 @@ def test_a_run_folder_in_use_is_not_written_over(run, capsys):
 
 
 @pytest.mark.usefixtures("no_scoring")
+def test_images_that_are_not_cached_give_the_losses_of_cached_ones(run, tmp_path, no_scoring):
+    """Of the validation images too, whose loss is taken where autocast might round the encoder."""
+    flags = ("--cache", tmp_path / "cache", "--cache-gb", 0)
+    assert train(tmp_path / "run", *flags) == 0
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert (folder / "features.bin").stat().st_size == 0
+    for kind, key in (("step", "loss"), ("epoch", "val_loss")):
+        cached, anew = ([record[key] for record in records(out, kind)] for out in (run, tmp_path / "run"))
+        assert anew == pytest.approx(cached, abs=1e-4)
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run_and_spares_the_last_adapter(tmp_path, monkeypatch, capsys):
     out, loss, calls = tmp_path / "run", Captioner.loss, []
 
