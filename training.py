@@ -129,7 +129,10 @@ SETTINGS = {
 
 
 # Rewards are noisy and start from a trained captioner: small, constant rates.
-SCST_NUMBERS = {"lr": 2e-4, "schedule": "constant", "epochs": 2, "warmup": 0.0, "patience": 2, "weight_decay": 0.0}
+SCST_NUMBERS = {
+    "lr": 3e-4, "schedule": "constant", "epochs": 2, "warmup": 0.0, "patience": 2, "weight_decay": 0.0,
+    "xe_weight": 0.5,
+}  # fmt: skip
 
 
 def make_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Optimizer:

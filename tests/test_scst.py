@@ -171,7 +171,7 @@ def test_the_reward_rises_and_the_captioner_takes_over_what_the_adapter_has(begu
     monkeypatch.setattr(scst.CiderReward, "__call__",
                         lambda self, images, samples: np.array([np.mean([t % 2 == 0 for t in s]) for s in samples]))
     out = tmp_path / "run"
-    assert tune(out, begun, "--epochs", "6", "--lr", "0.02", "--patience", "0") == 0
+    assert tune(out, begun, "--epochs", "6", "--lr", "0.02", "--patience", "0", "--xe-weight", "0") == 0
     config = json.loads((out / "config.json").read_text())
     assert (config["train"]["lora_rank"], config["captioner"]["use_cls"]) == (4, False)
     rewards = [e["reward"] for e in epochs(out) if e["epoch"]]
