@@ -185,7 +185,7 @@ def run_images(explainer: Explainer, paths: list[Path], args: argparse.Namespace
     for explained, reading in explain_images(explainer, paths, args):
         figures.word_grid(explained, explained.views[0], args.out / f"{explained.path.stem}.png")
         save_maps(args.out / f"{explained.path.stem}.npz", explained, reading, look)
-        print(f"{explained.path.name}  {explained.caption}")
+        print(f"{explained.path.name}  {figures.line(explained.caption)}")
         items.append(explained)
     if not items:
         raise ValueError(f"none of the {len(paths)} images could be explained")
@@ -238,9 +238,10 @@ def read_per_image(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_scored(row: Any) -> bool:
-    if not isinstance(row, dict) or not isinstance(row.get("caption"), str) or not row["caption"].strip():
-        return False
-    return isinstance(row.get("CLIPScore"), int | float)
+    """Whether a row has what is drawn; an empty caption is a caption."""
+    return (
+        isinstance(row, dict) and isinstance(row.get("caption"), str) and isinstance(row.get("CLIPScore"), int | float)
+    )
 
 
 # --- grounding ------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_maps_of_a_folder(model, images, tmp_path, adapter, capsys):
         assert heads == (4 if model == "p1" else 2)
         assert set(maps["layers"]) == set(range(layers))
         assert str(maps["caption"]).split() == maps["words"].tolist()
-        assert str(maps["caption"]) in line
+        assert line.split()[0].startswith(f"{name}.")
     wide = np.load(out / "wide.npz")
     assert wide["window"].tolist() == [55, 0, 145, 90]
     assert "<script" in (out / "viewer.html").read_text(encoding="utf-8")
