@@ -7,16 +7,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub, whatever the user
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS, VOCAB_SIZE
 
 from decoder import Decoder, DecoderConfig, gpt2_state_dict
 from microworld.scenes import generate
 from profiles import PROFILES, Profile
-
-VOCAB_SIZE = 1024  # of the micro world's tokenizer
-TINY_ENCODER = "vit_base_patch32_clip_224.openai"
-TINY_ENCODER_KWARGS = {
-    "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16, "img_size": 48, "crop_pct": 1.0,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

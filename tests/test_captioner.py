@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_ENCODER, TINY_ENCODER_KWARGS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS
 from torch import nn
 
 import captioner as captioner_module

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY_ENCODER, TINY_ENCODER_KWARGS
+from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS
 
 import search
 from captioner import SharedPrefix, build_encoder
