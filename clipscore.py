@@ -239,8 +239,10 @@ def _resolve_clip(open_clip: ModuleType, model: str, weights: str | None) -> str
         raise ValueError(f"--clip-model {model} needs --clip-weights: a file, or one of {some(tags, 20)}")
     tag = open_clip.get_pretrained_cfg(model, weights)
     if not tag and not Path(weights).is_file():
-        raise FileNotFoundError(f"--clip-weights {weights}: no such file, and no tag of {model}: {some(tags, 20)}; "
-                                "run `bash hw3_download.sh p2`, or take --profile micro for the micro world")  # fmt: skip
+        raise FileNotFoundError(
+            f"--clip-weights {weights}: no such file, and no tag of {model}: {some(tags, 20)}; run "
+            "`bash hw3_download.sh p2`, or take --profile micro for the micro world"
+        )
     _check_activation(open_clip, model, weights, tag)
     return model
 
