@@ -1,4 +1,4 @@
-"""Damage at random, by a seeded generator: of bytes whatever they mean, and of JSON that stays JSON."""
+"""Damage at random, its seed chosen by hypothesis: of bytes whatever they mean, and of JSON that stays JSON."""
 
 import copy
 import json

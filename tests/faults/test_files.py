@@ -12,6 +12,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mutate import damaged_bytes, damaged_json
 from PIL import Image
 
@@ -34,9 +36,12 @@ def try_damage(tally):
     """``try_damage(kind, read, files, count, damage, expected)``: mutate one of the files, read, restore, compare."""
 
     def trial(kind, read, files, count, damage=damaged_bytes, expected=None):
-        rng = random.Random(kind)
         whole = {path: path.read_bytes() for path in files}
-        for _ in range(count):
+
+        @settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
+        @given(st.integers(0, 2**32 - 1))
+        def once(seed):
+            rng = random.Random(f"{kind} {seed}")
             path = rng.choice(files)
             path.write_bytes(damage(whole[path], rng))
             try:
@@ -47,8 +52,11 @@ def try_damage(tally):
             else:
                 same = expected is None or found == expected
                 tally(f"damaged {kind}", "absorbed" if same else "silent damage")
-            for file, content in whole.items():
-                file.write_bytes(content)
+            finally:
+                for file, content in whole.items():
+                    file.write_bytes(content)
+
+        once()
 
     return trial
 
