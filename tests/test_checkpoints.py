@@ -90,6 +90,15 @@ def test_a_signal_ends_the_run_behind_its_step_to_resume_exactly(unbroken, tmp_p
     assert_same_run(out, unbroken)
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal has it: a job in the background of a shell is started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
     take = training.Trainer.train_step
 
