@@ -256,16 +256,8 @@ class Captioner(nn.Module):
     def _packed_sequence(self, features: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return embeddings (B, P+S, C), positions (B, P+S) and mask (B, 1, P+S, P+S) of ``[prefix | captions]``."""
         prefix = self.prefix(features)
-        rows, count = prefix.shape[:2]
         x = torch.cat([prefix, self.decoder.embed(batch.inputs).to(prefix.dtype)], 1)
-        positions = torch.arange(count, device=x.device).expand(rows, -1)
-        positions = torch.cat([positions, batch.positions + count], 1)
-        # The prefix is segment 0 and padding is segment -1, so that "same segment or prefix" is one comparison.
-        padding = torch.where(batch.segments == 0, -1, batch.segments)
-        segments = F.pad(padding, (count, 0))  # (B, P+S)
-        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        related = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
-        return x, positions, (related & causal)[:, None]
+        return x, *batch.behind_prefix(prefix.shape[1])
 
     @torch.no_grad()
     def step_function(self, features: torch.Tensor, beam_size: int, max_new_tokens: int) -> SharedPrefix:

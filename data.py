@@ -389,6 +389,18 @@ class PackedBatch:
         moved = (getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
         return PackedBatch(*moved)
 
+    def behind_prefix(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return positions (B, P+S) and mask (B, 1, P+S, P+S) of ``[prefix of count tokens | captions]``."""
+        rows, device = len(self.inputs), self.inputs.device
+        positions = torch.arange(count, device=device).expand(rows, -1)
+        positions = torch.cat([positions, self.positions + count], 1)
+        # The prefix is segment 0 and padding is segment -1, so that "same segment or prefix" is one comparison.
+        padding = torch.where(self.segments == 0, -1, self.segments)
+        segments = torch.nn.functional.pad(padding, (count, 0))  # (B, P+S)
+        causal = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool, device=device).tril()
+        related = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
+        return positions, (related & causal)[:, None]
+
 
 def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_multiple: int = 1) -> PackedBatch:
     """Pack ``batch[image][caption]`` (token ids without specials) into rows of one common length S.

@@ -195,11 +195,7 @@ def instruction_loss(model: Any, head: torch.Tensor, features: torch.Tensor, bat
     patches = model.model.multi_modal_projector(features)
     x = torch.cat([before.to(patches.dtype), patches, embed(batch.inputs).to(patches.dtype)], 1)
     prefix = x.shape[1] - batch.inputs.shape[1]
-    positions = torch.cat([torch.arange(prefix, device=x.device).expand(rows, -1), batch.positions + prefix], 1)
-    segments = F.pad(torch.where(batch.segments == 0, -1, batch.segments), (prefix, 0))  # (B, P+S)
-    causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-    related = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
-    mask = (related & causal)[:, None]  # (B, 1, P+S, P+S)
+    positions, mask = batch.behind_prefix(prefix)
     output = model.model.language_model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False)
     kept = batch.targets != -100
     hidden = output.last_hidden_state[:, prefix:][kept]
