@@ -20,7 +20,7 @@ import torch
 import data
 import runtime
 from attention import Look
-from bench.common import in_turn, peak_memory, report
+from bench.common import add_common_flags, in_turn, peak_memory, report
 from captioner import Captioner, CaptionerConfig
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder
 from explain import DEFAULTS, Explainer, P1Explainer, P2Explainer, read
@@ -33,11 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = runtime.FlagParser(prog="python -m bench.attention", description=__doc__.split("\n\n")[0])
     parser.add_argument("--count", type=int, default=20, help="images")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each, in turn")
+    add_common_flags(parser, repeats=5)
     parser.add_argument("--max-new-tokens", type=int, default=30, help="longest caption in tokens")
     parser.add_argument("--full-size", action="store_true", help="the captioner at full size, random weights")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return parser
 
 

@@ -62,6 +62,13 @@ def timed(run: Callable[[], Any], device: torch.device, clock: Callable[[], floa
     return clock() - start
 
 
+def add_common_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """Add ``--repeats``, ``--out`` and ``--device``, which every benchmark of models takes."""
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed runs of each, in turn")
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+
+
 def add_clock(parser: argparse.ArgumentParser) -> None:
     """Add ``--clock``: which time is measured."""
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall",

@@ -16,14 +16,13 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import runtime
 import search
-from bench.common import CLOCKS, Floor, add_clock, in_turn, peak_memory, report, timed
+from bench.common import CLOCKS, Floor, add_clock, add_common_flags, in_turn, peak_memory, report, timed
 from captioner import SharedPrefix
 from decoder import Decoder, DecoderConfig, gpt2_state_dict
 from generation import autocast
@@ -53,10 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", nargs="+", choices=sorted(DTYPES), default=sorted(DTYPES, reverse=True),
                         help="types of weights and sums")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=8, help="images at once")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each, in turn")
+    add_common_flags(parser, repeats=3)
     parser.add_argument("--tiny", action="store_true", help="compare captions of a tiny decoder; no times")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add_clock(parser)
     return parser
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import runtime
-from bench.common import in_turn, peak_memory, report
+from bench.common import add_common_flags, in_turn, peak_memory, report
 from data import list_images, load_image
 from inference import Halving, read_ahead
 from llava import DTYPES, PROMPTS, TEMPLATE, Llava, load_llava, pick_dtype
@@ -33,12 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, default=100, help="how many of them")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once on our side")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each, in turn")
+    add_common_flags(parser, repeats=3)
     parser.add_argument("--full-size", action="store_true", help="LLaVA-1.5-7B's architecture with random weights")
     parser.add_argument("--layers", type=int, help="fewer layers in tower and language model, for --full-size")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return parser
 
 

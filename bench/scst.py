@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import runtime
 import scst
-from bench.common import peak_memory, report
+from bench.common import add_common_flags, peak_memory, report
 from captioner import Captioner, CaptionerConfig
 from decoder import Decoder, DecoderConfig, LoraConfig
 
@@ -69,9 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = runtime.FlagParser(prog="python -m bench.scst", description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, default=4, help="images a step")
     parser.add_argument("--samples", type=int, default=5, help="captions drawn an image")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
+    add_common_flags(parser, repeats=3)
     args = parser.parse_args(argv)
     for name in ("images", "repeats"):
         if getattr(args, name) < 1:

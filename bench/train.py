@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import runtime
-from bench.common import CLOCKS, Floor, add_clock, in_turn, peak_memory, report
+from bench.common import CLOCKS, Floor, add_clock, add_common_flags, in_turn, peak_memory, report
 from captioner import IGNORED, Captioner, CaptionerConfig
 from decoder import Decoder, DecoderConfig, LoraConfig
 from generation import autocast, cached_features, product_dtype, read_pixels
@@ -47,10 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="fp32, or bf16 under autocast")  # fmt: skip
     parser.add_argument("--images", type=int, default=4, help="images a step of ours, all of their captions together")
     parser.add_argument("--student-batch", type=int, default=5, help="captions a step of the script")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each, in turn")
+    add_common_flags(parser, repeats=3)
     parser.add_argument("--tiny", action="store_true", help="compare losses and gradients of tiny models; no times")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add_clock(parser)
     return parser
 
