@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -593,6 +594,7 @@ class FeatureCache:
                                folder, len(missing) - room, limit / 1e9)  # fmt: skip
             missing = dict(list(missing.items())[:room])
             _check_disk(folder, len(missing), len(set(digests)), row_bytes)
+            started = time.perf_counter()
             for batch in _batches(list(missing.items()), batch_size, progress):
                 features = _encode_checked(encode, [path for _, path in batch], shape, dtype)
                 # Order matters: a row that is listed must be on disk, whenever the process dies.
@@ -601,6 +603,9 @@ class FeatureCache:
                 lines = [f"{digest} {check:08x}\n" for (digest, _), check in zip(batch, checks, strict=True)]
                 _append(folder / "rows.sha256", "".join(lines).encode())
                 row_of.update({digest: len(row_of) + i for i, (digest, _) in enumerate(batch)})
+            if missing:
+                work = ("cache", len(missing), time.perf_counter() - started)  # what bench/measured.py collects
+                logger.info("feature cache: %d images encoded in %.1f s", *work[1:], extra={"work": work})
         rows = np.array([row_of.get(digest, -1) for digest in digests])
 
         def encode_rest(indices: list[int]) -> torch.Tensor:
