@@ -6,6 +6,7 @@ from tiny import TINY_ENCODER
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import runtime
 from bench import arithmetic
 from bench.arithmetic import Vit, gpt2
 from captioner import Captioner, CaptionerConfig
@@ -55,6 +56,19 @@ def test_a_search(captioner):
 
     lora = 2 * RANK * 16 * 64 * 3 * (10 + 3 * 4) + 2 * RANK * (64 + VOCAB) * 3 * 4  # not merged in this test
     assert count(search) == pytest.approx(merged.search(3, 4) + lora, rel=0.001)
+
+
+def test_reading_of_a_llama():
+    """transformers' own, of LLaVA's kind of decoder: gate, up and down in the MLP, nothing shared between heads."""
+    transformers = runtime.import_guarded("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4,
+        attn_implementation="eager",
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    ours = arithmetic.Decoder(3, 64, VOCAB, 4 * 64**2 + 3 * 64 * 176)
+    counted = count(lambda: theirs(input_ids=torch.zeros(1, 21, dtype=torch.long), logits_to_keep=1, use_cache=False))
+    assert counted == pytest.approx(ours.read(21, 21) + ours.logits(1), rel=0.005)
 
 
 def test_the_full_size_is_what_is_known_of_it():
