@@ -10,23 +10,23 @@ shows both.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 import checkpoints
 import runtime
-from microworld.demo import RECIPE, Runner
+from microworld.demo import Runner, scaled
 from profiles import PROFILES
 from runs import read_run
-from training import SETTINGS
+from training import CHOICES, SETTINGS
 
-# How much wider the full-size decoder is. Adam's rate for matrices goes with 1 / width (Yang et al., arXiv 2203.03466).
-WIDTH_RATIO = 768 / 256
-BATCH = 8  # images, on the micro world
 DEVELOPMENT_SEED = 1  # of scenes that no reported number is measured on; the demo's have seed 0
 VARIANTS: dict[str, tuple[str, ...]] = {
     "recipe": (),
+    "rate x 0.5": ("--lr", "1.5e-3", "--projector-lr", "1.5e-3"),
+    "rate x 2": ("--lr", "6e-3", "--projector-lr", "6e-3"),
+    "projector rate x 3": ("--projector-lr", "9e-3"),
+    "rank 16": ("--lora-rank", "16", "--lora-alpha", "16"),
     "alpha 1": ("--lora-alpha", "1"),
     "rank-stabilised": ("--rank-stabilized",),
     "no lm_head": ("--no-lora-lm-head",),
@@ -34,23 +34,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no dropout": ("--lora-dropout", "0"),
     "label smoothing 0.1": ("--label-smoothing", "0.1"),
     "projector first": ("--projector-epochs", "1"),
-    "projector rate x 3": ("--projector-lr", "6e-3"),
     "average of 2": ("--average-last", "2"),
     "layer before the last": ("--encoder-layer", "-2"),
     "no CLS": ("--no-cls",),
 }
-
-
-def scaled(setting: str) -> list[str]:
-    """Return the flags that bring a full-size setting to the micro world; one rule for all of them.
-
-    Half the epochs, rounded up, in batches of 8, at learning rates times ``WIDTH_RATIO``. All else stays literal.
-    """
-    config = SETTINGS[setting]
-    return [
-        "--epochs", str(math.ceil(config.epochs / 2)), "--batch-size", str(BATCH), "--val-images", "60",
-        "--lr", f"{config.lr * WIDTH_RATIO:.3g}", "--projector-lr", f"{config.projector_lr * WIDTH_RATIO:.3g}",
-    ]  # fmt: skip
 
 
 def finished(folder: Path) -> bool:
@@ -99,7 +86,7 @@ def study_settings(run: Runner, args: argparse.Namespace) -> None:
             if setting not in SETTINGS:
                 raise ValueError(f"--only {setting}: choose from {', '.join(SETTINGS)}")
             folder = args.out / "settings" / (setting if seed == 0 else f"{setting}-seed{seed}")
-            flags = ["--setting", setting, *scaled(setting), "--seed", str(seed)]
+            flags = [*scaled(setting), "--seed", str(seed), "--precision", args.precision]
             train(run, folder, data, args.out / "cache", flags)
             score(run, folder, data)
 
@@ -113,7 +100,8 @@ def study_ablation(run: Runner, args: argparse.Namespace) -> None:
             if variant not in VARIANTS:
                 raise ValueError(f"--only {variant}: choose from {', '.join(VARIANTS)}")
             folder = args.out / "ablation" / variant.replace(" ", "_") / str(seed)
-            flags = [*RECIPE, *VARIANTS[variant], "--seed", str(seed), "--val-images", str(args.val)]
+            flags = [*scaled("best"), *VARIANTS[variant], "--seed", str(seed), "--val-images", str(args.val),
+                     "--precision", args.precision]  # fmt: skip
             flags += ["--epochs", str(args.epochs)] if args.epochs else []
             train(run, folder, data, args.out / "cache", flags)
 
@@ -132,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings or variants (default: all)")
     parser.add_argument("--seeds", type=int, help="seeds of each (default: 1 of settings, 3 of the ablation)")
     parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's (ablation)")
+    parser.add_argument("--precision", choices=CHOICES["precision"], default="auto",
+                        help="of every training; bf16 is fast where the CPU has it")  # fmt: skip
     args = parser.parse_args(argv)
     for name in ("train", "val", "seeds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
