@@ -4,7 +4,7 @@ Several captions of an image are drawn behind one shared prefix. Each is rewarde
 document frequencies of the training references, and its advantage is its reward less the mean of the image's other
 samples (Luo, arXiv 2003.09971), so no greedy pass is needed. ``clip_reward`` mixes CLIPScore in (Cho et al., arXiv
 2205.13115). Three guards against what rewards invite: EOS is a token of captions and references, so that an ending in
-the middle of a phrase costs n-grams; a sample that repeats more bigrams than any reference of its image earns nothing;
+the middle of a phrase costs n-grams; a sample that repeats more bigrams than most references of its image earns nothing;
 and one that is shorter than its references is damped by BLEU's brevity penalty (Papineni et al. 2002), since CIDEr-D
 hardly minds a missing word or two. ``xe_weight`` keeps cross-entropy in the loss (Paulus et al., arXiv 1705.04304),
 which holds length and wording near people's.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class CiderReward:
         self.brevity = brevity
         self.references = [[(*caption, eos) for caption in group] for group in captions]
         self.frequencies = DocumentFrequencies(self.references)
-        self.most_repeats = [max(map(repeats, group)) for group in self.references]
+        self.usual_repeats = [median(map(repeats, group)) for group in self.references]
         self.mean_lengths = np.array([np.mean([len(c) for c in group]) for group in self.references])
 
     def __call__(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
@@ -56,7 +57,7 @@ class CiderReward:
 
     def guards(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
         """Return what CIDEr-D is multiplied by, 0 to 1: (n,)."""
-        excessive = [repeats(s) > self.most_repeats[i] for i, s in zip(images, samples, strict=True)]
+        excessive = [repeats(s) > self.usual_repeats[i] for i, s in zip(images, samples, strict=True)]
         lengths = np.array([len(s) for s in samples])
         penalty = np.exp(np.minimum(0, 1 - self.mean_lengths[list(images)] / np.maximum(lengths, 1)))
         return np.where(excessive, 0.0, penalty**self.brevity)

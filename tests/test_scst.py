@@ -81,12 +81,14 @@ def test_an_ending_in_the_middle_of_a_phrase_costs_reward():
     assert ended > early
 
 
-def test_repetition_beyond_the_references_earns_nothing():
+def test_repetition_beyond_what_is_usual_earns_nothing():
     groups = [[[1, 2, 3, 1, 2, 4]], [[5, 6, 7, 8]]]
     reward = scst.CiderReward(groups, EOS)
     once, twice = reward([0, 0], [[1, 2, 3, 1, 2, 4, EOS], [1, 2, 3, 1, 2, 1, 2, EOS]])
     assert once > 0
     assert twice == 0
+    rare = [[[1, 2, 3, 1, 2, 4], [1, 2, 3, 4], [1, 2, 4]], [[5, 6, 7, 8]]]  # one of three repeats a bigram
+    assert scst.CiderReward(rare, EOS)([0], [[1, 2, 3, 1, 2, 4, EOS]]) == 0
     assert [scst.repeats(t) for t in ([], [1], [1, 1, 1], [1, 2, 1, 2])] == [0, 0, 1, 1]
 
 
