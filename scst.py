@@ -4,10 +4,10 @@ Several captions of an image are drawn behind one shared prefix. Each is rewarde
 document frequencies of the training references, and its advantage is its reward less the mean of the image's other
 samples (Luo, arXiv 2003.09971), so no greedy pass is needed. ``clip_reward`` mixes CLIPScore in (Cho et al., arXiv
 2205.13115). Three guards against what rewards invite: EOS is a token of captions and references, so that an ending in
-the middle of a phrase costs n-grams; a sample that repeats more bigrams than most references of its image earns nothing;
-and one that is shorter than its references is damped by BLEU's brevity penalty (Papineni et al. 2002), since CIDEr-D
-hardly minds a missing word or two. ``xe_weight`` keeps cross-entropy in the loss (Paulus et al., arXiv 1705.04304),
-which holds length and wording near people's.
+the middle of a phrase costs n-grams; a sample that repeats more bigrams than most references of its image earns
+nothing; and one that is shorter than its references is damped by BLEU's brevity penalty (Papineni et al. 2002), since
+CIDEr-D hardly minds a missing word or two. ``xe_weight`` keeps cross-entropy in the loss (Paulus et al., arXiv
+1705.04304), which holds length and wording near people's.
 """
 
 from __future__ import annotations
