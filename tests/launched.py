@@ -34,12 +34,12 @@ def poison(processes):
     return {(Trainer, "train_step"): train_step, (Captioner, "loss"): spoilt}
 
 
-def terminate(processes):
+def terminate(processes, behind=3):
     """Send SIGTERM to the last process in its fourth step."""
     step = Trainer.train_step
 
     def train_step(trainer, batches):
-        if trainer.step == 3 and processes.rank == processes.count - 1:
+        if trainer.step == behind and processes.rank == processes.count - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(trainer, batches)
 
@@ -52,7 +52,7 @@ def digest(references, predictions):
     return zlib.crc32(json.dumps(predictions).encode()) / 2**32, {}
 
 
-FAULTS = {"poison": poison, "terminate": terminate}
+FAULTS = {"poison": poison, "terminate": terminate, "terminate_later": lambda processes: terminate(processes, 7)}
 
 
 @contextlib.contextmanager

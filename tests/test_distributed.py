@@ -245,3 +245,53 @@ def test_rewarded_training_draws_the_same_captions(tmp_path):
     train_together(3, tmp_path, (tmp_path / "three", flags, None, 0))
     assert_same_run(tmp_path / "three", tmp_path / "one")
     assert len({line["reward"] for line in records(tmp_path / "one", "epoch") if "reward" in line}) == 2
+
+
+def test_a_signal_at_one_process_stops_all_behind_one_step_and_any_number_goes_on(tmp_path):
+    """Three processes are stopped in an epoch, two in the next one, one ends it: an unbroken run's adapter."""
+    unbroken, out = tmp_path / "unbroken", tmp_path / "run"
+    flags = (*EXACT, "--batch-size", "5", "--epochs", "3", "--average-last", "2")  # three steps an epoch
+    assert train(unbroken, *flags) == 0
+    result = train_together(3, tmp_path, (out, flags, "terminate", 4))
+    assert "stopped behind step 4 of 9" in result.stdout
+    assert result.stderr.count("stopping behind this step") == 1  # the others heard of it from the one that was told
+    state = load_file(out / "training_state.safetensors")
+    assert {name for name in state if name.startswith("random.")} == {"random.cpu", "random.cpu.1", "random.cpu.2"}
+    assert [line["step"] for line in records(out, "step")] == [1, 2, 3, 4]
+    result = train_together(2, tmp_path, (out, (*flags, "--resume"), "terminate_later", 4))
+    assert "stopped behind step 8 of 9" in result.stdout
+    assert train(out, *flags, "--resume") == 0
+    assert_same_run(out, unbroken)
+
+
+def test_two_go_on_with_what_one_began_and_with_dropout_resume_bit_for_bit(tmp_path):
+    exact, flags = ((*SMALL, "--lora-dropout", rate, "--batch-size", "5", "--epochs", "2") for rate in ("0", "0.5"))
+    assert train(tmp_path / "exact", *exact) == 0
+    assert train(tmp_path / "begun", *exact, fault="terminate") == 4
+    unbroken, broken, alone = (tmp_path / name for name in ("unbroken", "broken", "alone"))
+    train_together(2, tmp_path, (tmp_path / "begun", (*exact, "--resume"), None, 0), (unbroken, flags, None, 0),
+                   (broken, flags, "terminate", 4), (broken, (*flags, "--resume"), None, 0))  # fmt: skip
+    assert_same_run(tmp_path / "begun", tmp_path / "exact")
+    found, wanted = (load_file(out / "last.safetensors") for out in (broken, unbroken))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    # Each draws masks of its own, so these are other than a lone process's, and the losses of the same kind.
+    states = load_file(unbroken / "training_state.safetensors")
+    assert not torch.equal(states["random.cpu"], states["random.cpu.1"])
+    assert train(alone, *flags) == 0
+    losses = [torch.tensor([line["loss"] for line in records(out, "step")]) for out in (unbroken, alone)]
+    assert 0 < (losses[0] - losses[1]).abs().max() < 0.5
+
+
+def test_a_bad_flag_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "training_state.safetensors").write_bytes(b"a run")
+    script = tmp_path / "main.py"
+    script.write_text("import sys, p2_train\nsys.exit(p2_train.main())\n")
+    result = launch(2, script, "--profile", "micro", "--device", "cpu", "--out", tmp_path / "taken")
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "holds a run already; add --resume" in errors[0]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert p2_train.main(["--device", "cuda:1"]) == 2
+    assert "--device cuda:1: every process would take it" in capsys.readouterr().err
