@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import distributed
 import evaluate
+import p2_train
 from distributed import ALONE
 from profiles import PROFILES
 
