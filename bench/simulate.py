@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import runtime
-from bench import scale
-from bench.scale import Cluster
+from bench import costmodel
+from bench.costmodel import Cluster
 from bench.study import GPUS, SOURCES, TABLES, Study, shard_rows, values
 from profiles import ROOT
 from strictjson import read_json
@@ -70,11 +70,11 @@ def load_study(args: argparse.Namespace) -> Study:
         raise ValueError(f"--costs {args.costs}: no {', '.join(missing)}; write it with python -m bench.costs --out")
     path = args.rehearsal or (REHEARSAL if REHEARSAL.is_file() else None)
     if path is None:
-        works = [scale.captioner(costs, cluster), scale.llava(costs, cluster)]
+        works = [costmodel.captioner(costs, cluster), costmodel.llava(costs, cluster)]
         return Study(cluster, works, costs, args.images, "computed from operations and bytes; no GPU has run this yet")
     cluster, rate, gpu = rehearsed(path, cluster)
-    tuned = replace(scale.captioner(costs, cluster), stages={"all": 1 / rate}, measured=True)
-    return Study(cluster, [tuned, scale.llava(costs, cluster)], costs, args.images, f"captioner measured on {gpu}")
+    tuned = replace(costmodel.captioner(costs, cluster), stages={"all": 1 / rate}, measured=True)
+    return Study(cluster, [tuned, costmodel.llava(costs, cluster)], costs, args.images, f"captioner measured on {gpu}")
 
 
 def rehearsed(path: Path, cluster: Cluster) -> tuple[Cluster, float, str]:
@@ -96,11 +96,11 @@ def draw_rates(study: Study, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     counts = [2**n for n in range(11)]
-    colours = dict(zip(scale.RESOURCES, ("#c2571a", "#6b8e23", "#8c4a8c", "#1f4e8c"), strict=True))
+    colours = dict(zip(costmodel.RESOURCES, ("#c2571a", "#6b8e23", "#8c4a8c", "#1f4e8c"), strict=True))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, work in zip(axes, study.works, strict=True):
-        found = [scale.capacities(work, study.cluster, n) for n in counts]
-        for name in scale.RESOURCES:
+        found = [costmodel.capacities(work, study.cluster, n) for n in counts]
+        for name in costmodel.RESOURCES:
             axis.plot(counts, [n * c[name] for n, c in zip(counts, found, strict=True)], color=colours[name], lw=1.5,
                       label=name)  # fmt: skip
         reached = [n * min(c.values()) for n, c in zip(counts, found, strict=True)]

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
-from bench import scale
+from bench import costmodel
 from bench.cluster import Job, Outcome, simulate
 from bench.common import markdown
-from bench.scale import ANSWER, PROMPT, Cluster, Workload
+from bench.costmodel import ANSWER, PROMPT, Cluster, Workload
 from bench.stand_ins import BEAMS, TOKENS
 
 GPUS = (1, 8, 512)
@@ -58,13 +58,13 @@ class Study:
 
     def shard(self, work: Workload) -> int:
         """Return the images a shard that suit the largest job, rounded to one digit."""
-        rate = scale.bottleneck(work, self.cluster, max(GPUS))[1]
-        return int(float(f"{scale.best_shard(self.images, rate, max(GPUS), self.cluster):.0e}"))
+        rate = costmodel.bottleneck(work, self.cluster, max(GPUS))[1]
+        return int(float(f"{costmodel.best_shard(self.images, rate, max(GPUS), self.cluster):.0e}"))
 
     def job(self, work: Workload, gpus: int, shard: float, cluster: Cluster | None = None, **more: Any) -> Job:
         """Return the job that captions all images."""
         cluster = cluster or self.cluster
-        rate = scale.bottleneck(work, cluster, gpus)[1]
+        rate = costmodel.bottleneck(work, cluster, gpus)[1]
         return Job(
             max(1, round(self.images / shard)), shard / rate + cluster.shard_overhead, gpus, cluster.gpus_a_node,
             cluster.failures, cluster.restart, **more,
@@ -129,8 +129,8 @@ def saturation(study: Study) -> list[dict[str, str]]:
     rows = []
     for work in study.works:
         for gpus in GPUS:
-            first = scale.bottleneck(work, study.cluster, gpus)[0]
-            allowed = scale.capacities(work, study.cluster, gpus)
+            first = costmodel.bottleneck(work, study.cluster, gpus)[0]
+            allowed = costmodel.capacities(work, study.cluster, gpus)
             cells = {k: f"**{number(v)}**" if k == first else number(v) for k, v in allowed.items()}
             rows.append({"workload": work.name, "GPUs": str(gpus), **cells, "saturates first": first})
     return rows
@@ -142,8 +142,8 @@ def bill(study: Study) -> list[dict[str, str]]:
     for work in study.works:
         shard = study.shard(work)
         for gpus in GPUS:
-            rate = scale.bottleneck(work, cluster, gpus)[1]
-            lost = scale.losses(shard, study.images, rate, gpus, cluster)
+            rate = costmodel.bottleneck(work, cluster, gpus)[1]
+            lost = costmodel.losses(shard, study.images, rate, gpus, cluster)
             hours = (study.images / rate / gpus * (1 + lost.total) + cluster.startup) / 3600
             dollars = hours * gpus * cluster.price
             rows.append({
@@ -178,9 +178,9 @@ def lost(job: Job, useful: float, seed: int) -> float:
 def shard_rows(study: Study, work: Workload) -> list[dict[str, Any]]:
     """Losses at the largest job for each size of shard, by the formula and simulated, as numbers."""
     rows, gpus = [], max(GPUS)
-    rate = scale.bottleneck(work, study.cluster, gpus)[1]
+    rate = costmodel.bottleneck(work, study.cluster, gpus)[1]
     for shard in SHARDS:
-        losses = scale.losses(shard, study.images, rate, gpus, study.cluster)
+        losses = costmodel.losses(shard, study.images, rate, gpus, study.cluster)
         job = study.job(work, gpus, shard, jitter=JITTER)
         useful = job.shards * shard / rate  # of a whole number of shards
         simulated = mean(lost(job, useful, seed) for seed in SEEDS[: 3 if job.shards <= FEW else 1])
@@ -216,7 +216,7 @@ def failures(study: Study) -> list[dict[str, str]]:
                              (MTBF_HOURS[1], base)):
             cluster = replace(study.cluster, mtbf_hours=hours)
             job = study.job(work, gpus, shard, cluster, jitter=JITTER)
-            thrown = scale.redone_seconds(job.shard, cluster.failures) * job.shards
+            thrown = costmodel.redone_seconds(job.shard, cluster.failures) * job.shards
             outcomes = [simulate(job, seed) for seed in SEEDS]
             useful = job.shards * job.shard
             rows.append({
@@ -260,7 +260,7 @@ def what_if(study: Study) -> list[dict[str, str]]:
     draft = replace(phone, cpu_s=phone.cpu_s - costs["decode_phone_s"] + costs["decode_phone_draft_s"])
     graphs = []
     if not work.measured:
-        fast = scale.captioner(costs, replace(base, launch=1e-9), work.batch)
+        fast = costmodel.captioner(costs, replace(base, launch=1e-9), work.batch)
         graphs = [("steps without launches (CUDA graphs), a store without limit", fast, replace(base, store=1e18))]
     cases: list[tuple[str, Workload, Cluster]] = [
         ("as above", work, base),
@@ -274,7 +274,7 @@ def what_if(study: Study) -> list[dict[str, str]]:
     ]
     rows = []
     for name, case, cluster in cases:
-        first, rate = scale.bottleneck(case, cluster, gpus)
+        first, rate = costmodel.bottleneck(case, cluster, gpus)
         rows.append({f"captioner on {gpus} GPUs": name, "saturates first": first,
                      "images a second and GPU": number(rate), "time": duration(study.images / rate / gpus / 3600),
                      "GPU busy": percent(rate * case.gpu_s)})  # fmt: skip
@@ -285,7 +285,7 @@ def values(study: Study, shard_study: list[dict[str, Any]]) -> dict[str, str]:
     """Return what the template's braces stand for."""
     work, model = study.works
     gpus, cluster = max(GPUS), study.cluster
-    rate = scale.bottleneck(work, cluster, gpus)[1]
+    rate = costmodel.bottleneck(work, cluster, gpus)[1]
     often = study.job(model, gpus, study.shard(model), replace(cluster, mtbf_hours=min(MTBF_HOURS)))
     needed = gpus / work.gpu_s * work.image_bytes
     tables = (inputs(study), an_image(study), saturation(study), what_if(study), bill(study), shards(shard_study),
@@ -303,7 +303,7 @@ def values(study: Study, shard_study: list[dict[str, Any]]) -> dict[str, str]:
         "answer": str(ANSWER),
         "often": number(min(MTBF_HOURS)),
         "less_often": number(max(MTBF_HOURS)),
-        "again": percent(scale.redone_seconds(often.shard, often.failures) / often.shard),
+        "again": percent(costmodel.redone_seconds(often.shard, often.failures) / often.shard),
         "busy": percent(rate * work.gpu_s),
         "needed": number(needed / 1e9),
         "store": number(cluster.store / 1e9),

@@ -8,10 +8,10 @@ from statistics import mean
 
 import pytest
 
-from bench import arithmetic, costs, scale, simulate, study
+from bench import arithmetic, costmodel, costs, simulate, study
 from bench.cluster import Job, Node, Simulation
 from bench.cluster import simulate as play
-from bench.scale import Cluster, Workload
+from bench.costmodel import Cluster, Workload
 
 HOUR = 3600.0
 COSTS = json.loads(simulate.COSTS.read_text())
@@ -56,20 +56,20 @@ def test_what_the_page_says_in_words_holds(defaults):
     """The words stand in the template; new costs could make them wrong while the tables are right."""
     tuned, llava = defaults.works
     cluster = defaults.cluster
-    assert [scale.bottleneck(tuned, cluster, n)[0] for n in (1, 8, 512)] == ["GPU", "GPU", "store"]
-    assert {scale.bottleneck(llava, cluster, n)[0] for n in (1, 8, 512)} == {"GPU"}
-    assert scale.capacities(tuned, cluster, 8)["CPU cores"] > 1.5 / tuned.gpu_s  # "enough here"
+    assert [costmodel.bottleneck(tuned, cluster, n)[0] for n in (1, 8, 512)] == ["GPU", "GPU", "store"]
+    assert {costmodel.bottleneck(llava, cluster, n)[0] for n in (1, 8, 512)} == {"GPU"}
+    assert costmodel.capacities(tuned, cluster, 8)["CPU cores"] > 1.5 / tuned.gpu_s  # "enough here"
     phone = replace(tuned, cpu_s=tuned.cpu_s + COSTS["decode_phone_s"])
-    assert scale.capacities(phone, cluster, 8)["CPU cores"] < 0.2 / tuned.gpu_s  # "far from enough"
+    assert costmodel.capacities(phone, cluster, 8)["CPU cores"] < 0.2 / tuned.gpu_s  # "far from enough"
     assert COSTS["decode_phone_draft_s"] < 0.5 * COSTS["decode_phone_s"]  # "a good part"
     assert llava.stages["read"] > llava.gpu_s / 2  # "mostly its prompt being read"
     if not tuned.measured:
-        without = scale.captioner(COSTS, replace(cluster, launch=1e-12))
+        without = costmodel.captioner(COSTS, replace(cluster, launch=1e-12))
         assert without.stages["search"] < tuned.stages["search"]
     for work, small in ((tuned, True), (llava, False)):  # a tar of 1 GB: too small for one, right for the other
-        rate = scale.bottleneck(work, cluster, 512)[1]
-        lost = scale.losses(1e9 / work.image_bytes, 1e9, rate, 512, cluster).total
-        best = scale.losses(defaults.shard(work), 1e9, rate, 512, cluster).total
+        rate = costmodel.bottleneck(work, cluster, 512)[1]
+        lost = costmodel.losses(1e9 / work.image_bytes, 1e9, rate, 512, cluster).total
+        best = costmodel.losses(defaults.shard(work), 1e9, rate, 512, cluster).total
         assert (lost > 2 * best) == small
         assert 12 < 1e9 / defaults.shard(work) / 512 < 400  # "some dozens" of shards a GPU
         assert cluster.failures < 0.1 * 512 * rate / 1e9  # the end of the job matters, and not the failures
@@ -150,23 +150,23 @@ def test_costs_are_measured(tmp_path):
 def test_the_scarcest_resource_sets_the_rate():
     cluster = Cluster(cores_a_gpu=10, core_share=1.0, network=800.0, store=2000.0, gpus_a_node=4)
     work = Workload("any", image_bytes=10.0, cpu_s=0.5, stages={"encode": 0.03, "search": 0.02}, batch=1)
-    assert scale.capacities(work, cluster, 1) == pytest.approx(
+    assert costmodel.capacities(work, cluster, 1) == pytest.approx(
         {"CPU cores": 20, "network": 80, "store": 200, "GPU": 20}
     )
-    assert scale.capacities(work, cluster, 8) == pytest.approx(
+    assert costmodel.capacities(work, cluster, 8) == pytest.approx(
         {"CPU cores": 20, "network": 20, "store": 25, "GPU": 20}
     )
-    assert scale.bottleneck(work, cluster, 100) == ("store", 2.0)
+    assert costmodel.bottleneck(work, cluster, 100) == ("store", 2.0)
 
 
 def test_a_step_of_the_search_costs_what_is_slowest():
     models = arithmetic.Captioner()
     slow = {"launch": 1e-3, "step_share": 1.0, "encode_share": 1.0}
-    launches = scale.captioner(COSTS, Cluster(**slow)).stages["search"]
+    launches = costmodel.captioner(COSTS, Cluster(**slow)).stages["search"]
     assert launches == pytest.approx(30 * 12 * 20 * 1e-3 / 64)
-    moved = scale.captioner(COSTS, Cluster(**{**slow, "launch": 1e-12, "bandwidth": 1e9})).stages["search"]
+    moved = costmodel.captioner(COSTS, Cluster(**{**slow, "launch": 1e-12, "bandwidth": 1e9})).stages["search"]
     assert moved == pytest.approx(models.search_bytes(5, 30, 64) / 1e9)
-    products = scale.captioner(COSTS, Cluster(**{**slow, "launch": 1e-12, "products": 1e12})).stages["search"]
+    products = costmodel.captioner(COSTS, Cluster(**{**slow, "launch": 1e-12, "products": 1e12})).stages["search"]
     assert products == pytest.approx(models.search(5, 30) / 1e12)
 
 
@@ -179,15 +179,15 @@ def test_expected_time_of_a_shard_equals_the_simulation(mtbf):
     length, restart, count = HOUR, 900.0, 20_000
     found = play(Job(count, length, workers=1, failures=1 / mtbf, restart=restart), seed=3)
     assert found.useful == pytest.approx(count * length)
-    assert found.makespan / count == pytest.approx(scale.shard_seconds(length, 1 / mtbf, restart), rel=0.03)
-    assert found.redone / count == pytest.approx(scale.redone_seconds(length, 1 / mtbf), rel=0.05)
+    assert found.makespan / count == pytest.approx(costmodel.shard_seconds(length, 1 / mtbf, restart), rel=0.03)
+    assert found.redone / count == pytest.approx(costmodel.redone_seconds(length, 1 / mtbf), rel=0.05)
     assert found.lost_shards / count == pytest.approx(math.expm1(length / mtbf), rel=0.05)
 
 
 def test_expected_work_done_again_equals_the_simulation_of_a_cluster():
     job = Job(5_000, 600.0, workers=64, failures=1 / (3 * HOUR), restart=900.0)
     found = [play(job, seed) for seed in range(10)]
-    expected = job.shards * scale.redone_seconds(job.shard, job.failures)
+    expected = job.shards * costmodel.redone_seconds(job.shard, job.failures)
     assert mean(o.redone for o in found) == pytest.approx(expected, rel=0.1)
     assert {round(o.useful) for o in found} == {5_000 * 600}  # every shard is done once, whatever fails
     for outcome in found:
@@ -250,15 +250,15 @@ def test_unequal_times_keep_their_mean():
 @pytest.mark.parametrize("mtbf_hours", [6335.0, 2.0])
 def test_the_best_shard_loses_least(mtbf_hours):
     cluster = Cluster(mtbf_hours=mtbf_hours)
-    best = scale.best_shard(1e9, 35.0, 512, cluster)
-    least = scale.losses(best, 1e9, 35.0, 512, cluster).total
+    best = costmodel.best_shard(1e9, 35.0, 512, cluster)
+    least = costmodel.losses(best, 1e9, 35.0, 512, cluster).total
     for factor in (0.5, 0.8, 1.25, 2):
-        assert least < scale.losses(factor * best, 1e9, 35.0, 512, cluster).total
+        assert least < costmodel.losses(factor * best, 1e9, 35.0, 512, cluster).total
 
 
 def test_losses_of_a_shard_by_hand():
     cluster = Cluster(shard_overhead=2.0, mtbf_hours=1e9, restart=1.0)
-    found = scale.losses(100, images=10_000, rate=10.0, gpus=5, cluster=cluster)  # 10 s a shard, 200 s in all
+    found = costmodel.losses(100, images=10_000, rate=10.0, gpus=5, cluster=cluster)  # 10 s a shard, 200 s in all
     assert found.overhead == pytest.approx(0.2)
     assert found.tail == pytest.approx(12 / 2 / 200)
     assert found.redone == pytest.approx(0, abs=1e-6)
