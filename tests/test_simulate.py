@@ -75,6 +75,25 @@ def test_what_the_page_says_in_words_holds(defaults):
         assert cluster.failures < 0.1 * 512 * rate / 1e9  # the end of the job matters, and not the failures
 
 
+def test_the_readme_quotes_the_page(defaults):
+    """Its short table has the bill's own strings, row by row."""
+    text = (simulate.ROOT / "README.md").read_text()
+    section = text[text.index("### On paper: a billion images") : text.index("### Rehearsal at full size")]
+    found = study.bill(defaults)
+    assert [(row["workload"], row["GPUs"]) for row in found] == [
+        (work.name, str(gpus)) for work in defaults.works for gpus in study.GPUS
+    ]
+    one, eight, many = ([found[n], found[n + 3]] for n in range(3))
+    quoted = [
+        [row["images/s"] for row in one],
+        [f"{a['time']}; {b['time']}" for a, b in zip(one, eight, strict=True)],
+        [f"${a['$ a million']}; on 512 GPUs ${b['$ a million']}" for a, b in zip(one, many, strict=True)],
+    ]
+    for cells in quoted:
+        assert f"| {' | '.join(cells)} |" in section
+    assert all(row["time"] in section for row in many)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
