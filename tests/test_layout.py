@@ -39,6 +39,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "cocometrics": {"annotations", "ptb"},
     "clipscore": {"annotations", "profiles", "runtime"},
     "clipcache": {"clipscore", "runtime"},
+    "refcache": {"checkpoints", "cider"},
     "evaluate": {
         "annotations",
         "cider",
@@ -48,6 +49,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
         "gallery",
         "profiles",
         "ptb",
+        "refcache",
         "runtime",
         "significance",
         "wording",
