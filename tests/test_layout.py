@@ -42,6 +42,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "cocometrics": {"annotations", "ptb"},
     "clipscore": {"annotations", "profiles", "runtime"},
     "clipcache": {"clipscore", "runtime"},
+    "refcache": {"checkpoints", "cider"},
     "evaluate": {
         "annotations",
         "cider",
@@ -51,6 +52,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
         "gallery",
         "profiles",
         "ptb",
+        "refcache",
         "runtime",
         "significance",
         "wording",
