@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import distributed
 import evaluate
+import p2_train
 from distributed import ALONE
 from profiles import PROFILES
 
@@ -295,3 +296,41 @@ def test_a_bad_flag_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert p2_train.main(["--device", "cuda:1"]) == 2
     assert "--device cuda:1: every process would take it" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ p2_train.sh
+
+NVIDIA_SMI = """#!/bin/sh
+for gpu in $LISTED; do echo "GPU $gpu: NVIDIA H100 (UUID: GPU-$gpu)"; done
+"""
+PYTHON = """#!/bin/sh
+if [ "$1" = -c ]; then echo "$USABLE"; else printf '%s\\n' "$@"; fi
+"""
+
+
+def shell(tmp_path, listed, usable, *flags):
+    """Run p2_train.sh on a machine with such GPUs; return the words of the command that it starts."""
+    for name, text in (("nvidia-smi", NVIDIA_SMI), ("python", PYTHON)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"),
+                   "LISTED": listed, "USABLE": usable}  # fmt: skip
+    result = subprocess.run(["bash", ROOT / "p2_train.sh", *flags], env=environment, capture_output=True, text=True,
+                            check=True)  # fmt: skip
+    return result.stdout.splitlines()
+
+
+def test_the_shell_script_starts_a_process_for_every_gpu(tmp_path):
+    words = shell(tmp_path, "0 1 2 3", "4", "--epochs", "4", "--out", "a folder")
+    assert words[:2] == ["-m", "accelerate.commands.launch"]
+    assert words[words.index("--num_processes") + 1] == "4"
+    assert words[words.index("p2_train.py") :] == ["p2_train.py", "--epochs", "4", "--out", "a folder"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "usable", "flags"),
+    [("", "0", []), ("0", "1", []), ("0 1", "1", []), ("0 1", "2", ["--device", "cuda:1"]),
+     ("0 1", "2", ["--device=cpu"])],
+)  # fmt: skip
+def test_the_shell_script_starts_one_plain_process_otherwise(listed, usable, flags, tmp_path):
+    assert shell(tmp_path, listed, usable, "--epochs", "4", *flags) == ["p2_train.py", "--epochs", "4", *flags]
