@@ -371,36 +371,45 @@ def encode_captions(samples: Sequence[Sample], tokenizer: Tokenizer, max_tokens:
 
 @dataclass
 class PackedBatch:
-    """Captions of B images, those of one image one after another in a row; every tensor is (B, S) long.
+    """Captions of B images, those of one image one after another in a row; tensors are (B, S) long, slots apart.
 
     Attributes:
         inputs: ``BOS tokens`` of every caption, then padding.
         targets: ``tokens EOS`` of every caption, -100 on padding.
         positions: 0, 1, … anew for every caption; the model adds the length of the prefix.
         segments: number of the caption from 1 on, 0 on padding. A token sees its own segment and the prefix.
+        slots: (B, k, T), where in the row the tokens of each caption stand, -1 behind its end; None if nobody knows.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
     positions: torch.Tensor
     segments: torch.Tensor
+    slots: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on ``device``."""
-        moved = (getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
-        return PackedBatch(*moved)
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return PackedBatch(*(None if t is None else t.to(device, non_blocking=non_blocking) for t in tensors))
 
     def behind_prefix(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return positions (B, P+S) and mask (B, 1, P+S, P+S) of ``[prefix of count tokens | captions]``."""
-        rows, device = len(self.inputs), self.inputs.device
-        positions = torch.arange(count, device=device).expand(rows, -1)
-        positions = torch.cat([positions, self.positions + count], 1)
+        return self.positions_behind(count), self.mask_behind(count)
+
+    def positions_behind(self, count: int) -> torch.Tensor:
+        """Return the positions (B, P+S) of ``[prefix of count tokens | captions]``."""
+        prefix = torch.arange(count, device=self.positions.device).expand(len(self.positions), -1)
+        return torch.cat([prefix, self.positions + count], 1)
+
+    def mask_behind(self, count: int) -> torch.Tensor:
+        """Return where a token may look in ``[prefix of count tokens | captions]``: bool (B, 1, P+S, P+S)."""
         # The prefix is segment 0 and padding is segment -1, so that "same segment or prefix" is one comparison.
         padding = torch.where(self.segments == 0, -1, self.segments)
         segments = torch.nn.functional.pad(padding, (count, 0))  # (B, P+S)
-        causal = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool, device=device).tril()
+        total = segments.shape[1]
+        causal = torch.ones(total, total, dtype=torch.bool, device=segments.device).tril()
         related = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
-        return positions, (related & causal)[:, None]
+        return (related & causal)[:, None]
 
 
 def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_multiple: int = 1) -> PackedBatch:
@@ -423,6 +432,8 @@ def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_
     shape = (len(batch), length)
     inputs, targets = np.full(shape, eos_id, np.int64), np.full(shape, IGNORED, np.int64)  # (B, S)
     positions, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)  # (B, S)
+    grid = max(map(len, batch)), max(len(caption) + 1 for captions in batch for caption in captions)
+    slots = np.full((len(batch), *grid), -1, np.int64)  # (B, k, T)
     for row, captions in enumerate(batch):
         start = 0
         for number, caption in enumerate(captions, start=1):
@@ -431,8 +442,9 @@ def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_
             targets[row, span] = [*caption, eos_id]
             positions[row, span] = np.arange(len(caption) + 1)
             segments[row, span] = number
+            slots[row, number - 1, : len(caption) + 1] = np.arange(span.start, span.stop)
             start = span.stop
-    return PackedBatch(*map(torch.from_numpy, (inputs, targets, positions, segments)))
+    return PackedBatch(*map(torch.from_numpy, (inputs, targets, positions, segments, slots)))
 
 
 class CaptionDataset(torch.utils.data.Dataset):

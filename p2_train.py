@@ -81,6 +81,7 @@ HELP = {
     "samples": "captions drawn an image, scst",
     "temperature": "of the draw, scst",
     "clip_reward": "weight of CLIPScore in the reward, scst",
+    "brevity": "exponent of BLEU's brevity penalty on the CIDEr-D reward, scst; 0 leaves it out",
     "xe_weight": "weight of cross-entropy beside the rewards, scst: holds captions near people's",
 }
 

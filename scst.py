@@ -3,10 +3,11 @@
 Several captions of an image are drawn behind one shared prefix. Each is rewarded by its CIDEr-D on token ids, with the
 document frequencies of the training references, and its advantage is its reward less the mean of the image's other
 samples (Luo, arXiv 2003.09971), so no greedy pass is needed. ``clip_reward`` mixes CLIPScore in (Cho et al., arXiv
-2205.13115). Two guards against what rewards invite: EOS is a token of captions and references, so that an ending in
-the middle of a phrase costs n-grams; and a sample that repeats more bigrams than any reference of its image earns
-nothing. ``xe_weight`` keeps cross-entropy in the loss (Paulus et al., arXiv 1705.04304), which holds length and wording
-near people's.
+2205.13115). Three guards against what rewards invite: EOS is a token of captions and references, so that an ending in
+the middle of a phrase costs n-grams; a sample that repeats more bigrams than most references of its image earns
+nothing; and one that is shorter than its references is damped by BLEU's brevity penalty (Papineni et al. 2002), since
+CIDEr-D hardly minds a missing word or two. ``xe_weight`` keeps cross-entropy in the loss (Paulus et al., arXiv
+1705.04304), which holds length and wording near people's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,24 +34,35 @@ from wording import caption_statistics
 
 
 class CiderReward:
-    """CIDEr-D of token ids against an image's training captions.
+    """CIDEr-D of token ids against an image's training captions, guarded against repetition and brevity.
 
     Args:
         captions: by image, its captions as token ids without EOS.
         eos: id that ends every finished caption, and counts as a token.
+        brevity: exponent of the brevity penalty; 0 leaves it out.
     """
 
-    def __init__(self, captions: Sequence[Sequence[Sequence[int]]], eos: int) -> None:
-        self.eos = eos
+    def __init__(self, captions: Sequence[Sequence[Sequence[int]]], eos: int, brevity: float = 1.0) -> None:
+        self.brevity = brevity
         self.references = [[(*caption, eos) for caption in group] for group in captions]
         self.frequencies = DocumentFrequencies(self.references)
-        self.most_repeats = [max(map(repeats, group)) for group in self.references]
+        self.usual_repeats = [median(map(repeats, group)) for group in self.references]
+        self.mean_lengths = np.array([np.mean([len(c) for c in group]) for group in self.references])
 
     def __call__(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
         """Return the rewards (n,) of ``samples``, which hold EOS where they are finished; ``images`` says of what."""
-        scores = cider_d([self.references[i] for i in images], samples, self.frequencies)
-        excessive = [repeats(s) > self.most_repeats[i] for i, s in zip(images, samples, strict=True)]
-        return np.where(excessive, 0.0, scores)
+        return self.cider(images, samples) * self.guards(images, samples)
+
+    def cider(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return the plain CIDEr-D (n,)."""
+        return cider_d([self.references[i] for i in images], samples, self.frequencies)
+
+    def guards(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return what CIDEr-D is multiplied by, 0 to 1: (n,)."""
+        excessive = [repeats(s) > self.usual_repeats[i] for i, s in zip(images, samples, strict=True)]
+        lengths = np.array([len(s) for s in samples])
+        penalty = np.exp(np.minimum(0, 1 - self.mean_lengths[list(images)] / np.maximum(lengths, 1)))
+        return np.where(excessive, 0.0, penalty**self.brevity)
 
 
 class ClipReward:
@@ -154,7 +167,7 @@ class ScstTrainer(Trainer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.reward = CiderReward(self.train_split.captions, self.tokenizer.eos_id)
+        self.reward = CiderReward(self.train_split.captions, self.tokenizer.eos_id, self.config.brevity)
         self.generator = torch.Generator(self.device)
         self.scorer: ClipScorer | None = None
         self.clip_reward: ClipReward | None = None

@@ -70,6 +70,7 @@ class TrainConfig:
     samples: int = 5  # captions drawn an image, scst
     temperature: float = 1.0  # of the draw, scst
     clip_reward: float = 0.0  # weight of CLIPScore in the reward, scst
+    brevity: float = 1.0  # exponent of the brevity penalty on the reward, scst
     xe_weight: float = 0.0  # of cross-entropy beside the rewards, scst
 
     def __post_init__(self) -> None:
@@ -95,7 +96,7 @@ class TrainConfig:
             raise ValueError(f"--samples {self.samples}: each is compared with the others, so at least 2")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"--temperature {self.temperature}: must be a positive number")
-        for name in ("clip_reward", "xe_weight"):
+        for name in ("clip_reward", "brevity", "xe_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
         for name, choices in CHOICES.items():

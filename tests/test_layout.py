@@ -36,6 +36,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "initial": {"captioner"},
     "reporting": {"runtime"},
     "chapters": {"llava", "reporting", "runs"},
+    "studychapters": {"chapters", "reporting", "runs"},
     "gallery": set(),
     "annotations": {"strictjson"},
     "cocometrics": {"annotations", "ptb"},
