@@ -37,7 +37,7 @@ faults: $(STAMP)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
-	$(VENV)/bin/shellcheck hw3_download.sh p2_train.sh .ci/run
+	$(VENV)/bin/shellcheck hw3_download.sh p2_train.sh bench/full_size.sh .ci/run
 
 clean:
 	rm -rf $(VENV) demo

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -621,8 +622,12 @@ class FeatureCache:
 
         with _locked(folder) if processes.first else contextlib.nullcontext():
             row_of, missing = processes.from_first(begin)
+            started = time.perf_counter()
             for added in processes.gather(processes.together(lambda: build(missing))):
                 row_of |= added
+        if missing:
+            work = ("cache", len(missing), time.perf_counter() - started)  # what bench/measured.py collects
+            logger.info("feature cache: %d images encoded in %.1f s", *work[1:], extra={"work": work})
         rows = np.array([row_of.get(digest, -1) for digest in digests])
 
         def encode_rest(indices: list[int]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -271,12 +272,15 @@ def caption_images(
     todo = [path for path in paths if path.stem not in log_file.captions][workers.rank :: workers.count]
     caption = Halving(caption)
     hidden = True if workers.rank else None  # one bar, of the first process's share
+    started = time.perf_counter()
     with tqdm(total=len(todo), desc="caption", disable=hidden) as bar:
         for batch in read_ahead(todo, prepare, batch_size):
             stems, prepared = _readable(batch)
             if prepared:
                 log_file.add(dict(zip(stems, caption(prepared), strict=True)))
             bar.update(len(batch))
+    work = ("caption", len(todo), time.perf_counter() - started)  # what bench/measured.py collects
+    log.info("%d images in %.1f s", *work[1:], extra={"work": work})
 
 
 def read_ahead(paths: Sequence[Path], prepare: Callable[[Any], Any], size: int) -> Iterator[list[tuple[Path, Future]]]:

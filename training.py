@@ -296,6 +296,7 @@ class Trainer:
         self.captioner.train()
         batches = list(self.batches())
         groups = [batches[start : start + config.accumulate] for start in range(0, len(batches), config.accumulate)]
+        started, first = time.perf_counter(), self.position
         for group in groups[self.position :]:
             loss = self.train_step(group)
             self.position += 1
@@ -309,6 +310,8 @@ class Trainer:
                 self.save_state()
             if self.stopping:
                 break
+        work = ("train", self.position - first, time.perf_counter() - started)  # what bench/measured.py collects
+        log.info("epoch %d: %d steps in %.1f s", self.epoch + 1, *work[1:], extra={"work": work})
         if not self.losses and not self.stopping:
             raise ValueError(f"no step of epoch {self.epoch + 1} had a finite loss; lower --lr, or set --clip 1")
         return sum(self.losses) / max(1, len(self.losses))

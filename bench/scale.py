@@ -1,195 +1,173 @@
-"""Training and inference in several processes against one, each with one thread (or one GPU): how much faster?
+"""A cost model of captioning very many images: rates of each resource, the one that saturates, shards and failures.
 
-    python -m bench.scale --out bench/scale      micro models: captions/s of training, images/s of inference
-    python -m bench.scale --tiny                 are losses, adapters and captions equal? no times
-
-Training is the trainer's own step with cached features, batches split over the processes and gradients summed;
-inference reads, encodes and captions images by beam search, as p2_infer.py does. What is timed runs between two points
-where all processes wait for each other, behind a warm-up; starting them and loading models is left out. Efficiency is
-the rate of N processes over N times that of one.
+Times are in seconds and sizes in bytes, each for one image or one GPU unless it says otherwise. Nothing is measured or
+read here; ``bench/simulate.py`` feeds it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import replace
-from pathlib import Path
-from statistics import median
-from typing import Any
+import math
+from dataclasses import dataclass
 
-import torch
-from safetensors.torch import load_file, save_file
+from bench import arithmetic
+from bench.stand_ins import BEAMS, TOKENS
 
-import data
-import distributed
-import generation
-import runtime
-from bench.common import add_common_flags, report
-from captioner import Captioner, CaptionerConfig
-from decoder import build_decoder
-from distributed import Processes
-from microworld.scenes import generate
-from profiles import PROFILES
-from training import Split, TrainConfig, Trainer
-
-CAPTIONS = 5  # an image
-LOSS, WEIGHT = 1e-5, 5e-5  # how far losses and weights may differ: floats are added in another order
-TINY = {"images": 10, "batch_size": 4, "beam_size": 2, "max_new_tokens": 6, "lora_rank": 4}
+RESOURCES = ("CPU cores", "network", "store", "GPU")  # in the order in which an image meets the last two of I/O
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = runtime.FlagParser(prog="python -m bench.scale", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N",
-                        help="how many to compare; the first is what the others are compared with")  # fmt: skip
-    parser.add_argument("--images", type=int, default=64, help="of an epoch, and to caption")
-    parser.add_argument("--epochs", type=int, default=4, help="timed epochs of one start")
-    parser.add_argument("--batch-size", type=int, default=16, help="images of a step, over all processes together")
-    parser.add_argument("--beam-size", type=int, default=5, help="beams in inference")
-    parser.add_argument("--max-new-tokens", type=int, default=20, help="longest caption in tokens")
-    parser.add_argument("--lora-rank", type=int, default=32, help="LoRA's rank")
-    parser.add_argument("--tiny", action="store_true", help="compare losses, adapters and captions only; no times")
-    parser.add_argument("--worker", type=Path, metavar="FOLDER",
-                        help="be one of the processes that this script starts, with its files in FOLDER")  # fmt: skip
-    add_common_flags(parser, repeats=5)
-    return parser
+@dataclass(frozen=True)
+class Cluster:
+    """What a job runs on. ``SOURCES`` in bench/simulate.py says where each number comes from."""
+
+    products: float = 989e12  # bf16 operations a second, H100 SXM, dense
+    bandwidth: float = 3.35e12  # bytes a second of its memory
+    encode_share: float = 0.40  # of products that encoding and reading reach
+    step_share: float = 0.50  # of bandwidth that a step of a search or an answer reaches
+    launch: float = 8e-6  # seconds of a kernel too small to fill the GPU, as Python launches it
+    kernels: int = 20  # a block and step
+    gpus_a_node: int = 8
+    cores_a_gpu: int = 12
+    core_share: float = 0.5  # of what one core does alone, when all are at work
+    network: float = 12.5e9  # bytes a second into a node
+    store: float = 50e9  # bytes a second out of the store, for all nodes together
+    mtbf_hours: float = 16384 * 54 * 24 / 419 / 8  # of a node of eight GPUs
+    restart: float = 900.0  # until a node that failed works again
+    startup: float = 120.0  # from the launch to the first image
+    shard_overhead: float = 1.0  # opening a shard, filling and draining the pipeline, writing its results
+    price: float = 3.0  # dollars an hour of GPU
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be a positive number")
+
+    @property
+    def failures(self) -> float:
+        """Of a node a second."""
+        return 1 / (3600 * self.mtbf_hours)
+
+    def nodes(self, gpus: int) -> int:
+        """How many nodes ``gpus`` are."""
+        return -(-gpus // self.gpus_a_node)
 
 
-class Job:
-    """What one process of several measures: a trainer on the scenes of a folder, and inference with what it trained."""
+@dataclass(frozen=True)
+class Workload:
+    """What an image takes of each resource.
 
-    def __init__(self, args: argparse.Namespace, processes: Processes, device: torch.device) -> None:
-        self.args, self.processes, self.folder = args, processes, args.worker
-        profile = PROFILES["micro"]
-        config = replace(TrainConfig(), batch_size=args.batch_size, lora_dropout=0.0, lora_rank=args.lora_rank,
-                         epochs=1 + args.epochs)  # fmt: skip
-        runtime.seed_everything(0)
-        self.tokenizer = data.Tokenizer(profile.tokenizer)
-        shape = CaptionerConfig(profile.encoder, profile.encoder_kwargs, profile.encoder_weights, lora=config.lora())
-        self.captioner = Captioner(shape, build_decoder(profile.decoder, config.lora())).to(device)
-        self.samples = data.load_split(self.folder, "train")
-        self.paths = [sample.path for sample in self.samples]
-        features = generation.cached_features(self.captioner, self.paths, self.folder / "cache", processes=processes)
-        split = Split(self.samples, data.encode_captions(self.samples, self.tokenizer, 60), features)
-        self.trainer = Trainer(self.captioner, self.tokenizer, split, split, config, self.folder, processes)
-        self.losses: list[float] = []
+    Attributes:
+        name: of the job.
+        image_bytes: read.
+        cpu_s: of one core, reading, decoding and preprocessing it.
+        stages: seconds of the GPU, which takes them one after another.
+        measured: whether ``stages`` come from a run on a GPU.
+        batch: images at once on a GPU.
+    """
 
-    def timed(self, work: Any, *arguments: Any) -> float:
-        """Return the seconds until all processes have done their part."""
-        self.processes.wait()
-        start = time.perf_counter()
-        work(*arguments)
-        if self.captioner.device.type == "cuda":
-            torch.cuda.synchronize(self.captioner.device)
-        self.processes.wait()
-        return time.perf_counter() - start
+    name: str
+    image_bytes: float
+    cpu_s: float
+    stages: dict[str, float]
+    batch: int
+    measured: bool = False
 
-    def train(self, epoch: int) -> None:
-        """Take the steps of one epoch."""
-        self.trainer.epoch = epoch
-        self.captioner.train()
-        self.losses += [self.trainer.train_step([batch]) for batch in self.trainer.batches()]
-
-    def infer(self) -> dict[str, str]:
-        """Read, encode and caption this process's part of the images."""
-        captions, own = {}, self.processes.share(self.paths)
-        for start in range(0, len(own), self.args.batch_size):
-            batch = own[start : start + self.args.batch_size]
-            pixels = generation.read_pixels(self.captioner.transform, batch).to(self.captioner.device)
-            texts = generation.caption_features(self.captioner, self.tokenizer, self.captioner.encode(pixels),
-                                                self.args.beam_size, self.args.max_new_tokens)  # fmt: skip
-            captions |= dict(zip((path.name for path in batch), texts, strict=True))
-        return captions
-
-    def measure(self) -> None:
-        """Train, caption, and leave rates, losses, adapter and captions in the folder."""
-        warm_up = [self.timed(self.train, 0)]
-        training = [self.timed(self.train, epoch) for epoch in range(1, 1 + self.args.epochs)] or warm_up
-        adapter = {name: tensor.cpu() for name, tensor in self.captioner.adapter_state().items()}
-        generation.prepare(self.captioner.merge(), "fp32")
-        captions = {k: v for part in self.processes.gather(self.infer()) for k, v in part.items()}  # warm-up too
-        inference = [self.timed(self.infer) for _ in range(self.args.epochs)]
-        if self.processes.first:
-            count = len(self.paths)
-            save_file(adapter, self.folder / "adapter.safetensors")
-            runtime.write_json(self.folder / "result.json", {
-                "captions/s": CAPTIONS * count / median(training), "images/s": count / median(inference),
-                "losses": self.losses, "captions": dict(sorted(captions.items())),
-            })  # fmt: skip
+    @property
+    def gpu_s(self) -> float:
+        """Seconds of a GPU."""
+        return sum(self.stages.values())
 
 
-def start(count: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Measure in ``count`` processes of one thread each; return what they found, the adapter with it."""
-    names = ("images", "epochs", "batch_size", "beam_size", "max_new_tokens", "lora_rank", "device")
-    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
-    several = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)) if count > 1 else ()
-    command = [sys.executable, *several, "-m", "bench.scale", "--worker", str(folder), *flags]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-                          capture_output=True, text=True)  # fmt: skip
-    if done.returncode:
-        raise ValueError(f"{count} processes ended with exit code {done.returncode}: {done.stderr[-2000:]}")
-    adapter = load_file(folder / "adapter.safetensors")
-    return {**json.loads((folder / "result.json").read_text()), "adapter": adapter}
+def captioner(costs: dict[str, float], cluster: Cluster, batch: int = 64) -> Workload:
+    """Return the tuned captioner's workload: ViT-L/14, GPT-2 small, beam search; ``costs`` as bench/costs.py has them.
+
+    A step of the search is bound by the slowest of memory, products and launches.
+    """
+    models = arithmetic.Captioner()
+    reach = cluster.products * cluster.encode_share
+    moved = models.search_bytes(BEAMS, TOKENS, batch) / (cluster.bandwidth * cluster.step_share)
+    products = models.search(BEAMS, TOKENS) / reach
+    launches = TOKENS * models.decoder.layers * cluster.kernels * cluster.launch / batch
+    stages = {"encode": models.encoder.operations / reach, "search": max(moved, products, launches)}
+    cpu = costs["tar_read_s"] + costs["decode_s"] + costs["transform_s"] + costs["write_s"]
+    return Workload("captioner", costs["image_bytes"], cpu, stages, batch)
 
 
-def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float, int]:
-    """Return how far two results are apart: in the losses, in the adapter, and how many captions differ."""
-    loss = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-    weight = max((ours["adapter"][k] - tensor).abs().max().item() for k, tensor in theirs["adapter"].items())
-    return loss, weight, sum(ours["captions"][k] != text for k, text in theirs["captions"].items())
+def llava(costs: dict[str, float], cluster: Cluster, batch: int = 32, prompt: int = 40, answer: int = 16) -> Workload:
+    """Return LLaVA-1.5-7B's workload: greedy, ``prompt`` tokens of text, ``answer`` tokens back, 16-bit weights."""
+    reach = cluster.products * cluster.encode_share
+    tower, read, steps = arithmetic.llava_operations(prompt, answer)
+    moved = arithmetic.llava_bytes(prompt, answer, batch) / (cluster.bandwidth * cluster.step_share)
+    launches = answer * arithmetic.LLAMA_7B.layers * cluster.kernels * cluster.launch / batch
+    stages = {"encode": tower / reach, "read": read / reach, "answer": max(moved, steps / reach, launches)}
+    cpu = costs["tar_read_s"] + costs["decode_s"] + costs["transform_336_s"] + costs["write_s"]
+    return Workload("LLaVA-1.5-7B", costs["image_bytes"], cpu, stages, batch)
 
 
-def compare(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], bool]:
-    """Start every number of processes in turn; return a row of medians each, and whether all results are equal."""
-    results: dict[int, list[dict[str, Any]]] = {count: [] for count in args.processes}
-    for _ in range(args.repeats):
-        for count, found in results.items():
-            found.append(start(count, args, folder))
-    base, rows, equal = args.processes[0], [], True
-    for count, found in results.items():
-        loss, weight, captions = differences(found[0], results[base][0])
-        equal &= loss <= LOSS and weight <= WEIGHT and captions == 0
-        if count != base:
-            print(f"{count} processes against {base}: losses differ by {loss:.1e}, weights by {weight:.1e}, "
-                  f"captions of {captions} images")  # fmt: skip
-        row: dict[str, Any] = {"processes": count}
-        for what, key in (("training, captions/s", "captions/s"), ("inference, images/s", "images/s")):
-            rate, alone = (median(result[key] for result in results[n]) for n in (count, base))
-            row |= {what: rate, f"{what.split(',')[0]} efficiency": f"{rate * base / (alone * count):.0%}"}
-        rows.append(row)
-    return rows, equal
+def capacities(work: Workload, cluster: Cluster, gpus: int) -> dict[str, float]:
+    """Return the images a second that each resource allows a GPU of ``gpus``."""
+    sharing = min(gpus, cluster.gpus_a_node)
+    return {
+        "CPU cores": cluster.cores_a_gpu * cluster.core_share / work.cpu_s,
+        "network": cluster.network / sharing / work.image_bytes,
+        "store": cluster.store / gpus / work.image_bytes,
+        "GPU": 1 / work.gpu_s,
+    }
 
 
-@runtime.command
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; return 1 where results differ between numbers of processes."""
-    args = build_parser().parse_args(argv)
-    for name in ("images", "epochs", "batch_size", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    device = runtime.pick_device(args.device)
-    torch.set_num_threads(1)
-    if args.worker:
-        with distributed.join(device) as processes:
-            Job(args, processes, device).measure()
-        return 0
-    if args.tiny:
-        vars(args).update(TINY, repeats=1, epochs=1)
-    with tempfile.TemporaryDirectory() as folder:
-        generate(Path(folder), "train", args.images, seed=0, workers=1)
-        rows, equal = compare(args, Path(folder))
-    if not args.tiny:
-        report(f"Several processes: micro models, batches of {args.batch_size} images with {CAPTIONS} captions each, "
-               f"beam {args.beam_size}, median of {args.repeats} starts", rows, device, args.out)  # fmt: skip
-    return 0 if equal else 1
+def bottleneck(work: Workload, cluster: Cluster, gpus: int) -> tuple[str, float]:
+    """Return the resource that saturates first, and the images a second that it leaves a GPU."""
+    found = capacities(work, cluster, gpus)
+    name = min(found, key=found.get)
+    return name, found[name]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+# --- shards and failures ----------------------------------------------------------------------------------------------
+
+
+def shard_seconds(length: float, failures: float, restart: float) -> float:
+    """Return the expected seconds until a shard of ``length`` seconds is done, when a failure throws it away.
+
+    Failures come at random, ``failures`` a second while the worker is up; each costs ``restart``, and the shard begins
+    anew: ``(1 / failures + restart) (e^(failures length) - 1)`` (Daly, Future Generation Computer Systems 22, 2006).
+    """
+    return (1 / failures + restart) * math.expm1(failures * length)
+
+
+def redone_seconds(length: float, failures: float) -> float:
+    """Return the expected seconds of work on a shard that failures throw away."""
+    return math.expm1(failures * length) / failures - length
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Shares of the useful time that shards of one size cost."""
+
+    overhead: float
+    redone: float  # thrown away, and waited for restarts
+    tail: float  # idle at the end, when there are no shards left for all
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.overhead + self.redone + self.tail
+
+
+def losses(images_a_shard: float, images: float, rate: float, gpus: int, cluster: Cluster) -> Losses:
+    """Return what shards of ``images_a_shard`` cost a job of ``images`` at ``rate`` images a second and GPU.
+
+    At the end a GPU waits half a shard in the mean, as those that work reach the end of theirs at any time.
+    """
+    useful = images_a_shard / rate
+    length = useful + cluster.shard_overhead
+    whole = shard_seconds(length, cluster.failures, cluster.restart)
+    return Losses(cluster.shard_overhead / useful, (whole - length) / useful, length / 2 / (images / rate / gpus))
+
+
+def best_shard(images: float, rate: float, gpus: int, cluster: Cluster) -> float:
+    """Return the images of a shard that lose least, to first order: ``sqrt(2 c / (failures + 1 / T))`` seconds.
+
+    That is Young's interval (Communications of the ACM 17, 1974) where a job of ``T`` seconds has one more failure: its
+    end.
+    """
+    job = images / rate / gpus
+    return rate * math.sqrt(2 * cluster.shard_overhead / (cluster.failures + 1 / job))

@@ -748,8 +748,9 @@ def test_a_healthy_cache_gives_no_warning(open_cache, caplog):
     with caplog.at_level(logging.INFO):
         open_cache(encode=Encoder())
         open_cache(encode=Encoder())
-    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
-    assert "10 of 10 images" in caplog.messages[0] and "0 of 10 images" in caplog.messages[1]
+    assert [record.levelname for record in caplog.records] == ["INFO"] * 3
+    assert "10 of 10 images to encode" in caplog.messages[0] and "10 images encoded in" in caplog.messages[1]
+    assert "0 of 10 images to encode" in caplog.messages[2]
 
 
 def test_a_reader_keeps_its_features_while_the_cache_is_rebuilt(open_cache, paths, tmp_path):

@@ -1,8 +1,8 @@
-"""bench/scale.py in its tiny form: two processes find the losses, the adapter and the captions of one."""
+"""bench/processes.py in its tiny form: two processes find the losses, the adapter and the captions of one."""
 
 import torch
 
-from bench import scale as bench
+from bench import processes as bench
 
 
 def test_two_processes_find_what_one_finds(capsys):
