@@ -32,8 +32,15 @@ def launch(count, *command, timeout=120):
         **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }  # fmt: skip
-    return subprocess.run([sys.executable, *launcher, *map(str, command)], env=environment, cwd=ROOT, check=False,
-                          capture_output=True, text=True, timeout=timeout)  # fmt: skip
+    process = subprocess.Popen([sys.executable, *launcher, *map(str, command)], env=environment, cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # killed, the launcher would leave its processes behind
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 # ------------------------------------------------------------------------------------------- what they do together
@@ -105,6 +112,15 @@ with distributed.join(torch.device("cpu")) as crew:
         assert "image-late is broken" in str(error) and [p.name for p in encoded] == ["image-late"]
     except SystemExit:
         assert not encoded
+    del paths[0]
+    try:  # as on two machines without a common file system
+        FeatureCache.open(f"{sys.argv[2]}-{rank // 2}", {"encoder": "e"}, paths, (2, 3), encode, processes=crew)
+    except ValueError as error:
+        assert rank == 2 and "does not see the features" in str(error), error
+    except SystemExit:
+        assert rank < 2
+    else:
+        raise AssertionError("a cache that only some can see was opened")
     Path(sys.argv[1], f"done{rank}").touch()
 """
 
@@ -233,6 +249,7 @@ def test_three_processes_learn_what_one_learns(tmp_path):
         assert_same_run(ours / name, theirs / name)
     assert [line["step"] for line in records(ours / "poisoned", "skipped")] == [2]
     assert result.stderr.count("step 2 skipped") == 1  # all skip it, one says so
+    assert result.stderr.count("2 of the 3 processes have no image of a batch and only wait") == 1  # of "single"
     assert json.loads((ours / "uneven" / "config.json").read_text())["processes"] == 3
 
 
