@@ -6,14 +6,11 @@ appears at the end, whole, and the side file goes. ``accelerate launch`` splits 
 
 from __future__ import annotations
 
-import fcntl
-import io
 import json
 import logging
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +22,8 @@ from tqdm import tqdm
 
 import data
 import runtime
-from strictjson import parse_json
+import sidefile
+from sidefile import SideFile
 
 log = logging.getLogger(__name__)
 
@@ -85,16 +83,16 @@ class PredictionLog:
             raise ValueError(f"{out}: is a folder; name a file for the captions")
         out.parent.mkdir(parents=True, exist_ok=True)
         if workers.rank == 0:
-            self._file = self._locked()
+            self._side = SideFile(self.part)
             try:
                 self._check_parts(overwrite)
             except ValueError:
-                self._file.close()
+                self._side.close()
                 raise
         workers.wait()
         if workers.rank:
-            self._file = self._locked()
-        self._begin()
+            self._side = SideFile(self.part)
+        self._side.begin(self._header)
         workers.wait()
         self.captions = self._all_captions()
         if self.captions and workers.rank == 0:
@@ -107,19 +105,7 @@ class PredictionLog:
     def __exit__(self, *exception: object) -> None:
         if not self.captions:  # nothing to keep: a run that fails at its start leaves no trace
             self.part.unlink(missing_ok=True)
-        self._file.close()
-
-    def _locked(self) -> io.FileIO:
-        while True:
-            file = self.part.open("a+b", buffering=0)  # what a full disk refuses must not wait in a buffer
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.close()
-                raise ValueError(f"{self.part}: another run is writing it; wait for it, or name another") from error
-            if os.fstat(file.fileno()).st_nlink:
-                return file
-            file.close()  # its run finished and removed it between our open and our lock
+        self._side.close()
 
     def _parts(self) -> list[Path]:
         """Return the side files of all processes, of this run and of the one before."""
@@ -128,9 +114,10 @@ class PredictionLog:
 
     def _check_parts(self, overwrite: bool) -> None:
         """Make sure that all side files are this run's, or drop them where that is allowed."""
-        contents = {path: self._parse(path, overwrite) for path in self._parts()}
+        contents = {path: sidefile.read(path, overwrite) for path in self._parts()}
         started = {path: header for path, (header, captions) in contents.items() if captions}
         if started and all(header == self._header for header in started.values()):
+            self._drop(contents.keys() - started.keys())
             return
         if not overwrite and started:
             path, header = next((p, h) for p, h in started.items() if h != self._header)
@@ -141,52 +128,22 @@ class PredictionLog:
         if not overwrite and self.out.exists():
             self.part.unlink()
             raise ValueError(f"{self.out}: exists already; give --overwrite to replace it, or another name")
-        for path in contents:
-            if path != self.part:
+        self._drop(contents)
+
+    def _drop(self, parts: Iterable[Path]) -> None:
+        """Do away with side files; this process's own stays, empty."""
+        for path in parts:
+            if path == self.part:
+                self._side.clear()
+            else:
                 path.unlink()
-        self._file.truncate(0)
-
-    def _begin(self) -> None:
-        """Cut a torn line off this process's side file, and write the first line of a new one."""
-        self._file.seek(0)
-        text = self._file.read()
-        self._file.truncate(text.rfind(b"\n") + 1)
-        if b"\n" not in text:
-            self._write(self._header)
-
-    def _parse(self, path: Path, overwrite: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return a side file's header and captions; a line that is none of ours is passed over."""
-        first, *others = path.read_bytes().split(b"\n")[:-1] or [b"{}"]
-        try:
-            header = dict(parse_json(first.decode()))
-        except (ValueError, TypeError) as error:
-            if overwrite:
-                log.warning("%s: damaged (%s); beginning anew", path, error)
-                return {}, {}
-            raise ValueError(f"{path}: damaged ({error}); remove it, or give --overwrite") from error
-        captions = dict(filter(None, map(_caption_of, others)))
-        if len(captions) < len(others):
-            damaged = len(others) - len(captions)
-            log.warning("%s: %d lines are damaged; their images are captioned again", path, damaged)
-        return header, captions
 
     def _all_captions(self) -> dict[str, str]:
-        return {image: caption for path in self._parts() for image, caption in self._parse(path)[1].items()}
-
-    def _write(self, *records: dict[str, Any]) -> None:
-        left = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            raise OSError(f"{self.part}: cannot be written ({error}); the captions so far are kept in it, so make room "
-                          "and run the same command again") from error  # fmt: skip
+        return {image: caption for path in self._parts() for image, caption in sidefile.read(path)[1].items()}
 
     def add(self, captions: dict[str, str]) -> None:
         """Keep the captions of a batch, ``{file name without suffix: caption}``."""
-        self._write(*(
-            {"image": image, "caption": caption, "check": _check(image, caption)} for image, caption in captions.items()
-        ))  # fmt: skip
+        self._side.add(captions)
         self.captions |= captions
 
     def finish(self, paths: Sequence[Path]) -> dict[str, str]:
@@ -197,7 +154,7 @@ class PredictionLog:
         """
         self.workers.wait()
         found = self._all_captions()
-        self.workers.wait()
+        self.workers.wait()  # nobody removes before all have read
         captions = {path.stem: found[path.stem] for path in paths if path.stem in found}
         if not captions:
             raise ValueError(f"{self.out}: none of the {len(paths)} images could be captioned")
@@ -208,21 +165,9 @@ class PredictionLog:
             log.info("%d captions in %s", len(captions), self.out)
             if len(captions) < len(paths):
                 log.error("%d of %d images were not captioned", len(paths) - len(captions), len(paths))
+        # A launcher ends all processes when one ends with an exit code, so none ends before the result is written.
+        self.workers.wait()
         return captions
-
-
-def _check(image: str, caption: str) -> int:
-    return zlib.crc32(json.dumps([image, caption]).encode())
-
-
-def _caption_of(line: bytes) -> tuple[str, str] | None:
-    """Return image and caption of a line of the side file, or None where its checksum is wrong."""
-    try:
-        record = parse_json(line.decode())
-        image, caption = record["image"], record["caption"]
-        return (image, caption) if record["check"] == _check(image, caption) else None
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 class Halving:
