@@ -1,15 +1,20 @@
-"""Caption a folder, whatever the model: read ahead, halve batches that do not fit, keep what is done, end in one JSON.
+"""Caption images, whatever the model: read ahead, halve batches that do not fit, keep what is done.
 
-Captions go to an append-only side file as they come. A run that was interrupted finds it and goes on; the final file
-appears at the end, whole, and the side file goes. ``accelerate launch`` splits the images over processes.
+A folder that ends in one JSON: captions go to an append-only side file as they come. A run that was interrupted finds
+it and goes on; the final file appears at the end, whole, and the side file goes. ``accelerate launch`` splits the
+images over processes. For more images than that, and for lists and tars, see ``caption_source``: shards in, parts out.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import itertools
 import json
 import logging
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,8 +26,11 @@ import torch
 from tqdm import tqdm
 
 import data
+import parts
 import runtime
 import sidefile
+from parts import FORMS, Results, form_of
+from shards import Entry, Shard, Source
 from sidefile import SideFile
 
 log = logging.getLogger(__name__)
@@ -196,6 +204,19 @@ class Halving:
         return results
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a model does to images.
+
+    Attributes:
+        prepare: makes of an image (PIL, RGB) what ``caption`` takes; runs in threads, ahead of it.
+        caption: makes captions of a list of those.
+    """
+
+    prepare: Callable[[Any], Any]
+    caption: Callable[[list], list[str]]
+
+
 def caption_images(
     log_file: PredictionLog,
     paths: Sequence[Path],
@@ -208,8 +229,7 @@ def caption_images(
     Args:
         log_file: takes the captions.
         paths: images; their stems are the keys.
-        prepare: makes of an image (PIL, RGB) what ``caption`` takes; runs in threads, ahead of it.
-        caption: makes captions of a list of those.
+        prepare, caption: as in :class:`Job`.
         batch_size: images at once.
     """
     workers = log_file.workers
@@ -218,36 +238,148 @@ def caption_images(
     hidden = True if workers.rank else None  # one bar, of the first process's share
     with tqdm(total=len(todo), desc="caption", disable=hidden) as bar:
         for batch in read_ahead(todo, prepare, batch_size):
-            stems, prepared = _readable(batch)
+            found, prepared = _readable(batch, lambda path, error: log.error("not captioned: %s", error))
             if prepared:
-                log_file.add(dict(zip(stems, caption(prepared), strict=True)))
+                log_file.add(dict(zip([path.stem for path in found], caption(prepared), strict=True)))
             bar.update(len(batch))
 
 
-def read_ahead(paths: Sequence[Path], prepare: Callable[[Any], Any], size: int) -> Iterator[list[tuple[Path, Future]]]:
-    """Yield batches of (path, future of the prepared image) while threads read the batches behind them."""
+def read_ahead(
+    items: Iterable[Any], prepare: Callable[[Any], Any], size: int, load: Callable[[Any], Any] = data.load_image
+) -> Iterator[list[tuple[Any, Future]]]:
+    """Yield batches of (item, future of the prepared image) while threads read the batches behind them.
 
-    def read(path: Path) -> Any:
-        return prepare(data.load_image(path))
+    Args:
+        items: paths, or whatever ``load`` takes; no more of them are taken than are read ahead.
+        prepare: as in :class:`Job`.
+        size: items of a batch.
+        load: makes an image of an item.
+    """
 
+    def read(item: Any) -> Any:
+        return prepare(load(item))
+
+    left = iter(items)
     # One image is too small a work for several threads; several here would fight with the model's for the cores.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=lambda: torch.set_num_threads(1)) as pool:
-        waiting: list[list[tuple[Path, Future]]] = []
-        starts = list(range(0, len(paths), size))
-        for number in range(len(starts)):
-            waiting += [
-                [(path, pool.submit(read, path)) for path in paths[start : start + size]]
-                for start in starts[number + len(waiting) : number + 1 + READ_AHEAD]
-            ]
-            yield waiting.pop(0)
+        waiting: deque[list[tuple[Any, Future]]] = deque()
+        while True:
+            while len(waiting) <= READ_AHEAD and (some := list(itertools.islice(left, size))):
+                waiting.append([(item, pool.submit(read, item)) for item in some])
+            if not waiting:
+                return
+            yield waiting.popleft()
 
 
-def _readable(batch: list[tuple[Path, Future]]) -> tuple[list[str], list]:
-    stems, prepared = [], []
-    for path, future in batch:
+def _readable(
+    batch: list[tuple[Any, Future]], failed: Callable[[Any, Exception], None]
+) -> tuple[list[Any], list[Any]]:
+    """Return the items of a batch that could be read, and what they became; ``failed`` is told of the others."""
+    found, prepared = [], []
+    for item, future in batch:
         try:
             prepared.append(future.result())
-            stems.append(path.stem)
+            found.append(item)
         except (ValueError, OSError) as error:
-            log.error("not captioned: %s", error)
-    return stems, prepared
+            failed(item, error)
+    return found, prepared
+
+
+# ------------------------------------------------------------------------------------------------------ by the million
+
+
+def caption_shards(
+    folder: parts.Folder, shards: Iterable[Shard], job: Job, batch_size: int, patience: float = 0.0
+) -> None:
+    """Caption the shards that are not finished and that no other process works on, each as a stream.
+
+    Args:
+        folder: takes the captions.
+        shards: in any order.
+        job: what makes captions.
+        batch_size: images at once.
+        patience: seconds to wait for a shard that another process holds.
+    """
+    caption = Halving(job.caption)
+    for shard in shards:
+        shard_log = folder.claim(shard, patience)
+        if shard_log is None:
+            continue
+        with shard_log:
+            for batch in read_ahead(shard_log.wanted(), job.prepare, batch_size, Entry.load):
+                found, prepared = _readable(batch, shard_log.unreadable)
+                if prepared:
+                    shard_log.add(dict(zip([entry.key for entry in found], caption(prepared), strict=True)))
+            shard_log.seal()
+
+
+def caption_source(
+    args: argparse.Namespace, run: dict[str, Any], build: Callable[[], Job], overwrite: bool = False
+) -> int:
+    """Caption whatever ``args.img_dir`` names into ``args.out``, as the flags of :func:`add_flags` say.
+
+    Args:
+        args: the command line.
+        run: whatever decides the captions.
+        build: loads the model; is called in the processes that need it.
+        overwrite: drop results of another run.
+
+    Returns:
+        The exit code: 0, or 3 (``PARTIAL``) where an image was left out.
+    """
+    workers, source = find_workers(), source_of(args)
+    if not args.img_dir.is_dir():
+        source.shards(Path())  # said before anything is made
+    run = run | {"images": str(args.img_dir), "shard_size": args.shard_size, "entries": args.entries}
+    with Results(args.out, form_of(args.out, args.out_format), run, overwrite) as results:
+        if workers.rank == 0:
+            results.begin()
+            source.spool(results.folder.state)
+        workers.wait()
+        shards = source.shards(results.folder.state)
+        if all(map(results.folder.done, shards)):
+            log.info("%s: all %d shards are finished", results.folder.path, len(shards))
+        elif args.engine == "ray":
+            engine_ray = importlib.import_module("engine_ray")
+            engine_ray.caption_shards(results.folder, shards, build, args)
+        else:
+            begin = len(shards) * workers.rank // workers.count  # so that not all processes ask for the same ones
+            mine = _with_bar(shards[begin:] + shards[:begin], workers)
+            caption_shards(results.folder, mine, build(), args.batch_size)
+        workers.wait()
+        totals = results.finish(shards) if workers.rank == 0 else {}
+        workers.wait()  # a launcher ends all processes when one ends with an exit code
+    left_out = sum(totals.get(name, 0) for name in ("unreadable", "duplicates", "damaged"))
+    if left_out:
+        log.error("not all was captioned: %(unreadable)d images cannot be read, %(duplicates)d have the key of another, "
+                  "%(damaged)d shards are damaged", totals)  # fmt: skip
+    return runtime.PARTIAL if left_out else 0
+
+
+def _with_bar(shards: list[Shard], workers: Workers) -> Iterable[Shard]:
+    return tqdm(shards, desc="caption", unit="shard", disable=True if workers.rank else None)
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """Return what the command line names as its images."""
+    return Source(args.img_dir, args.shard_size, args.list_root, args.entries)
+
+
+def is_small(args: argparse.Namespace) -> bool:
+    """Return whether the command line asks for a folder in one JSON, by the launcher's processes: no shards then."""
+    kind = source_of(args).kind
+    return kind == "folder" and form_of(args.out, args.out_format) == "json" and args.engine == "plain"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of runs over shards."""
+    group = parser.add_argument_group("millions of images")
+    add = group.add_argument
+    add("--out-format", choices=("auto", *FORMS), default="auto",
+        help="jsonl and parquet: OUT is a folder with a part for each shard; auto: by the ending of OUT")  # fmt: skip
+    add("--shard-size", type=int, default=Source.shard_size, help="images of a list or folder that make a shard")
+    add("--list-root", type=Path, help="what a list's paths are relative to (default: the list's folder)")
+    add("--entries", metavar="GLOB", help="which files of a tar are images (default: by their ending)")
+    add("--engine", choices=("plain", "ray"), default="plain",
+        help="plain: this process, or those of accelerate launch; ray: actors of a Ray cluster")  # fmt: skip
+    add("--ray-actors", type=int, help="models at once (default: one for each GPU, or else each CPU, of the cluster)")
