@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from shards import Shard
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds to wait for a shard whose process may be about to die
+MOST_BLOCKS = 10_000  # what Ray deals out at once; more shards than that go by several
 ROOT = str(Path(__file__).resolve().parent)
 
 
@@ -40,10 +42,11 @@ class Captioner:
         self._job: inference.Job | None = None
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[str]]:
-        """Caption ``rows["item"]``, shards; return for each what went wrong, or an empty text."""
+        """Caption the one of ``rows["item"]``, a pickled shard; return what went wrong, or an empty text."""
         try:
             self._job = self._job or self._build()
-            inference.caption_shards(self._folder, rows["item"], self._job, self._batch_size, PATIENCE)
+            shards = [pickle.loads(item) for item in rows["item"]]  # the driver's own
+            inference.caption_shards(self._folder, shards, self._job, self._batch_size, PATIENCE)
         except (ValueError, OSError) as error:  # bad input or no room, which another try would meet again
             return {"error": [str(error) or type(error).__name__]}
         return {"error": [""]}
@@ -75,7 +78,8 @@ def caption_shards(
     try:
         count, resources = _share(ray.cluster_resources(), args, len(todo))
         log.info("%d shards for %d actors", len(todo), count)
-        results = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+        items = [pickle.dumps(shard) for shard in todo]  # Ray would do so too, and complain
+        results = ray.data.from_items(items, override_num_blocks=min(len(todo), MOST_BLOCKS)).map_batches(
             Captioner,
             fn_constructor_args=(build, folder, args.batch_size),
             batch_size=1,
@@ -108,6 +112,7 @@ def _start(ray: Any) -> None:
     local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "object_store_memory": 100 * 2**20}
     ray.init(runtime_env={"env_vars": environment}, logging_level=logging.WARNING, **local)
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of each plan
 
 
 def _share(found: dict[str, float], args: argparse.Namespace, shards: int) -> tuple[int, dict[str, float]]:

@@ -351,7 +351,7 @@ def caption_source(
         workers.wait()  # a launcher ends all processes when one ends with an exit code
     left_out = sum(totals.get(name, 0) for name in ("unreadable", "duplicates", "damaged"))
     if left_out:
-        log.error("not all was captioned: %(unreadable)d images cannot be read, %(duplicates)d have the key of another, "
+        log.error("not all was captioned: %(unreadable)d images cannot be read, %(duplicates)d have another's key, "
                   "%(damaged)d shards are damaged", totals)  # fmt: skip
     return runtime.PARTIAL if left_out else 0
 
@@ -381,5 +381,5 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--list-root", type=Path, help="what a list's paths are relative to (default: the list's folder)")
     add("--entries", metavar="GLOB", help="which files of a tar are images (default: by their ending)")
     add("--engine", choices=("plain", "ray"), default="plain",
-        help="plain: this process, or those of accelerate launch; ray: actors of a Ray cluster")  # fmt: skip
-    add("--ray-actors", type=int, help="models at once (default: one for each GPU, or else each CPU, of the cluster)")
+        help="plain: this process, or accelerate's; ray: actors of a Ray cluster")  # fmt: skip
+    add("--ray-actors", type=int, help="models at once (default: one for each GPU of the cluster, or else CPU)")

@@ -34,7 +34,8 @@ def build_parser() -> Any:
                         help="folder of jpg, jpeg, png or webp images; or a list of paths "
                         "(.txt, .jsonl), or tar shards ('DIR/{000..999}.tar', 'DIR/*.tar')")  # fmt: skip
     parser.add_argument("out", type=Path, metavar="OUT.json",
-                        help="predictions, {file name without suffix: caption}; or OUT.jsonl, OUT.parquet: a folder of parts")  # fmt: skip
+                        help="predictions, {file name without suffix: caption}; "
+                        "or OUT.jsonl, OUT.parquet: a folder of parts")  # fmt: skip
     parser.add_argument("decoder", type=Path, metavar="DECODER", help="GPT-2 state dict (.bin, .pt or .safetensors)")
     parser.add_argument("--adapter", type=Path, default=Path("runs/best/best.safetensors"),
                         help="what p2_train.py wrote")  # fmt: skip

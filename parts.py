@@ -341,6 +341,7 @@ class Results:
                 raise ValueError(f"{self.folder.path} belongs to another run (other {', '.join(differ)}); finish that "
                                  "one first, or give --overwrite to drop it")  # fmt: skip
             self._clear()
+            self.manifest.unlink(missing_ok=True)
         elif self.form == "json" and self.out.exists() and not self.overwrite:
             raise ValueError(f"{self.out}: exists already; give --overwrite to replace it, or another name")
         runtime.write_json(file, self._run)
@@ -361,7 +362,6 @@ class Results:
                     (self.folder.path / Path(read_json(path)["part"]).name).unlink(missing_ok=True)
             if path.name != "lock":
                 _delete(path)
-        self.manifest.unlink(missing_ok=True)
 
     def _remove(self) -> None:
         self._clear()
