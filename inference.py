@@ -330,7 +330,7 @@ def caption_source(
     workers, source = find_workers(), source_of(args)
     if not args.img_dir.is_dir():
         source.shards(Path())  # said before anything is made
-    run = run | {"images": str(args.img_dir), "shard_size": args.shard_size, "entries": args.entries}
+    run = run | {"images": str(args.img_dir.resolve()), "shard_size": args.shard_size, "entries": args.entries}
     with Results(args.out, form_of(args.out, args.out_format), run, overwrite) as results:
         if workers.rank == 0:
             results.begin()

@@ -257,14 +257,15 @@ class ShardLog:
             "problems": self._problems,
             "part": part.name,
             "part_size": part.stat().st_size,
-            "part_sha256": _sha256(part),
+            "part_sha256": sha256_of(part),
         }
         runtime.write_json(self.folder.record(self.shard), record)
         self._side.path.unlink()
         self.captions = {}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):
@@ -404,7 +405,7 @@ class Results:
                 if record is None:
                     raise ValueError(f"{shard.path} is not finished; run the same command again")
                 file = self.folder.complete(shard)
-                if _sha256(file) != record["part_sha256"]:
+                if sha256_of(file) != record["part_sha256"]:
                     raise ValueError(f"{file}: damaged since it was written; remove it and run the same command again")
                 table.add(number, [key for key, _ in read_part(file)])
             return table.repeats(len(shards))
@@ -438,7 +439,7 @@ class Results:
             "duplicates": record["duplicates"] + len(dropped),
             "problems": record["problems"] + [{"entry": f"{shard.path}: {key}", "reason": reason} for key in dropped],
             "part_size": part.stat().st_size,
-            "part_sha256": _sha256(part),
+            "part_sha256": sha256_of(part),
         }
 
     def _merge(self, shards: Sequence[Shard]) -> None:
