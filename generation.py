@@ -12,6 +12,7 @@ import data
 import search
 from captioner import Captioner
 from decoder import Decoder
+from distributed import ALONE, Processes
 from packing import prepare_decoder, prepare_linears
 
 
@@ -39,11 +40,12 @@ def read_pixels(transform: Callable, paths: Sequence[Path]) -> torch.Tensor:
 
 
 def cached_features(
-    captioner: Captioner, paths: Sequence[Path], cache: Path, limit: float = math.inf
+    captioner: Captioner, paths: Sequence[Path], cache: Path, limit: float = math.inf, processes: Processes = ALONE
 ) -> data.FeatureCache:
     """Return the encoder's tokens of ``paths``, from the cache folder or computed now and kept there.
 
-    Images for which there is no room below ``limit`` bytes are encoded whenever they are asked for.
+    Images for which there is no room below ``limit`` bytes are encoded whenever they are asked for. Several processes
+    encode a part each.
     """
 
     def encode(batch: list[Path]) -> torch.Tensor:
@@ -55,7 +57,8 @@ def cached_features(
     key = {"encoder": config.encoder, "weights": config.encoder_hash, "transform": repr(captioner.transform)}
     if config.encoder_layer != -1:
         key["layer"] = str(config.encoder_layer)
-    return data.FeatureCache.open(cache, key, list(paths), captioner.feature_shape, encode, limit=limit)
+    shape = captioner.feature_shape
+    return data.FeatureCache.open(cache, key, list(paths), shape, encode, limit=limit, processes=processes)
 
 
 def caption_features(

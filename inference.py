@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -236,12 +237,15 @@ def caption_images(
     todo = [path for path in paths if path.stem not in log_file.captions][workers.rank :: workers.count]
     caption = Halving(caption)
     hidden = True if workers.rank else None  # one bar, of the first process's share
+    started = time.perf_counter()
     with tqdm(total=len(todo), desc="caption", disable=hidden) as bar:
         for batch in read_ahead(todo, prepare, batch_size):
             found, prepared = _readable(batch, lambda path, error: log.error("not captioned: %s", error))
             if prepared:
                 log_file.add(dict(zip([path.stem for path in found], caption(prepared), strict=True)))
             bar.update(len(batch))
+    work = ("caption", len(todo), time.perf_counter() - started)  # what bench/measured.py collects
+    log.info("%d images in %.1f s", *work[1:], extra={"work": work})
 
 
 def read_ahead(
