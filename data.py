@@ -86,16 +86,24 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         raise ValueError(f"{path}: not a plain file; replace it or take it out")
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise ValueError(f"{path}: larger than {MAX_IMAGE_BYTES / 1e6:.0f} MB; scale it down or take it out")
-    encoded = path.read_bytes()  # apart from decoding: a missing file is no damaged one
+    return decode_image(path.read_bytes(), path)  # apart from decoding: a missing file is no damaged one
+
+
+def decode_image(encoded: bytes, name: object) -> Image.Image:
+    """Return the image in ``encoded``, the content of an image file, as :func:`load_image` does.
+
+    Raises:
+        ValueError: as :func:`load_image`; ``name`` says which one.
+    """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         reason = "of no known image format" if encoded else "empty"
-        raise ValueError(f"{path}: the file is {reason}; replace it or take it out") from error
+        raise ValueError(f"{name}: the file is {reason}; replace it or take it out") from error
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow raises each of these for damaged files, SyntaxError for PNG and EXIF among them.
-        raise ValueError(f"{path}: cannot be read as an image ({error}); replace it or take it out") from error
+        raise ValueError(f"{name}: cannot be read as an image ({error}); replace it or take it out") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -611,20 +619,15 @@ class FeatureCache:
             _check_disk(folder, room, len(set(digests)), row_bytes)
             return row_of, list(missing.items())[:room]
 
-        def build(missing: list[tuple[str, Path]]) -> dict[str, int]:
-            added = {}
-            batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-            for batch in _shown(processes.share(batches), progress and processes.first):
-                features = _encode_checked(encode, [path for _, path in batch], shape, dtype)
-                first = _append_rows(folder, [digest for digest, _ in batch], features.numpy())
-                added |= {digest: first + i for i, (digest, _) in enumerate(batch)}
-            return added
-
         with _locked(folder) if processes.first else contextlib.nullcontext():
             row_of, missing = processes.from_first(begin)
             started = time.perf_counter()
-            for added in processes.gather(processes.together(lambda: build(missing))):
-                row_of |= added
+            share = processes.share([missing[i : i + batch_size] for i in range(0, len(missing), batch_size)])
+            batches = _shown(share, progress and processes.first)
+            added = processes.together(lambda: _build_rows(folder, batches, encode, shape, dtype))
+            for rows in processes.gather(added):
+                row_of |= rows
+        processes.together(lambda: _check_seen(folder, len(row_of) * row_bytes))
         if missing:
             work = ("cache", len(missing), time.perf_counter() - started)  # what bench/measured.py collects
             logger.info("feature cache: %d images encoded in %.1f s", *work[1:], extra={"work": work})
@@ -732,6 +735,28 @@ def _check_disk(folder: Path, missing: int, wanted: int, row_bytes: int) -> None
             f"{folder}: the features of {missing} images need {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free; "
             "free some space or choose another folder with --cache"
         )
+
+
+def _check_seen(folder: Path, size: int) -> None:
+    """Make sure that what other processes wrote is there in this one's file system too."""
+    file = folder / "features.bin"
+    if (file.stat().st_size if file.exists() else -1) < size:
+        raise ValueError(f"{folder}: a process does not see the features that the others wrote; choose a folder with "
+                         "--cache that all machines share")  # fmt: skip
+
+
+def _build_rows(
+    folder: Path, batches: Iterable[list[tuple[str, Path]]], encode: Callable[[list[Path]], torch.Tensor],
+    shape: tuple[int, int], dtype: torch.dtype,
+) -> dict[str, int]:  # fmt: skip
+    """Encode and store batches of (digest, image); return {digest: row}."""
+    _check_seen(folder, 0)
+    added = {}
+    for batch in batches:
+        features = _encode_checked(encode, [path for _, path in batch], shape, dtype)
+        first = _append_rows(folder, [digest for digest, _ in batch], features.numpy())
+        added |= {digest: first + i for i, (digest, _) in enumerate(batch)}
+    return added
 
 
 def _digest(path: str | os.PathLike) -> str:
