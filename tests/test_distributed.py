@@ -24,7 +24,7 @@ SMALL = ("--profile", "micro", "--device", "cpu", "--lora-rank", "4", "--val-ima
 EXACT = (*SMALL, "--lora-dropout", "0")
 
 
-def launch(count, *command, timeout=120):
+def launch(count, *command, timeout=300):
     """Run a script in several processes as `accelerate launch` does, one thread each; return what came of it."""
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
                 "--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", str(count))  # fmt: skip
