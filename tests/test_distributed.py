@@ -239,7 +239,7 @@ CASES = {
 
 def test_three_processes_learn_what_one_learns(tmp_path):
     ours, theirs = tmp_path / "three", tmp_path / "one"
-    runs = [(ours / name, flags, None, 0) for name, flags in CASES.items()]
+    runs = [(ours / name, flags, "watch", 0) for name, flags in CASES.items()]
     runs.append((ours / "poisoned", CASES["uneven"], "poison", 0))
     for name, flags in CASES.items():
         assert train(theirs / name, *flags) == 0
