@@ -86,16 +86,24 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         raise ValueError(f"{path}: not a plain file; replace it or take it out")
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise ValueError(f"{path}: larger than {MAX_IMAGE_BYTES / 1e6:.0f} MB; scale it down or take it out")
-    encoded = path.read_bytes()  # apart from decoding: a missing file is no damaged one
+    return decode_image(path.read_bytes(), path)  # apart from decoding: a missing file is no damaged one
+
+
+def decode_image(encoded: bytes, name: object) -> Image.Image:
+    """Return the image in ``encoded``, the content of an image file, as :func:`load_image` does.
+
+    Raises:
+        ValueError: as :func:`load_image`; ``name`` says which one.
+    """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         reason = "of no known image format" if encoded else "empty"
-        raise ValueError(f"{path}: the file is {reason}; replace it or take it out") from error
+        raise ValueError(f"{name}: the file is {reason}; replace it or take it out") from error
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow raises each of these for damaged files, SyntaxError for PNG and EXIF among them.
-        raise ValueError(f"{path}: cannot be read as an image ({error}); replace it or take it out") from error
+        raise ValueError(f"{name}: cannot be read as an image ({error}); replace it or take it out") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

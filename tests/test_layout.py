@@ -13,7 +13,9 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("microworld/*.py"), *ROOT.glob("bench/*.py")])
 }
-HEAVY = {"timm", "open_clip", "transformers", "torchvision", "pycocoevalcap", "matplotlib", "accelerate"}
+HEAVY = {
+    "timm", "open_clip", "transformers", "torchvision", "pycocoevalcap", "matplotlib", "accelerate", "pyarrow", "ray",
+}  # fmt: skip
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
 SCRIPTS = [name for name, source in SOURCES.items() if '__name__ == "__main__"' in source]
 ALLOWED = {  # siblings of the modules that others build on; what is not named here is free
@@ -42,6 +44,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "cocometrics": {"annotations", "ptb"},
     "clipscore": {"annotations", "profiles", "runtime"},
     "clipcache": {"clipscore", "runtime"},
+    "refcache": {"checkpoints", "cider"},
     "evaluate": {
         "annotations",
         "cider",
@@ -51,6 +54,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
         "gallery",
         "profiles",
         "ptb",
+        "refcache",
         "runtime",
         "significance",
         "wording",
@@ -61,7 +65,11 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "grounding": {"attention", "data", "explain", "strictjson"},
     "viewer": {"attention", "data", "figures", "runtime"},
     "generation": {"captioner", "data", "decoder", "distributed", "packing", "runtime", "search"},
-    "inference": {"data", "runtime", "strictjson"},
+    "inference": {"data", "parts", "runtime", "shards", "sidefile"},
+    "shards": {"data", "runtime", "strictjson"},
+    "parts": {"runtime", "shards", "sidefile", "strictjson"},
+    "engine_ray": {"inference", "parts", "runtime", "shards"},
+    "sidefile": {"strictjson"},
     "data_prep": {"data", "runtime"},
     "llava": {"runtime"},
     "microworld.things": set(),
