@@ -11,6 +11,7 @@ import torch
 import data
 import search
 from captioner import Captioner
+from compiling import CompiledSteps
 from decoder import Decoder
 from packing import prepare_decoder, prepare_linears
 
@@ -26,11 +27,25 @@ def product_dtype(device: torch.device, precision: str) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def prepare(captioner: Captioner, precision: str) -> None:
-    """Make the weights of a merged captioner ready for inference under ``autocast``, in place and for good."""
+def prepare(captioner: Captioner, precision: str, pack: bool = True) -> None:
+    """Make the weights of a merged captioner ready for inference under ``autocast``, in place and for good.
+
+    Without ``pack`` the decoder's stay what ``compile_steps`` can compile.
+    """
     dtype = product_dtype(captioner.device, precision)
     prepare_linears(captioner.encoder, dtype)
-    prepare_decoder(captioner.decoder, dtype)
+    prepare_decoder(captioner.decoder, dtype, pack)
+
+
+def compile_steps(
+    captioner: Captioner, batch_size: int, beam_size: int = 5, max_new_tokens: int = 30, backend: str = "inductor"
+) -> CompiledSteps:
+    """Return what ``caption_features`` takes as ``steps``; call both under the same ``autocast``.
+
+    Raises:
+        ValueError: there is no compiler, or prefix and caption do not fit into the decoder's context.
+    """
+    return CompiledSteps(captioner.decoder, batch_size, captioner.n_prefix, beam_size, max_new_tokens, backend)
 
 
 def read_pixels(transform: Callable, paths: Sequence[Path]) -> torch.Tensor:
@@ -65,9 +80,19 @@ def caption_features(
     beam_size: int = 5,
     max_new_tokens: int = 30,
     length_penalty: float = 1.0,
+    steps: CompiledSteps | None = None,
 ) -> list[str]:
-    """Caption B images from their encoder tokens (B, N, D); one beam is greedy search."""
-    read_on = captioner.step_function(features, beam_size, max_new_tokens)
+    """Caption B images from their encoder tokens (B, N, D); one beam is greedy search.
+
+    ``steps`` are compiled for at least as many images, and for the same beams and tokens.
+    """
+    keep = None
+    if steps is None:
+        read_on = captioner.step_function(features, beam_size, max_new_tokens)
+        keep = read_on.keep
+    else:
+        with torch.no_grad():
+            read_on = steps.begin(captioner.prefix(features))
 
     def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
         return read_on(tokens, ancestors)[..., : tokenizer.vocab_size]  # a padded output layer has ids without a token
@@ -77,7 +102,7 @@ def caption_features(
         found = search.greedy(step, len(features), eos, eos, max_new_tokens, device)
     else:
         found = search.beam_search(
-            step, len(features), eos, eos, beam_size, max_new_tokens, length_penalty, device, read_on.keep
+            step, len(features), eos, eos, beam_size, max_new_tokens, length_penalty, device, keep
         )
     return [tokenizer.decode(tokens) for tokens in found.tokens]
 

@@ -33,6 +33,8 @@ def build_parser() -> Any:
     parser.add_argument("--length-penalty", type=float, default=1.0, help="above 1 favours longer captions")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the decoding steps: same captions, a minute or more at the start")  # fmt: skip
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
@@ -42,11 +44,16 @@ def build_parser() -> Any:
 def caption_function(captioner: Captioner, tokenizer: data.Tokenizer, args: Any) -> Callable[[list], list[str]]:
     """Return what makes captions of a list of preprocessed images (3, H, W)."""
 
+    steps = None
+    if args.compile:
+        with generation.autocast(captioner.device, args.precision):
+            steps = generation.compile_steps(captioner, args.batch_size, args.beam_size, args.max_new_tokens)
+
     def caption(pixels: list[torch.Tensor]) -> list[str]:
         with generation.autocast(captioner.device, args.precision):
             features = captioner.encode(torch.stack(pixels).to(captioner.device))
             return generation.caption_features(
-                captioner, tokenizer, features, args.beam_size, args.max_new_tokens, args.length_penalty
+                captioner, tokenizer, features, args.beam_size, args.max_new_tokens, args.length_penalty, steps
             )
 
     return caption
@@ -78,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     fallback = PROFILES[args.profile].encoder_weights
     captioner = load_captioner(args.adapter, args.decoder, args.encoder_weights, device, fallback)
     generation.check_vocabulary(tokenizer, captioner.decoder)
-    generation.prepare(captioner, args.precision)
+    generation.prepare(captioner, args.precision, pack=not args.compile)
     with PredictionLog(args.out, describe_run(args), overwrite=True, workers=find_workers()) as log_file:
         caption = caption_function(captioner, tokenizer, args)
         caption_images(log_file, paths, captioner.transform, caption, args.batch_size)

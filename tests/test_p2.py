@@ -1,5 +1,6 @@
 """p2_train.py and p2_infer.py end to end through their command lines, with tiny random models on a tiny micro world."""
 
+import functools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
+import generation
 import p2_infer
 import p2_train
 import training
@@ -299,6 +301,16 @@ def test_the_size_of_a_batch_changes_no_caption(run, tiny_data, tmp_path):
     results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
     for size in (1, 3):
         assert infer(*files, "--batch-size", size) == 0
+        results.append(json.loads((tmp_path / "p.json").read_text()))
+    assert results[0] == results[1]
+
+
+def test_compiled_steps_caption_alike(run, tiny_data, tmp_path, monkeypatch):
+    """The last batch, of three pictures, is smaller than the others; the compiler itself is test_compiling.py's."""
+    monkeypatch.setattr(generation, "compile_steps", functools.partial(generation.compile_steps, backend="eager"))
+    results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
+    for flags in ([], ["--compile"]):
+        assert infer(*files, "--batch-size", 5, *flags) == 0
         results.append(json.loads((tmp_path / "p.json").read_text()))
     assert results[0] == results[1]
 
