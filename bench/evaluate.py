@@ -6,8 +6,9 @@
 
 Both sides run in turn within one run, after a warm-up, and medians are compared, so that a busy machine slows both;
 their results are compared as well. Captions are the micro world's, or those of --annotation-file, whose words are
-richer. Wall time, since Java's work is another process's. The pure tokenizer runs in an interpreter of its own, so that its start counts as Java's does. At full size
---images is few by default; both sides' times are of those images, and nothing is reckoned up to more.
+richer. Wall time, since Java's work is another process's. The pure tokenizer runs in an interpreter of its own, so that
+its start counts as Java's does. At full size --images is few by default; both sides' times are of those images, and
+nothing is reckoned up to more.
 """
 
 from __future__ import annotations
