@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,21 +49,35 @@ def compile_steps(
     return CompiledSteps(captioner.decoder, batch_size, captioner.n_prefix, beam_size, max_new_tokens, backend)
 
 
-def read_pixels(transform: Callable, paths: Sequence[Path]) -> torch.Tensor:
+def read_pixels(transform: Callable, paths: Sequence[Path], draft: int | None = None) -> torch.Tensor:
     """Read and preprocess images: (B, 3, H, W). Raises ValueError naming an image that cannot be read."""
-    return torch.stack([transform(data.load_image(path)) for path in paths])
+    return torch.stack([transform(data.load_image(path, draft)) for path in paths])
+
+
+def draft_side(transform: Any) -> int:
+    """Return the ``draft`` of ``data.load_image`` for a timm transform: so many pixels its result stands well above.
+
+    Raises:
+        ValueError: the transform does not say which size it scales to.
+    """
+    for part in getattr(transform, "transforms", []):
+        if hasattr(part, "size"):  # the first one that has is the resize
+            size = part.size if isinstance(part.size, int) else max(part.size)
+            return data.DRAFT_FACTOR * size
+    raise ValueError(f"--jpeg-draft needs a transform with a resize, not {transform}; leave it out")
 
 
 def cached_features(
-    captioner: Captioner, paths: Sequence[Path], cache: Path, limit: float = math.inf
+    captioner: Captioner, paths: Sequence[Path], cache: Path, limit: float = math.inf, draft: int | None = None
 ) -> data.FeatureCache:
     """Return the encoder's tokens of ``paths``, from the cache folder or computed now and kept there.
 
-    Images for which there is no room below ``limit`` bytes are encoded whenever they are asked for.
+    Images for which there is no room below ``limit`` bytes are encoded whenever they are asked for. ``draft`` is that
+    of ``data.load_image``, and its features are kept apart.
     """
 
     def encode(batch: list[Path]) -> torch.Tensor:
-        pixels = read_pixels(captioner.transform, batch).to(captioner.device)
+        pixels = read_pixels(captioner.transform, batch, draft).to(captioner.device)
         with torch.autocast(captioner.device.type, enabled=False):  # cached or not, features are float32's
             return captioner.encode(pixels)
 
@@ -70,6 +85,8 @@ def cached_features(
     key = {"encoder": config.encoder, "weights": config.encoder_hash, "transform": repr(captioner.transform)}
     if config.encoder_layer != -1:
         key["layer"] = str(config.encoder_layer)
+    if draft:
+        key["draft"] = str(draft)
     return data.FeatureCache.open(cache, key, list(paths), captioner.feature_shape, encode, limit=limit)
 
 

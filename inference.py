@@ -257,6 +257,7 @@ def caption_images(
     prepare: Callable[[Any], Any],
     caption: Callable[[list], list[str]],
     batch_size: int,
+    load: Callable[[Path], Any] = data.load_image,
 ) -> None:
     """Caption what ``log_file`` lacks of ``paths``; an image that cannot be read is named and left out.
 
@@ -266,24 +267,27 @@ def caption_images(
         prepare: makes of an image (PIL, RGB) what ``caption`` takes; runs in threads, ahead of it.
         caption: makes captions of a list of those.
         batch_size: images at once.
+        load: reads an image.
     """
     workers = log_file.workers
     todo = [path for path in paths if path.stem not in log_file.captions][workers.rank :: workers.count]
     caption = Halving(caption)
     hidden = True if workers.rank else None  # one bar, of the first process's share
     with tqdm(total=len(todo), desc="caption", disable=hidden) as bar:
-        for batch in read_ahead(todo, prepare, batch_size):
+        for batch in read_ahead(todo, prepare, batch_size, load):
             stems, prepared = _readable(batch)
             if prepared:
                 log_file.add(dict(zip(stems, caption(prepared), strict=True)))
             bar.update(len(batch))
 
 
-def read_ahead(paths: Sequence[Path], prepare: Callable[[Any], Any], size: int) -> Iterator[list[tuple[Path, Future]]]:
+def read_ahead(
+    paths: Sequence[Path], prepare: Callable[[Any], Any], size: int, load: Callable[[Path], Any] = data.load_image
+) -> Iterator[list[tuple[Path, Future]]]:
     """Yield batches of (path, future of the prepared image) while threads read the batches behind them."""
 
     def read(path: Path) -> Any:
-        return prepare(data.load_image(path))
+        return prepare(load(path))
 
     # One image is too small a work for several threads; several here would fight with the model's for the cores.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=lambda: torch.set_num_threads(1)) as pool:

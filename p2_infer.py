@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import hashlib
 import sys
 from collections.abc import Callable
@@ -33,6 +35,9 @@ def build_parser() -> Any:
     parser.add_argument("--length-penalty", type=float, default=1.0, help="above 1 favours longer captions")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
+    parser.add_argument("--jpeg-draft", action=argparse.BooleanOptionalAction, default=False,
+                        help=f"decode big JPEGs smaller, to no less than {data.DRAFT_FACTOR} times the model's size: "
+                        "sooner, and a caption in many may change")  # fmt: skip
     parser.add_argument("--compile", action="store_true",
                         help="compile the decoding steps: same captions, a minute or more at the start")  # fmt: skip
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
@@ -61,7 +66,7 @@ def caption_function(captioner: Captioner, tokenizer: data.Tokenizer, args: Any)
 
 def describe_run(args: Any) -> dict[str, Any]:
     """Return whatever decides the captions, so that no other run's are taken for this one's."""
-    flags = ("encoder_weights", "tokenizer", "beam_size", "max_new_tokens", "length_penalty", "precision")
+    flags = ("encoder_weights", "tokenizer", "beam_size", "max_new_tokens", "length_penalty", "precision", "jpeg_draft")
     return {
         "script": "p2_infer.py",
         "images": str(args.img_dir.resolve()),
@@ -88,7 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     generation.prepare(captioner, args.precision, pack=not args.compile)
     with PredictionLog(args.out, describe_run(args), overwrite=True, workers=find_workers()) as log_file:
         caption = caption_function(captioner, tokenizer, args)
-        caption_images(log_file, paths, captioner.transform, caption, args.batch_size)
+        draft = generation.draft_side(captioner.transform) if args.jpeg_draft else None
+        load = functools.partial(data.load_image, draft=draft)
+        caption_images(log_file, paths, captioner.transform, caption, args.batch_size, load)
         captions = log_file.finish(paths)
     return runtime.PARTIAL if len(captions) < len(paths) else 0
 

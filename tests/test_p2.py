@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import data
 import evaluate
 import generation
 import p2_infer
 import p2_train
 import training
-from captioner import Captioner, read_adapter
+from captioner import Captioner, load_captioner, read_adapter
 from profiles import PROFILES
 
 EPOCHS, STEPS = 2, 3  # 12 images in batches of 4
@@ -313,6 +315,41 @@ def test_compiled_steps_caption_alike(run, tiny_data, tmp_path, monkeypatch):
         assert infer(*files, "--batch-size", 5, *flags) == 0
         results.append(json.loads((tmp_path / "p.json").read_text()))
     assert results[0] == results[1]
+
+
+def test_big_photographs_may_be_decoded_smaller(run, tmp_path, monkeypatch):
+    """The flag reaches the reader, with four times the pixels that the encoder sees; without it all is decoded."""
+    sizes, load = [], data.load_image
+
+    def noted(path, draft=None):
+        image = load(path, draft)
+        sizes.append(image.size)
+        return image
+
+    monkeypatch.setattr(data, "load_image", noted)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (640, 480), "red").save(tmp_path / "images" / "a.jpg")
+    for flags in ([], ["--jpeg-draft"], ["--no-jpeg-draft"]):
+        assert infer(tmp_path / "images", tmp_path / "p.json", run / "last.safetensors", *flags) == 0
+    assert sizes == [(640, 480), (320, 240), (640, 480)]  # 4 x 48 = 192 is what a quarter would be below
+
+
+def test_features_of_drafts_are_kept_apart(run, tmp_path):
+    captioner = load_captioner(run / "last.safetensors", Path(PROFILES["micro"].decoder), None, torch.device("cpu"))
+    path = tmp_path / "a.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    draft = generation.draft_side(captioner.transform)
+    found = [
+        generation.cached_features(captioner, [path], tmp_path / "cache", draft=side).gather([0])
+        for side in (None, draft, None, draft)
+    ]
+    assert draft == 192
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    with pytest.raises(ValueError, match="--jpeg-draft needs a transform with a resize"):
+        generation.draft_side(lambda image: image)
 
 
 def test_odd_pictures_are_captioned(run, tmp_path):
