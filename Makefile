@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo blind settings ablation test faults lint clean
+.PHONY: demo blind settings ablation rewards test faults lint clean
 
 $(STAMP): requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -23,8 +23,9 @@ demo: $(STAMP)
 blind: $(STAMP)
 	$(PY) -m microworld.demo --out demo --blind
 
-# All six settings on the demo's scenes, and what each part of the recipe is worth; both go on where they stopped.
-settings ablation: $(STAMP)
+# All six settings on the demo's scenes, what each part of the recipe is worth, and what rewards add to the setting best;
+# each goes on where it stopped.
+settings ablation rewards: $(STAMP)
 	$(PY) -m microworld.studies $@ --out demo
 
 test: $(STAMP)
@@ -36,7 +37,7 @@ faults: $(STAMP)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
-	$(VENV)/bin/shellcheck hw3_download.sh p2_train.sh .ci/run
+	$(VENV)/bin/shellcheck hw3_download.sh p2_train.sh bench/full_size.sh .ci/run
 
 clean:
 	rm -rf $(VENV) demo

@@ -25,6 +25,7 @@ from checkpoints import fingerprint, read_tensors, write_tensors
 from decoder import (
     Decoder,
     LoraConfig,
+    Packing,
     build_decoder,
     gpt2_state_dict,
     load_lora_state_dict,
@@ -253,11 +254,17 @@ class Captioner(nn.Module):
         kept = batch.targets != IGNORED  # the wide output layer runs on caption positions only
         return self.decoder.logits(hidden[kept]).float(), batch.targets[kept]
 
-    def _packed_sequence(self, features: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return embeddings (B, P+S, C), positions (B, P+S) and mask (B, 1, P+S, P+S) of ``[prefix | captions]``."""
+    def _packed_sequence(
+        self, features: torch.Tensor, batch: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | Packing]:
+        """Return embeddings (B, P+S, C), positions (B, P+S) and mask of ``[prefix | captions]``."""
         prefix = self.prefix(features)
+        count = prefix.shape[1]
         x = torch.cat([prefix, self.decoder.embed(batch.inputs).to(prefix.dtype)], 1)
-        return x, *batch.behind_prefix(prefix.shape[1])
+        positions = batch.positions_behind(count)
+        if batch.slots is None:
+            return x, positions, batch.mask_behind(count)
+        return x, positions, Packing(count, batch.slots, batch.inputs.shape[1], lambda: batch.mask_behind(count))
 
     @torch.no_grad()
     def step_function(self, features: torch.Tensor, beam_size: int, max_new_tokens: int) -> SharedPrefix:

@@ -10,14 +10,13 @@ import csv
 import io
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava import PROMPTS
 from reporting import Cell, Figure, Missing, Section, Table, Text
-from runs import Omitted, Run, spread
+from runs import Omitted, Run
 
 # CIDEr and CLIPScore of the report that this suite reproduces (full size).
 REPORTED_P1 = {"1": (1.1529808500176097, 0.77809814453125), "2": (0.7197498966877777, 0.7927020263671875)}
@@ -29,7 +28,7 @@ REPORTED_P2 = {
     "5": (0.792413225587337, 0.6929396057128906),
 }
 REPORTED_PAIRS = {"best": 1.002197265625, "worst": 0.32196044921875}
-STUDIES = ("settings", "ablation")  # folders of runs with tables of their own
+STUDIES = ("settings", "ablation", "rewards")  # folders of runs with tables of their own
 WORLDS = {"micro": "micro", "full": "full size"}
 GROUNDING_ROWS = 5  # best looks of a model that the table shows, beside default, report's and baselines
 UNKNOWN_ORIGIN = "not recorded"
@@ -115,52 +114,13 @@ def captioner_section(runs: Sequence[Run], omitted: Sequence[Omitted]) -> Sectio
     if best is None:
         section.blocks.append(Missing("a finished training run", "python p2_train.py --out RUNS/lora"))
     else:
-        section.blocks += [Text(describe(best)), _run_table("p2_runs", "Runs, scored on unseen images", plain)]
+        section.blocks += [Text(describe(best)), run_table("p2_runs", "Runs, scored on unseen images", plain)]
         section.blocks += _novel_table(plain)
     if any(run.blind for run in plain):
         section.blocks.append(Text("A blind run was trained on captions of other images: what language alone scores."))
     section.blocks += [Text(f"Left out: {o.name}, since {o.reason}.") for o in omitted]
     section.blocks += curves("p2_curves", "the runs", plain)
     return section
-
-
-def settings_section(runs: Sequence[Run]) -> Section:
-    """The report's five settings and this suite's own, by one rule."""
-    chosen = [r for r in runs if r.name.split("/")[0] == "settings"]
-    section = Section("P2: all settings")
-    if not chosen:
-        section.blocks.append(Missing("the study of all six settings", "make settings"))
-        return section
-    absent = sorted({*REPORTED_P2, "best"} - {r.config["setting"] for r in chosen})
-    if absent:
-        section.blocks.append(Missing(f"settings {', '.join(absent)}", "make settings"))
-    section.blocks.append(_run_table("p2_settings", "Settings", chosen))
-    section.blocks += _seeds_table(chosen)
-    if any(r.config["profile"] == "micro" for r in chosen):
-        section.blocks.append(Text(
-            "Settings are written for 10,000 photographs. On the micro world one rule holds for all of them: half the "
-            "epochs, rounded up, at the same rank, alpha and dropout, with batches of 8, and learning rates times 3, "
-            "since the decoder is 3 times as narrow and Adam's rate goes with one over the width (Yang et al., arXiv "
-            "2203.03466)."))  # fmt: skip
-    section.blocks += curves("p2_settings_curves", "the settings", chosen)
-    return section
-
-
-def _seeds_table(runs: Sequence[Run]) -> list[Table]:
-    """Mean and spread by setting, where one was run with several seeds."""
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        if "val" in run.scores:
-            groups[run.config["setting"]].append(run)
-    if all(len(group) < 2 for group in groups.values()):
-        return []
-    rows = [
-        (name, len(group), *(spread([r.scores["val"][metric] for r in group]) for metric in ("CIDEr", "CLIPScore")),
-         world(group[0].config["profile"]), group[0].config["device"])
-        for name, group in groups.items()
-    ]  # fmt: skip
-    columns = ("setting", "seeds", "CIDEr", "CLIPScore", "world", "device")
-    return [Table("p2_settings_seeds", "Settings, mean ± standard deviation over seeds", columns, rows)]
 
 
 def describe(run: Run) -> str:
@@ -176,7 +136,8 @@ def describe(run: Run) -> str:
     )
 
 
-def _run_table(name: str, caption: str, runs: Iterable[Run]) -> Table:
+def run_table(name: str, caption: str, runs: Iterable[Run]) -> Table:
+    """A row a run: what it was, its scores, and the report's."""
     rows: list[tuple[Cell, ...]] = []
     for run in runs:
         train, scores = run.config["train"], run.scores.get("val", {})
@@ -230,63 +191,6 @@ def curves(name: str, what: str, runs: Sequence[Run]) -> list[Figure]:
     origins = ", ".join(sorted({f"{world(r.config['profile'])}, {r.config['device']}" for r in runs}))
     said = f"Loss and validation CIDEr of {what} by epoch; each on its validation subset ({origins})."
     return [Figure(name, content.getvalue(), f"Loss and CIDEr curves of {what}", said)]
-
-
-# ------------------------------------------------------------------------------------------------ recipe and rewards
-
-
-def ablation_section(runs: Sequence[Run]) -> Section:
-    """What each part of the recipe is worth, over seeds."""
-    section = Section("P2: ablation of the recipe")
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        parts = run.name.split("/")
-        if parts[0] == "ablation" and len(parts) == 3:
-            groups[parts[1]].append(run)
-    if not groups:
-        section.blocks.append(Missing("the ablation", "make ablation"))
-        return section
-    rows = []
-    for name, group in sorted(groups.items(), key=lambda item: item[0] != "recipe"):
-        ciders = [r.best_cider for r in group if r.best_cider is not None]
-        rows.append((name, len(group), spread(ciders) if ciders else None, world(group[0].config["profile"]),
-                     group[0].config["device"]))  # fmt: skip
-    section.blocks.append(Table(
-        "p2_ablation", "CIDEr by variant, mean ± standard deviation over seeds (development images, not the "
-        "reported ones)", ("variant", "seeds", "CIDEr", "world", "device"), rows))  # fmt: skip
-    few = min(len(group) for group in groups.values())
-    if few < 3:
-        section.blocks.append(Missing(f"seeds: some variants have {few}, and 3 are wanted", "make ablation"))
-    return section
-
-
-REWARD_MEASURES = {
-    "val_cider": "CIDEr, beam", "greedy_cider": "CIDEr, greedy", "clipscore": "CLIPScore, beam",
-    "length": "words a caption", "repeated_2": "captions that repeat a bigram", "val_loss": "loss, nats a token",
-}  # fmt: skip
-
-
-def reward_section(runs: Sequence[Run]) -> Section:
-    """Self-critical training: before and after."""
-    section = Section("P2: CIDEr as a reward (SCST)")
-    tuned = [r for r in runs if r.objective == "scst"]
-    if not tuned:
-        remedy = "python p2_train.py --objective scst --init-adapter RUNS/lora/best.safetensors --out RUNS/scst"
-        section.blocks.append(Missing("a run with --objective scst", remedy))
-        return section
-    rows: list[tuple[Cell, ...]] = []
-    for run in tuned:
-        before = next((e for e in run.epochs if e["epoch"] == 0), {})
-        after = max((e for e in run.epochs if e["epoch"] > 0), key=lambda e: e.get("val_cider", -1), default={})
-        rows += [
-            (run.name, label, before.get(key), after.get(key), after.get(f"reference_{key}"), after.get("val_images"),
-             world(run.config["profile"]), run.config["device"])
-            for key, label in REWARD_MEASURES.items() if key in after
-        ]  # fmt: skip
-    columns = ("run", "measure", "before", "after", "references", "images", "world", "device")
-    section.blocks.append(Table("p2_scst", "Before and after self-critical training, on the run's validation images",
-                                columns, rows))  # fmt: skip
-    return section
 
 
 # ---------------------------------------------------------------------------------------------------------- attention

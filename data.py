@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -28,6 +29,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from distributed import ALONE, Processes
 from runtime import write_json, write_text
 from strictjson import read_json
 
@@ -92,7 +94,15 @@ def load_image(path: str | os.PathLike, draft: int | None = None) -> Image.Image
         raise ValueError(f"{path}: not a plain file; replace it or take it out")
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise ValueError(f"{path}: larger than {MAX_IMAGE_BYTES / 1e6:.0f} MB; scale it down or take it out")
-    encoded = path.read_bytes()  # apart from decoding: a missing file is no damaged one
+    return decode_image(path.read_bytes(), path, draft)  # apart from decoding: a missing file is no damaged one
+
+
+def decode_image(encoded: bytes, name: object, draft: int | None = None) -> Image.Image:
+    """Return the image in ``encoded``, the content of an image file, as :func:`load_image` does.
+
+    Raises:
+        ValueError: as :func:`load_image`; ``name`` says which one.
+    """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             if draft and image.format == "JPEG":
@@ -100,10 +110,10 @@ def load_image(path: str | os.PathLike, draft: int | None = None) -> Image.Image
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         reason = "of no known image format" if encoded else "empty"
-        raise ValueError(f"{path}: the file is {reason}; replace it or take it out") from error
+        raise ValueError(f"{name}: the file is {reason}; replace it or take it out") from error
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow raises each of these for damaged files, SyntaxError for PNG and EXIF among them.
-        raise ValueError(f"{path}: cannot be read as an image ({error}); replace it or take it out") from error
+        raise ValueError(f"{name}: cannot be read as an image ({error}); replace it or take it out") from error
 
 
 def _decode_smaller(image: Image.Image, shorter: int) -> None:
@@ -389,36 +399,45 @@ def encode_captions(samples: Sequence[Sample], tokenizer: Tokenizer, max_tokens:
 
 @dataclass
 class PackedBatch:
-    """Captions of B images, those of one image one after another in a row; every tensor is (B, S) long.
+    """Captions of B images, those of one image one after another in a row; tensors are (B, S) long, slots apart.
 
     Attributes:
         inputs: ``BOS tokens`` of every caption, then padding.
         targets: ``tokens EOS`` of every caption, -100 on padding.
         positions: 0, 1, … anew for every caption; the model adds the length of the prefix.
         segments: number of the caption from 1 on, 0 on padding. A token sees its own segment and the prefix.
+        slots: (B, k, T), where in the row the tokens of each caption stand, -1 behind its end; None if nobody knows.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
     positions: torch.Tensor
     segments: torch.Tensor
+    slots: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on ``device``."""
-        moved = (getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
-        return PackedBatch(*moved)
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return PackedBatch(*(None if t is None else t.to(device, non_blocking=non_blocking) for t in tensors))
 
     def behind_prefix(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return positions (B, P+S) and mask (B, 1, P+S, P+S) of ``[prefix of count tokens | captions]``."""
-        rows, device = len(self.inputs), self.inputs.device
-        positions = torch.arange(count, device=device).expand(rows, -1)
-        positions = torch.cat([positions, self.positions + count], 1)
+        return self.positions_behind(count), self.mask_behind(count)
+
+    def positions_behind(self, count: int) -> torch.Tensor:
+        """Return the positions (B, P+S) of ``[prefix of count tokens | captions]``."""
+        prefix = torch.arange(count, device=self.positions.device).expand(len(self.positions), -1)
+        return torch.cat([prefix, self.positions + count], 1)
+
+    def mask_behind(self, count: int) -> torch.Tensor:
+        """Return where a token may look in ``[prefix of count tokens | captions]``: bool (B, 1, P+S, P+S)."""
         # The prefix is segment 0 and padding is segment -1, so that "same segment or prefix" is one comparison.
         padding = torch.where(self.segments == 0, -1, self.segments)
         segments = torch.nn.functional.pad(padding, (count, 0))  # (B, P+S)
-        causal = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool, device=device).tril()
+        total = segments.shape[1]
+        causal = torch.ones(total, total, dtype=torch.bool, device=segments.device).tril()
         related = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
-        return positions, (related & causal)[:, None]
+        return (related & causal)[:, None]
 
 
 def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_multiple: int = 1) -> PackedBatch:
@@ -441,6 +460,8 @@ def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_
     shape = (len(batch), length)
     inputs, targets = np.full(shape, eos_id, np.int64), np.full(shape, IGNORED, np.int64)  # (B, S)
     positions, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)  # (B, S)
+    grid = max(map(len, batch)), max(len(caption) + 1 for captions in batch for caption in captions)
+    slots = np.full((len(batch), *grid), -1, np.int64)  # (B, k, T)
     for row, captions in enumerate(batch):
         start = 0
         for number, caption in enumerate(captions, start=1):
@@ -449,8 +470,9 @@ def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_
             targets[row, span] = [*caption, eos_id]
             positions[row, span] = np.arange(len(caption) + 1)
             segments[row, span] = number
+            slots[row, number - 1, : len(caption) + 1] = np.arange(span.start, span.stop)
             start = span.stop
-    return PackedBatch(*map(torch.from_numpy, (inputs, targets, positions, segments)))
+    return PackedBatch(*map(torch.from_numpy, (inputs, targets, positions, segments, slots)))
 
 
 class CaptionDataset(torch.utils.data.Dataset):
@@ -546,8 +568,8 @@ class FeatureCache:
     file that row i was made from, and the row's CRC-32, checked whenever a cache is opened) and ``key.json``. Rows are
     found by the *content* of image files, so a changed image is encoded anew, a renamed or copied one is not, and
     splits share a folder. A row is listed only after it is on disk, so a killed build goes on where it stopped. One
-    process builds at a time (a POSIX file lock); another one waits, then finds the rows. Images beyond the limit of
-    its size are encoded whenever they are asked for, and rounded as the cached ones are.
+    run builds at a time (a POSIX file lock), all its processes in parallel; another one waits, then finds the rows.
+    Images beyond the limit of its size are encoded whenever they are asked for, and rounded as the cached ones are.
     """
 
     def __init__(
@@ -576,6 +598,7 @@ class FeatureCache:
         batch_size: int = 16,
         progress: bool = True,
         limit: float = math.inf,
+        processes: Processes = ALONE,
     ) -> FeatureCache:
         """Open the cache of ``paths`` under ``root``, encoding what is not yet there.
 
@@ -589,6 +612,7 @@ class FeatureCache:
             batch_size: the largest b.
             progress: show a bar where stderr is a terminal.
             limit: bytes; images for which the folder has no room below it are not cached.
+            processes: those that open it together; ``root`` must be one folder for all of them.
 
         Raises:
             FileNotFoundError: an image is missing.
@@ -602,24 +626,30 @@ class FeatureCache:
         row_bytes = int(np.prod(shape)) * _numpy_dtype(dtype).itemsize
         identity = {"key": key, "shape": list(shape), "dtype": str(dtype), "format": 2}
         folder = Path(root) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
-        with _locked(folder):
+        digests = processes.spread(_digest, paths)
+
+        def begin() -> tuple[dict[str, int], list[tuple[str, Path]]]:
             row_of = _recover_rows(folder, identity, row_bytes)
             missing = {digest: path for digest, path in zip(digests, paths, strict=True) if digest not in row_of}
             room = int(max(0, min(limit / row_bytes - len(row_of), len(missing))))
             if room < len(missing):
                 logger.warning("feature cache %s: %d images are beyond its limit of %.1f GB and are encoded every time",
                                folder, len(missing) - room, limit / 1e9)  # fmt: skip
-            missing = dict(list(missing.items())[:room])
-            _check_disk(folder, len(missing), len(set(digests)), row_bytes)
-            for batch in _batches(list(missing.items()), batch_size, progress):
-                features = _encode_checked(encode, [path for _, path in batch], shape, dtype)
-                # Order matters: a row that is listed must be on disk, whenever the process dies.
-                _append(folder / "features.bin", features.numpy().tobytes())
-                checks = [zlib.crc32(row) for row in features.numpy()]
-                lines = [f"{digest} {check:08x}\n" for (digest, _), check in zip(batch, checks, strict=True)]
-                _append(folder / "rows.sha256", "".join(lines).encode())
-                row_of.update({digest: len(row_of) + i for i, (digest, _) in enumerate(batch)})
+            _check_disk(folder, room, len(set(digests)), row_bytes)
+            return row_of, list(missing.items())[:room]
+
+        with _locked(folder) if processes.first else contextlib.nullcontext():
+            row_of, missing = processes.from_first(begin)
+            started = time.perf_counter()
+            share = processes.share([missing[i : i + batch_size] for i in range(0, len(missing), batch_size)])
+            batches = _shown(share, progress and processes.first)
+            added = processes.together(lambda: _build_rows(folder, batches, encode, shape, dtype))
+            for rows in processes.gather(added):
+                row_of |= rows
+        processes.together(lambda: _check_seen(folder, len(row_of) * row_bytes))
+        if missing:
+            work = ("cache", len(missing), time.perf_counter() - started)  # what bench/measured.py collects
+            logger.info("feature cache: %d images encoded in %.1f s", *work[1:], extra={"work": work})
         rows = np.array([row_of.get(digest, -1) for digest in digests])
 
         def encode_rest(indices: list[int]) -> torch.Tensor:
@@ -726,11 +756,37 @@ def _check_disk(folder: Path, missing: int, wanted: int, row_bytes: int) -> None
         )
 
 
-def _batches(items: list[Any], size: int, progress: bool) -> Iterator[list[Any]]:
-    with tqdm(total=len(items), desc="encoding", unit="image", disable=None if progress else True) as bar:
-        for start in range(0, len(items), size):
-            yield items[start : start + size]
-            bar.update(len(items[start : start + size]))
+def _check_seen(folder: Path, size: int) -> None:
+    """Make sure that what other processes wrote is there in this one's file system too."""
+    file = folder / "features.bin"
+    if (file.stat().st_size if file.exists() else -1) < size:
+        raise ValueError(f"{folder}: a process does not see the features that the others wrote; choose a folder with "
+                         "--cache that all machines share")  # fmt: skip
+
+
+def _build_rows(
+    folder: Path, batches: Iterable[list[tuple[str, Path]]], encode: Callable[[list[Path]], torch.Tensor],
+    shape: tuple[int, int], dtype: torch.dtype,
+) -> dict[str, int]:  # fmt: skip
+    """Encode and store batches of (digest, image); return {digest: row}."""
+    _check_seen(folder, 0)
+    added = {}
+    for batch in batches:
+        features = _encode_checked(encode, [path for _, path in batch], shape, dtype)
+        first = _append_rows(folder, [digest for digest, _ in batch], features.numpy())
+        added |= {digest: first + i for i, (digest, _) in enumerate(batch)}
+    return added
+
+
+def _digest(path: str | os.PathLike) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _shown(batches: Sequence[list[Any]], progress: bool) -> Iterator[list[Any]]:
+    with tqdm(total=sum(map(len, batches)), desc="encoding", unit="image", disable=None if progress else True) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
 
 
 def _encode_checked(
@@ -745,6 +801,25 @@ def _encode_checked(
         names = [path for path, good in zip(paths, finite.tolist(), strict=True) if not good]
         raise ValueError(f"features not finite in {dtype}: {_some(names)}; cache in float32, or check the encoder")
     return stored
+
+
+def _append_rows(folder: Path, digests: Sequence[str], features: np.ndarray) -> int:
+    """Append rows (b, N, D) to a cache that several processes build; return the number of the first one."""
+    import fcntl
+
+    stored, listing, row_bytes = folder / "features.bin", folder / "rows.sha256", features[0].nbytes
+    lines = [f"{digest} {zlib.crc32(row):08x}\n" for digest, row in zip(digests, features, strict=True)]
+    with stored.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        listing.touch()
+        count = listing.stat().st_size // len(lines[0])
+        # What a process left that died in between: rows that are not listed, half of a line.
+        os.truncate(stored, count * row_bytes)
+        os.truncate(listing, count * len(lines[0]))
+        # Order matters: a row that is listed must be on disk, whenever the process dies.
+        _append(stored, features.tobytes())
+        _append(listing, "".join(lines).encode())
+    return count
 
 
 def _append(file: Path, content: bytes) -> None:

@@ -14,9 +14,11 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import loralib
 import safetensors
@@ -215,10 +217,18 @@ class Attention(nn.Module):
         self.c_proj = _linear("attn.c_proj", config.n_embd, config.n_embd, lora)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None, kept: list[torch.Tensor] | None
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | Packing | None,
+        cache: KVCache | None,
+        kept: list[torch.Tensor] | None,
     ) -> torch.Tensor:
         """Map (B, T, C) to (B, T, C); without a mask each token sees itself and all before it."""
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, nh, hs)
+        if isinstance(mask, Packing):
+            if cache is None and kept is None and can_attend_packed(qkv):
+                return self.c_proj(PackedAttention.apply(qkv, mask))
+            mask = mask.mask
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)  # (B, nh, S, hs)
@@ -231,6 +241,173 @@ class Attention(nn.Module):
             kept.append(weights)
             y = weights.to(v.dtype) @ v.detach()
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, C)
+
+
+class Packing:
+    """Captions packed behind a prefix, as a mask: ``[prefix | caption 1 | … | caption k]``, padded to one length.
+
+    The prefix is causal; a caption's tokens see the prefix and what their own caption holds up to them.
+
+    Args:
+        prefix: tokens P of the prefix.
+        slots: long (B, k, T), where the tokens of each caption stand behind the prefix, in order; -1 behind its end.
+        length: tokens S behind the prefix, padding included.
+        mask: returns the same as a boolean mask (B, 1, P+S, P+S), for where the parts cannot be attended apart.
+    """
+
+    def __init__(self, prefix: int, slots: torch.Tensor, length: int, mask: Callable[[], torch.Tensor]) -> None:
+        self.prefix, self._mask = prefix, mask
+        rows = torch.arange(len(slots), device=slots.device)[:, None]  # (B, 1)
+        self.valid = slots >= 0  # (B, k, T)
+        flat, size = slots.flatten(1), slots[0].numel()
+        # Places without a counterpart read the one at 0, which is thrown away.
+        self.to_grid = rows, flat.clamp_min(0)
+        back = torch.full((len(slots), length + 1), -1, device=slots.device)
+        back[rows, torch.where(flat < 0, length, flat)] = torch.arange(size, device=slots.device)
+        self.covered = back[:, :-1] >= 0  # (B, S), False on padding
+        self.from_grid = rows, back[:, :-1].clamp_min(0)
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """Where a query may look, bool (B, 1, P+S, P+S)."""
+        return self._mask()
+
+    def grid(self, x: torch.Tensor) -> torch.Tensor:
+        """Lay out what stands behind the prefix, (B, S, nh, n), by caption: (B, k, nh, T, n)."""
+        return x[self.to_grid].unflatten(1, self.valid.shape[1:]).transpose(2, 3)
+
+    def row(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``grid``, zeros on padding: (B, k, nh, T, n) to (B, S, nh, n)."""
+        return x.transpose(2, 3).flatten(1, 2)[self.from_grid] * self.covered[:, :, None, None]
+
+
+def can_attend_packed(qkv: torch.Tensor) -> bool:
+    """Whether ``PackedAttention`` has a fused kernel for qkv (..., hs): by device, type and size of a head."""
+    size, dtype = qkv.shape[-1], qkv.dtype
+    if _is_cpu(qkv):
+        return hasattr(torch.ops.aten, _CPU_FLASH) and dtype in (torch.float32, torch.bfloat16, torch.float64)
+    if qkv.device.type != "cuda" or torch.version.hip or not torch.backends.cuda.flash_sdp_enabled():
+        return False
+    ampere = torch.cuda.get_device_capability(qkv.device) >= (8, 0)
+    return ampere and dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256
+
+
+_CPU_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+class PackedAttention(torch.autograd.Function):
+    """Attention of captions packed behind one prefix, without a mask: it does no work on what is not seen.
+
+    All rows attend to the prefix in a fused kernel. A caption's rows also attend to their own caption, all captions
+    side by side as small products. Both parts are shares of one softmax, and their log-sum-exp says how large: the
+    sum is exact. So is the gradient, since with the whole output and the whole log-sum-exp in place of its own each
+    part's backward gives its share of the whole (Liu et al., arXiv 2310.01889, split sequences over devices so).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Map qkv (B, P+S, 3, nh, hs) to (B, P+S, C)."""
+        count = packing.prefix
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, P+S, hs)
+        out, lse, ctx.kernel = _attend_prefix(q, k[:, :, :count], v[:, :, :count])
+        scores, value = _own_scores(qkv[:, count:], packing)
+        seen, caption = lse[:, :, count:], out[:, :, count:]  # the captions' rows, views
+        before = packing.grid(seen.transpose(1, 2)[..., None])  # (B, k, nh, T, 1)
+        total = torch.logaddexp(before, scores.logsumexp(-1, keepdim=True))
+        part = packing.row((scores - total).exp() @ value)  # (B, S, nh, hs)
+        more = packing.row(total - before)[..., 0].transpose(1, 2)  # (B, nh, S); the prefix's share is exp(-more)
+        caption.copy_(caption * (-more).exp()[..., None] + part.transpose(1, 2))
+        seen.add_(more)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.packing = packing
+        return out.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradient of qkv."""
+        qkv, out, lse = ctx.saved_tensors
+        packing, count = ctx.packing, ctx.packing.prefix
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        grad = grad.unflatten(-1, qkv.shape[-2:])  # (B, P+S, nh, hs)
+        result = torch.empty_like(qkv)
+        by_head = result.permute(2, 0, 3, 1, 4)  # a view, (3, B, nh, P+S, hs)
+        given = grad.transpose(1, 2), q, k[:, :, :count], v[:, :, :count], out, lse
+        _attend_prefix_backward(ctx.kernel, *given, by_head)
+        own = _own_backward(qkv[:, count:], grad[:, count:], out[:, :, count:], lse[:, :, count:], packing)
+        result[:, count:, 0] += own[0]
+        result[:, count:, 1], result[:, count:, 2] = own[1], own[2]
+        return result, None
+
+
+def _attend_prefix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """Let all rows q (B, nh, P+S, hs) attend to the prefix, of which its own rows see what is not after them.
+
+    Returns:
+        Output (B, nh, P+S, hs), log-sum-exp (B, nh, P+S), and what the backward of the kernel wants to have back.
+    """
+    if _is_cpu(q):  # causal counts from the first key on, so the rows behind the prefix see all of it
+        return *getattr(torch.ops.aten, _CPU_FLASH)(q, k, v, 0.0, True), []
+    count, states = k.shape[2], []
+    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    lse = torch.empty(q.shape[:3], dtype=_at_least_float32(q), device=q.device)
+    for part, causal in ((slice(count), True), (slice(count, None), False)):  # CUDA's counts from the last key on
+        out[:, :, part], lse[:, :, part], *state = torch.ops.aten._scaled_dot_product_flash_attention(
+            q[:, :, part], k, v, 0.0, causal
+        )
+        states.append(state[:6])  # lengths of the sequences, the longest, state of the random numbers
+    return out, lse, states
+
+
+def _attend_prefix_backward(
+    kernel: list, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor, result: torch.Tensor,
+) -> None:  # fmt: skip
+    """Write the gradients of queries, and of the prefix's keys and values, into result (3, B, nh, P+S, hs)."""
+    count = k.shape[2]
+    if _is_cpu(q):
+        backward = getattr(torch.ops.aten, _CPU_FLASH + "_backward")
+        grads = backward(grad, q, k, v, out, lse, 0.0, True)
+        result[0], result[1, :, :, :count], result[2, :, :, :count] = grads
+        return
+    keys, values = 0, 0
+    for state, part, causal in zip(kernel, (slice(count), slice(count, None)), (True, False), strict=True):
+        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad[:, :, part], q[:, :, part], k, v, out[:, :, part], lse[:, :, part].contiguous(), *state[:4], 0.0,
+            causal, *state[4:],
+        )  # fmt: skip
+        result[0, :, :, part] = grad_q
+        keys, values = keys + grad_k, values + grad_v
+    result[1, :, :, :count], result[2, :, :, :count] = keys, values
+
+
+def _is_cpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _own_scores(qkv: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, ...]:
+    """Return what each caption's tokens think of each other, (B, k, nh, T, T) causal, and their values."""
+    q, k, v = (packing.grid(part) for part in qkv.to(_at_least_float32(qkv)).unbind(2))  # each (B, k, nh, T, hs)
+    hidden = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(hidden, -torch.inf), v
+
+
+def _own_backward(
+    qkv: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, packing: Packing
+) -> tuple[torch.Tensor, ...]:
+    """Return the captions' own share of the gradient of qkv (B, S, 3, nh, hs): three of (B, S, nh, hs)."""
+    wide = _at_least_float32(qkv)
+    scores, v = _own_scores(qkv, packing)
+    q, k = (packing.grid(part) for part in qkv[:, :, :2].to(wide).unbind(2))
+    grad, out = packing.grid(grad.to(wide)), packing.grid(out.transpose(1, 2).to(wide))
+    weights = (scores - packing.grid(lse.transpose(1, 2)[..., None])).exp()  # (B, k, nh, T, T)
+    weights = torch.where(packing.valid[:, :, None, :, None], weights, 0.0)
+    inner = weights * (grad @ v.transpose(-2, -1) - (grad * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
+    return tuple(map(packing.row, (inner @ k, inner.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ grad)))
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -270,7 +447,11 @@ class Block(nn.Module):
         self.mlp = MLP(config, lora)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None, kept: list[torch.Tensor] | None
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | Packing | None,
+        cache: KVCache | None,
+        kept: list[torch.Tensor] | None,
     ) -> torch.Tensor:
         """Map (B, T, C) to (B, T, C)."""
         x = x + self.attn(self.ln_1(x), mask, cache, kept)
@@ -306,7 +487,7 @@ class Decoder(nn.Module):
         self,
         x: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Packing | None = None,
         cache: KVCache | None = None,
         attentions: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
@@ -316,7 +497,8 @@ class Decoder(nn.Module):
             x: embeddings (B, T, C), of tokens or projected image patches.
             positions: long (T,) or (B, T); positions on the CPU spare a GPU the wait of the range check.
             mask: bool, broadcastable to (B, 1, T, S), True where a query may look; every query must see something.
-                None is causal. S counts the cached tokens first, then the T new ones.
+                None is causal. S counts the cached tokens first, then the T new ones. Or a ``Packing``, which is
+                faster than its mask where the device has a kernel for it.
             cache: keys and values of earlier tokens; those of x are appended to it.
             attentions: a list to be filled with every layer's attention weights (B, nh, T, S), float32. Slower than
                 the fused kernel, and equal to it but for rounding.
@@ -329,7 +511,7 @@ class Decoder(nn.Module):
                 f"position {int(positions.max())} is beyond the decoder's context of {self.config.n_positions} tokens; "
                 "use shorter captions (--max-new-tokens) or fewer image tokens"
             )
-        if mask is not None and mask.dtype != torch.bool:
+        if isinstance(mask, torch.Tensor) and mask.dtype != torch.bool:
             raise ValueError(f"the attention mask must be boolean (True = visible), not {mask.dtype}")
         new, past = x.shape[1], 0 if cache is None else cache.length
         if mask is None and past and new > 1:

@@ -172,6 +172,7 @@ class Evaluation:
     annotated: int | None = None  # how many images the annotations name, where fewer were scored
     counts: dict[str, int] = field(default_factory=dict)  # references, empty and truncated captions
     statistics: dict[str, Any] = field(default_factory=dict)  # wording.caption_statistics
+    reference_statistics: dict[str, Any] = field(default_factory=dict)  # the same of people's captions
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     comparison: dict[str, Comparison] = field(default_factory=dict)
 
@@ -231,6 +232,7 @@ class Evaluation:
             **({"tokenizer": f"{self.tokenizer}: {TOKENIZERS[self.tokenizer]}"} if self.tokenizer else {}),
             **self.clip,
             **({"captions": self.statistics} if self.statistics else {}),
+            **({"references": self.reference_statistics} if self.reference_statistics else {}),
             **({"intervals": self.intervals, "confidence": CONFIDENCE} if self.intervals else {}),
             **({"comparison": {k: v.summary() for k, v in self.comparison.items()}} if self.comparison else {}),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
@@ -513,6 +515,7 @@ def _add_statistics(
     """Fill in what the captions are like; without their words the scores still stand."""
     try:
         result.statistics = evaluator.statistics(predictions, training)
+        result.reference_statistics = caption_statistics([c for group in evaluator.references.values() for c in group])
     except (ValueError, OSError) as error:
         result.errors["captions"] = str(error)
         log.error("caption statistics not computed: %s", error)

@@ -14,6 +14,7 @@ import search
 from captioner import Captioner
 from compiling import CompiledSteps
 from decoder import Decoder
+from distributed import ALONE, Processes
 from packing import prepare_decoder, prepare_linears
 
 
@@ -68,12 +69,17 @@ def draft_side(transform: Any) -> int:
 
 
 def cached_features(
-    captioner: Captioner, paths: Sequence[Path], cache: Path, limit: float = math.inf, draft: int | None = None
+    captioner: Captioner,
+    paths: Sequence[Path],
+    cache: Path,
+    limit: float = math.inf,
+    processes: Processes = ALONE,
+    draft: int | None = None,
 ) -> data.FeatureCache:
     """Return the encoder's tokens of ``paths``, from the cache folder or computed now and kept there.
 
-    Images for which there is no room below ``limit`` bytes are encoded whenever they are asked for. ``draft`` is that
-    of ``data.load_image``, and its features are kept apart.
+    Images for which there is no room below ``limit`` bytes are encoded whenever they are asked for. Several processes
+    encode a part each. ``draft`` is that of ``data.load_image``, and its features are kept apart.
     """
 
     def encode(batch: list[Path]) -> torch.Tensor:
@@ -87,7 +93,8 @@ def cached_features(
         key["layer"] = str(config.encoder_layer)
     if draft:
         key["draft"] = str(draft)
-    return data.FeatureCache.open(cache, key, list(paths), captioner.feature_shape, encode, limit=limit)
+    shape = captioner.feature_shape
+    return data.FeatureCache.open(cache, key, list(paths), shape, encode, limit=limit, processes=processes)
 
 
 def caption_features(

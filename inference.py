@@ -1,19 +1,24 @@
-"""Caption a folder, whatever the model: read ahead, halve batches that do not fit, keep what is done, end in one JSON.
+"""Caption images, whatever the model: read ahead, halve batches that do not fit, keep what is done.
 
-Captions go to an append-only side file as they come. A run that was interrupted finds it and goes on; the final file
-appears at the end, whole, and the side file goes. ``accelerate launch`` splits the images over processes.
+A folder that ends in one JSON: captions go to an append-only side file as they come. A run that was interrupted finds
+it and goes on; the final file appears at the end, whole, and the side file goes. ``accelerate launch`` splits the
+images over processes. For more images than that, and for lists and tars, see ``caption_source``: shards in, parts out.
 """
 
 from __future__ import annotations
 
-import fcntl
-import io
+import argparse
+import functools
+import importlib
+import itertools
 import json
 import logging
+import operator
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,8 +29,12 @@ import torch
 from tqdm import tqdm
 
 import data
+import parts
 import runtime
-from strictjson import parse_json
+import sidefile
+from parts import FORMS, Results, form_of
+from shards import Shard, Source
+from sidefile import SideFile
 
 log = logging.getLogger(__name__)
 
@@ -85,16 +94,16 @@ class PredictionLog:
             raise ValueError(f"{out}: is a folder; name a file for the captions")
         out.parent.mkdir(parents=True, exist_ok=True)
         if workers.rank == 0:
-            self._file = self._locked()
+            self._side = SideFile(self.part)
             try:
                 self._check_parts(overwrite)
             except ValueError:
-                self._file.close()
+                self._side.close()
                 raise
         workers.wait()
         if workers.rank:
-            self._file = self._locked()
-        self._begin()
+            self._side = SideFile(self.part)
+        self._side.begin(self._header)
         workers.wait()
         self.captions = self._all_captions()
         if self.captions and workers.rank == 0:
@@ -107,19 +116,7 @@ class PredictionLog:
     def __exit__(self, *exception: object) -> None:
         if not self.captions:  # nothing to keep: a run that fails at its start leaves no trace
             self.part.unlink(missing_ok=True)
-        self._file.close()
-
-    def _locked(self) -> io.FileIO:
-        while True:
-            file = self.part.open("a+b", buffering=0)  # what a full disk refuses must not wait in a buffer
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.close()
-                raise ValueError(f"{self.part}: another run is writing it; wait for it, or name another") from error
-            if os.fstat(file.fileno()).st_nlink:
-                return file
-            file.close()  # its run finished and removed it between our open and our lock
+        self._side.close()
 
     def _parts(self) -> list[Path]:
         """Return the side files of all processes, of this run and of the one before."""
@@ -128,9 +125,10 @@ class PredictionLog:
 
     def _check_parts(self, overwrite: bool) -> None:
         """Make sure that all side files are this run's, or drop them where that is allowed."""
-        contents = {path: self._parse(path, overwrite) for path in self._parts()}
+        contents = {path: sidefile.read(path, overwrite) for path in self._parts()}
         started = {path: header for path, (header, captions) in contents.items() if captions}
         if started and all(header == self._header for header in started.values()):
+            self._drop(contents.keys() - started.keys())
             return
         if not overwrite and started:
             path, header = next((p, h) for p, h in started.items() if h != self._header)
@@ -141,52 +139,22 @@ class PredictionLog:
         if not overwrite and self.out.exists():
             self.part.unlink()
             raise ValueError(f"{self.out}: exists already; give --overwrite to replace it, or another name")
-        for path in contents:
-            if path != self.part:
+        self._drop(contents)
+
+    def _drop(self, parts: Iterable[Path]) -> None:
+        """Do away with side files; this process's own stays, empty."""
+        for path in parts:
+            if path == self.part:
+                self._side.clear()
+            else:
                 path.unlink()
-        self._file.truncate(0)
-
-    def _begin(self) -> None:
-        """Cut a torn line off this process's side file, and write the first line of a new one."""
-        self._file.seek(0)
-        text = self._file.read()
-        self._file.truncate(text.rfind(b"\n") + 1)
-        if b"\n" not in text:
-            self._write(self._header)
-
-    def _parse(self, path: Path, overwrite: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return a side file's header and captions; a line that is none of ours is passed over."""
-        first, *others = path.read_bytes().split(b"\n")[:-1] or [b"{}"]
-        try:
-            header = dict(parse_json(first.decode()))
-        except (ValueError, TypeError) as error:
-            if overwrite:
-                log.warning("%s: damaged (%s); beginning anew", path, error)
-                return {}, {}
-            raise ValueError(f"{path}: damaged ({error}); remove it, or give --overwrite") from error
-        captions = dict(filter(None, map(_caption_of, others)))
-        if len(captions) < len(others):
-            damaged = len(others) - len(captions)
-            log.warning("%s: %d lines are damaged; their images are captioned again", path, damaged)
-        return header, captions
 
     def _all_captions(self) -> dict[str, str]:
-        return {image: caption for path in self._parts() for image, caption in self._parse(path)[1].items()}
-
-    def _write(self, *records: dict[str, Any]) -> None:
-        left = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            raise OSError(f"{self.part}: cannot be written ({error}); the captions so far are kept in it, so make room "
-                          "and run the same command again") from error  # fmt: skip
+        return {image: caption for path in self._parts() for image, caption in sidefile.read(path)[1].items()}
 
     def add(self, captions: dict[str, str]) -> None:
         """Keep the captions of a batch, ``{file name without suffix: caption}``."""
-        self._write(*(
-            {"image": image, "caption": caption, "check": _check(image, caption)} for image, caption in captions.items()
-        ))  # fmt: skip
+        self._side.add(captions)
         self.captions |= captions
 
     def finish(self, paths: Sequence[Path]) -> dict[str, str]:
@@ -197,7 +165,7 @@ class PredictionLog:
         """
         self.workers.wait()
         found = self._all_captions()
-        self.workers.wait()
+        self.workers.wait()  # nobody removes before all have read
         captions = {path.stem: found[path.stem] for path in paths if path.stem in found}
         if not captions:
             raise ValueError(f"{self.out}: none of the {len(paths)} images could be captioned")
@@ -208,21 +176,9 @@ class PredictionLog:
             log.info("%d captions in %s", len(captions), self.out)
             if len(captions) < len(paths):
                 log.error("%d of %d images were not captioned", len(paths) - len(captions), len(paths))
+        # A launcher ends all processes when one ends with an exit code, so none ends before the result is written.
+        self.workers.wait()
         return captions
-
-
-def _check(image: str, caption: str) -> int:
-    return zlib.crc32(json.dumps([image, caption]).encode())
-
-
-def _caption_of(line: bytes) -> tuple[str, str] | None:
-    """Return image and caption of a line of the side file, or None where its checksum is wrong."""
-    try:
-        record = parse_json(line.decode())
-        image, caption = record["image"], record["caption"]
-        return (image, caption) if record["check"] == _check(image, caption) else None
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 class Halving:
@@ -251,62 +207,190 @@ class Halving:
         return results
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a model does to images.
+
+    Attributes:
+        prepare: makes of an image (PIL, RGB) what ``caption`` takes; runs in threads, ahead of it.
+        caption: makes captions of a list of those.
+        draft: that of ``data.load_image``.
+    """
+
+    prepare: Callable[[Any], Any]
+    caption: Callable[[list], list[str]]
+    draft: int | None = None
+
+
 def caption_images(
     log_file: PredictionLog,
     paths: Sequence[Path],
     prepare: Callable[[Any], Any],
     caption: Callable[[list], list[str]],
     batch_size: int,
-    load: Callable[[Path], Any] = data.load_image,
+    draft: int | None = None,
 ) -> None:
     """Caption what ``log_file`` lacks of ``paths``; an image that cannot be read is named and left out.
 
     Args:
         log_file: takes the captions.
         paths: images; their stems are the keys.
-        prepare: makes of an image (PIL, RGB) what ``caption`` takes; runs in threads, ahead of it.
-        caption: makes captions of a list of those.
+        prepare, caption: as in :class:`Job`.
         batch_size: images at once.
-        load: reads an image.
+        draft: that of ``data.load_image``.
     """
     workers = log_file.workers
     todo = [path for path in paths if path.stem not in log_file.captions][workers.rank :: workers.count]
-    caption = Halving(caption)
+    caption, load = Halving(caption), functools.partial(data.load_image, draft=draft)
     hidden = True if workers.rank else None  # one bar, of the first process's share
+    started = time.perf_counter()
     with tqdm(total=len(todo), desc="caption", disable=hidden) as bar:
         for batch in read_ahead(todo, prepare, batch_size, load):
-            stems, prepared = _readable(batch)
+            found, prepared = _readable(batch, lambda path, error: log.error("not captioned: %s", error))
             if prepared:
-                log_file.add(dict(zip(stems, caption(prepared), strict=True)))
+                log_file.add(dict(zip([path.stem for path in found], caption(prepared), strict=True)))
             bar.update(len(batch))
+    work = ("caption", len(todo), time.perf_counter() - started)  # what bench/measured.py collects
+    log.info("%d images in %.1f s", *work[1:], extra={"work": work})
 
 
 def read_ahead(
-    paths: Sequence[Path], prepare: Callable[[Any], Any], size: int, load: Callable[[Path], Any] = data.load_image
-) -> Iterator[list[tuple[Path, Future]]]:
-    """Yield batches of (path, future of the prepared image) while threads read the batches behind them."""
+    items: Iterable[Any], prepare: Callable[[Any], Any], size: int, load: Callable[[Any], Any] = data.load_image
+) -> Iterator[list[tuple[Any, Future]]]:
+    """Yield batches of (item, future of the prepared image) while threads read the batches behind them.
 
-    def read(path: Path) -> Any:
-        return prepare(load(path))
+    Args:
+        items: paths, or whatever ``load`` takes; no more of them are taken than are read ahead.
+        prepare: as in :class:`Job`.
+        size: items of a batch.
+        load: makes an image of an item.
+    """
 
+    def read(item: Any) -> Any:
+        return prepare(load(item))
+
+    left = iter(items)
     # One image is too small a work for several threads; several here would fight with the model's for the cores.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=lambda: torch.set_num_threads(1)) as pool:
-        waiting: list[list[tuple[Path, Future]]] = []
-        starts = list(range(0, len(paths), size))
-        for number in range(len(starts)):
-            waiting += [
-                [(path, pool.submit(read, path)) for path in paths[start : start + size]]
-                for start in starts[number + len(waiting) : number + 1 + READ_AHEAD]
-            ]
-            yield waiting.pop(0)
+        waiting: deque[list[tuple[Any, Future]]] = deque()
+        while True:
+            while len(waiting) <= READ_AHEAD and (some := list(itertools.islice(left, size))):
+                waiting.append([(item, pool.submit(read, item)) for item in some])
+            if not waiting:
+                return
+            yield waiting.popleft()
 
 
-def _readable(batch: list[tuple[Path, Future]]) -> tuple[list[str], list]:
-    stems, prepared = [], []
-    for path, future in batch:
+def _readable(
+    batch: list[tuple[Any, Future]], failed: Callable[[Any, Exception], None]
+) -> tuple[list[Any], list[Any]]:
+    """Return the items of a batch that could be read, and what they became; ``failed`` is told of the others."""
+    found, prepared = [], []
+    for item, future in batch:
         try:
             prepared.append(future.result())
-            stems.append(path.stem)
+            found.append(item)
         except (ValueError, OSError) as error:
-            log.error("not captioned: %s", error)
-    return stems, prepared
+            failed(item, error)
+    return found, prepared
+
+
+# ------------------------------------------------------------------------------------------------------ by the million
+
+
+def caption_shards(
+    folder: parts.Folder, shards: Iterable[Shard], job: Job, batch_size: int, patience: float = 0.0
+) -> None:
+    """Caption the shards that are not finished and that no other process works on, each as a stream.
+
+    Args:
+        folder: takes the captions.
+        shards: in any order.
+        job: what makes captions.
+        batch_size: images at once.
+        patience: seconds to wait for a shard that another process holds.
+    """
+    caption = Halving(job.caption)
+    for shard in shards:
+        shard_log = folder.claim(shard, patience)
+        if shard_log is None:
+            continue
+        with shard_log:
+            load = operator.methodcaller("load", job.draft)
+            for batch in read_ahead(shard_log.wanted(), job.prepare, batch_size, load):
+                found, prepared = _readable(batch, shard_log.unreadable)
+                if prepared:
+                    shard_log.add(dict(zip([entry.key for entry in found], caption(prepared), strict=True)))
+            shard_log.seal()
+
+
+def caption_source(
+    args: argparse.Namespace, run: dict[str, Any], build: Callable[[], Job], overwrite: bool = False
+) -> int:
+    """Caption whatever ``args.img_dir`` names into ``args.out``, as the flags of :func:`add_flags` say.
+
+    Args:
+        args: the command line.
+        run: whatever decides the captions.
+        build: loads the model; is called in the processes that need it.
+        overwrite: drop results of another run.
+
+    Returns:
+        The exit code: 0, or 3 (``PARTIAL``) where an image was left out.
+    """
+    workers, source = find_workers(), source_of(args)
+    if not args.img_dir.is_dir():
+        source.shards(Path())  # said before anything is made
+    run = run | {"images": str(args.img_dir.resolve()), "shard_size": args.shard_size, "entries": args.entries}
+    with Results(args.out, form_of(args.out, args.out_format), run, overwrite) as results:
+        if workers.rank == 0:
+            results.begin()
+            source.spool(results.folder.state)
+        workers.wait()
+        shards = source.shards(results.folder.state)
+        if all(map(results.folder.done, shards)):
+            log.info("%s: all %d shards are finished", results.folder.path, len(shards))
+        elif args.engine == "ray":
+            engine_ray = importlib.import_module("engine_ray")
+            engine_ray.caption_shards(results.folder, shards, build, args)
+        else:
+            begin = len(shards) * workers.rank // workers.count  # so that not all processes ask for the same ones
+            mine = _with_bar(shards[begin:] + shards[:begin], workers)
+            caption_shards(results.folder, mine, build(), args.batch_size)
+        workers.wait()
+        totals = results.finish(shards) if workers.rank == 0 else {}
+        workers.wait()  # a launcher ends all processes when one ends with an exit code
+    left_out = sum(totals.get(name, 0) for name in ("unreadable", "duplicates", "damaged"))
+    if left_out:
+        log.error("not all was captioned: %(unreadable)d images cannot be read, %(duplicates)d have another's key, "
+                  "%(damaged)d shards are damaged", totals)  # fmt: skip
+    return runtime.PARTIAL if left_out else 0
+
+
+def _with_bar(shards: list[Shard], workers: Workers) -> Iterable[Shard]:
+    return tqdm(shards, desc="caption", unit="shard", disable=True if workers.rank else None)
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """Return what the command line names as its images."""
+    return Source(args.img_dir, args.shard_size, args.list_root, args.entries)
+
+
+def is_small(args: argparse.Namespace) -> bool:
+    """Return whether the command line asks for a folder in one JSON, by the launcher's processes: no shards then."""
+    kind = source_of(args).kind
+    return kind == "folder" and form_of(args.out, args.out_format) == "json" and args.engine == "plain"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of runs over shards."""
+    group = parser.add_argument_group("millions of images")
+    add = group.add_argument
+    add("--out-format", choices=("auto", *FORMS), default="auto",
+        help="jsonl and parquet: OUT is a folder with a part for each shard; auto: by the ending of OUT")  # fmt: skip
+    add("--shard-size", type=int, default=Source.shard_size, help="images of a list or folder that make a shard")
+    add("--list-root", type=Path, help="what a list's paths are relative to (default: the list's folder)")
+    add("--entries", metavar="GLOB", help="which files of a tar are images (default: by their ending)")
+    add("--engine", choices=("plain", "ray"), default="plain",
+        help="plain: this process, or accelerate's; ray: actors of a Ray cluster")  # fmt: skip
+    add("--ray-actors", type=int, help="models at once (default: one for each GPU of the cluster, or else CPU)")

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 import evaluate
+import inference
 import runtime
 from data import list_images, load_image
 from inference import PredictionLog, caption_images, find_workers
 from llava import DTYPES, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
+from parts import sha256_of
 from profiles import PROFILES
 
 log = logging.getLogger(__name__)
@@ -23,8 +29,12 @@ log = logging.getLogger(__name__)
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = runtime.FlagParser(description=__doc__)
-    parser.add_argument("img_dir", type=Path, metavar="IMG_DIR", help="folder of jpg, jpeg, png or webp images")
-    parser.add_argument("out", type=Path, metavar="OUT.json", help="predictions, {file name without suffix: caption}")
+    parser.add_argument("img_dir", type=Path, metavar="IMG_DIR",
+                        help="folder of jpg, jpeg, png or webp images; or a list of paths "
+                        "(.txt, .jsonl), or tar shards ('DIR/{000..999}.tar', 'DIR/*.tar')")  # fmt: skip
+    parser.add_argument("out", type=Path, metavar="OUT.json",
+                        help="predictions, {file name without suffix: caption}; "
+                        "or OUT.jsonl, OUT.parquet: a folder of parts")  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--setting", type=int, choices=sorted(PROMPTS), default=1, help="prompt of the report")
     which.add_argument("--prompt", help="any other text, put into USER: <image>\\nTEXT ASSISTANT:")
@@ -43,11 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
+    inference.add_flags(parser)
     return parser
 
 
 @dataclass
-class Job:
+class PromptJob:
     """One prompt over the images: the prompt and where its captions are kept."""
 
     prompt: str
@@ -61,31 +72,73 @@ def prompts(args: argparse.Namespace) -> dict[str, tuple[str, Path]]:
     return {str(args.setting): (args.prompt or PROMPTS[args.setting], args.out)}
 
 
-def open_job(prompt: str, out: Path, args: argparse.Namespace) -> Job:
-    """Open the predictions of ``prompt``; whatever decides them is written down, so that no other run is resumed."""
-    run = {
+def describe_run(prompt: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return whatever decides the captions, so that no other run is resumed."""
+    return {
         "script": "p1_llava_caption.py",
         "images": str(args.img_dir.resolve()),
         "model": args.model or PROFILES[args.profile].llava,
         "prompt": prompt,
         **{name: getattr(args, name) for name in ("revision", "num_beams", "max_new_tokens", "dtype", "load_in_4bit")},
     }
-    return Job(prompt, PredictionLog(out, run, args.overwrite, find_workers()))
 
 
-def run_job(model: Llava, job: Job, paths: list[Path], args: argparse.Namespace) -> None:
-    """Caption ``paths`` with the job's prompt."""
+def open_job(prompt: str, out: Path, args: argparse.Namespace) -> PromptJob:
+    """Open the predictions of ``prompt``."""
+    run = describe_run(prompt, args)
+    return PromptJob(prompt, PredictionLog(out, run, args.overwrite, find_workers()))
+
+
+def job_of(model: Llava, prompt: str, args: argparse.Namespace) -> inference.Job:
+    """Return what the model does to images behind a prompt."""
 
     def prepare(image: Any) -> Any:
-        return model.row(image, job.prompt)
+        return model.row(image, prompt)
 
     def caption(rows: list[Any]) -> list[str]:
         return [model.text(tokens) for tokens in model.generate(rows, args.num_beams, args.max_new_tokens)]
 
-    caption_images(job.log, paths, prepare, caption, args.batch_size)
+    return inference.Job(prepare, caption)
 
 
-def check_room(model: Llava, jobs: list[Job], paths: list[Path], max_new_tokens: int) -> None:
+def run_job(model: Llava, job: PromptJob, paths: list[Path], args: argparse.Namespace) -> None:
+    """Caption ``paths`` with the job's prompt."""
+    does = job_of(model, job.prompt, args)
+    caption_images(job.log, paths, does.prepare, does.caption, args.batch_size)
+
+
+def load_model(args: argparse.Namespace) -> Llava:
+    """Load the model that the command line names."""
+    device = runtime.pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    return load_llava(args.model or PROFILES[args.profile].llava, device, dtype, args.revision, args.load_in_4bit)
+
+
+def load_job(args: argparse.Namespace) -> inference.Job:
+    """Load the model; return what it does to images. An image's size does not change how many tokens it has."""
+    runtime.setup_logging(args.verbose)  # in another machine's process too
+    model, (prompt, _) = load_model(args), *prompts(args).values()
+    model.check_room(model.row(Image.new("RGB", (336, 336)), prompt), args.max_new_tokens)
+    return job_of(model, prompt, args)
+
+
+def weights_hash(model: str) -> str | None:
+    """Return one SHA-256 of all weights in a model's folder; None for a hub id, whose revision says which they are."""
+    files = sorted(path for path in Path(model).glob("*") if path.suffix in (".safetensors", ".bin"))
+    sums = "".join(sha256_of(file) for file in files)
+    return hashlib.sha256(sums.encode()).hexdigest() if files else None
+
+
+def caption_many(args: argparse.Namespace) -> int:
+    """Caption what is more than a folder with one JSON; return the exit code."""
+    if args.compare:
+        raise ValueError("--compare: scores one JSON of a folder's images; leave it out for lists, tars and parts")
+    run = describe_run(args.prompt or PROMPTS[args.setting], args)
+    run["weights_sha256"] = weights_hash(run["model"])
+    return inference.caption_source(args, run, functools.partial(load_job, args), args.overwrite)
+
+
+def check_room(model: Llava, jobs: list[PromptJob], paths: list[Path], max_new_tokens: int) -> None:
     """Refuse a prompt without room for an answer, before any work, by the first image that can be read."""
     for path in paths:
         try:
@@ -133,18 +186,19 @@ def check_args(args: argparse.Namespace) -> None:
 
 @runtime.command
 def main(argv: list[str] | None = None) -> int:
-    """Caption a folder; return 0, or 3 (``PARTIAL``) where an image could not be read."""
+    """Caption images; return 0, or 3 (``PARTIAL``) where an image could not be read."""
     args = build_parser().parse_args(argv)
     runtime.setup_logging(args.verbose)
     check_args(args)
-    device = runtime.pick_device(args.device)
+    runtime.pick_device(args.device)  # refuses a wrong one before anything is opened
+    if not inference.is_small(args):
+        return caption_many(args)
     paths = list_images(args.img_dir)
     with contextlib.ExitStack() as stack:
         jobs = {name: open_job(prompt, out, args) for name, (prompt, out) in prompts(args).items()}
         for job in jobs.values():
             stack.enter_context(job.log)
-        model = load_llava(args.model or PROFILES[args.profile].llava, device, pick_dtype(args.dtype, device),
-                           args.revision, args.load_in_4bit)  # fmt: skip
+        model = load_model(args)
         check_room(model, list(jobs.values()), paths, args.max_new_tokens)
         for job in jobs.values():
             run_job(model, job, paths, args)

@@ -15,16 +15,28 @@ import torch
 import data
 import generation
 import runtime
-from captioner import Captioner, load_captioner
-from inference import PredictionLog, caption_images, find_workers
+from captioner import Captioner, load_captioner, read_adapter
+from inference import (
+    Job,
+    PredictionLog,
+    add_flags,
+    caption_images,
+    caption_source,
+    find_workers,
+    is_small,
+)
 from profiles import PROFILES
 
 
 def build_parser() -> Any:
     """Return the command line."""
     parser = runtime.FlagParser(description=__doc__)
-    parser.add_argument("img_dir", type=Path, metavar="IMG_DIR", help="folder of jpg, jpeg, png or webp images")
-    parser.add_argument("out", type=Path, metavar="OUT.json", help="predictions, {file name without suffix: caption}")
+    parser.add_argument("img_dir", type=Path, metavar="IMG_DIR",
+                        help="folder of jpg, jpeg, png or webp images; or a list of paths "
+                        "(.txt, .jsonl), or tar shards ('DIR/{000..999}.tar', 'DIR/*.tar')")  # fmt: skip
+    parser.add_argument("out", type=Path, metavar="OUT.json",
+                        help="predictions, {file name without suffix: caption}; "
+                        "or OUT.jsonl, OUT.parquet: a folder of parts")  # fmt: skip
     parser.add_argument("decoder", type=Path, metavar="DECODER", help="GPT-2 state dict (.bin, .pt or .safetensors)")
     parser.add_argument("--adapter", type=Path, default=Path("runs/best/best.safetensors"),
                         help="what p2_train.py wrote")  # fmt: skip
@@ -43,6 +55,9 @@ def build_parser() -> Any:
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
+    add_flags(parser)
+    parser.add_argument("--overwrite", action="store_true",
+                        help="with shards: drop another run's results (a folder's own OUT.json always is)")  # fmt: skip
     return parser
 
 
@@ -76,26 +91,40 @@ def describe_run(args: Any) -> dict[str, Any]:
     }
 
 
-@runtime.command
-def main(argv: list[str] | None = None) -> int:
-    """Caption a folder; return 0, or 3 (``PARTIAL``) where an image could not be read."""
-    args = build_parser().parse_args(argv)
-    runtime.setup_logging(args.verbose)
-    for name in ("batch_size", "beam_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+def describe_models(args: Any) -> dict[str, Any]:
+    """Return the fingerprints of all weights, which loading compares with the files."""
+    config = read_adapter(args.adapter)[0]
+    return {"encoder": config.encoder, "encoder_hash": config.encoder_hash, "decoder_hash": config.decoder_hash}
+
+
+def load_job(args: Any) -> Job:
+    """Load the captioner; return what it does to images."""
+    runtime.setup_logging(args.verbose)  # in another machine's process too
     device = runtime.pick_device(args.device)
-    paths = data.list_images(args.img_dir)
     tokenizer = data.Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
     fallback = PROFILES[args.profile].encoder_weights
     captioner = load_captioner(args.adapter, args.decoder, args.encoder_weights, device, fallback)
     generation.check_vocabulary(tokenizer, captioner.decoder)
     generation.prepare(captioner, args.precision, pack=not args.compile)
+    draft = generation.draft_side(captioner.transform) if args.jpeg_draft else None
+    return Job(captioner.transform, caption_function(captioner, tokenizer, args), draft)
+
+
+@runtime.command
+def main(argv: list[str] | None = None) -> int:
+    """Caption images; return 0, or 3 (``PARTIAL``) where an image could not be read."""
+    args = build_parser().parse_args(argv)
+    runtime.setup_logging(args.verbose)
+    for name in ("batch_size", "beam_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not is_small(args):
+        run = describe_run(args) | describe_models(args)
+        return caption_source(args, run, functools.partial(load_job, args), args.overwrite)
+    paths = data.list_images(args.img_dir)
+    job = load_job(args)
     with PredictionLog(args.out, describe_run(args), overwrite=True, workers=find_workers()) as log_file:
-        caption = caption_function(captioner, tokenizer, args)
-        draft = generation.draft_side(captioner.transform) if args.jpeg_draft else None
-        load = functools.partial(data.load_image, draft=draft)
-        caption_images(log_file, paths, captioner.transform, caption, args.batch_size, load)
+        caption_images(log_file, paths, job.prepare, job.caption, args.batch_size, job.draft)
         captions = log_file.finish(paths)
     return runtime.PARTIAL if len(captions) < len(paths) else 0
 

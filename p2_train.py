@@ -6,32 +6,38 @@ run was made with), metrics.jsonl (a line every few steps, a line an epoch) and 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
 import math
+import os
 import shutil
 import subprocess
 import sys
 from argparse import BooleanOptionalAction
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 import checkpoints
 import data
+import distributed
 import evaluate
 import generation
 import runtime
 from captioner import RANDOM, Captioner, CaptionerConfig, preprocessing_by_name, read_adapter
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_state_dict
+from distributed import Processes
 from initial import adopted, start_from
 from profiles import PROFILES, downloaded_encoder
 from scst import ScstTrainer
 from strictjson import read_json
+from trackers import CHOICES as TRACKERS
+from trackers import Trackers
 from training import CHOICES, SCST_NUMBERS, SETTINGS, Split, TrainConfig, Trainer
 
 log = logging.getLogger(__name__)
@@ -40,7 +46,7 @@ FILES_OF_WEIGHTS = 11  # best, last, and weights with two moments in each of thr
 FREE = ("train.log_every", "train.save_every", "train.max_skipped")  # a resumed run may have other values of these
 HELP = {
     "epochs": "passes over the training images",
-    "batch_size": "images a batch; all their captions go with them",
+    "batch_size": "images a batch, over all processes together; all their captions go with them",
     "accumulate": "batches an optimiser step",
     "lr": "learning rate of LoRA",
     "projector_lr": "learning rate of the projector",
@@ -75,6 +81,7 @@ HELP = {
     "samples": "captions drawn an image, scst",
     "temperature": "of the draw, scst",
     "clip_reward": "weight of CLIPScore in the reward, scst",
+    "brevity": "exponent of BLEU's brevity penalty on the CIDEr-D reward, scst; 0 leaves it out",
     "xe_weight": "weight of cross-entropy beside the rewards, scst: holds captions near people's",
 }
 
@@ -110,6 +117,8 @@ def build_parser() -> Any:
                         help="adapter to start from; its LoRA, layer and CLS are taken over")  # fmt: skip
     parser.add_argument("--report-faithful", action="store_true",
                         help="the report's own ways: ImageNet preprocessing, LoRA alpha 1")  # fmt: skip
+    parser.add_argument("--log-with", choices=TRACKERS, help="hand the numbers of metrics.jsonl to a tracker too; "
+                        "all: every one that is installed (default: none)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
     group = parser.add_argument_group("numbers (defaults are those of --setting best)")
@@ -125,18 +134,20 @@ def build_parser() -> Any:
     return parser
 
 
-def make_decoder(args: Any, lora: LoraConfig, out: Path) -> Decoder:
+def make_decoder(args: Any, lora: LoraConfig, out: Path, processes: Processes) -> Decoder:
     """Load the decoder, or with ``--random-weights`` and no ``--decoder`` make a GPT-2 small in the run folder."""
     if args.decoder or not args.random_weights:
         return build_decoder(args.decoder or PROFILES[args.profile].decoder, lora)
-    decoder = Decoder(DecoderConfig(), lora)
+    decoder = Decoder(DecoderConfig(), lora)  # the same in all processes, which have one seed
+    if not processes.first:
+        return decoder
     with runtime.atomic_path(out / "decoder_model.safetensors") as temporary:
         save_file({k: v.contiguous() for k, v in gpt2_state_dict(decoder).items()}, temporary)
     log.info("random GPT-2 small: %s", out / "decoder_model.safetensors")
     return decoder
 
 
-def make_captioner(args: Any, config: TrainConfig, out: Path) -> Captioner:
+def make_captioner(args: Any, config: TrainConfig, out: Path, processes: Processes) -> Captioner:
     """Build encoder, projector and decoder from the flags, or from the profile where a flag is not given."""
     profile = PROFILES[args.profile]
     own = args.encoder is None or args.encoder == profile.encoder
@@ -153,20 +164,21 @@ def make_captioner(args: Any, config: TrainConfig, out: Path) -> Captioner:
         encoder_layer=config.encoder_layer,
         lora=config.lora(),
     )
-    return Captioner(captioner_config, make_decoder(args, config.lora(), out))
+    return Captioner(captioner_config, make_decoder(args, config.lora(), out, processes))
 
 
 
 def check_trainable(captioner: Captioner, limit: int) -> int:
     """Return the number of trained parameters; refuse more than ``limit``."""
     count = sum(p.numel() for p in captioner.trainable().values())
-    print(f"trainable parameters: {count:,}")
     if count > limit:
         raise ValueError(f"{count:,} trainable parameters exceed --max-trainable {limit:,}; lower --lora-rank")
     return count
 
 
-def prepare_split(args: Any, name: str, captioner: Captioner, tokenizer: data.Tokenizer) -> Split:
+def prepare_split(
+    args: Any, name: str, captioner: Captioner, tokenizer: data.Tokenizer, processes: Processes
+) -> Split:
     """Read a split, check its captions against the context, and encode its images once."""
     profile = PROFILES[args.profile]
     samples = data.load_split(args.data or Path(profile.data), name)
@@ -177,11 +189,14 @@ def prepare_split(args: Any, name: str, captioner: Captioner, tokenizer: data.To
     if not args.cache_gb >= 0:
         raise ValueError(f"--cache-gb {args.cache_gb}: must be 0 or more")
     folder = args.cache or Path(profile.cache)
-    features = generation.cached_features(captioner, [s.path for s in samples], folder, args.cache_gb * 1e9)
+    paths = [s.path for s in samples]
+    features = generation.cached_features(captioner, paths, folder, args.cache_gb * 1e9, processes)
     return Split(samples, captions, features)
 
 
-def describe_run(args: Any, config: TrainConfig, captioner: Captioner, trainable: int) -> dict[str, Any]:
+def describe_run(
+    args: Any, config: TrainConfig, captioner: Captioner, trainable: int, processes: Processes
+) -> dict[str, Any]:
     """Return what config.json keeps: settings, captioner, versions, command and git revision."""
     packages = ("torch", "timm", "loralib", "tokenizers", "pycocoevalcap")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -198,6 +213,7 @@ def describe_run(args: Any, config: TrainConfig, captioner: Captioner, trainable
         "random_weights": args.random_weights,
         "report_faithful": args.report_faithful,
         "device": str(captioner.device),
+        "processes": processes.count,
         "command": sys.argv,
         "git": revision.strip() or None,
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -237,12 +253,12 @@ def resolve_config(args: Any) -> TrainConfig:
 
 
 def make_trainer(args: Any, captioner: Captioner, tokenizer: data.Tokenizer, train: Split, val: Split,
-                 config: TrainConfig, out: Path) -> Trainer:  # fmt: skip
+                 config: TrainConfig, out: Path, processes: Processes) -> Trainer:  # fmt: skip
     """Return the trainer of the objective; rewards by CLIPScore need the profile's CLIP."""
     if config.objective == "xe":
-        return Trainer(captioner, tokenizer, train, val, config, out)
+        return Trainer(captioner, tokenizer, train, val, config, out, processes)
     profile = PROFILES[args.profile]
-    trainer = ScstTrainer(captioner, tokenizer, train, val, config, out)
+    trainer = ScstTrainer(captioner, tokenizer, train, val, config, out, processes)
     try:
         trainer.use_clip(evaluate.ClipScorer(profile.clip_model, profile.clip_weights, captioner.device))
     except (FileNotFoundError, ValueError) as error:
@@ -253,16 +269,22 @@ def make_trainer(args: Any, captioner: Captioner, tokenizer: data.Tokenizer, tra
 
 
 
-def claim(out: Path, resume: bool) -> IO[bytes]:
-    """Make and lock the run folder; never write over a run without being asked to go on. Returns the lock."""
+def claim(out: Path, resume: bool, held: contextlib.ExitStack) -> None:
+    """Make the run folder and lock it for as long as ``held``; never write over a run without being asked to go on."""
     if resume and not checkpoints.has_state(out):
         raise FileNotFoundError(f"--resume: {out} holds no state of a run; start without --resume")
     if not resume and checkpoints.has_state(out):
         raise ValueError(f"--out {out}: holds a run already; add --resume, name another folder, or remove it")
-    lock = checkpoints.lock_folder(out)
+    held.enter_context(checkpoints.lock_folder(out))
     if not resume:
         (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was stopped before its first state
-    return lock
+
+
+def pick_device(name: str) -> torch.device:
+    """Return this process's device; behind a launcher each takes a GPU of its own, so none may be named."""
+    if ":" in name and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"--device {name}: every process would take it; leave it out and each takes one of its own")
+    return runtime.pick_device("auto" if name == "cuda" and "LOCAL_RANK" in os.environ else name)
 
 
 @runtime.command
@@ -270,40 +292,61 @@ def main(argv: list[str] | None = None) -> int:
     """Train; return 0, or 4 (``STOPPED``) where SIGTERM or SIGINT ended the run behind a step and --resume goes on."""
     args = build_parser().parse_args(argv)
     runtime.setup_logging(args.verbose)
-    config = resolve_config(args)
-    device = runtime.pick_device(args.device)
-    out = args.out or Path("runs") / args.setting
-    lock = claim(out, args.resume)
-    with lock:
-        return run(args, config, device, out)
+    with distributed.join(pick_device(args.device)) as processes, contextlib.ExitStack() as held:
+        if not processes.first:
+            logging.disable(logging.INFO)  # the first one says it for all
+        trainer = processes.together(lambda: prepare(args, processes, held))
+        return run(trainer)
 
 
-def run(args: Any, config: TrainConfig, device: torch.device, out: Path) -> int:
-    """Build, train and say what came of it; return the exit code."""
+def prepare(args: Any, processes: Processes, held: contextlib.ExitStack) -> Trainer:
+    """Build all that the flags ask for, and take up what there was; ``held`` closes what a run holds while it lasts."""
+    config, device, out = resolve_config(args), pick_device(args.device), args.out or Path("runs") / args.setting
+    trackers = Trackers(args.log_with, out) if args.log_with and processes.first else None
+    if processes.first:
+        claim(out, args.resume, held)
+        if config.batch_size < processes.count:
+            log.warning("--batch-size %d: %d of the %d processes have no image of a batch and only wait",
+                        config.batch_size, processes.count - config.batch_size, processes.count)  # fmt: skip
     runtime.seed_everything(config.seed)
     tokenizer = data.Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
-    captioner = make_captioner(args, config, out).to(device)
+    captioner = make_captioner(args, config, out, processes).to(device)
     generation.check_vocabulary(tokenizer, captioner.decoder)
     trainable = check_trainable(captioner, config.max_trainable)
-    checkpoints.check_room(out, FILES_OF_WEIGHTS * 4 * trainable)
-    described = describe_run(args, config, captioner, trainable)
-    if args.resume:
-        check_resumed_config(out, described)
-    train, val = (prepare_split(args, name, captioner, tokenizer) for name in ("train", "val"))
-    trainer = make_trainer(args, captioner, tokenizer, train, val, config, out)
+    described = describe_run(args, config, captioner, trainable, processes)
+    if processes.first:
+        print(f"trainable parameters: {trainable:,}")
+        checkpoints.check_room(out, FILES_OF_WEIGHTS * 4 * trainable)
+        if args.resume:
+            check_resumed_config(out, described)
+    train, val = (prepare_split(args, name, captioner, tokenizer, processes) for name in ("train", "val"))
+    trainer = make_trainer(args, captioner, tokenizer, train, val, config, out, processes)
     if args.resume:
         trainer.resume()
     elif args.init_adapter:
         start_from(captioner, args.init_adapter)
-    runtime.write_json(out / "config.json", described)
+    processes.check_same("settings or frozen weights", (asdict(config), asdict(captioner.config)))
+    processes.check_same("adapters", checkpoints.fingerprint(captioner.adapter_state()))
+    processes.check_same("captions", (train.captions, val.captions))
+    if processes.first:
+        runtime.write_json(out / "config.json", described)
+    if trackers is not None:
+        held.enter_context(trackers.begun(described))
+        trainer.listeners.append(trackers.log)
+    return trainer
+
+
+def run(trainer: Trainer) -> int:
+    """Train and say what came of it; return the exit code."""
     record = trainer.run()
-    if record:
+    if record and trainer.processes.first:
         shown = {k: round(v, 4) for k, v in record.items() if isinstance(v, float)}
-        print(f"{out / 'best.safetensors'}: {shown}")
-    if not trainer.finished:
+        print(f"{trainer.out / 'best.safetensors'}: {shown}")
+    if trainer.finished:
+        return 0
+    if trainer.processes.first:
         print(f"stopped behind step {trainer.step} of {trainer.steps}; the same command with --resume goes on")
-        return runtime.STOPPED
-    return 0
+    return runtime.STOPPED
 
 
 if __name__ == "__main__":

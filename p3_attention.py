@@ -12,6 +12,7 @@ import csv
 import io
 import logging
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -181,7 +182,7 @@ def save_maps(out: Path, explained: Explained, reading: Reading, look: Look) -> 
 def run_images(explainer: Explainer, paths: list[Path], args: argparse.Namespace) -> int:
     """Write a PNG and an npz an image, and the viewer; return the exit code."""
     look = chosen_look(args)
-    items = []
+    items, started = [], time.perf_counter()
     for explained, reading in explain_images(explainer, paths, args):
         figures.word_grid(explained, explained.views[0], args.out / f"{explained.path.stem}.png")
         save_maps(args.out / f"{explained.path.stem}.npz", explained, reading, look)
@@ -191,7 +192,8 @@ def run_images(explainer: Explainer, paths: list[Path], args: argparse.Namespace
         raise ValueError(f"none of the {len(paths)} images could be explained")
     if args.html:
         viewer.write(items, args.out / "viewer.html", f"Which pixels each word looked at ({explainer.name.upper()})")
-    log.info("%d images explained in %s", len(items), args.out)
+    work = ("explain", len(items), time.perf_counter() - started)  # what bench/measured.py collects
+    log.info("%d images explained in %.1f s: %s", *work[1:], args.out, extra={"work": work})
     return runtime.PARTIAL if len(items) < len(paths) else 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import chapters
 import reporting
 import runtime
+import studychapters
 from profiles import ROOT
 from reporting import Text
 from runs import Run, find_runs
@@ -31,14 +32,17 @@ WORLD = {
     "none": "No finished run lies here: which world this is, is not known.",
 }
 
+PARTS = ("demo", "settings", "ablation", "rewards")  # that --run can make
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = runtime.FlagParser(description=__doc__)
     parser.add_argument("--runs", type=Path, required=True, help="folder of run folders, such as the demo's")
     parser.add_argument("--out", type=Path, required=True, help="HTML file")
-    parser.add_argument("--run", action="store_true",
-                        help="first make what is missing of a micro world that `make demo` began")  # fmt: skip
+    parser.add_argument("--run", nargs="*", choices=PARTS, metavar="PART",
+                        help=f"first make what is missing of a micro world that `make demo` began: {', '.join(PARTS)} "
+                             f"(demo, where no part is named)")  # fmt: skip
     parser.add_argument("--bench", type=Path, default=ROOT / "bench", help="folder of the benchmarks' JSON files")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
     return parser
@@ -50,13 +54,13 @@ def size_of(runs: list[Run]) -> str:
     return "none" if not sizes else sizes.pop() if len(sizes) == 1 else "mixed"
 
 
-def make_missing(root: Path) -> None:
-    """Run the demo's steps whose results are not in ``root``.
+def make_missing(root: Path, parts: list[str]) -> None:
+    """Run the steps of the demo or of the studies whose results are not in ``root``.
 
     Raises:
         ValueError: the folder has no data of the micro world, or a step failed.
     """
-    from microworld import demo
+    from microworld import demo, studies
 
     if not (root / "data" / "val.json").is_file():
         raise ValueError(f"--run: no {root}/data/val.json; start with `python -m microworld.demo --out {root}`")
@@ -67,9 +71,12 @@ def make_missing(root: Path) -> None:
         ("attention/best_worst.png", lambda: demo.look(run, out)),
     )
     for result, step in steps:
-        if not (out / result).is_file():
+        if "demo" in parts and not (out / result).is_file():
             log.info("missing: %s", result)
             step()
+    for part in parts:
+        if part in studies.STUDIES:
+            studies.STUDIES[part](run, studies.build_parser().parse_args([part, "--out", str(out)]))
 
 
 @runtime.command
@@ -77,16 +84,16 @@ def main(argv: list[str] | None = None) -> int:
     """Write the report; return 0."""
     args = build_parser().parse_args(argv)
     runtime.setup_logging(args.verbose)
-    if args.run:
-        make_missing(args.runs)
+    if args.run is not None:
+        make_missing(args.runs, args.run or ["demo"])
     runs, omitted = find_runs(args.runs)
     size = size_of(runs)
     sections = [
         chapters.llava_section(args.runs, size),
         chapters.captioner_section(runs, omitted),
-        chapters.settings_section(runs),
-        chapters.ablation_section(runs),
-        chapters.reward_section(runs),
+        studychapters.settings_section(runs),
+        studychapters.ablation_section(runs),
+        studychapters.reward_section(runs),
         chapters.attention_section(args.runs, size),
         chapters.environment_section(args.runs, runs, args.bench),
     ]

@@ -114,9 +114,9 @@ def find_runs(root: str | os.PathLike, depth: int = 3) -> tuple[list[Run], list[
     return runs, omitted
 
 
-def spread(values: list[float]) -> str:
-    """Return ``mean ± standard deviation`` of several values, or the one value; three digits."""
-    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+def spread(values: list[float], digits: int = 3) -> str:
+    """Return ``mean ± standard deviation`` of several values, or the one value."""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -3,16 +3,19 @@
 Several captions of an image are drawn behind one shared prefix. Each is rewarded by its CIDEr-D on token ids, with the
 document frequencies of the training references, and its advantage is its reward less the mean of the image's other
 samples (Luo, arXiv 2003.09971), so no greedy pass is needed. ``clip_reward`` mixes CLIPScore in (Cho et al., arXiv
-2205.13115). Two guards against what rewards invite: EOS is a token of captions and references, so that an ending in
-the middle of a phrase costs n-grams; and a sample that repeats more bigrams than any reference of its image earns
-nothing. ``xe_weight`` keeps cross-entropy in the loss (Paulus et al., arXiv 1705.04304), which holds length and wording
-near people's.
+2205.13115). Three guards against what rewards invite: EOS is a token of captions and references, so that an ending in
+the middle of a phrase costs n-grams; a sample that repeats more bigrams than most references of its image earns
+nothing; and one that is shorter than its references is damped by BLEU's brevity penalty (Papineni et al. 2002), since
+CIDEr-D hardly minds a missing word or two. ``xe_weight`` keeps cross-entropy in the loss (Paulus et al., arXiv
+1705.04304), which holds length and wording near people's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,37 +28,51 @@ import search
 from captioner import Captioner
 from cider import DocumentFrequencies, cider_d
 from clipscore import CLIPSCORE_WEIGHT, ClipScorer, image_features, text_features
+from distributed import ALONE, Processes
 from training import Trainer
 from wording import caption_statistics
 
 
 class CiderReward:
-    """CIDEr-D of token ids against an image's training captions.
+    """CIDEr-D of token ids against an image's training captions, guarded against repetition and brevity.
 
     Args:
         captions: by image, its captions as token ids without EOS.
         eos: id that ends every finished caption, and counts as a token.
+        brevity: exponent of the brevity penalty; 0 leaves it out.
     """
 
-    def __init__(self, captions: Sequence[Sequence[Sequence[int]]], eos: int) -> None:
-        self.eos = eos
+    def __init__(self, captions: Sequence[Sequence[Sequence[int]]], eos: int, brevity: float = 1.0) -> None:
+        self.brevity = brevity
         self.references = [[(*caption, eos) for caption in group] for group in captions]
         self.frequencies = DocumentFrequencies(self.references)
-        self.most_repeats = [max(map(repeats, group)) for group in self.references]
+        self.usual_repeats = [median(map(repeats, group)) for group in self.references]
+        self.mean_lengths = np.array([np.mean([len(c) for c in group]) for group in self.references])
 
     def __call__(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
         """Return the rewards (n,) of ``samples``, which hold EOS where they are finished; ``images`` says of what."""
-        scores = cider_d([self.references[i] for i in images], samples, self.frequencies)
-        excessive = [repeats(s) > self.most_repeats[i] for i, s in zip(images, samples, strict=True)]
-        return np.where(excessive, 0.0, scores)
+        return self.cider(images, samples) * self.guards(images, samples)
+
+    def cider(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return the plain CIDEr-D (n,)."""
+        return cider_d([self.references[i] for i in images], samples, self.frequencies)
+
+    def guards(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return what CIDEr-D is multiplied by, 0 to 1: (n,)."""
+        excessive = [repeats(s) > self.usual_repeats[i] for i, s in zip(images, samples, strict=True)]
+        lengths = np.array([len(s) for s in samples])
+        penalty = np.exp(np.minimum(0, 1 - self.mean_lengths[list(images)] / np.maximum(lengths, 1)))
+        return np.where(excessive, 0.0, penalty**self.brevity)
 
 
 class ClipReward:
-    """CLIPScore of texts against training images, whose features are computed once."""
+    """CLIPScore of texts against training images, whose features are computed once, a part by each process."""
 
-    def __init__(self, scorer: ClipScorer, paths: Sequence[Any]) -> None:
+    def __init__(self, scorer: ClipScorer, paths: Sequence[Any], processes: Processes = ALONE) -> None:
         self.scorer = scorer
-        self.images = image_features(scorer, paths)
+        size = -(-len(paths) // processes.count)
+        parts = [paths[start : start + size] for start in range(0, len(paths), size)]
+        self.images = torch.cat(processes.spread(lambda part: image_features(scorer, part), parts))
 
     def __call__(self, images: Sequence[int], texts: Sequence[str]) -> np.ndarray:
         """Return ``2.5 * max(cos, 0)`` of each text with the image of the same place: (n,)."""
@@ -75,16 +92,40 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
 
 
 def draw(captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tensor, count: int, longest: int,
-         temperature: float, generator: torch.Generator) -> list[list[list[int]]]:  # fmt: skip
+         temperature: float, generator: torch.Generator, places: Sequence[int] | None = None,
+         images: int | None = None) -> list[list[list[int]]]:  # fmt: skip
     """Draw ``count`` captions of each of B images behind one prefix: ``[image][sample]`` token ids.
 
     A sample that ended has EOS as its last token; one that was cut at ``longest`` tokens has not.
+
+    With ``places`` the B images are those of a batch of so many ``images``, and they get the very samples that they
+    get when the whole batch is drawn at once.
     """
     step = own_history(captioner.step_function(features, count, longest), count, tokenizer.vocab_size)
-    eos, rows = tokenizer.eos_id, len(features) * count
-    found = search.sample(step, rows, eos, eos, generator, temperature, None, 1.0, longest, features.device)
+    eos, images = tokenizer.eos_id, images or len(features)
+    places = range(images) if places is None else places
+    if len(places) < images:
+        own = torch.tensor([place * count + k for place in places for k in range(count)], device=features.device)
+        step = among_others(step, own, images * count, eos)
+    found = search.sample(step, images * count, eos, eos, generator, temperature, None, 1.0, longest, features.device)
     ended = [tokens if len(tokens) == longest else [*tokens, eos] for tokens in found.tokens]
-    return [ended[start : start + count] for start in range(0, rows, count)]
+    return [ended[place * count : (place + 1) * count] for place in places]
+
+
+def among_others(step: Callable, own: torch.Tensor, rows: int, eos: int) -> Callable:
+    """Make of a step function for the rows ``own`` one for all ``rows`` of a batch, of which the others end at once.
+
+    A process that holds a part of a batch so takes from the generator what one takes that holds all of it.
+    """
+
+    def whole(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        logits = step(tokens[own], ancestors[own])  # (n, 1, V)
+        every = logits.new_full((rows, *logits.shape[1:]), -math.inf)
+        every[..., eos] = 0.0
+        every[own] = logits
+        return every
+
+    return whole
 
 
 def own_history(step: Callable, count: int, vocab_size: int) -> Callable:
@@ -126,17 +167,18 @@ class ScstTrainer(Trainer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.reward = CiderReward(self.train_split.captions, self.tokenizer.eos_id)
+        self.reward = CiderReward(self.train_split.captions, self.tokenizer.eos_id, self.config.brevity)
         self.generator = torch.Generator(self.device)
         self.scorer: ClipScorer | None = None
         self.clip_reward: ClipReward | None = None
         self.rewards: list[float] = []
+        self.drawn: tuple[int, int] | None = None  # of the batch before in this step: images, tokens of the longest
 
     def use_clip(self, scorer: ClipScorer) -> None:
         """Log CLIPScore in validation, and mix it into the reward where the config gives it a weight."""
         self.scorer = scorer
         if self.config.clip_reward:
-            self.clip_reward = ClipReward(scorer, [s.path for s in self.train_split.samples])
+            self.clip_reward = ClipReward(scorer, [s.path for s in self.train_split.samples], self.processes)
 
     def run(self) -> dict[str, Any]:
         """Measure the captioner as it comes, which is the best so far, then train."""
@@ -151,24 +193,56 @@ class ScstTrainer(Trainer):
         return super().train_epoch(bar)
 
     def train_step(self, batches: list[list[int]]) -> float:
-        """Take one optimiser step; what it draws depends on its number alone, so a resumed run draws the same."""
+        """Take one optimiser step; what it draws depends on its number and on each image's place in it alone.
+
+        So a resumed run draws the same, and so do several processes.
+        """
         self.generator.manual_seed(self.config.seed * 1_000_000 + self.step)
+        self.drawn = None
         return super().train_step(batches)
 
     def batch_loss(self, indices: list[int]) -> torch.Tensor:
-        """Draw, reward, and return the loss of one batch of images."""
+        """Draw, reward, and return this process's part of the loss of one batch of images."""
         self.captioner.eval()  # no dropout: probabilities must be those of the draw
+        self.catch_up()
+        places = self.processes.share(range(len(indices)))
+        loss, length, drawn, reward = torch.zeros((), device=self.device), 0, 0, 0.0
+        if places:
+            samples, rewards, loss = self.reinforce([indices[i] for i in places], places, len(indices))
+            length = max(len(sample) for group in samples for sample in group)
+            drawn, reward = sum(len(sample) for group in samples for sample in group), float(rewards.sum())
+        self.drawn = (len(indices), length)
+        all_drawn, all_reward = self.processes.total(drawn, reward)
+        self.rewards.append(all_reward / (len(indices) * self.config.samples))
+        loss = loss * (drawn / all_drawn)  # from the mean over the tokens drawn here to that over all
+        if self.config.xe_weight:
+            loss = loss + self.config.xe_weight * super().batch_loss(indices)
+        return loss
+
+    def reinforce(
+        self, indices: list[int], places: Sequence[int], images: int
+    ) -> tuple[list[list[list[int]]], np.ndarray, torch.Tensor]:
+        """Return samples, rewards (B, K) and policy loss of images that have these places in a batch."""
         config = self.config
         features = self.train_split.features.gather(indices).float().to(self.device)
         with generation.autocast(self.device, config.precision):
             samples = draw(self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens,
-                           config.temperature, self.generator)  # fmt: skip
+                           config.temperature, self.generator, places, images)  # fmt: skip
             rewards = self.score(indices, samples)
-            self.rewards.append(float(rewards.mean()))
             loss = policy_loss(self.captioner, features, samples, advantages(rewards), self.tokenizer.eos_id)
-        if config.xe_weight:
-            loss = loss + config.xe_weight * super().batch_loss(indices)
-        return loss
+        return samples, rewards, loss
+
+    def catch_up(self) -> None:
+        """Bring the generator to where a lone process has it behind the batches of this step drawn so far.
+
+        It draws for the rows of all images until the last one ends, and that may be another process's.
+        """
+        if self.drawn is None or self.processes.count == 1:
+            return
+        images, length = self.drawn
+        rows = torch.ones(images * self.config.samples, self.tokenizer.vocab_size, device=self.device)
+        for _ in range(length, max(self.processes.gather(length))):
+            torch.multinomial(rows, 1, generator=self.generator)
 
     def score(self, indices: Sequence[int], samples: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
         """Return the rewards (B, K)."""
@@ -184,19 +258,24 @@ class ScstTrainer(Trainer):
         """Return loss, CIDEr by beam and by greedy search, CLIPScore, and what the captions are like."""
         record = super().validate()
         count = record["val_images"]
-        shown = self.val_split.samples[:count]
-        references = {s.path.stem: list(s.captions) for s in shown}
         beam, greedy = self.captions(count), self.captions(count, beam_size=1)
-        if "val_cider" in record:
+        record |= self.processes.from_first(lambda: self.measure(beam, greedy, "val_cider" in record))
+        if self.rewards:
+            record["reward"] = sum(self.rewards) / len(self.rewards)
+        return record
+
+    def measure(self, beam: dict[str, str], greedy: dict[str, str], cider: bool) -> dict[str, float]:
+        """Return the scores of validation captions, and what they and the references are like."""
+        record, shown = {}, self.val_split.samples[: len(beam)]
+        references = {s.path.stem: list(s.captions) for s in shown}
+        if cider:
             record["greedy_cider"] = evaluate.cider(references, greedy)[0]
         if self.scorer is not None:
             scores = evaluate.clipscore(self.scorer, {s.path.stem: s.path for s in shown}, beam)
-            record["clipscore"] = sum(scores.values()) / count
+            record["clipscore"] = sum(scores.values()) / len(beam)
         words = evaluate.ptb_tokenize({"beam": list(beam.values()),
                                        "references": [c for group in references.values() for c in group]})  # fmt: skip
         for prefix, captions in (("", words["beam"]), ("reference_", words["references"])):
             statistics = caption_statistics(captions)
             record |= {f"{prefix}length": statistics["mean_length"], f"{prefix}repeated_2": statistics["repeated_2"]}
-        if self.rewards:
-            record["reward"] = sum(self.rewards) / len(self.rewards)
         return record

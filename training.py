@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,11 @@ import generation
 import runtime
 from captioner import Captioner, read_adapter
 from decoder import LoraConfig
+from distributed import ALONE, Processes
 
 log = logging.getLogger(__name__)
+
+SEED_STRIDE = 10_000_019  # between the seeds of processes: each draws dropout of its own
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class TrainConfig:
     epochs: int = 8
     batch_size: int = 16  # images; all their captions go with them
     accumulate: int = 1  # batches an optimiser step
-    lr: float = 1e-3  # of LoRA
-    projector_lr: float = 1e-3
+    lr: float = 2e-3  # of LoRA
+    projector_lr: float = 2e-3
     optimizer: str = "adamw"  # or adam
     weight_decay: float = 0.01
     schedule: str = "cosine"  # or constant
@@ -67,6 +70,7 @@ class TrainConfig:
     samples: int = 5  # captions drawn an image, scst
     temperature: float = 1.0  # of the draw, scst
     clip_reward: float = 0.0  # weight of CLIPScore in the reward, scst
+    brevity: float = 1.0  # exponent of the brevity penalty on the reward, scst
     xe_weight: float = 0.0  # of cross-entropy beside the rewards, scst
 
     def __post_init__(self) -> None:
@@ -92,7 +96,7 @@ class TrainConfig:
             raise ValueError(f"--samples {self.samples}: each is compared with the others, so at least 2")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"--temperature {self.temperature}: must be a positive number")
-        for name in ("clip_reward", "xe_weight"):
+        for name in ("clip_reward", "brevity", "xe_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
         for name, choices in CHOICES.items():
@@ -128,9 +132,9 @@ SETTINGS = {
 }
 
 
-# Rewards are noisy and start from a trained captioner: small, constant rates.
+# Rewards are noisy and start from a trained captioner: small rates.
 SCST_NUMBERS = {
-    "lr": 3e-4, "schedule": "constant", "epochs": 2, "warmup": 0.0, "patience": 2, "weight_decay": 0.0,
+    "lr": 2e-4, "schedule": "cosine", "epochs": 3, "warmup": 0.0, "patience": 2, "weight_decay": 0.0,
     "xe_weight": 0.5,
 }  # fmt: skip
 
@@ -175,14 +179,19 @@ class Split:
 
 
 class Trainer:
-    """Trains one captioner on one split, validates it on another, and keeps the run folder."""
+    """Trains one captioner on one split, validates it on another, and keeps the run folder.
+
+    Several processes hold a copy each and split every batch: the sum of their gradients is that of the whole batch, so
+    all take the same step. The first one keeps the run folder.
+    """
 
     # What a resumed run takes over beside adapter, optimiser and random state.
     KEPT = ("epoch", "position", "step", "losses", "skipped", "skipped_in_a_row", "best", "criterion", "stale")
 
     def __init__(self, captioner: Captioner, tokenizer: data.Tokenizer, train: Split, val: Split,
-                 config: TrainConfig, out: Path) -> None:  # fmt: skip
+                 config: TrainConfig, out: Path, processes: Processes = ALONE) -> None:  # fmt: skip
         self.captioner, self.tokenizer, self.config, self.out = captioner, tokenizer, config, out
+        self.processes = processes
         self.train_split, self.val_split = train, val
         self.dataset = data.CaptionDataset(train.captions, config.captions_per_image, config.seed)
         self.optimizer = make_optimizer(captioner, config)
@@ -195,6 +204,8 @@ class Trainer:
         self.skipped, self.skipped_in_a_row = 0, 0
         self.random_state: dict[str, torch.Tensor] = {}  # of a state taken up in the middle of an epoch
         self.stop = checkpoints.StopSignals()
+        self.stopping = False  # whether any process was asked to stop
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # get what metrics.jsonl gets
         self.stale = 0  # epochs since the best one
         self.started = time.time()
 
@@ -205,11 +216,12 @@ class Trainer:
             ValueError: memory ran out, or too many steps in a row had no finite loss and gradient.
         """
         record: dict[str, Any] = {}
-        bar = tqdm(total=self.steps, initial=self.step, desc="train", disable=not sys.stderr.isatty())
+        hidden = not (self.processes.first and sys.stderr.isatty())
+        bar = tqdm(total=self.steps, initial=self.step, desc="train", disable=hidden)
         try:
             self.sanity_check()
             with bar, self.stop:
-                while not self.finished and not self.stop.requested:
+                while not self.finished and not self.asked_to_stop():
                     loss = self.train_epoch(bar)
                     if self.position < self.steps_per_epoch:  # stopped
                         break
@@ -224,6 +236,11 @@ class Trainer:
             self.write_metrics({"kind": "stopped", "epoch": self.epoch, "step": self.step})
         return (self.average() if self.finished else None) or record
 
+    def asked_to_stop(self) -> bool:
+        """Whether a signal has come to any of the processes; what all of them hear is kept in ``stopping``."""
+        self.stopping = self.processes.any(self.stop.requested)
+        return self.stopping
+
     @property
     def out_of_patience(self) -> bool:
         """Whether ``patience`` is at its end."""
@@ -236,18 +253,19 @@ class Trainer:
         """
         first = self.epoch - self.config.average_last + 1
         paths = [self.out / f"epoch{epoch}.safetensors" for epoch in range(first, self.epoch + 1)]
-        if len(paths) < 2 or not all(path.is_file() for path in paths):
+        mean = self.processes.from_first(lambda: mean_adapter(paths))
+        if not mean:
             return {}
-        states = [read_adapter(path)[1] for path in paths]
-        self.captioner.load_adapter_state({k: sum(s[k] for s in states) / len(states) for k in states[0]})
+        self.captioner.load_adapter_state(mean)
         record = {"kind": "average", "epochs": len(paths), "step": self.step, **self.validate()}
         sign = 1 if self.criterion == "val_cider" else -1
         record["best"] = sign * record.get(self.criterion, -sign * math.inf) > self.best
-        if record["best"]:
-            self.captioner.save_adapter(self.out / "best.safetensors")
-        self.write_metrics(record)
-        for path in paths:
-            path.unlink()
+        if self.processes.first:
+            if record["best"]:
+                self.captioner.save_adapter(self.out / "best.safetensors")
+            self.write_metrics(record)
+            for path in paths:
+                path.unlink()
         return record
 
     @property
@@ -274,10 +292,11 @@ class Trainer:
         if self.random_state:
             self.restore_random_state()
         else:
-            torch.manual_seed(config.seed * 1000 + self.epoch)
+            self.seed_epoch()
         self.captioner.train()
         batches = list(self.batches())
         groups = [batches[start : start + config.accumulate] for start in range(0, len(batches), config.accumulate)]
+        started, first = time.perf_counter(), self.position
         for group in groups[self.position :]:
             loss = self.train_step(group)
             self.position += 1
@@ -287,13 +306,19 @@ class Trainer:
             if math.isfinite(loss) and (self.step % config.log_every == 0 or self.step == 1):
                 lr = self.optimizer.param_groups[0]["lr"]
                 self.write_metrics({"kind": "step", "step": self.step, "loss": loss, "lr": lr})
-            if self.stop.requested or self.step % config.save_every == 0:
+            if self.asked_to_stop() or self.step % config.save_every == 0:
                 self.save_state()
-            if self.stop.requested:
+            if self.stopping:
                 break
-        if not self.losses and not self.stop.requested:
+        work = ("train", self.position - first, time.perf_counter() - started)  # what bench/measured.py collects
+        log.info("epoch %d: %d steps in %.1f s", self.epoch + 1, *work[1:], extra={"work": work})
+        if not self.losses and not self.stopping:
             raise ValueError(f"no step of epoch {self.epoch + 1} had a finite loss; lower --lr, or set --clip 1")
         return sum(self.losses) / max(1, len(self.losses))
+
+    def seed_epoch(self) -> None:
+        """Seed the dropout of this epoch, in every process by another number."""
+        torch.manual_seed(self.config.seed * 1000 + self.epoch + SEED_STRIDE * self.processes.rank)
 
     def count(self, loss: float) -> None:
         """Keep the loss of a step, or count the step as skipped; too many in a row end the run."""
@@ -303,7 +328,8 @@ class Trainer:
             return
         self.skipped += 1
         self.skipped_in_a_row += 1
-        log.warning("step %d skipped: its loss or gradient is not finite (%d so far)", self.step, self.skipped)
+        if self.processes.first:
+            log.warning("step %d skipped: its loss or gradient is not finite (%d so far)", self.step, self.skipped)
         self.write_metrics({"kind": "skipped", "step": self.step, "skipped": self.skipped})
         if self.skipped_in_a_row >= self.config.max_skipped:
             raise ValueError(
@@ -314,7 +340,8 @@ class Trainer:
     def train_step(self, batches: list[list[int]]) -> float:
         """Take one optimiser step over ``batches`` and return their mean loss.
 
-        Where it or the gradient is not finite, NaN is returned and nothing but the count of steps has changed.
+        Where it or the gradient is not finite, NaN is returned and nothing but the count of steps has changed. All
+        processes look at the sums over all, so they take the same step or none.
         """
         config, total = self.config, 0.0
         for group, lr in zip(self.optimizer.param_groups, (config.lr, config.projector_lr), strict=True):
@@ -322,11 +349,16 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for indices in batches:
             loss = self.batch_loss(indices) / len(batches)
-            loss.backward()
+            if loss.requires_grad:  # a process without an image of a small batch has nothing to differentiate
+                loss.backward()
             total += loss.item()
+        (total,) = self.processes.total(total)
         if self.epoch < config.projector_epochs:
             for parameter in self.optimizer.param_groups[0]["params"]:
                 parameter.grad = None  # the optimiser passes it over, moments and all
+            self.processes.sum_gradients(self.optimizer.param_groups[1]["params"])
+        else:
+            self.processes.sum_gradients(self.captioner.trainable().values())
         # An infinite limit clips nothing, and the norm still tells of a gradient that is not finite.
         norm = torch.nn.utils.clip_grad_norm_(list(self.captioner.trainable().values()), config.clip or math.inf)
         self.step += 1
@@ -336,11 +368,21 @@ class Trainer:
         return total
 
     def batch_loss(self, indices: list[int]) -> torch.Tensor:
-        """Return the loss of one batch of images."""
+        """Return this process's part of the loss of one batch of images; the parts add up to the batch's."""
         shown = [self.dataset[i][1] for i in indices]
-        features, packed = self.train_split.batch(indices, self.tokenizer.eos_id, self.device, shown)
+        return self.part_of_loss(self.train_split, indices, shown, self.config.label_smoothing)
+
+    def part_of_loss(self, split: Split, indices: Sequence[int], captions: Sequence[Any],
+                     label_smoothing: float = 0.0) -> torch.Tensor:  # fmt: skip
+        """Return what this process's images add to the batch's mean over all tokens of its captions."""
+        own = self.processes.share(range(len(indices)))
+        if not own:
+            return torch.zeros((), device=self.device)
+        mine = [captions[i] for i in own]
+        features, packed = split.batch([indices[i] for i in own], self.tokenizer.eos_id, self.device, mine)
         with generation.autocast(self.device, self.config.precision):
-            return self.captioner.loss(features, packed, self.config.label_smoothing)
+            loss = self.captioner.loss(features, packed, label_smoothing)
+        return loss * (count_targets(mine) / count_targets(captions))
 
     @torch.no_grad()
     def val_loss(self, count: int) -> float:
@@ -348,24 +390,27 @@ class Trainer:
         losses = []
         for start in range(0, count, self.config.batch_size):
             indices = range(start, min(start + self.config.batch_size, count))
-            with generation.autocast(self.device, self.config.precision):
-                loss = self.captioner.loss(*self.val_split.batch(indices, self.tokenizer.eos_id, self.device))
+            loss = self.part_of_loss(self.val_split, indices, [self.val_split.captions[i] for i in indices])
             losses.append(loss.item() * len(indices))
-        return sum(losses) / count
+        return self.processes.total(sum(losses))[0] / count
 
     def captions(self, count: int, beam_size: int | None = None) -> dict[str, str]:
         """Caption the first ``count`` validation images, with the config's beams or as many as given."""
         predictions = {}
         for start in range(0, count, self.config.batch_size):
-            indices = list(range(start, min(start + self.config.batch_size, count)))
+            indices = self.processes.share(list(range(start, min(start + self.config.batch_size, count))))
+            if not indices:
+                continue
             features = self.val_split.features.gather(indices).float().to(self.device)
             with generation.autocast(self.device, self.config.precision):
                 texts = generation.caption_features(
                     self.captioner, self.tokenizer, features, beam_size or self.config.beam_size,
                     self.config.max_new_tokens,
                 )  # fmt: skip
-            predictions |= {self.val_split.samples[i].path.stem: t for i, t in zip(indices, texts, strict=True)}
-        return predictions
+            predictions |= dict(zip(indices, texts, strict=True))
+        for others in self.processes.gather(predictions):
+            predictions |= others
+        return {self.val_split.samples[i].path.stem: predictions[i] for i in range(count)}
 
     def validate(self) -> dict[str, Any]:
         """Return loss and CIDEr of generated captions on the validation subset."""
@@ -373,12 +418,16 @@ class Trainer:
         count = min(self.config.val_images, len(self.val_split.samples))
         result: dict[str, Any] = {"val_loss": self.val_loss(count), "val_images": count}
         predictions = self.captions(count)
-        references = {s.path.stem: list(s.captions) for s in self.val_split.samples[:count]}
+        return result | self.processes.from_first(lambda: self.score_captions(predictions))
+
+    def score_captions(self, predictions: dict[str, str]) -> dict[str, float]:
+        """Return the CIDEr of validation captions, or nothing where it cannot be computed."""
+        references = {s.path.stem: list(s.captions) for s in self.val_split.samples[: len(predictions)]}
         try:
-            result["val_cider"] = evaluate.cider(references, predictions)[0]
+            return {"val_cider": evaluate.cider(references, predictions)[0]}
         except (ValueError, OSError) as error:
             log.warning("no CIDEr (%s); the best epoch is chosen by validation loss instead", error)
-        return result
+            return {}
 
     def keep(self, record: dict[str, Any]) -> None:
         """Write metrics, adapters and what --resume needs."""
@@ -390,44 +439,72 @@ class Trainer:
         record["best"] = score > self.best
         self.best = max(self.best, score)
         self.stale = 0 if record["best"] else self.stale + 1
-        self.captioner.save_adapter(self.out / "last.safetensors")
-        if record["best"]:
-            self.captioner.save_adapter(self.out / "best.safetensors")
-        if self.config.average_last:
-            self.captioner.save_adapter(self.out / f"epoch{self.epoch}.safetensors")
-            (self.out / f"epoch{self.epoch - self.config.average_last}.safetensors").unlink(missing_ok=True)
+        if self.processes.first:
+            self.save_adapters(record["best"])
         self.write_metrics(record)  # before the state: killed in between, the epoch is validated again, and not lost
         self.save_state()
-        plot_losses(self.out)
+        if self.processes.first:
+            plot_losses(self.out)
         log.info(
             "epoch %d: train loss %.3f, val loss %.3f, val CIDEr %s%s", self.epoch,
             record.get("train_loss", math.nan), record["val_loss"],
             f"{record['val_cider']:.3f}" if "val_cider" in record else "-", " (best)" if record["best"] else "",
         )  # fmt: skip
 
+    def save_adapters(self, best: bool) -> None:
+        """Write the adapter as the last one, as the best one where it is, and as one of those to be averaged."""
+        self.captioner.save_adapter(self.out / "last.safetensors")
+        if best:
+            self.captioner.save_adapter(self.out / "best.safetensors")
+        if self.config.average_last:
+            self.captioner.save_adapter(self.out / f"epoch{self.epoch}.safetensors")
+            (self.out / f"epoch{self.epoch - self.config.average_last}.safetensors").unlink(missing_ok=True)
+
     def write_metrics(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl and tell the listeners, in the first process."""
+        if not self.processes.first:
+            return
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        for listener in self.listeners:
+            listener(record)
 
     def save_state(self) -> None:
-        """Write all that a resumed run needs to one file, so that weights, optimiser and counts never disagree."""
+        """Write all that a resumed run needs to one file, so that weights, optimiser and counts never disagree.
+
+        Weights and moments are the same in all processes; each has a random state of its own.
+        """
+        states = self.processes.gather(self.random_states())
+        if not self.processes.first:
+            return
         optimizer = self.optimizer.state_dict()
         tensors = {f"adapter.{name}": tensor for name, tensor in self.captioner.adapter_state().items()}
         tensors |= {f"optimizer.{i}.{k}": v for i, state in optimizer["state"].items() for k, v in state.items()}
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        for rank, state in enumerate(states):
+            tensors |= {f"random.{name_for(rank, kind)}": tensor for kind, tensor in state.items()}
         values = {key: getattr(self, key) for key in self.KEPT}
         checkpoints.save_state(self.out, tensors, {**values, "groups": optimizer["param_groups"]})
 
+    def random_states(self) -> dict[str, torch.Tensor]:
+        """Return the state of the generators that dropout draws from, by kind of device."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
     def restore_random_state(self) -> None:
-        """Go on drawing dropout where the state that was taken up had stopped; with another device kind, anew."""
-        torch.set_rng_state(self.random_state["cpu"])
-        if self.device.type == "cuda" and "cuda" in self.random_state:
-            torch.cuda.set_rng_state(self.random_state["cuda"], self.device)
+        """Go on drawing dropout where the state that was taken up had stopped; with another device kind, anew.
+
+        So does a process that the run did not have when it stopped.
+        """
+        self.seed_epoch()
+        cpu, cuda = (self.random_state.get(name_for(self.processes.rank, kind)) for kind in ("cpu", "cuda"))
+        if cpu is not None:
+            torch.set_rng_state(cpu)
+        if cuda is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, self.device)
         self.random_state = {}
 
     def resume(self) -> None:
@@ -436,7 +513,7 @@ class Trainer:
         Raises:
             FileNotFoundError, ValueError: there is none, or it belongs to another captioner.
         """
-        tensors, values = checkpoints.load_state(self.out)
+        tensors, values = self.processes.from_first(lambda: checkpoints.load_state(self.out))
         parts: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "optimizer": {}, "random": {}}
         try:
             for name, tensor in tensors.items():
@@ -453,7 +530,8 @@ class Trainer:
         except (KeyError, ValueError) as error:
             raise ValueError(f"--resume: {self.out} holds the state of another run ({error})") from error
         self.random_state = parts["random"] if self.position else {}
-        self.cut_metrics()
+        if self.processes.first:
+            self.cut_metrics()
         log.info("resumed after epoch %d, step %d", self.epoch, self.step)
 
     def cut_metrics(self) -> None:
@@ -468,6 +546,24 @@ class Trainer:
             except (ValueError, KeyError, TypeError):
                 log.warning("%s: a damaged line is dropped", path)
         runtime.write_text(path, "".join(kept))
+
+
+def name_for(rank: int, kind: str) -> str:
+    """Name a process's random state; the first one's has the name that a lone process's has."""
+    return f"{kind}.{rank}" if rank else kind
+
+
+def count_targets(captions: Sequence[Sequence[Sequence[int]]]) -> int:
+    """Count the tokens that captions are to be learned by, EOS included: ``captions[image][caption]``."""
+    return sum(len(caption) + 1 for group in captions for caption in group)
+
+
+def mean_adapter(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """Return the mean of several adapters; nothing for fewer than two, or where one is missing."""
+    if len(paths) < 2 or not all(path.is_file() for path in paths):
+        return {}
+    states = [read_adapter(path)[1] for path in paths]
+    return {k: sum(s[k] for s in states) / len(states) for k in states[0]}
 
 
 def memory_advice(config: TrainConfig, device: torch.device) -> str:

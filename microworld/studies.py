@@ -1,32 +1,37 @@
-"""Studies on the micro world: all six settings, or what each part of the recipe is worth over several seeds.
+"""Studies on the micro world: all six settings, what each part of the recipe is worth, what rewards add.
 
     python -m microworld.studies settings --out demo      every --setting by one scaling rule, scored on unseen scenes
     python -m microworld.studies ablation --out demo      variants of the demo's recipe, on scenes of another seed
+    python -m microworld.studies rewards --out demo       self-critical training from the setting best, scored alike
 
 A study that was broken off goes on where it stopped: finished runs are passed over, a begun one is resumed. report.py
-shows both.
+shows them all.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import checkpoints
 import runtime
-from microworld.demo import RECIPE, Runner
+from microworld.demo import BATCH, WIDTH_RATIO, Runner, scaled
 from profiles import PROFILES
 from runs import read_run
-from training import SETTINGS
+from training import CHOICES, SCST_NUMBERS, SETTINGS
 
-# How much wider the full-size decoder is. Adam's rate for matrices goes with 1 / width (Yang et al., arXiv 2203.03466).
-WIDTH_RATIO = 768 / 256
-BATCH = 8  # images, on the micro world
 DEVELOPMENT_SEED = 1  # of scenes that no reported number is measured on; the demo's have seed 0
+# What the ablation began with. By it `best` took over the variant "rate x 2", and is the recipe with that since then.
+START = ("--lr", "3e-3", "--projector-lr", "3e-3")
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "recipe": (),
+    "start": (),
+    "rate x 0.5": ("--lr", "1.5e-3", "--projector-lr", "1.5e-3"),
+    "rate x 2": ("--lr", "6e-3", "--projector-lr", "6e-3"),
+    "rate x 2, no lm_head": ("--lr", "6e-3", "--projector-lr", "6e-3", "--no-lora-lm-head"),
+    "projector rate x 3": ("--projector-lr", "9e-3"),
+    "rank 16": ("--lora-rank", "16", "--lora-alpha", "16"),
     "alpha 1": ("--lora-alpha", "1"),
     "rank-stabilised": ("--rank-stabilized",),
     "no lm_head": ("--no-lora-lm-head",),
@@ -34,23 +39,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no dropout": ("--lora-dropout", "0"),
     "label smoothing 0.1": ("--label-smoothing", "0.1"),
     "projector first": ("--projector-epochs", "1"),
-    "projector rate x 3": ("--projector-lr", "6e-3"),
     "average of 2": ("--average-last", "2"),
     "layer before the last": ("--encoder-layer", "-2"),
     "no CLS": ("--no-cls",),
 }
 
-
-def scaled(setting: str) -> list[str]:
-    """Return the flags that bring a full-size setting to the micro world; one rule for all of them.
-
-    Half the epochs, rounded up, in batches of 8, at learning rates times ``WIDTH_RATIO``. All else stays literal.
-    """
-    config = SETTINGS[setting]
-    return [
-        "--epochs", str(math.ceil(config.epochs / 2)), "--batch-size", str(BATCH), "--val-images", "60",
-        "--lr", f"{config.lr * WIDTH_RATIO:.3g}", "--projector-lr", f"{config.projector_lr * WIDTH_RATIO:.3g}",
-    ]  # fmt: skip
+REWARDS: dict[str, tuple[str, ...]] = {"cider": (), "cider+clip": ("--clip-reward", "1")}
 
 
 def finished(folder: Path) -> bool:
@@ -90,49 +84,83 @@ def draw(run: Runner, folder: Path, train: int, val: int, seed: int) -> None:
                 "--seed", seed)  # fmt: skip
 
 
+def chosen(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Return the names that --only asks for, or all; ValueError where one is not there."""
+    for name in args.only or ():
+        if name not in names:
+            raise ValueError(f"--only {name}: choose from {', '.join(names)}")
+    return list(args.only or names)
+
+
 def study_settings(run: Runner, args: argparse.Namespace) -> None:
     """Train and score every setting on the demo's scenes, with one seed or as many as asked for."""
+    names = chosen(args, SETTINGS)
+    for seed in range(args.seeds or 1):
+        for setting in names:
+            study_setting(run, args, setting, seed)
+
+
+def study_setting(run: Runner, args: argparse.Namespace, setting: str, seed: int) -> Path:
+    """Train and score one setting with one seed, where that is not done yet; return its run folder."""
     data = args.out / "data"
     draw(run, data, args.train, args.val, seed=0)
-    for seed in range(args.seeds or 1):
-        for setting in args.only or SETTINGS:
-            if setting not in SETTINGS:
-                raise ValueError(f"--only {setting}: choose from {', '.join(SETTINGS)}")
-            folder = args.out / "settings" / (setting if seed == 0 else f"{setting}-seed{seed}")
-            flags = ["--setting", setting, *scaled(setting), "--seed", str(seed)]
-            train(run, folder, data, args.out / "cache", flags)
-            score(run, folder, data)
+    folder = args.out / "settings" / (setting if seed == 0 else f"{setting}-seed{seed}")
+    flags = [*scaled(setting), "--seed", str(seed), "--precision", args.precision]
+    train(run, folder, data, args.out / "cache", flags)
+    score(run, folder, data)
+    return folder
+
+
+def study_rewards(run: Runner, args: argparse.Namespace) -> None:
+    """Tune the setting ``best`` of every seed by each reward, and score what comes of it on the demo's scenes."""
+    names = chosen(args, REWARDS)
+    for seed in range(args.seeds or 3):
+        base = study_setting(run, args, "best", seed)
+        for name in names:
+            folder = args.out / "rewards" / name / str(seed)
+            flags = ["--objective", "scst", "--init-adapter", str(base / "best.safetensors"), *REWARDS[name],
+                     "--lr", f"{SCST_NUMBERS['lr'] * WIDTH_RATIO:.3g}", "--batch-size", str(BATCH),
+                     "--val-images", "60", "--seed", str(seed), "--precision", args.precision]  # fmt: skip
+            train(run, folder, args.out / "data", args.out / "cache", flags)
+            score(run, folder, args.out / "data")
 
 
 def study_ablation(run: Runner, args: argparse.Namespace) -> None:
-    """Train every variant with every seed; its CIDEr is the best epoch's on development scenes."""
+    """Train every variant of ``START`` with every seed; its CIDEr is the best epoch's on development scenes."""
     data = args.out / "ablation" / "data"
+    names = chosen(args, VARIANTS)
     draw(run, data, args.train, args.val, DEVELOPMENT_SEED)
     for seed in range(args.seeds or 3):
-        for variant in args.only or VARIANTS:
-            if variant not in VARIANTS:
-                raise ValueError(f"--only {variant}: choose from {', '.join(VARIANTS)}")
+        for variant in names:
             folder = args.out / "ablation" / variant.replace(" ", "_") / str(seed)
-            flags = [*RECIPE, *VARIANTS[variant], "--seed", str(seed), "--val-images", str(args.val)]
+            flags = [*scaled("best"), *START, *VARIANTS[variant], "--seed", str(seed), "--val-images", str(args.val),
+                     "--precision", args.precision]  # fmt: skip
             flags += ["--epochs", str(args.epochs)] if args.epochs else []
             train(run, folder, data, args.out / "cache", flags)
 
 
-STUDIES = {"settings": study_settings, "ablation": study_ablation}
+STUDIES = {"settings": study_settings, "ablation": study_ablation, "rewards": study_rewards}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = runtime.FlagParser(prog="python -m microworld.studies", description=__doc__.split("\n\n")[0])
+    parser.add_argument("study", choices=list(STUDIES), help="which one")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the demo; runs go below it")
+    parser.add_argument("--train", type=int, default=1700, help="training scenes, where they must be drawn")
+    parser.add_argument("--val", type=int, default=300, help="validation scenes, where they must be drawn")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings, variants or rewards (default: all)")
+    parser.add_argument("--seeds", type=int, help="seeds of each (default: 1 of settings, 3 of others)")
+    parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's (ablation)")
+    parser.add_argument("--precision", choices=CHOICES["precision"], default="auto",
+                        help="of every training; bf16 is fast where the CPU has it")  # fmt: skip
+    return parser
 
 
 @runtime.command
 def main(argv: list[str] | None = None) -> int:
     """Run a study."""
-    parser = runtime.FlagParser(prog="python -m microworld.studies", description=__doc__.split("\n\n")[0])
-    parser.add_argument("study", choices=STUDIES, help="which one")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the demo; runs go below it")
-    parser.add_argument("--train", type=int, default=1700, help="training scenes, where they must be drawn")
-    parser.add_argument("--val", type=int, default=300, help="validation scenes, where they must be drawn")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings or variants (default: all)")
-    parser.add_argument("--seeds", type=int, help="seeds of each (default: 1 of settings, 3 of the ablation)")
-    parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's (ablation)")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     for name in ("train", "val", "seeds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")

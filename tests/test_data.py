@@ -424,6 +424,7 @@ def test_packing_by_hand():
     assert packed.targets.tolist() == [[5, 6, 9, 7, 9, -100, -100, -100], [8, 9] + [-100] * 6]
     assert packed.positions.tolist() == [[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0]]
     assert packed.segments.tolist() == [[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]]
+    assert packed.slots.tolist() == [[[0, 1, 2], [3, 4, -1]], [[0, 1, -1], [-1, -1, -1]]]
     assert pack_captions([[[5, 6], [7]], [[8]]], eos_id=9).inputs.shape == (2, 5)
 
 
@@ -443,7 +444,7 @@ def test_captions_come_back_out_of_a_packed_batch():
 
 def test_packed_batch_moves_as_a_whole():
     moved = pack_captions([[[1]]], eos_id=2).to("meta")
-    assert {t.device.type for t in (moved.inputs, moved.targets, moved.positions, moved.segments)} == {"meta"}
+    assert {t.device.type for t in vars(moved).values()} == {"meta"}
 
 
 @pytest.mark.parametrize(("batch", "multiple"), [([], 1), ([[[1]], []], 1), ([[[1]]], 0)])
@@ -747,8 +748,9 @@ def test_a_healthy_cache_gives_no_warning(open_cache, caplog):
     with caplog.at_level(logging.INFO):
         open_cache(encode=Encoder())
         open_cache(encode=Encoder())
-    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
-    assert "10 of 10 images" in caplog.messages[0] and "0 of 10 images" in caplog.messages[1]
+    assert [record.levelname for record in caplog.records] == ["INFO"] * 3
+    assert "10 of 10 images to encode" in caplog.messages[0] and "10 images encoded in" in caplog.messages[1]
+    assert "0 of 10 images to encode" in caplog.messages[2]
 
 
 def test_a_reader_keeps_its_features_while_the_cache_is_rebuilt(open_cache, paths, tmp_path):

@@ -20,6 +20,8 @@ from decoder import (
     KVCache,
     LoraConfig,
     MergedLinear,
+    PackedAttention,
+    Packing,
     build_decoder,
     gpt2_state_dict,
     load_gpt2,
@@ -237,6 +239,126 @@ def test_packed_captions_equal_one_by_one_in_value_and_gradient():
     for name, parameter in decoder.named_parameters():
         if name in gradients:
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def packing_of(lengths, prefix, longer=0):
+    """Captions of these lengths behind a prefix: the layout, the mask built token by token, and what is padding."""
+    size = max(map(sum, lengths)) + longer
+    slots = torch.full((len(lengths), max(map(len, lengths)), max(map(max, lengths))), -1)
+    mask = torch.eye(prefix + size, dtype=torch.bool).repeat(len(lengths), 1, 1, 1)
+    mask[..., :prefix, :prefix] = torch.ones(prefix, prefix).tril().bool()
+    padding = torch.ones(len(lengths), size, dtype=torch.bool)
+    for row, counts in enumerate(lengths):
+        start = 0
+        for number, count in enumerate(counts):
+            slots[row, number, :count] = torch.arange(start, start + count)
+            for i in range(count):
+                mask[row, 0, prefix + start + i, :prefix] = True
+                mask[row, 0, prefix + start + i, prefix + start : prefix + start + i + 1] = True
+            padding[row, start : start + count] = False
+            start += count
+    return Packing(prefix, slots, size, lambda: mask), mask, padding
+
+
+def behind_a_mask(qkv, mask):
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class CudaFlash:
+    """CUDA's fused kernel played by the CPU's: other arguments, other results, and causal from the last key on."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def forward(self, q, k, v, dropout, causal):
+        assert not causal or q.shape[2] == k.shape[2]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal)
+        self.calls += 1
+        return out, lse, "lengths of q", "lengths of k", q.shape[2], k.shape[2], "seed", "offset", torch.empty(0)
+
+    def backward(self, grad, q, k, v, out, lse, lq, lk, nq, nk, dropout, causal, seed, offset):
+        assert (lq, lk, nq, nk) == ("lengths of q", "lengths of k", q.shape[2], k.shape[2])
+        assert (seed, offset, lse.is_contiguous()) == ("seed", "offset", True)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return kernel(grad, q, k, v, out, lse, dropout, causal)
+
+
+@pytest.mark.parametrize("device", ["cpu", "as on cuda"])
+@pytest.mark.parametrize("lengths", [[[3, 1, 5], [2]], [[4] * 7, [1, 9, 2, 2]], [[1]]])
+def test_attending_apart_equals_the_mask_in_value_and_gradient(monkeypatch, device, lengths):
+    if device != "cpu":
+        flash = CudaFlash()
+        monkeypatch.setattr(decoder_module, "_is_cpu", lambda x: False)
+        monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash.forward)
+        monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_backward", flash.backward)
+    packing, mask, padding = packing_of(lengths, prefix=70, longer=3)
+    total = mask.shape[-1]
+    qkv = (3 * torch.randn(len(lengths), total, 3, 2, 8, dtype=torch.float64)).requires_grad_()
+    grad = torch.randn(len(lengths), total, 16, dtype=torch.float64)
+    grad[:, 70:][padding] = 0  # what is behind the captions is never looked at
+    results = []
+    for out in (PackedAttention.apply(qkv, packing), behind_a_mask(qkv, mask)):
+        results.append((out.detach().clone(), torch.autograd.grad(out, qkv, grad)[0]))
+        assert torch.isfinite(results[-1][0]).all()
+        results[-1][0][:, 70:][padding] = 0
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+    if device != "cpu":
+        assert flash.calls == 2
+
+
+def test_attending_apart_holds_where_scores_are_large_and_one_part_has_all_the_weight():
+    packing, mask, _ = packing_of([[4, 2]], prefix=5)
+    for part in (slice(5), slice(5, None)):
+        qkv = torch.randn(1, 11, 3, 2, 8, dtype=torch.float64)
+        qkv[:, :, 0] += 40  # every query points to these keys: the other part's share of the softmax is nothing
+        qkv[:, part, 1] += 40
+        qkv.requires_grad_()
+        outs = PackedAttention.apply(qkv, packing), behind_a_mask(qkv, mask)
+        grads = [torch.autograd.grad(out.square().sum(), qkv)[0] for out in outs]
+        torch.testing.assert_close(*outs)
+        torch.testing.assert_close(*grads)
+
+
+def test_gradient_of_attending_apart_is_the_derivative():
+    packing, _, _ = packing_of([[2, 1], [3]], prefix=4)
+    qkv = torch.randn(2, 7, 3, 1, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: PackedAttention.apply(x, packing), qkv)
+
+
+def test_a_decoder_takes_the_mask_where_parts_cannot_be_attended_apart(monkeypatch):
+    """Without a kernel, and when attention is asked for; in neither case are the numbers others."""
+    torch.manual_seed(0)
+    decoder = Decoder(TINY, LAYOUTS["all linears"]).eval()
+    x, asked = torch.randn(1, 12, TINY.n_embd), []
+
+    def hidden(**options):
+        packing, mask, _ = packing_of([[3, 2]], prefix=7)
+        packing._mask = lambda: asked.append(1) or mask
+        with torch.no_grad():
+            return decoder(x, torch.arange(12), packing, **options)
+
+    apart = hidden()
+    assert not asked
+    attentions = []
+    torch.testing.assert_close(hidden(attentions=attentions), apart)
+    assert (len(attentions), len(asked)) == (TINY.n_layer, 1)
+    monkeypatch.setattr(decoder_module, "can_attend_packed", lambda qkv: False)
+    torch.testing.assert_close(hidden(), apart)
+    assert len(asked) == 2
+
+
+def test_bfloat16_attends_apart_as_near_to_float32_as_behind_the_mask():
+    packing, mask, padding = packing_of([[9, 14, 11], [12, 8]], prefix=60)
+    exact = torch.randn(2, mask.shape[-1], 3, 2, 16, requires_grad=True)
+    rounded = exact.detach().bfloat16().requires_grad_()
+    wanted = behind_a_mask(exact, mask)
+    errors = [
+        (out.float() - wanted)[:, 60:][~padding].norm()
+        for out in (PackedAttention.apply(rounded, packing), behind_a_mask(rounded, mask))
+    ]
+    assert 0 < errors[0] < 1.2 * errors[1]
 
 
 def test_captions_behind_a_cached_prefix_equal_one_by_one():

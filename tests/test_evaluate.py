@@ -808,6 +808,7 @@ def test_everything_that_needs_no_java(tmp_path, capsys, monkeypatch):
     assert result["intervals"].keys() == result["comparison"].keys() == means
     assert result["comparison"]["CIDEr"]["wins"] == 6
     assert result["captions"]["vocabulary"] == 75
+    assert result["references"]["captions"] == 96  # four of each of the 24 pictures
     assert result["tokenizer"].startswith("ptb: pure Python")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"CIDEr: {result['CIDEr']} | CLIPScore: {result['CLIPScore']} | RefCLIPScore: ")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-import inference
+import sidefile
 from inference import Halving, PredictionLog, Workers, caption_images, read_ahead
 
 RUN = {"model": "m", "beams": (1, 2)}
@@ -234,7 +234,7 @@ with PredictionLog(Path(sys.argv[2]), {"model": "m"}, workers=find_workers()) as
 
 
 def kept(image, caption):
-    return json.dumps({"image": image, "caption": caption, "check": inference._check(image, caption)}) + "\n"
+    return json.dumps({"image": image, "caption": caption, "check": sidefile.check(image, caption)}) + "\n"
 
 
 def launch(script, processes, *arguments):

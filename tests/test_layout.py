@@ -13,7 +13,9 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("microworld/*.py"), *ROOT.glob("bench/*.py")])
 }
-HEAVY = {"timm", "open_clip", "transformers", "torchvision", "pycocoevalcap", "matplotlib", "accelerate"}
+HEAVY = {
+    "timm", "open_clip", "transformers", "torchvision", "pycocoevalcap", "matplotlib", "accelerate", "pyarrow", "ray",
+}  # fmt: skip
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
 SCRIPTS = [name for name, source in SOURCES.items() if '__name__ == "__main__"' in source]
 ALLOWED = {  # siblings of the modules that others build on; what is not named here is free
@@ -23,7 +25,9 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "runtime": set(),
     "strictjson": set(),
     "checkpoints": {"runtime"},
-    "data": {"runtime", "strictjson"},
+    "distributed": {"runtime"},
+    "trackers": {"runtime"},
+    "data": {"distributed", "runtime", "strictjson"},
     "captioner": {"checkpoints", "decoder", "runtime"},
     "packing": {"decoder"},
     "compiling": {"decoder"},
@@ -35,6 +39,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "initial": {"captioner"},
     "reporting": {"runtime"},
     "chapters": {"llava", "reporting", "runs"},
+    "studychapters": {"chapters", "reporting", "runs"},
     "gallery": set(),
     "annotations": {"strictjson"},
     "cocometrics": {"annotations", "ptb"},
@@ -60,8 +65,12 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "figures": {"attention", "data", "runtime"},
     "grounding": {"attention", "data", "explain", "strictjson"},
     "viewer": {"attention", "data", "figures", "runtime"},
-    "generation": {"captioner", "compiling", "data", "decoder", "packing", "runtime", "search"},
-    "inference": {"data", "runtime", "strictjson"},
+    "generation": {"captioner", "compiling", "data", "decoder", "distributed", "packing", "runtime", "search"},
+    "inference": {"data", "parts", "runtime", "shards", "sidefile"},
+    "shards": {"data", "runtime", "strictjson"},
+    "parts": {"runtime", "shards", "sidefile", "strictjson"},
+    "engine_ray": {"inference", "parts", "runtime", "shards"},
+    "sidefile": {"strictjson"},
     "data_prep": {"data", "runtime"},
     "llava": {"runtime"},
     "microworld.things": set(),

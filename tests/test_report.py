@@ -14,6 +14,7 @@ import chapters
 import report
 import reporting
 import runs
+from microworld import studies
 
 NAUGHTY = '<script>alert("x")</script> & "quotes"'
 
@@ -164,10 +165,58 @@ def test_the_words_on_the_prompts_follow_the_numbers():
 
 def test_ablation_runs_are_averaged_over_seeds(root, tmp_path):
     for seed, done in ((0, 2), (1, 4)):
-        write_run(root / "ablation" / "recipe" / str(seed), epochs=2, done=done, seed=seed)
+        write_run(root / "ablation" / "start" / str(seed), epochs=2, done=done, seed=seed)
     page = make(root, tmp_path)
     assert "0.300 ± 0.141" in page  # of 0.2 and 0.4
     assert "some variants have 2" in page
+
+
+def test_a_variants_difference_is_to_the_start_of_the_same_seed(root, tmp_path):
+    for name, seed, done in (("start", 0, 2), ("start", 1, 4), ("other", 1, 5), ("other", 0, 4)):
+        write_run(root / "ablation" / name / str(seed), epochs=2, done=done, seed=seed)
+    make(root, tmp_path)
+    with (tmp_path / "report_files" / "p2_ablation.csv").open() as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    assert rows["other"]["difference"] == "0.150 ± 0.071"  # of 0.4 - 0.2 and 0.5 - 0.4
+    assert rows["start"]["difference"] == ""
+    assert list(rows) == ["other", "start"]  # the better first
+
+
+def test_best_is_held_against_the_better_of_the_reports_settings(root, tmp_path):
+    for name, setting, cider in (("1", "1", 0.5), ("2", "2", 0.4), ("best", "best", 0.6)):
+        write_run(root / "settings" / name, setting=setting, cider=cider)
+    page = html.unescape(make(root, tmp_path))
+    assert "setting 1 is the best of the report's settings here: 0.500" in page
+    assert "best, has 0.600 (+20%)" in page
+
+
+def test_rewards_stand_beside_what_they_began_with_and_people(root, tmp_path):
+    for seed, before, after in ((0, 1.0, 1.1), (1, 1.2, 1.5)):
+        name = "best" if seed == 0 else f"best-seed{seed}"
+        write_run(root / "settings" / name, setting="best", cider=before, seed=seed)
+        tuned = write_run(root / "rewards" / "cider" / str(seed), cider=after, seed=seed, objective="scst")
+        scores = json.loads((tuned / "val_scores.json").read_text())
+        scores |= {"captions": {"mean_length": 9.0, "repeated_2": 0.25},
+                   "references": {"mean_length": 9.5, "repeated_2": 0.05}}  # fmt: skip
+        (tuned / "val_scores.json").write_text(json.dumps(scores))
+    page = make(root, tmp_path)
+    with (tmp_path / "report_files" / "p2_rewards.csv").open() as file:
+        rows = {row["trained by"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["cross-entropy", "cider", "references"]
+    assert rows["cross-entropy"]["CIDEr"] == "1.100 ± 0.141"
+    assert rows["cider"]["CIDEr's gain, %"] == "17.5 ± 10.6"
+    assert rows["cider"]["words a caption"] == "9.000 ± 0.000"
+    assert rows["references"]["share that repeats a bigram"] == "0.050"
+    assert "make rewards" not in page
+
+
+def test_run_makes_the_parts_that_it_is_asked_for(root, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setitem(studies.STUDIES, "rewards", lambda run, args: made.append((args.study, args.out, args.seeds)))
+    (root / "data").mkdir()
+    (root / "data" / "val.json").write_text("{}")
+    make(root, tmp_path, "--run", "rewards")
+    assert made == [("rewards", root.absolute(), None)]
 
 
 def test_a_damaged_score_file_is_one_line_that_names_it(root, tmp_path, capsys):

@@ -58,18 +58,17 @@ def test_the_reward_is_pycocoevalcaps_cider_on_the_same_tokens():
     groups = random_captions(rng, 30)
     samples = [[*rng.permutation(group[0]).tolist(), EOS] for group in groups]
     reward = scst.CiderReward(groups, EOS)
-    reward.most_repeats = [99] * len(groups)  # the guard is no part of CIDEr-D
 
     def text(tokens):
         return " ".join(f"t{token}" for token in tokens)
 
     references = {i: [text([*c, EOS]) for c in group] for i, group in enumerate(groups)}
     wanted = cider.Cider().compute_score(references, {i: [text(s)] for i, s in enumerate(samples)})[1]
-    found = reward(range(30), samples)
+    found = reward.cider(range(30), samples)
     assert np.abs(found - wanted).max() < 1e-6
     assert found.std() > 0.1
     # A batch has few images, and the document frequencies stay those of the training set.
-    assert reward([7, 7, 3], [samples[7], samples[7], samples[3]]) == pytest.approx(wanted[[7, 7, 3]], abs=1e-6)
+    assert reward.cider([7, 7, 3], [samples[7], samples[7], samples[3]]) == pytest.approx(wanted[[7, 7, 3]], abs=1e-6)
 
 
 def test_an_ending_in_the_middle_of_a_phrase_costs_reward():
@@ -82,13 +81,25 @@ def test_an_ending_in_the_middle_of_a_phrase_costs_reward():
     assert ended > early
 
 
-def test_repetition_beyond_the_references_earns_nothing():
+def test_repetition_beyond_what_is_usual_earns_nothing():
     groups = [[[1, 2, 3, 1, 2, 4]], [[5, 6, 7, 8]]]
     reward = scst.CiderReward(groups, EOS)
     once, twice = reward([0, 0], [[1, 2, 3, 1, 2, 4, EOS], [1, 2, 3, 1, 2, 1, 2, EOS]])
     assert once > 0
     assert twice == 0
+    rare = [[[1, 2, 3, 1, 2, 4], [1, 2, 3, 4], [1, 2, 4]], [[5, 6, 7, 8]]]  # one of three repeats a bigram
+    assert scst.CiderReward(rare, EOS)([0], [[1, 2, 3, 1, 2, 4, EOS]]) == 0
     assert [scst.repeats(t) for t in ([], [1], [1, 1, 1], [1, 2, 1, 2])] == [0, 0, 1, 1]
+
+
+def test_a_caption_shorter_than_its_references_is_damped_and_a_longer_one_is_not():
+    groups = [[[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]], [[7, 8, 9, 10]]]  # a mean length of 6 with EOS
+    samples = [[1, 2, EOS], [1, 2, 3, 4, 5, EOS], [1, 2, 3, 4, 5, 6, 8, EOS]]
+    images = [0, 0, 0]
+    assert scst.CiderReward(groups, EOS).guards(images, samples) == pytest.approx([np.exp(1 - 6 / 3), 1, 1])
+    assert scst.CiderReward(groups, EOS, 2).guards(images, samples)[0] == pytest.approx(np.exp(-2))
+    plain = scst.CiderReward(groups, EOS, 0)
+    assert plain(images, samples) == pytest.approx(plain.cider(images, samples))
 
 
 def test_each_sample_is_compared_with_the_others_and_not_with_itself():

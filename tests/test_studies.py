@@ -8,7 +8,7 @@ import pytest
 import checkpoints
 from microworld import studies
 from p2_train import build_parser, resolve_config
-from training import SETTINGS, TrainConfig
+from training import SCST_NUMBERS, SETTINGS, TrainConfig
 
 
 class Recorder:
@@ -46,7 +46,7 @@ def leave_run(folder):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_one_rule_scales_every_setting(setting):
-    config = resolve_config(build_parser().parse_args(["--setting", setting, *studies.scaled(setting)]))
+    config = resolve_config(build_parser().parse_args(studies.scaled(setting)))
     full = SETTINGS[setting]
     assert config.epochs == math.ceil(full.epochs / 2)
     assert config.lr == pytest.approx(3 * full.lr)
@@ -57,13 +57,13 @@ def test_one_rule_scales_every_setting(setting):
 
 
 @pytest.mark.parametrize("variant", studies.VARIANTS)
-def test_every_variant_differs_from_the_recipe_in_what_it_names(variant):
+def test_every_variant_differs_from_the_start_in_what_it_names(variant):
     configs = [
-        resolve_config(build_parser().parse_args([*studies.RECIPE, *flags]))
+        resolve_config(build_parser().parse_args([*studies.scaled("best"), *studies.START, *flags]))
         for flags in ((), studies.VARIANTS[variant])
     ]
     different = [name for name in TrainConfig.__dataclass_fields__ if len({getattr(c, name) for c in configs}) > 1]
-    assert len(different) == (0 if variant == "recipe" else 1)
+    assert len(different) == sum(word.startswith("--") for word in studies.VARIANTS[variant])
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
@@ -105,9 +105,27 @@ def test_the_ablation_trains_every_seed_on_scenes_that_are_not_the_reported_ones
     assert (tmp_path / "ablation" / "no_CLS" / "1" / "config.json").is_file()
 
 
+def test_rewards_tune_the_setting_best_of_the_same_seed_by_the_same_rule(tmp_path, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(studies, "Runner", lambda: recorder)
+    assert studies.main(["rewards", "--out", str(tmp_path), "--seeds", "2", "--precision", "bf16"]) == 0
+    trained = [words for words in recorder.commands if words[0] == "p2_train.py"]
+    tuned = [words for words in trained if "--objective" in words]
+    assert len(trained) - len(tuned) == 2  # the setting best of both seeds
+    assert [("1" if "--clip-reward" in words else "0") for words in tuned] == ["0", "1", "0", "1"]
+    bases = [studies.Path(words[words.index("--init-adapter") + 1]).parent.name for words in tuned]
+    assert bases == ["best", "best", "best-seed1", "best-seed1"]
+    rates = [float(words[words.index("--lr") + 1]) for words in tuned]
+    assert rates == pytest.approx([3 * SCST_NUMBERS["lr"]] * 4, rel=0.01)
+    assert all(words[words.index("--precision") + 1] == "bf16" for words in trained)
+    assert recorder.scripts().count("evaluate.py") == 6
+
+
 @pytest.mark.parametrize(
-    "flags", [("settings", "--only", "9"), ("ablation", "--seeds", "0"), ("ablation", "--only", "x")]
-)
+    "flags",
+    [("rewards", "--only", "bleu"), ("settings", "--only", "9"), ("ablation", "--seeds", "0"),
+     ("ablation", "--only", "x")],
+)  # fmt: skip
 def test_names_and_numbers_that_do_not_exist_are_refused(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(studies, "Runner", Recorder)
     assert studies.main([*flags, "--out", str(tmp_path)]) == 2

@@ -1,0 +1,78 @@
+"""What stands in for downloads where speed is measured: shapes at full size and in small, a tokenizer, a decoder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import data
+import runtime
+from bench import photographs
+from bench.arithmetic import Captioner, Vit, gpt2
+from decoder import Decoder, DecoderConfig, gpt2_state_dict
+from profiles import PROFILES
+
+BEAMS, TOKENS, SAMPLES = 5, 30, 5
+VOCABULARY = 50257
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of the rehearsal: shapes for the arithmetic, flags that make the scripts build them, and how much."""
+
+    models: Captioner
+    profile: str
+    decoder: DecoderConfig
+    photograph: tuple[int, int]
+    steps: int
+    scst_steps: int
+    images: int
+    maps: int
+    val_images: int
+    batch_size: int
+    infer_batch: int
+    floor: int  # rows of the matrices whose product is timed
+
+
+FULL = Size(Captioner(), "full", DecoderConfig(), photographs.SIZE, 200, 50, 2000, 10, 16, 16, 64, 2048)
+TINY = Size(
+    Captioner(Vit(145, 192, 6, 192), gpt2(2, 128, VOCABULARY)), "micro", DecoderConfig(n_embd=128, n_layer=2, n_head=2),
+    (160, 120), 3, 2, 6, 1, 4, 2, 4, 1024,
+)  # fmt: skip
+
+
+def write_tokenizer(folder: Path) -> data.Tokenizer:
+    """Write a stand-in for GPT-2's tokenizer files: 50257 entries, every one of which can be decoded.
+
+    The micro world's merges come first. The rest join two entries of which the second begins with a space; texts are
+    cut before spaces first, so these never apply, and texts are split exactly as by the micro world's files.
+    """
+    source = Path(PROFILES["micro"].tokenizer)
+    vocabulary = json.loads((source / "encoder.json").read_text(encoding="utf-8"))
+    del vocabulary[data.END_OF_TEXT]
+    merges = (source / "vocab.bpe").read_text(encoding="utf-8").splitlines()
+    entries = list(vocabulary)
+    for second in (entry for entry in entries if entry.startswith("Ġ")):
+        for first in entries:
+            if len(vocabulary) == VOCABULARY - 1:
+                break
+            if first + second not in vocabulary:
+                vocabulary[first + second] = len(vocabulary)
+                merges.append(f"{first} {second}")
+    vocabulary[data.END_OF_TEXT] = len(vocabulary)
+    runtime.write_json(folder / "encoder.json", vocabulary, indent=None)
+    runtime.write_text(folder / "vocab.bpe", "\n".join(merges) + "\n")
+    return data.Tokenizer(folder)
+
+
+def write_decoder(path: Path, config: DecoderConfig) -> None:
+    """Write a random GPT-2 of the given shape, for a rehearsal that is smaller than ``--random-weights`` makes it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = gpt2_state_dict(Decoder(config))
+    with runtime.atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)

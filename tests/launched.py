@@ -1,0 +1,91 @@
+"""What tests/test_distributed.py launches in several processes: a JSON file says which training runs to make."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import zlib
+from pathlib import Path
+
+import distributed
+import evaluate
+import p2_train
+import runtime
+from captioner import Captioner
+from profiles import PROFILES, Profile
+from training import Trainer
+
+
+def poison(processes):
+    """Make the loss of step 2 no number, in the last process alone; alone or not, the step must be skipped by all."""
+    step, loss = Trainer.train_step, Captioner.loss
+    now = {}
+
+    def train_step(trainer, batches):
+        now["step"] = trainer.step
+        return step(trainer, batches)
+
+    def spoilt(captioner, *args):
+        bad = captioner.training and now["step"] == 1 and processes.rank == processes.count - 1
+        return loss(captioner, *args) * (math.nan if bad else 1)
+
+    return {(Trainer, "train_step"): train_step, (Captioner, "loss"): spoilt}
+
+
+def terminate(processes, behind=3):
+    """Send SIGTERM to the last process in its fourth step."""
+    step = Trainer.train_step
+
+    def train_step(trainer, batches):
+        if trainer.step == behind and processes.rank == processes.count - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, batches)
+
+    return {(Trainer, "train_step"): train_step}
+
+
+def digest(references, predictions):
+    """Stand for a score that tells every two sets of captions apart."""
+    assert references.keys() == predictions.keys()
+    return zlib.crc32(json.dumps(predictions).encode()) / 2**32, {}
+
+
+FAULTS = {"poison": poison, "terminate": terminate, "terminate_later": lambda processes: terminate(processes, 7)}
+
+
+@contextlib.contextmanager
+def patched(changes):
+    before = {place: getattr(*place) for place in changes}
+    try:
+        for (owner, name), value in changes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name), value in before.items():
+            setattr(owner, name, value)
+
+
+def train(processes, argv, fault=None):
+    """Do what ``p2_train.main`` does between joining the processes and parting; return its exit code."""
+    with patched(FAULTS[fault](processes) if fault else {}), contextlib.ExitStack() as held:
+        args = p2_train.build_parser().parse_args(argv)
+        return p2_train.run(processes.together(lambda: p2_train.prepare(args, processes, held)))
+
+
+def main(jobs):
+    """Make every run of ``jobs``: (flags, fault or None, exit code)."""
+    job = json.loads(Path(jobs).read_text())
+    PROFILES["micro"] = Profile(**job["profile"])
+    evaluate.cider = digest
+    evaluate.pick_tokenizer = lambda name: "ptb"  # no Java
+    with distributed.join(runtime.pick_device("cpu")) as processes:
+        for argv, fault, code in job["runs"]:
+            found = train(processes, argv, fault)
+            assert found == code, (argv, found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
