@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,48 @@ def cached_features(
         key["draft"] = str(draft)
     shape = captioner.feature_shape
     return data.FeatureCache.open(cache, key, list(paths), shape, encode, limit=limit, processes=processes)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoder tokens of an image, and the point in the encoder's stream from which on they are there."""
+
+    features: torch.Tensor  # (N, D)
+    ready: torch.cuda.Event | None
+
+
+class Encoder:
+    """Encodes batches on a stream of its own, where the device is a GPU: beside the decoding of the batch before.
+
+    Args:
+        captioner: its weights are prepared.
+        precision: as for ``autocast``.
+    """
+
+    def __init__(self, captioner: Captioner, precision: str) -> None:
+        self.captioner, self.precision, self.device = captioner, precision, captioner.device
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # which may still be moving the weights
+
+    def encode(self, pixels: Sequence[torch.Tensor]) -> list[Encoded]:
+        """Begin to encode preprocessed images (3, H, W) each; on a GPU this does not wait for them."""
+        batch = torch.stack(list(pixels))
+        if self.stream is not None:
+            batch = batch.pin_memory()  # or the copy would wait for the device
+        with torch.cuda.stream(self.stream), autocast(self.device, self.precision):
+            features = self.captioner.encode(batch.to(self.device, non_blocking=True))
+        ready = None if self.stream is None else self.stream.record_event()
+        return [Encoded(row, ready) for row in features]
+
+    def gather(self, encoded: Sequence[Encoded]) -> torch.Tensor:
+        """Return their features (B, N, D), for use on the present stream, which waits for them and not for others."""
+        if self.stream is not None:
+            present = torch.cuda.current_stream(self.device)
+            for one in encoded:
+                present.wait_event(one.ready)
+                one.features.record_stream(present)  # their memory is the other stream's, and must not go before
+        return torch.stack([one.features for one in encoded])
 
 
 def caption_features(

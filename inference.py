@@ -215,11 +215,14 @@ class Job:
         prepare: makes of an image (PIL, RGB) what ``caption`` takes; runs in threads, ahead of it.
         caption: makes captions of a list of those.
         draft: that of ``data.load_image``.
+        begin: begins the work on a batch while the one before is captioned, and returns what ``caption`` takes then;
+            for a device that works beside the program.
     """
 
     prepare: Callable[[Any], Any]
     caption: Callable[[list], list[str]]
     draft: int | None = None
+    begin: Callable[[list], list] | None = None
 
 
 def caption_images(
@@ -229,15 +232,15 @@ def caption_images(
     caption: Callable[[list], list[str]],
     batch_size: int,
     draft: int | None = None,
+    begin: Callable[[list], list] | None = None,
 ) -> None:
     """Caption what ``log_file`` lacks of ``paths``; an image that cannot be read is named and left out.
 
     Args:
         log_file: takes the captions.
         paths: images; their stems are the keys.
-        prepare, caption: as in :class:`Job`.
+        prepare, caption, draft, begin: as in :class:`Job`.
         batch_size: images at once.
-        draft: that of ``data.load_image``.
     """
     workers = log_file.workers
     todo = [path for path in paths if path.stem not in log_file.captions][workers.rank :: workers.count]
@@ -245,11 +248,15 @@ def caption_images(
     hidden = True if workers.rank else None  # one bar, of the first process's share
     started = time.perf_counter()
     with tqdm(total=len(todo), desc="caption", disable=hidden) as bar:
-        for batch in read_ahead(todo, prepare, batch_size, load):
-            found, prepared = _readable(batch, lambda path, error: log.error("not captioned: %s", error))
-            if prepared:
-                log_file.add(dict(zip([path.stem for path in found], caption(prepared), strict=True)))
-            bar.update(len(batch))
+
+        def failed(path: Path, error: Exception) -> None:
+            log.error("not captioned: %s", error)
+            bar.update()
+
+        batches = read_ahead(todo, prepare, batch_size, load)
+        for found, begun in _begun(batches, begin, failed):
+            log_file.add(dict(zip([path.stem for path in found], caption(begun), strict=True)))
+            bar.update(len(found))
     work = ("caption", len(todo), time.perf_counter() - started)  # what bench/measured.py collects
     log.info("%d images in %.1f s", *work[1:], extra={"work": work})
 
@@ -279,6 +286,28 @@ def read_ahead(
             if not waiting:
                 return
             yield waiting.popleft()
+
+
+def _begun(
+    batches: Iterable[list[tuple[Any, Future]]],
+    begin: Callable[[list], list] | None,
+    failed: Callable[[Any, Exception], None],
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Yield the readable items of each batch with what ``begin`` made of them, once it has had the next batch too.
+
+    Without ``begin`` they come as they were prepared, and at once; batches without a readable item are left out.
+    """
+    readable = (found for batch in batches if (found := _readable(batch, failed))[0])
+    if begin is None:
+        yield from readable
+        return
+    begin = Halving(begin)
+    ahead: deque[tuple[list[Any], list[Any]]] = deque()
+    for found, prepared in readable:
+        ahead.append((found, begin(prepared)))
+        if len(ahead) > 1:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def _readable(
@@ -317,10 +346,9 @@ def caption_shards(
             continue
         with shard_log:
             load = operator.methodcaller("load", job.draft)
-            for batch in read_ahead(shard_log.wanted(), job.prepare, batch_size, load):
-                found, prepared = _readable(batch, shard_log.unreadable)
-                if prepared:
-                    shard_log.add(dict(zip([entry.key for entry in found], caption(prepared), strict=True)))
+            batches = read_ahead(shard_log.wanted(), job.prepare, batch_size, load)
+            for found, begun in _begun(batches, job.begin, shard_log.unreadable):
+                shard_log.add(dict(zip([entry.key for entry in found], caption(begun), strict=True)))
             shard_log.seal()
 
 

@@ -61,17 +61,18 @@ def build_parser() -> Any:
     return parser
 
 
-def caption_function(captioner: Captioner, tokenizer: data.Tokenizer, args: Any) -> Callable[[list], list[str]]:
-    """Return what makes captions of a list of preprocessed images (3, H, W)."""
-
+def caption_function(
+    captioner: Captioner, tokenizer: data.Tokenizer, encoder: generation.Encoder, args: Any
+) -> Callable[[list], list[str]]:
+    """Return what makes captions of a list of encoded images."""
     steps = None
     if args.compile:
         with generation.autocast(captioner.device, args.precision):
             steps = generation.compile_steps(captioner, args.batch_size, args.beam_size, args.max_new_tokens)
 
-    def caption(pixels: list[torch.Tensor]) -> list[str]:
+    def caption(encoded: list[generation.Encoded]) -> list[str]:
         with generation.autocast(captioner.device, args.precision):
-            features = captioner.encode(torch.stack(pixels).to(captioner.device))
+            features = encoder.gather(encoded)
             return generation.caption_features(
                 captioner, tokenizer, features, args.beam_size, args.max_new_tokens, args.length_penalty, steps
             )
@@ -107,7 +108,16 @@ def load_job(args: Any) -> Job:
     generation.check_vocabulary(tokenizer, captioner.decoder)
     generation.prepare(captioner, args.precision, pack=not args.compile)
     draft = generation.draft_side(captioner.transform) if args.jpeg_draft else None
-    return Job(captioner.transform, caption_function(captioner, tokenizer, args), draft)
+    encoder = generation.Encoder(captioner, args.precision)
+    caption = caption_function(captioner, tokenizer, encoder, args)
+    if works_beside(device):
+        return Job(captioner.transform, caption, draft, encoder.encode)
+    return Job(captioner.transform, lambda pixels: caption(encoder.encode(pixels)), draft)
+
+
+def works_beside(device: torch.device) -> bool:
+    """Whether encoding the next batch can go on while this program decodes one: on a CPU they would share the cores."""
+    return device.type == "cuda"
 
 
 @runtime.command
@@ -124,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = data.list_images(args.img_dir)
     job = load_job(args)
     with PredictionLog(args.out, describe_run(args), overwrite=True, workers=find_workers()) as log_file:
-        caption_images(log_file, paths, job.prepare, job.caption, args.batch_size, job.draft)
+        caption_images(log_file, paths, job.prepare, job.caption, args.batch_size, job.draft, job.begin)
         captions = log_file.finish(paths)
     return runtime.PARTIAL if len(captions) < len(paths) else 0
 

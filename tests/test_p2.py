@@ -317,6 +317,21 @@ def test_compiled_steps_caption_alike(run, tiny_data, tmp_path, monkeypatch):
     assert results[0] == results[1]
 
 
+def test_encoding_a_batch_ahead_captions_alike(run, tiny_data, tmp_path, monkeypatch):
+    """What a GPU does on streams, here one after the other: the next batch is encoded before this one is decoded."""
+    order, gather, encode = [], generation.Encoder.gather, generation.Encoder.encode
+    monkeypatch.setattr(generation.Encoder, "gather", lambda s, e: order.append(f"decode {len(e)}") or gather(s, e))
+    monkeypatch.setattr(generation.Encoder, "encode", lambda s, p: order.append(f"encode {len(p)}") or encode(s, p))
+    results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
+    for ahead in (False, True):
+        monkeypatch.setattr(p2_infer, "works_beside", lambda device, ahead=ahead: ahead)
+        assert infer(*files, "--batch-size", 3) == 0
+        results.append(json.loads((tmp_path / "p.json").read_text()))
+    assert results[0] == results[1]
+    assert order[:6] == ["encode 3", "decode 3", "encode 3", "decode 3", "encode 2", "decode 2"]
+    assert order[6:] == ["encode 3", "encode 3", "decode 3", "encode 2", "decode 3", "decode 2"]
+
+
 def test_big_photographs_may_be_decoded_smaller(run, tmp_path, monkeypatch):
     """The flag reaches the reader, with four times the pixels that the encoder sees; without it all is decoded."""
     sizes, load = [], data.load_image
