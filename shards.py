@@ -54,13 +54,13 @@ class Entry:
     name: str
     source: bytes | Path | ValueError
 
-    def load(self) -> Image.Image:
+    def load(self, draft: int | None = None) -> Image.Image:
         """Return the image as ``data.load_image`` does. Raises ValueError or OSError naming it."""
         if isinstance(self.source, ValueError):
             raise self.source
-        return data.load_image(self.source) if isinstance(self.source, Path) else data.decode_image(
-            self.source, self.name
-        )  # fmt: skip
+        if isinstance(self.source, Path):
+            return data.load_image(self.source, draft)
+        return data.decode_image(self.source, self.name, draft)
 
 
 @dataclass
