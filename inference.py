@@ -8,7 +8,6 @@ images over processes. For more images than that, and for lists and tars, see ``
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import logging
@@ -309,12 +308,16 @@ def caption_shards(
         shard_log = folder.claim(shard, patience)
         if shard_log is None:
             continue
+        started, count = time.perf_counter(), 0
         with shard_log:
             for batch in read_ahead(shard_log.wanted(), job.prepare, batch_size, Entry.load):
                 found, prepared = _readable(batch, shard_log.unreadable)
                 if prepared:
                     shard_log.add(dict(zip([entry.key for entry in found], caption(prepared), strict=True)))
+                count += len(batch)
             shard_log.seal()
+        work = ("caption", count, time.perf_counter() - started)
+        log.debug("%s: %d images in %.1f s", shard.name, *work[1:], extra={"work": work})
 
 
 def caption_source(
@@ -344,7 +347,8 @@ def caption_source(
         if all(map(results.folder.done, shards)):
             log.info("%s: all %d shards are finished", results.folder.path, len(shards))
         elif args.engine == "ray":
-            engine_ray = importlib.import_module("engine_ray")
+            import engine_ray  # which imports this module
+
             engine_ray.caption_shards(results.folder, shards, build, args)
         else:
             begin = len(shards) * workers.rank // workers.count  # so that not all processes ask for the same ones

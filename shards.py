@@ -167,12 +167,15 @@ class _Member(tarfile.TarInfo):
 
 def _members(stream: _Hashing) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """Yield the entries of a tar; raises one of ``DAMAGE`` where it is cut off or damaged."""
-    with tarfile.open(fileobj=stream, mode="r|*", bufsize=BLOCK, tarinfo=_Member) as archive:
-        while (member := archive.next()) is not None:
-            yield member, archive
-            archive.members = []  # it would keep them all
-        if not isinstance(archive.ended_by, tarfile.EOFHeaderError):
-            raise tarfile.ReadError(f"no end mark where the entries end, at byte {archive.offset}: cut off or damaged")
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*", bufsize=BLOCK, tarinfo=_Member) as archive:
+            while (member := archive.next()) is not None:
+                yield member, archive
+                archive.members = []  # it would keep them all
+            if not isinstance(archive.ended_by, tarfile.EOFHeaderError):
+                raise tarfile.ReadError(f"no entry and no end mark at byte {archive.offset}: cut off or damaged")
+    except TypeError as error:  # tarfile takes an end within a gzip header so
+        raise tarfile.ReadError("unexpected end of data") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- lists

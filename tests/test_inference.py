@@ -260,6 +260,38 @@ def test_two_processes_share_a_folder_and_finish_what_three_began(tmp_path, imag
     assert not list(tmp_path.glob("*.part*"))
 
 
+SLOW_TO_END = """
+import sys, time
+from pathlib import Path
+import runtime
+from inference import PredictionLog, caption_images, find_workers
+write = runtime.write_json
+runtime.write_json = lambda *words: (time.sleep(3), write(*words))
+images = sorted(Path(sys.argv[1]).iterdir())
+with PredictionLog(Path(sys.argv[2]), {"model": "m"}, workers=find_workers()) as log:
+    caption_images(log, images, lambda image: image.getpixel((0, 0))[0], lambda ls: [f"level {l}" for l in ls], 2)
+    captions = log.finish(images)
+sys.exit(runtime.PARTIAL if len(captions) < len(images) else 0)
+"""
+
+
+def test_no_process_ends_with_an_exit_code_before_the_result_is_written(tmp_path, images):
+    """With an image that cannot be read all ended with 3, and the launcher killed the one that was still writing."""
+    images[3].write_bytes(b"no picture")
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_TO_END)
+    assert launch(script, 2, images[0].parent, tmp_path / "out.json").returncode != 0
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 6
+
+
+def test_a_damaged_side_file_of_another_process_is_dropped_where_overwriting_is_allowed(tmp_path, images):
+    """p2_infer.py, which always overwrites, said to give --overwrite, which it did not have."""
+    (tmp_path / "out.json.part.jsonl").write_text('{"run": ' + json.dumps(RUN) + "}\n" + kept("1", "kept"))
+    (tmp_path / "out.json.part1.jsonl").write_text("nonsense\n" + kept("2", "lost"))
+    captions = run(tmp_path / "out.json", images, overwrite=True)
+    assert captions == {str(k): f"level {k}" for k in range(7)} | {"1": "kept"}
+
+
 def test_side_files_of_another_run_are_refused_by_all(tmp_path, images):
     part = tmp_path / "out.json.part1.jsonl"
     part.write_text('{"run": {"model": "other"}}\n' + kept("1", "theirs"))
