@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import runtime
 import sidefile
 from inference import Halving, PredictionLog, Workers, caption_images, read_ahead
 
@@ -260,28 +261,17 @@ def test_two_processes_share_a_folder_and_finish_what_three_began(tmp_path, imag
     assert not list(tmp_path.glob("*.part*"))
 
 
-SLOW_TO_END = """
-import sys, time
-from pathlib import Path
-import runtime
-from inference import PredictionLog, caption_images, find_workers
-write = runtime.write_json
-runtime.write_json = lambda *words: (time.sleep(3), write(*words))
-images = sorted(Path(sys.argv[1]).iterdir())
-with PredictionLog(Path(sys.argv[2]), {"model": "m"}, workers=find_workers()) as log:
-    caption_images(log, images, lambda image: image.getpixel((0, 0))[0], lambda ls: [f"level {l}" for l in ls], 2)
-    captions = log.finish(images)
-sys.exit(runtime.PARTIAL if len(captions) < len(images) else 0)
-"""
-
-
-def test_no_process_ends_with_an_exit_code_before_the_result_is_written(tmp_path, images):
-    """With an image that cannot be read all ended with 3, and the launcher killed the one that was still writing."""
-    images[3].write_bytes(b"no picture")
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW_TO_END)
-    assert launch(script, 2, images[0].parent, tmp_path / "out.json").returncode != 0
-    assert len(json.loads((tmp_path / "out.json").read_text())) == 6
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_process_ends_before_the_result_is_written(tmp_path, images, monkeypatch, rank):
+    """With an image that cannot be read all ended with exit code 3, and the launcher killed the one that still wrote."""
+    events = []
+    monkeypatch.setattr(Workers, "wait", lambda self: events.append("wait"))
+    monkeypatch.setattr(runtime, "write_json", lambda *words: events.append("write"))
+    with PredictionLog(tmp_path / "out.json", RUN, workers=Workers(rank, 2)) as log_file:
+        caption_images(log_file, images, grey, say, 3)
+        events.clear()
+        log_file.finish(images)
+    assert events == (["wait", "wait", "write", "wait"] if rank == 0 else ["wait"] * 3)
 
 
 def test_a_damaged_side_file_of_another_process_is_dropped_where_overwriting_is_allowed(tmp_path, images):

@@ -1,4 +1,4 @@
-"""engine_ray.py: a local cluster of two actors, one of which is killed half-way; and what is said where Ray is missing."""
+"""engine_ray.py: a local cluster of two actors, one killed half-way; and what is said where Ray is missing."""
 
 import argparse
 import os

@@ -567,7 +567,7 @@ def test_p2_infer_captions_tars_as_the_folder_that_they_were_made_of(tmp_path, t
     assert len(set(expected.values())) > 1
     assert results(out) == expected
     said = manifest(out)["run"]
-    assert said["encoder_hash"] and said["decoder_hash"] and said["adapter"] == parts.sha256_of(adapter)  # noqa: PT018
+    assert said["encoder_hash"] and said["decoder_hash"] and said["adapter"] == parts.sha256_of(adapter)
     assert p2_infer.main([tars, out, *words, "--max-new-tokens", "3"]) == runtime.BAD_INPUT
     assert p2_infer.main([tars, out, *words, "--max-new-tokens", "3", "--overwrite"]) == 0
     write_tar(tmp_path / "1.tar", [("x.png", b"")])
