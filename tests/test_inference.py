@@ -263,7 +263,7 @@ def test_two_processes_share_a_folder_and_finish_what_three_began(tmp_path, imag
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_process_ends_before_the_result_is_written(tmp_path, images, monkeypatch, rank):
-    """With an image that cannot be read all ended with exit code 3, and the launcher killed the one that still wrote."""
+    """With an image that cannot be read all ended with exit code 3, and the launcher killed the one still writing."""
     events = []
     monkeypatch.setattr(Workers, "wait", lambda self: events.append("wait"))
     monkeypatch.setattr(runtime, "write_json", lambda *words: events.append("write"))
