@@ -8,7 +8,7 @@ a training set say, and used for many calls: that is what a reward for generated
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 ORDERS = 4  # n-grams of 1 to 4 tokens
 SIGMA = 6.0  # of the Gaussian over the difference of lengths
 SCALE = 10.0
+ARRAYS = tuple(f"{what}_{n + 1}" for what in ("codes", "counts") for n in range(ORDERS))  # what restores frequencies
 
 Caption = Sequence[Hashable]
 
@@ -28,19 +29,38 @@ class DocumentFrequencies:
     """
 
     def __init__(self, references: Sequence[Sequence[Caption]]) -> None:
-        self.images = len(references)
-        captions = [caption for group in references for caption in group]
+        captions = self._learn_tokens(references)
         image = np.repeat(np.arange(self.images), [len(group) for group in references])
-        self._tokens = {token: place for place, token in enumerate(dict.fromkeys(chain.from_iterable(captions)))}
-        self._codes: list[np.ndarray] = []  # of each order, the known n-grams as sorted integers
-        self._counts: list[np.ndarray] = []  # of each order, images by n-gram
         for owner, gram in self._occurrences(captions):
             grams = len(self._codes[-1])
             pairs = np.sort(image[owner] * grams + gram)  # np.unique would hash integers, which takes thrice as long
             first = np.concatenate([[True], pairs[1:] != pairs[:-1]])[: len(pairs)]
             self._counts.append(np.bincount(pairs[first] % max(grams, 1), minlength=grams))
+
+    def _learn_tokens(self, references: Sequence[Sequence[Caption]]) -> list[Caption]:
+        """Number the tokens; return the captions."""
+        self.images = len(references)
+        captions = [caption for group in references for caption in group]
+        self._tokens = {token: place for place, token in enumerate(dict.fromkeys(chain.from_iterable(captions)))}
+        self._codes: list[np.ndarray] = []  # of each order, the known n-grams as sorted integers
+        self._counts: list[np.ndarray] = []  # of each order, images by n-gram
         # One table for all logarithms: a word of every image must weigh exactly log(N) - log(N) = 0.
         self._logarithms = np.log(np.maximum(np.arange(self.images + 1), 1))
+        return captions
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what took time to count, for ``restore``: int64 arrays by name."""
+        return dict(zip(ARRAYS, [*self._codes, *self._counts], strict=True))
+
+    @classmethod
+    def restore(cls, references: Sequence[Sequence[Caption]], arrays: Mapping[str, np.ndarray]) -> DocumentFrequencies:
+        """Return what the same references were counted to; ValueError where ``arrays`` are none of ``arrays()``."""
+        made = cls.__new__(cls)
+        made._learn_tokens(references)
+        if set(arrays) != set(ARRAYS):
+            raise ValueError(f"document frequencies are {', '.join(ARRAYS)}, not {', '.join(sorted(arrays))}")
+        made._codes, made._counts = ([arrays[name] for name in part] for part in (ARRAYS[:ORDERS], ARRAYS[ORDERS:]))
+        return made
 
     def counts(self, captions: Sequence[Caption]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
         """Yield for n = 1..4 the n-grams of ``captions``: ``(caption, n-gram, weight)`` by pair; a bound of n-grams.

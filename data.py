@@ -619,20 +619,15 @@ class FeatureCache:
             _check_disk(folder, room, len(set(digests)), row_bytes)
             return row_of, list(missing.items())[:room]
 
-        def build(missing: list[tuple[str, Path]]) -> dict[str, int]:
-            added = {}
-            batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-            for batch in _shown(processes.share(batches), progress and processes.first):
-                features = _encode_checked(encode, [path for _, path in batch], shape, dtype)
-                first = _append_rows(folder, [digest for digest, _ in batch], features.numpy())
-                added |= {digest: first + i for i, (digest, _) in enumerate(batch)}
-            return added
-
         with _locked(folder) if processes.first else contextlib.nullcontext():
             row_of, missing = processes.from_first(begin)
             started = time.perf_counter()
-            for added in processes.gather(processes.together(lambda: build(missing))):
-                row_of |= added
+            share = processes.share([missing[i : i + batch_size] for i in range(0, len(missing), batch_size)])
+            batches = _shown(share, progress and processes.first)
+            added = processes.together(lambda: _build_rows(folder, batches, encode, shape, dtype))
+            for rows in processes.gather(added):
+                row_of |= rows
+        processes.together(lambda: _check_seen(folder, len(row_of) * row_bytes))
         if missing:
             work = ("cache", len(missing), time.perf_counter() - started)  # what bench/measured.py collects
             logger.info("feature cache: %d images encoded in %.1f s", *work[1:], extra={"work": work})
@@ -740,6 +735,28 @@ def _check_disk(folder: Path, missing: int, wanted: int, row_bytes: int) -> None
             f"{folder}: the features of {missing} images need {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free; "
             "free some space or choose another folder with --cache"
         )
+
+
+def _check_seen(folder: Path, size: int) -> None:
+    """Make sure that what other processes wrote is there in this one's file system too."""
+    file = folder / "features.bin"
+    if (file.stat().st_size if file.exists() else -1) < size:
+        raise ValueError(f"{folder}: a process does not see the features that the others wrote; choose a folder with "
+                         "--cache that all machines share")  # fmt: skip
+
+
+def _build_rows(
+    folder: Path, batches: Iterable[list[tuple[str, Path]]], encode: Callable[[list[Path]], torch.Tensor],
+    shape: tuple[int, int], dtype: torch.dtype,
+) -> dict[str, int]:  # fmt: skip
+    """Encode and store batches of (digest, image); return {digest: row}."""
+    _check_seen(folder, 0)
+    added = {}
+    for batch in batches:
+        features = _encode_checked(encode, [path for _, path in batch], shape, dtype)
+        first = _append_rows(folder, [digest for digest, _ in batch], features.numpy())
+        added |= {digest: first + i for i, (digest, _) in enumerate(batch)}
+    return added
 
 
 def _digest(path: str | os.PathLike) -> str:

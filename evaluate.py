@@ -46,7 +46,7 @@ from annotations import (
     shared_images,
     some,
 )
-from cider import cider_d
+from cider import DocumentFrequencies, cider_d
 from clipcache import cached_image_features
 from clipscore import (
     PRECISIONS,
@@ -59,6 +59,7 @@ from clipscore import (
     text_features,
 )
 from profiles import PROFILES
+from refcache import ReferenceSide, cached_reference_side, make_reference_side
 from runtime import (
     BAD_INPUT,
     PARTIAL,
@@ -140,14 +141,18 @@ def cider(
     return _cider(ptb_tokenize(references, tokenizer), {key: caption for key, (caption,) in candidates.items()})
 
 
-def _cider(references: Mapping[str, Sequence[str]], candidates: Mapping[str, str]) -> tuple[float, dict[str, float]]:
+def _cider(
+    references: Mapping[str, Sequence[str]],
+    candidates: Mapping[str, str],
+    frequencies: DocumentFrequencies | None = None,
+) -> tuple[float, dict[str, float]]:
     if len(references) == 1:
         log.warning("CIDEr of a single image is 0 by definition: every n-gram occurs in all (one) images")
     wordless = [key for key, captions in references.items() if not any(captions)]
     if wordless or not references:
         raise ValueError(f"CIDEr needs references with words; {len(wordless)} images have none: {some(wordless)}")
     words = [[caption.split() for caption in captions] for captions in references.values()]
-    scores = cider_d(words, [candidates[key].split() for key in references])
+    scores = cider_d(words, [candidates[key].split() for key in references], frequencies)
     return float(scores.mean()), dict(zip(references, scores.tolist(), strict=True))
 
 
@@ -247,7 +252,7 @@ class Evaluator:
     batch_size: int = 64
     tokenizer: str = "auto"
     clip_prompt: str = ""
-    cache: Path | None = None  # folder of CLIP's image features from earlier runs
+    cache: Path | None = None  # folder of CLIP's image features, and of the references' side, from earlier runs
 
     def __post_init__(self) -> None:
         self.tokenizer = pick_tokenizer(self.tokenizer)
@@ -291,9 +296,12 @@ class Evaluator:
         return caption_statistics([*self.tokenize(predictions).values()], known)
 
     @functools.cached_property
-    def references(self) -> dict[str, list[str]]:
-        """The tokens of each image's references."""
-        return ptb_tokenize(self.annotations.references, self.tokenizer)
+    def reference_side(self) -> ReferenceSide:
+        """The tokens of each image's references, and in how many images their n-grams occur."""
+        references, tokenize = self.annotations.references, functools.partial(ptb_tokenize, tokenizer=self.tokenizer)
+        if self.cache is None:
+            return make_reference_side(references, tokenize)
+        return cached_reference_side(references, self.tokenizer, tokenize, self.cache / "references")
 
     @functools.cached_property
     def paths(self) -> dict[str, Path]:
@@ -312,7 +320,7 @@ class Evaluator:
         paths = list(self.paths.values())
         if self.cache is None:
             return image_features(self.scorer, paths, self.batch_size)
-        return cached_image_features(self.scorer, paths, self.batch_size, self.cache)
+        return cached_image_features(self.scorer, paths, self.batch_size, self.cache / "clip")
 
     @functools.cached_property
     def reference_features(self) -> torch.Tensor:
@@ -341,7 +349,7 @@ class _Run:
 
     @functools.cached_property
     def words(self) -> tuple[dict[str, list[str]], dict[str, str]]:
-        words = self.evaluator.references, self.evaluator.tokenize(self.predictions)
+        words = self.evaluator.reference_side.tokens, self.evaluator.tokenize(self.predictions)
         self.result.tokenizer = self.evaluator.tokenizer
         return words
 
@@ -357,7 +365,7 @@ class _Run:
         return text_features(evaluator.scorer, captions, evaluator.batch_size, evaluator.clip_prompt)
 
     def cider(self) -> Scored:
-        mean, scores = _cider(*self.words)
+        mean, scores = _cider(*self.words, self.evaluator.reference_side.frequencies)
         return [("CIDEr", mean, list(scores.values()))]
 
     def bleu(self) -> Scored:
@@ -438,7 +446,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip-prompt", default="", help='put before each caption; the paper has "A photo depicts "')
     parser.add_argument("--batch-size", type=int, default=64, help="images per CLIP forward pass")
     parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True,
-                        help="keep CLIP's features of the images in the profile's cache folder")  # fmt: skip
+                        help="keep CLIP's features of the images, and the references' tokens and document "
+                        "frequencies, in the profile's cache folder")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="CLIP's; auto: fp16 on CUDA, else fp32")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
@@ -483,7 +492,7 @@ def _make_evaluator(args: argparse.Namespace, annotations: Annotations) -> Evalu
         args.batch_size,
         args.tokenizer,
         args.clip_prompt,
-        Path(profile.cache) / "clip" if args.cache else None,
+        Path(profile.cache) if args.cache else None,
     )
 
 

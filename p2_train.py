@@ -46,7 +46,7 @@ FILES_OF_WEIGHTS = 11  # best, last, and weights with two moments in each of thr
 FREE = ("train.log_every", "train.save_every", "train.max_skipped")  # a resumed run may have other values of these
 HELP = {
     "epochs": "passes over the training images",
-    "batch_size": "images a batch; all their captions go with them",
+    "batch_size": "images a batch, over all processes together; all their captions go with them",
     "accumulate": "batches an optimiser step",
     "lr": "learning rate of LoRA",
     "projector_lr": "learning rate of the projector",
@@ -305,6 +305,9 @@ def prepare(args: Any, processes: Processes, held: contextlib.ExitStack) -> Trai
     trackers = Trackers(args.log_with, out) if args.log_with and processes.first else None
     if processes.first:
         claim(out, args.resume, held)
+        if config.batch_size < processes.count:
+            log.warning("--batch-size %d: %d of the %d processes have no image of a batch and only wait",
+                        config.batch_size, processes.count - config.batch_size, processes.count)  # fmt: skip
     runtime.seed_everything(config.seed)
     tokenizer = data.Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
     captioner = make_captioner(args, config, out, processes).to(device)

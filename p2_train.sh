@@ -1,10 +1,25 @@
 #!/usr/bin/env bash
 # The best full-size run: GPT-2 small + CLIP ViT-L/14 with LoRA, on what `bash hw3_download.sh` made.
 # Flags are handed on: bash p2_train.sh --epochs 4, or bash p2_train.sh --setting 1 (which goes to runs/1).
+# On several GPUs it starts a process for each; CUDA_VISIBLE_DEVICES=0 or a --device keeps it to one.
 set -euo pipefail
 cd "$(dirname "$0")"
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python
   [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
+fi
+
+gpus=1
+if [[ " $* " != *" --device"[\ =]* ]] && command -v nvidia-smi >/dev/null; then
+  # Asked of torch only where there may be several: it knows which of them this process may use.
+  listed=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+  if ((listed > 1)); then
+    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+  fi
+fi
+if ((gpus > 1)); then
+  # As a module: the accelerate command imports timm, which dies where torchvision's operators are missing.
+  exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes "$gpus" \
+    --mixed_precision no --dynamo_backend no --main_process_port 0 p2_train.py "$@"
 fi
 exec "$PYTHON" p2_train.py "$@"

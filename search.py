@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+CHECK_EVERY = 4  # steps between two looks at an accelerator: each look waits for it
 LEAVING = 0.25  # share of a batch that must be done before it leaves: moving the others costs about one step's reading
 
 
@@ -44,13 +45,19 @@ def greedy(
     eos: int,
     max_new_tokens: int = 30,
     device: torch.device | str | None = None,
+    check_every: int | None = None,
 ) -> SearchResult:
     """Take the most probable token at each step until EOS or ``max_new_tokens``; scores have length penalty 1.
+
+    ``check_every`` is as in ``beam_search``.
 
     Raises:
         ValueError: sizes below 1, or logits that are not numbers.
     """
-    return _single_path(step, lambda log_probs: log_probs.argmax(-1), batch_size, bos, eos, max_new_tokens, device)
+    watch = _Watch(check_every or _check_every(device), max_new_tokens)
+    return _single_path(
+        step, lambda log_probs: log_probs.argmax(-1), batch_size, bos, eos, max_new_tokens, device, watch
+    )
 
 
 @torch.no_grad()
@@ -97,7 +104,8 @@ def sample(
         kept = _likely_part(log_probs / temperature, top_k, top_p)
         return torch.multinomial(kept.softmax(-1), 1, generator=generator).squeeze(-1)
 
-    return _single_path(step, draw, batch_size, bos, eos, max_new_tokens, device)
+    watch = _Watch(1, max_new_tokens)  # steps that nobody needs would draw from the generator
+    return _single_path(step, draw, batch_size, bos, eos, max_new_tokens, device, watch)
 
 
 @torch.no_grad()
@@ -111,6 +119,7 @@ def beam_search(
     length_penalty: float = 1.0,
     device: torch.device | str | None = None,
     keep: Callable[[torch.Tensor], None] | None = None,
+    check_every: int | None = None,
 ) -> SearchResult:
     """Keep the ``beam_size`` best unfinished captions at each step; return the best finished one of each image.
 
@@ -130,6 +139,8 @@ def beam_search(
         device: where the tokens lie.
         keep: called with places in the batch, long (n,), when a quarter of its images are done: from then on ``step``
             gets these n images alone, in this order. Without it the batch stays whole.
+        check_every: steps between two looks at what is done, each of which waits for the device; the result is the
+            same. None: 1 on a CPU, where looking is free, and else ``CHECK_EVERY``.
 
     Raises:
         ValueError: sizes below 1, or logits that are not numbers.
@@ -138,14 +149,15 @@ def beam_search(
     if beam_size < 1:
         raise ValueError(f"--beam-size must be at least 1, not {beam_size}")
     beams = _Beams(batch_size, beam_size, bos, eos, max_new_tokens, device)
+    watch = _Watch(check_every or _check_every(device), max_new_tokens)
     for length in range(1, max_new_tokens + 1):
         log_probs = _log_probs(step(beams.tokens, beams.ancestors))  # (B, K, V)
         broken = _broken_rows(log_probs) & beams.open  # (B,)
         beams.advance(log_probs, length, length_penalty)
-        left = _still_open(broken, ~beams.open, length, beams.images)
-        if not left:
+        left = watch.still_open(broken, ~beams.open, length, beams.images)
+        if left == 0:
             break
-        if keep is not None and left <= (1 - LEAVING) * len(beams.images):
+        if keep is not None and left is not None and left <= (1 - LEAVING) * len(beams.images):
             keep(beams.leave())
     return beams.result()
 
@@ -214,6 +226,37 @@ class _Beams:
         self.found.update(zip(images, zip(captions, self.done_scores[chosen, 0].tolist(), strict=True), strict=True))
 
 
+class _Watch:
+    """Looks for images that are done or broken, and so waits for the device, every few steps; the only one that does.
+
+    An image that is done does not change any more, so looking late costs steps and changes no result.
+    """
+
+    def __init__(self, every: int, last: int) -> None:
+        self.every, self.last = every, last
+        self.broken_at: torch.Tensor | None = None  # (B,) since the last look: at which token first; last + 1: nowhere
+
+    def still_open(self, broken: torch.Tensor, done: torch.Tensor, length: int, images: Sequence[int]) -> int | None:
+        """How many images are not done, or None where this step does not look; ValueError where one is broken."""
+        now = torch.full_like(broken, self.last + 1, dtype=torch.long).masked_fill(broken, length)
+        self.broken_at = now if self.broken_at is None else torch.minimum(self.broken_at, now)
+        if length % self.every and length < self.last:
+            return None
+        first, left = torch.stack((self.broken_at.min(), (~done).sum())).tolist()
+        if first <= self.last:
+            rows = [images[row] for row in (self.broken_at == first).nonzero().flatten().tolist()]
+            raise ValueError(
+                f"the model's logits are NaN or infinite at token {first} of image rows {rows}; "
+                "check the weights and the image features, or decode in float32"
+            )
+        self.broken_at = None
+        return left
+
+
+def _check_every(device: torch.device | str | None) -> int:
+    return 1 if torch.empty(0, device=device).device.type == "cpu" else CHECK_EVERY
+
+
 def _single_path(
     step: Step,
     choose: Callable[[torch.Tensor], torch.Tensor],
@@ -222,6 +265,7 @@ def _single_path(
     eos: int,
     max_new_tokens: int,
     device: torch.device | str | None,
+    watch: _Watch,
 ) -> SearchResult:
     """One caption an image, each token chosen by ``choose``: log-probabilities (B, V) -> ids (B,)."""
     _check_sizes(batch_size, max_new_tokens)
@@ -240,7 +284,7 @@ def _single_path(
         history.append(newest)
         broken = broken & ~done
         done = done | (newest == eos)
-        if not _still_open(broken, done, length, range(batch_size)):
+        if watch.still_open(broken, done, length, range(batch_size)) == 0:
             break
     return SearchResult(_cut(torch.stack(history, 1), eos), (sums / lengths).tolist())
 
@@ -272,18 +316,6 @@ def _log_probs(logits: torch.Tensor) -> torch.Tensor:
 def _broken_rows(log_probs: torch.Tensor) -> torch.Tensor:
     """Images (B,) with a NaN in their log-probabilities (B, K, V); infinite logits become NaN in the softmax."""
     return log_probs.amax((1, 2)).isnan()
-
-
-def _still_open(broken: torch.Tensor, done: torch.Tensor, length: int, images: Sequence[int]) -> int:
-    """How many images are not done. The only wait for the device in a step, so it also looks for broken images."""
-    any_broken, left = torch.stack((broken.any(), (~done).sum())).tolist()
-    if any_broken:
-        rows = [images[row] for row in broken.nonzero().flatten().tolist()]
-        raise ValueError(
-            f"the model's logits are NaN or infinite at token {length} of image rows {rows}; "
-            "check the weights and the image features, or decode in float32"
-        )
-    return left
 
 
 def _pick(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ class Decoder:
         return 2 * self.layers * self.width * BF16
 
 
-def attention(rows: int, columns: int, width: int) -> float:
+def attention(rows: float, columns: float, width: int) -> float:
     """Operations of both products of an attention of all heads together."""
     return 4 * rows * columns * width
 
@@ -87,7 +87,13 @@ class Captioner:
         """Operations of the projector."""
         return 2 * self.encoder.tokens * self.encoder.width * self.decoder.width
 
-    def train(self, caption_tokens: int) -> float:
+    def attended(self, caption_tokens: int, captions: int = 5) -> float:
+        """Operations of attention in the packed sequence: all rows to the prefix, each caption's to its own."""
+        prefix, own = self.encoder.tokens, caption_tokens / captions
+        rows = attention(prefix + caption_tokens, prefix, self.decoder.width)
+        return self.decoder.layers * (rows + captions * attention(own, own, self.decoder.width))
+
+    def train(self, caption_tokens: int, captions: int = 5) -> float:
         """Operations of a step an image, forward and backward, with ``caption_tokens`` packed behind its prefix.
 
         Frozen weights need no gradient of their own, so their layers cost once more backward; LoRA and attention
@@ -98,8 +104,8 @@ class Captioner:
         lora = d.layers * 2 * total * self.rank * widths * d.width
         if self.head:
             lora += 2 * caption_tokens * self.rank * (d.width + d.vocabulary)
-        attended = d.layers * attention(total, total, d.width)
-        frozen = d.read(total, total) - attended + d.logits(caption_tokens)
+        attended = self.attended(caption_tokens, captions)
+        frozen = d.layers * 2 * total * d.block + d.logits(caption_tokens)
         return 2 * frozen + 3 * (attended + lora) + 2 * self.project
 
     def search(self, beams: int, tokens: int) -> float:
@@ -116,7 +122,7 @@ class Captioner:
 
     def scst(self, samples: int, tokens: int, caption_tokens: int) -> float:
         """Operations of a self-critical step an image: draw, learn from the draw, and cross-entropy beside it."""
-        return self.search(samples, tokens) + self.train(samples * (tokens + 1)) + self.train(caption_tokens)
+        return self.search(samples, tokens) + self.train(samples * (tokens + 1), samples) + self.train(caption_tokens)
 
     def explain(self, beams: int, tokens: int) -> float:
         """Operations of captioning an image and reading the caption again for its maps."""

@@ -11,7 +11,6 @@ import heapq
 import math
 import random
 from bisect import bisect_right
-from collections import deque
 from dataclasses import dataclass, field
 
 
@@ -88,7 +87,7 @@ class Node:
 
 @dataclass
 class Simulation:
-    """One run of a job; call ``run`` once."""
+    """One run of a job; call ``run`` once. Shards are alike, so that counting them is enough."""
 
     job: Job
     seed: int = 0
@@ -104,7 +103,7 @@ class Simulation:
         self.speeds = [v * (job.slow_speed if slow[w // job.workers_a_node] else 1) for w, v in enumerate(speeds)]
         self.number, self.random = 0, numbers
         self.outcome = Outcome(workers=job.workers)
-        self.common = deque(range(job.shards)) if job.claiming else deque()
+        self.common = job.shards if job.claiming else 0  # shards that anybody may take
         split = [job.shards // job.workers + (w < job.shards % job.workers) for w in range(job.workers)]
         self.own = [0 if job.claiming else n for n in split]  # shards of the worker's own list
 
@@ -139,7 +138,7 @@ class Simulation:
             self.push(up, "free", worker)
             return
         if self.job.claiming:
-            self.common.popleft()
+            self.common -= 1
         else:
             self.own[worker] -= 1
         needed, failure = self.job.shard / self.speeds[worker], node.next_failure(now)
@@ -157,7 +156,7 @@ class Simulation:
         self.outcome.lost_shards += 1
         self.outcome.down += self.job.restart
         if self.job.claiming:
-            self.common.appendleft(0)
+            self.common += 1
             if self.idle:
                 self.push(now, "free", self.idle.pop())
         else:

@@ -252,14 +252,17 @@ def table(parts: list[Part], usages: dict[str, dict[str, Any]], rates: dict[str,
 
     Args:
         parts: what was to be done.
-        usages: what each command took.
+        usages: what each command took; commands that are not there have no row.
         rates: measured operations a second of matrix products by type.
     """
     rows = []
     for part in parts:
-        work = work_of(usages[part.command], part.what)
-        reached = work["count"] / work["seconds"] * part.operations
-        rows.append(row(part.name, work, part.unit, reached, part.kind, rates[part.kind]))
+        if part.command in usages:
+            work = work_of(usages[part.command], part.what)
+            reached = work["count"] / work["seconds"] * part.operations
+            rows.append(row(part.name, work, part.unit, reached, part.kind, rates[part.kind]))
+    if "score" not in usages:
+        return rows
     score = usages["score"]
     whole = {**score, "count": next(part.count for part in parts if part.command == "inference")}
     return [*rows, row("CIDEr, start included", whole, "captions", None, "-", None)]
@@ -307,12 +310,14 @@ def rehearse(args: argparse.Namespace, size: Size, device: torch.device, folder:
     prepared = time.monotonic() - started
     parts = parts_of(size, numbers, tokens, "bf16" if device.type == "cuda" else "fp32")
     print(estimate(parts, rates))
-    usages = {title: run(title, *command) for title, command in commands(run, size, numbers).items()}
-    check_results(folder, numbers)
+    usages, failure = run_all(run, commands(run, size, numbers))
+    if not failure:
+        check_results(folder, numbers)
     again, copying_again = measure_rates(device, size)  # other work on the machine may have been in the way
     rates = {kind: max(rate, again[kind]) for kind, rate in rates.items()}
     return {
         "machine": machine(device),
+        "failure": failure,
         "tiny": size is TINY,
         "numbers": numbers,
         "caption_tokens": tokens,
@@ -320,8 +325,20 @@ def rehearse(args: argparse.Namespace, size: Size, device: torch.device, folder:
         "copy_rate": max(copying, copying_again),
         "rows": table(parts, usages, rates),
         "seconds": {"prepare": prepared} | {k: u["seconds"] for k, u in usages.items()},
+        "reserved_gb": {k: u["cuda_gb"] for k, u in usages.items() if u["cuda_gb"] is not None},
         "minutes": (time.monotonic() - started) / 60,
     }
+
+
+def run_all(run: Rehearsal, commands: dict[str, list[object]]) -> tuple[dict[str, dict[str, Any]], str]:
+    """Run the commands up to the first that fails; return what they took, and why not all are there."""
+    usages: dict[str, dict[str, Any]] = {}
+    for title, command in commands.items():
+        try:
+            usages[title] = run(title, *command)
+        except ValueError as error:
+            return usages, str(error)
+    return usages, ""
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -329,9 +346,12 @@ def as_text(found: dict[str, Any]) -> str:
     rates = ", ".join(f"{kind} {rate / 1e12:.3g} TFLOP/s" for kind, rate in found["matrix_rates"].items())
     whole = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found["seconds"].items())
     title = "Rehearsal in small" if found["tiny"] else "Rehearsal at full size: random ViT-L/14 and GPT-2 small"
+    reserved = ", ".join(f"{name} {gb:.1f} GB" for name, gb in found["reserved_gb"].items())
+    reserved = f" Taken from the GPU by its allocator: {reserved}." if reserved else ""
+    rows = markdown(found["rows"]) if found["rows"] else "No part was finished."
     return (
         f"## {title}\n\n{found['machine']}; matrix products {rates}; copying {found['copy_rate'] / 1e9:.3g} GB/s\n\n"
-        f"{markdown(found['rows'])}\n\nWhole processes, start included: {whole}. All: {found['minutes']:.1f} min.\n"
+        f"{rows}\n\nWhole processes, start included: {whole}. All: {found['minutes']:.1f} min.{reserved}\n"
     )
 
 
@@ -360,6 +380,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         runtime.write_text(args.out.with_suffix(".md"), text)
         runtime.write_json(args.out.with_suffix(".json"), found)
+    if found["failure"]:  # what was measured before is shown all the same
+        raise ValueError(found["failure"])
     return 0
 
 

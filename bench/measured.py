@@ -34,7 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Peaks:
-    """Peak memory in GB since the last look and since the start: of the process, and of CUDA where it is used."""
+    """Peak memory in GB since the last look and since the start: of the process, and of CUDA where it is used.
+
+    On CUDA a part's peak is what its tensors held, the process's what the allocator took from the card.
+    """
 
     def __init__(self) -> None:
         self.host, self.cuda = 0.0, 0.0
@@ -43,11 +46,12 @@ class Peaks:
         """Return the peaks since the last look, and begin anew."""
         host, cuda = peak_host(), None
         if torch.cuda.is_initialized():
-            # What the allocator took from the card; the CUDA context is not in it.
-            cuda = max(torch.cuda.max_memory_reserved(i) for i in range(torch.cuda.device_count())) / GB
-            for i in range(torch.cuda.device_count()):
+            devices = range(torch.cuda.device_count())
+            cuda = max(torch.cuda.max_memory_allocated(i) for i in devices) / GB
+            # Taken from the card, but for the CUDA context; what is not in use any more stays taken.
+            self.cuda = max(self.cuda, *(torch.cuda.max_memory_reserved(i) / GB for i in devices))
+            for i in devices:
                 torch.cuda.reset_peak_memory_stats(i)
-            self.cuda = max(self.cuda, cuda)
         self.host = max(self.host, host)
         with contextlib.suppress(OSError):  # where it may not be reset, later peaks are those since the start
             Path("/proc/self/clear_refs").write_text("5")

@@ -27,6 +27,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "recipe": (),
     "rate x 0.5": ("--lr", "1.5e-3", "--projector-lr", "1.5e-3"),
     "rate x 2": ("--lr", "6e-3", "--projector-lr", "6e-3"),
+    "rate x 2, no lm_head": ("--lr", "6e-3", "--projector-lr", "6e-3", "--no-lora-lm-head"),
     "projector rate x 3": ("--projector-lr", "9e-3"),
     "rank 16": ("--lora-rank", "16", "--lora-alpha", "16"),
     "alpha 1": ("--lora-alpha", "1"),

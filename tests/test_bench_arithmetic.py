@@ -1,11 +1,14 @@
 """bench/arithmetic.py against torch's own counter of operations, on models of other shapes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import TINY_ENCODER
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import runtime
 from bench import arithmetic
 from bench.arithmetic import Vit, gpt2
 from captioner import Captioner, CaptionerConfig
@@ -37,10 +40,12 @@ def test_an_encoded_image(captioner):
 
 def test_a_step_of_training(captioner):
     captioner.train()
-    packed = data.pack_captions([[[1, 2, 3], [4, 5, 6, 7]]], EOS)
+    packed = replace(data.pack_captions([[[1, 2, 3], [4, 5, 6, 7]]], EOS), slots=None)  # a mask: the counter sees all
     features = torch.randn(1, *captioner.feature_shape)
     counted = count(lambda: captioner.loss(features, packed).backward())
-    assert counted == pytest.approx(SHAPES.train(9), rel=0.01)
+    dense = SHAPES.decoder.layers * arithmetic.attention(19, 19, 64)
+    assert counted == pytest.approx(SHAPES.train(9, 2) + 3 * (dense - SHAPES.attended(9, 2)), rel=0.01)
+    assert SHAPES.attended(9, 2) == 3 * 4 * 64 * (19 * 10 + 2 * 4.5**2)
 
 
 def test_a_search(captioner):
@@ -57,11 +62,26 @@ def test_a_search(captioner):
     assert count(search) == pytest.approx(merged.search(3, 4) + lora, rel=0.001)
 
 
+def test_reading_of_a_llama():
+    """transformers' own, of LLaVA's kind of decoder: gate, up and down in the MLP, nothing shared between heads."""
+    transformers = runtime.import_guarded("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4,
+        attn_implementation="eager",
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    ours = arithmetic.Decoder(3, 64, VOCAB, 4 * 64**2 + 3 * 64 * 176)
+    counted = count(lambda: theirs(input_ids=torch.zeros(1, 21, dtype=torch.long), logits_to_keep=1, use_cache=False))
+    assert counted == pytest.approx(ours.read(21, 21) + ours.logits(1), rel=0.005)
+
+
 def test_the_full_size_is_what_is_known_of_it():
     assert arithmetic.VIT_L14.operations == pytest.approx(162e9, rel=0.01)
     assert arithmetic.GPT2_SMALL.weights == pytest.approx(124e6, rel=0.01)  # without positions, norms and biases
     assert arithmetic.LLAMA_7B.weights == pytest.approx(6.74e9 - 131e6, rel=0.01)  # without the input embeddings
-    assert arithmetic.Captioner().train(70) / 5 == pytest.approx(30e9, rel=0.05)
+    dense = 3 * 12 * arithmetic.attention(327, 327, 768) - 3 * arithmetic.Captioner().attended(70)
+    masked = arithmetic.Captioner().train(70) + dense
+    assert masked / 5 == pytest.approx(30e9, rel=0.05)
     assert sum(arithmetic.llava_operations(40, 16)) == pytest.approx(9e12, rel=0.05)
 
 

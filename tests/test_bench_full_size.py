@@ -79,7 +79,30 @@ def test_flags_that_make_no_sense_are_refused(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_rehearsal_ends_when_its_time_is_over(tmp_path, capsys):
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, capsys):
+    """The second command fails: the first one's rows are printed and written, and the exit code is 2."""
+    part = {"count": 6, "seconds": 2.0, "host_gb": 1.0, "cuda_gb": 3.0}
+    usage = {"seconds": 9.0, "host_gb": 1.0, "cuda_gb": 4.0,
+             "work": [{"what": "cache", **part}, {"what": "train", **part}]}  # fmt: skip
+
+    def run(self, title, *arguments):
+        if title == "scst":
+            raise ValueError("the time was over during 'scst'")
+        return usage
+
+    monkeypatch.setattr(bench.Rehearsal, "__call__", run)
+    monkeypatch.setattr(bench, "prepare", lambda *_: 50.0)
+    monkeypatch.setattr(bench.data, "list_images", lambda _: [])
+    assert bench.main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "found")]) == 2
+    shown = capsys.readouterr()
+    assert "the time was over during 'scst'" in shown.err
+    assert "Taken from the GPU by its allocator: train 4.0 GB." in shown.out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["part"] for row in found["rows"]] == ["feature cache", "training"]
+    assert found["failure"] == "the time was over during 'scst'"
+
+
+def test_a_rehearsal_ends_when_its_time_is_over(tmp_path):
     run = bench.Rehearsal(tmp_path, "cpu", 0.0)
     with pytest.raises(ValueError, match="the time was over during 'train'; give more --minutes"):
         run("train", "p2_train.py", "--help")

@@ -32,8 +32,15 @@ def launch(count, *command, timeout=120):
         **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }  # fmt: skip
-    return subprocess.run([sys.executable, *launcher, *map(str, command)], env=environment, cwd=ROOT, check=False,
-                          capture_output=True, text=True, timeout=timeout)  # fmt: skip
+    process = subprocess.Popen([sys.executable, *launcher, *map(str, command)], env=environment, cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # killed, the launcher would leave its processes behind
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 # ------------------------------------------------------------------------------------------- what they do together
@@ -105,6 +112,15 @@ with distributed.join(torch.device("cpu")) as crew:
         assert "image-late is broken" in str(error) and [p.name for p in encoded] == ["image-late"]
     except SystemExit:
         assert not encoded
+    del paths[0]
+    try:  # as on two machines without a common file system
+        FeatureCache.open(f"{sys.argv[2]}-{rank // 2}", {"encoder": "e"}, paths, (2, 3), encode, processes=crew)
+    except ValueError as error:
+        assert rank == 2 and "does not see the features" in str(error), error
+    except SystemExit:
+        assert rank < 2
+    else:
+        raise AssertionError("a cache that only some can see was opened")
     Path(sys.argv[1], f"done{rank}").touch()
 """
 
@@ -233,6 +249,7 @@ def test_three_processes_learn_what_one_learns(tmp_path):
         assert_same_run(ours / name, theirs / name)
     assert [line["step"] for line in records(ours / "poisoned", "skipped")] == [2]
     assert result.stderr.count("step 2 skipped") == 1  # all skip it, one says so
+    assert result.stderr.count("2 of the 3 processes have no image of a batch and only wait") == 1  # of "single"
     assert json.loads((ours / "uneven" / "config.json").read_text())["processes"] == 3
 
 
@@ -276,8 +293,9 @@ def test_two_go_on_with_what_one_began_and_with_dropout_resume_bit_for_bit(tmp_p
     found, wanted = (load_file(out / "last.safetensors") for out in (broken, unbroken))
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     # Each draws masks of its own, so these are other than a lone process's, and the losses of the same kind.
-    states = load_file(unbroken / "training_state.safetensors")
-    assert not torch.equal(states["random.cpu"], states["random.cpu.1"])
+    states, generator = load_file(unbroken / "training_state.safetensors"), torch.Generator()
+    seeds = [generator.set_state(states[name]).initial_seed() for name in ("random.cpu", "random.cpu.1")]
+    assert seeds[0] != seeds[1]
     assert train(alone, *flags) == 0
     losses = [torch.tensor([line["loss"] for line in records(out, "step")]) for out in (unbroken, alone)]
     assert 0 < (losses[0] - losses[1]).abs().max() < 0.5
@@ -296,3 +314,41 @@ def test_a_bad_flag_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert p2_train.main(["--device", "cuda:1"]) == 2
     assert "--device cuda:1: every process would take it" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ p2_train.sh
+
+NVIDIA_SMI = """#!/bin/sh
+for gpu in $LISTED; do echo "GPU $gpu: NVIDIA H100 (UUID: GPU-$gpu)"; done
+"""
+PYTHON = """#!/bin/sh
+if [ "$1" = -c ]; then echo "$USABLE"; else printf '%s\\n' "$@"; fi
+"""
+
+
+def shell(tmp_path, listed, usable, *flags):
+    """Run p2_train.sh on a machine with such GPUs; return the words of the command that it starts."""
+    for name, text in (("nvidia-smi", NVIDIA_SMI), ("python", PYTHON)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"),
+                   "LISTED": listed, "USABLE": usable}  # fmt: skip
+    result = subprocess.run(["bash", ROOT / "p2_train.sh", *flags], env=environment, capture_output=True, text=True,
+                            check=True)  # fmt: skip
+    return result.stdout.splitlines()
+
+
+def test_the_shell_script_starts_a_process_for_every_gpu(tmp_path):
+    words = shell(tmp_path, "0 1 2 3", "4", "--epochs", "4", "--out", "a folder")
+    assert words[:2] == ["-m", "accelerate.commands.launch"]
+    assert words[words.index("--num_processes") + 1] == "4"
+    assert words[words.index("p2_train.py") :] == ["p2_train.py", "--epochs", "4", "--out", "a folder"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "usable", "flags"),
+    [("", "0", []), ("0", "1", []), ("0 1", "1", []), ("0 1", "2", ["--device", "cuda:1"]),
+     ("0 1", "2", ["--device=cpu"])],
+)  # fmt: skip
+def test_the_shell_script_starts_one_plain_process_otherwise(listed, usable, flags, tmp_path):
+    assert shell(tmp_path, listed, usable, "--epochs", "4", *flags) == ["p2_train.py", "--epochs", "4", *flags]

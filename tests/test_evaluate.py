@@ -22,6 +22,7 @@ from PIL import Image
 
 import clipscore as clip_module
 import evaluate
+import ptb
 from annotations import find_images
 from runtime import BAD_INPUT, PARTIAL, import_guarded
 
@@ -70,6 +71,23 @@ def files(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------------- CIDEr
+
+
+@pytest.mark.parametrize("flag", ["--cache", "--no-cache"])
+def test_references_kept_between_runs_change_no_score(files, tmp_path, monkeypatch, flag):
+    argv = [*files(), "--metrics", "cider,bleu,rouge", "--tokenizer", "ptb", flag]
+    tokenized, tokenize = [], ptb.tokenize
+    monkeypatch.setattr(ptb, "tokenize", lambda captions: tokenized.append(len(captions)) or tokenize(captions))
+    found = []
+    for run in range(2):
+        out = tmp_path / f"{run}.json"
+        assert evaluate.main([*argv, "--per-image", str(out)]) == 0
+        found.append(out.read_bytes())
+    assert found[0] == found[1]
+    kept = list((Path(evaluate.PROFILES["full"].cache) / "references").glob("*"))
+    assert len(kept) == (flag == "--cache")
+    references, predictions = tokenized[:2]
+    assert tokenized[2:] == ([predictions] if flag == "--cache" else [references, predictions])
 
 
 def plain_cider(references, predictions, sigma=6.0):

@@ -44,6 +44,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "cocometrics": {"annotations", "ptb"},
     "clipscore": {"annotations", "profiles", "runtime"},
     "clipcache": {"clipscore", "runtime"},
+    "refcache": {"checkpoints", "cider"},
     "evaluate": {
         "annotations",
         "cider",
@@ -53,6 +54,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
         "gallery",
         "profiles",
         "ptb",
+        "refcache",
         "runtime",
         "significance",
         "wording",

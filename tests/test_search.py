@@ -390,3 +390,47 @@ def test_a_broken_image_is_named_by_its_place_in_the_whole_batch():
 
     with pytest.raises(ValueError, match=r"at token 2 of image rows \[3\]"):
         beam_search(step, 4, EOS, EOS, 1, 6, keep=lambda rows: None)
+
+
+@pytest.mark.parametrize("every", [2, 3, 7, 50])
+@pytest.mark.parametrize("beams", [0, 1, 3])
+def test_looking_seldom_finds_the_same(every, beams):
+    """Steps that follow the end of all images change nothing, and images leave the batch at the next look."""
+    model, rows = TableModel(6, rows=9, depth=2, sharpness=2.0), list(range(9))
+    model.table[..., EOS] += torch.linspace(3, 8, 9).view(-1, 1, 1)
+    calls = []
+
+    def search(every: int) -> SearchResult:
+        step = model.step(rows)
+        calls.append(0)
+
+        def counted(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+            calls[-1] += 1
+            return step(tokens, ancestors)
+
+        if not beams:
+            return greedy(counted, 9, EOS, EOS, 12, check_every=every)
+        return beam_search(counted, 9, EOS, EOS, beams, 12, check_every=every)
+
+    always, seldom = search(1), search(every)
+    assert seldom.tokens == always.tokens
+    assert seldom.scores == always.scores
+    assert calls[0] < 12
+    assert calls[1] == min(12, -(-calls[0] // every) * every)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_broken_image_is_named_with_its_first_token_however_late_one_looks(beams):
+    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        logits = never_ends(tokens, ancestors)
+        at = ancestors.shape[-1] // tokens.shape[1]
+        if at == 2:
+            logits[2] = math.nan
+        if at == 3:
+            logits[0] = math.nan
+        return logits
+
+    with pytest.raises(ValueError, match=r"at token 2 of image rows \[2\]"):
+        beam_search(step, 3, EOS, EOS, beams, 9, check_every=4)
+    with pytest.raises(ValueError, match=r"at token 2 of image rows \[2\]"):
+        greedy(step, 3, EOS, EOS, 9, check_every=4)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from bench import arithmetic
 from bench.stand_ins import BEAMS, TOKENS
 
-RESOURCES = ("CPU cores", "network", "store", "GPU")  # in the order in which an image meets the last two of I/O
+PROMPT, ANSWER = 40, 16  # tokens of LLaVA's text, and of its answer
+RESOURCES = ("CPU cores", "network", "store", "GPU")
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a job runs on. ``SOURCES`` in bench/simulate.py says where each number comes from."""
+    """What a job runs on. ``SOURCES`` in bench/study.py says where each number comes from."""
 
     products: float = 989e12  # bf16 operations a second, H100 SXM, dense
     bandwidth: float = 3.35e12  # bytes a second of its memory
@@ -92,12 +93,12 @@ def captioner(costs: dict[str, float], cluster: Cluster, batch: int = 64) -> Wor
     return Workload("captioner", costs["image_bytes"], cpu, stages, batch)
 
 
-def llava(costs: dict[str, float], cluster: Cluster, batch: int = 32, prompt: int = 40, answer: int = 16) -> Workload:
-    """Return LLaVA-1.5-7B's workload: greedy, ``prompt`` tokens of text, ``answer`` tokens back, 16-bit weights."""
+def llava(costs: dict[str, float], cluster: Cluster, batch: int = 32) -> Workload:
+    """Return LLaVA-1.5-7B's workload: greedy, with 16-bit weights."""
     reach = cluster.products * cluster.encode_share
-    tower, read, steps = arithmetic.llava_operations(prompt, answer)
-    moved = arithmetic.llava_bytes(prompt, answer, batch) / (cluster.bandwidth * cluster.step_share)
-    launches = answer * arithmetic.LLAMA_7B.layers * cluster.kernels * cluster.launch / batch
+    tower, read, steps = arithmetic.llava_operations(PROMPT, ANSWER)
+    moved = arithmetic.llava_bytes(PROMPT, ANSWER, batch) / (cluster.bandwidth * cluster.step_share)
+    launches = ANSWER * arithmetic.LLAMA_7B.layers * cluster.kernels * cluster.launch / batch
     stages = {"encode": tower / reach, "read": read / reach, "answer": max(moved, steps / reach, launches)}
     cpu = costs["tar_read_s"] + costs["decode_s"] + costs["transform_336_s"] + costs["write_s"]
     return Workload("LLaVA-1.5-7B", costs["image_bytes"], cpu, stages, batch)
