@@ -342,6 +342,9 @@ def caption_source(
         if workers.rank == 0:
             results.begin()
             source.spool(results.folder.state)
+            if args.retry_unreadable:
+                again = sum(map(results.folder.reopen, source.shards(results.folder.state)))
+                log.info("%d finished shards had images that could not be read, and are gone through again", again)
         workers.wait()
         shards = source.shards(results.folder.state)
         if all(map(results.folder.done, shards)):
@@ -388,6 +391,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--shard-size", type=int, default=Source.shard_size, help="images of a list or folder that make a shard")
     add("--list-root", type=Path, help="what a list's paths are relative to (default: the list's folder)")
     add("--entries", metavar="GLOB", help="which files of a tar are images (default: by their ending)")
+    add("--retry-unreadable", action="store_true",
+        help="go again through finished shards in which images could not be read; their captions stay")  # fmt: skip
     add("--engine", choices=("plain", "ray"), default="plain",
         help="plain: this process, or accelerate's; ray: actors of a Ray cluster")  # fmt: skip
     add("--ray-actors", type=int, help="models at once (default: one for each GPU of the cluster, or else CPU)")

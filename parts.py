@@ -52,14 +52,22 @@ def form_of(out: Path, asked: str) -> str:
 
 
 def write_part(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Write (key, caption) rows as JSONL or Parquet, by the ending of ``path``, atomically."""
-    with runtime.atomic_path(path) as temporary:
-        if path.suffix == ".parquet":
-            _write_parquet(temporary, rows)
-        else:
-            with temporary.open("w", encoding="utf-8") as file:
-                for key, caption in rows:
-                    file.write(json.dumps({"key": key, "caption": caption}, ensure_ascii=False) + "\n")
+    """Write (key, caption) rows as JSONL or Parquet, by the ending of ``path``, atomically.
+
+    Raises:
+        OSError: naming the file and what to do.
+    """
+    try:
+        with runtime.atomic_path(path) as temporary:
+            if path.suffix == ".parquet":
+                _write_parquet(temporary, rows)
+            else:
+                with temporary.open("w", encoding="utf-8") as file:
+                    for key, caption in rows:
+                        file.write(json.dumps({"key": key, "caption": caption}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error}); the captions so far are kept, so make room and run the "
+                      "same command again") from error  # fmt: skip
 
 
 def read_part(path: Path) -> Iterator[tuple[str, str]]:
@@ -156,6 +164,22 @@ class Folder:
             log.warning("%s: damaged (%s); the shard is read again", self.record(shard), error)
         return None
 
+    def reopen(self, shard: Shard) -> bool:
+        """Make a finished shard in which an image could not be read unfinished; its captions stay. Says whether it was.
+
+        Nobody may work on the shard meanwhile.
+        """
+        record = self.done(shard)
+        if record is None or not record["unreadable"]:
+            return False
+        side = SideFile(self.side(shard))
+        side.clear()
+        side.begin(_header(shard))
+        side.add(dict(read_part(self.complete(shard))))
+        side.close()
+        self.record(shard).unlink()
+        return True
+
     def claim(self, shard: Shard, patience: float = 0.0) -> ShardLog | None:
         """Return the log of a shard that is not finished; None where it is, or where another process works on it.
 
@@ -188,7 +212,7 @@ class ShardLog:
 
     def __init__(self, folder: Folder, shard: Shard, side: SideFile) -> None:
         self.folder, self.shard, self._side = folder, shard, side
-        header = json.loads(json.dumps({"shard": shard.identity()}))
+        header = _header(shard)
         found, self.captions = sidefile.read(side.path, overwrite=True)
         if found != header:
             if self.captions:
@@ -262,6 +286,11 @@ class ShardLog:
         runtime.write_json(self.folder.record(self.shard), record)
         self._side.path.unlink()
         self.captions = {}
+
+
+def _header(shard: Shard) -> dict[str, Any]:
+    """Return the first line of a shard's side file, as it will be read back."""
+    return json.loads(json.dumps({"shard": shard.identity()}))
 
 
 def sha256_of(path: Path) -> str:

@@ -108,6 +108,23 @@ def test_p2_infer_gives_the_same_with_ray(cluster, tmp_path, tiny_data, tiny_pro
     assert len(results(tmp_path / "ray.jsonl")) == len(images)
 
 
+class Crash:
+    """Loads a captioner that takes its process with it."""
+
+    def __call__(self):
+        return inference.Job(test_shards.grey, lambda levels: os._exit(1))
+
+
+def test_a_shard_that_kills_its_actor_again_and_again_ends_the_run(cluster, tars, tmp_path, monkeypatch):
+    """Ray would restart it without end."""
+    monkeypatch.setattr(engine_ray, "TRIES", 1)
+    folder = parts.Folder(tmp_path / "out")
+    folder.state.mkdir(parents=True)
+    args = argparse.Namespace(ray_actors=1, batch_size=2, device="cpu")
+    with pytest.raises(ValueError, match="the same shard failed 2 times"):
+        engine_ray.caption_shards(folder, Source(tars).shards(tmp_path)[:1], Crash(), args)
+
+
 def test_what_an_actor_cannot_do_is_said_as_one_line(cluster, tars, tmp_path):
     def build():
         raise FileNotFoundError("weights.bin: no such file")

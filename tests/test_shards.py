@@ -1,6 +1,7 @@
 """shards.py, parts.py and the loop over them: tars, lists and folders as streams, one result a key, resuming."""
 
 import argparse
+import errno
 import io
 import itertools
 import json
@@ -317,6 +318,37 @@ def test_a_parquet_file_is_one_to_other_readers(tars, tmp_path):
     assert dict(zip(table["key"].to_pylist(), table["caption"].to_pylist(), strict=True)) == EXPECTED
 
 
+def test_a_shard_without_a_caption_has_an_empty_part(tars, tmp_path):
+    pytest.importorskip("pyarrow")
+    write_tar(tars.parent / "1.tar", [("a.png", b"")])
+    assert run(tars, tmp_path / "out.parquet") == runtime.PARTIAL
+    assert list(parts.read_part(tmp_path / "out.parquet" / "1.parquet")) == []
+    assert len(results(tmp_path / "out.parquet")) == 9
+
+
+def test_a_full_disk_is_named_and_loses_nothing(tars, tmp_path, monkeypatch):
+    out, seen = tmp_path / "out.jsonl", []
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "atomic_path", full_at(out / "1.jsonl"))
+        with pytest.raises(OSError, match=r"1\.jsonl: cannot be written .*No space left.* make room"):
+            run(tars, out)
+    assert run(tars, out, lambda levels: seen.extend(levels) or say(levels)) == 0
+    assert seen == [12, 13, 14, 15]
+    assert results(out) == EXPECTED
+
+
+def full_at(full):
+    """Return a ``runtime.atomic_path`` for which the disk is full at one file."""
+    write = runtime.atomic_path
+
+    def atomic_path(path):
+        if path == full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path)
+
+    return atomic_path
+
+
 def test_parquet_without_pyarrow_is_refused_at_once(tars, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ValueError, match="pip install pyarrow"):
@@ -439,6 +471,24 @@ def test_a_finished_run_does_nothing_more_and_a_changed_shard_alone_is_done_agai
     (out / "2.jsonl").unlink()
     assert run(tars, out, lambda levels: seen.extend(levels) or say(levels)) == 0
     assert seen[3:] == [12, 13, 14, 15]
+
+
+def test_images_that_could_be_read_later_are_captioned_on_demand(tmp_path):
+    """A disk that was away for a moment: a finished shard is not looked at again unless it is asked for."""
+    for name, content in pictures(0, 4):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "list.txt").write_text("".join(f"{n:03d}.png\n" for n in range(6)))
+    out, seen = tmp_path / "out.jsonl", []
+    assert run(tmp_path / "list.txt", out, shard_size=3) == runtime.PARTIAL
+    (tmp_path / "004.png").write_bytes(picture(4))
+    assert run(tmp_path / "list.txt", out, breaking_after(0, seen), shard_size=3) == runtime.PARTIAL
+    again = {"shard_size": 3, "retry_unreadable": True}
+    assert run(tmp_path / "list.txt", out, breaking_after(1, seen), **again) == runtime.PARTIAL
+    assert seen == [4]
+    (tmp_path / "005.png").write_bytes(picture(5))
+    assert run(tmp_path / "list.txt", out, **again) == 0
+    assert run(tmp_path / "list.txt", tmp_path / "whole.jsonl", shard_size=3) == 0
+    assert contents(out) == renamed(contents(tmp_path / "whole.jsonl"), "whole", "out")
 
 
 def test_a_key_that_an_earlier_shard_no_longer_has_comes_back(tars, tmp_path):
@@ -590,14 +640,13 @@ def test_llava_captions_a_list_as_its_folder(tmp_path, tiny_data):
     assert p1_llava_caption.main([*listed, "--compare", "--annotation-file", str(tiny_data / "val.json")]) == 2
 
 
-def test_the_benchmark_streams_and_finds_memory_within_its_limit(tmp_path, capsys):
+def test_the_benchmark_streams_and_draws_its_curve(tmp_path, capsys):
     words = ["--images", "60", "--per-tar", "20", "--distinct", "3", "--captioner", "tiny", "--every", "0.2"]
     assert stream.main([*words, "--out", str(tmp_path / "curve")]) == 0
     assert "60 images from 3 tars" in capsys.readouterr().out
     points = [json.loads(line) for line in (tmp_path / "curve.curve.jsonl").read_text().splitlines()]
-    assert points[-1]["peak MB"] > 100
+    assert 100 < points[-1]["peak MB"] < 1500
     assert (tmp_path / "curve.png").stat().st_size > 1000
-    assert stream.main([*words, "--limit-gb", "0.01"]) == 1
 
 
 # -------------------------------------------------------------------------------------------------- several processes
