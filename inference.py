@@ -358,7 +358,10 @@ def caption_source(
             mine = _with_bar(shards[begin:] + shards[:begin], workers)
             caption_shards(results.folder, mine, build(), args.batch_size)
         workers.wait()
-        totals = results.finish(shards) if workers.rank == 0 else {}
+        totals = {}
+        if workers.rank == 0:
+            totals = results.finish(shards)
+            source.forget(results.folder.state)
         workers.wait()  # a launcher ends all processes when one ends with an exit code
     left_out = sum(totals.get(name, 0) for name in ("unreadable", "duplicates", "damaged"))
     if left_out:

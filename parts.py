@@ -37,7 +37,8 @@ COUNTS = ("images", "captioned", "unreadable", "duplicates", "others")
 PACKAGES = ("torch", "timm", "transformers", "pillow")
 NAMED = 5  # a message about many keys names so many of them
 ROWS = 10_000  # of a Parquet file that are in memory at once
-BUCKETS = 256  # of a run's keys, compared one at a time: 500 million keys are 48 MB a bucket, and twice that to sort
+BUCKET_KEYS = 10**6  # of a run that are compared in memory at once: 24 MB, and as much again to sort them
+MOST_BUCKETS = 256  # files that are open at once; a billion keys are 94 MB a bucket
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("row", "<u4")])
 
 
@@ -417,6 +418,7 @@ class Results:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         if not totals["captioned"]:
             raise ValueError(f"{self.out}: none of the {totals['images']} images could be captioned")
+        self._put_aside(shards)
         if self.form == "json":
             self._merge(shards)
         self._write_manifest(records, len(shards), totals)
@@ -428,13 +430,16 @@ class Results:
 
     def _repeats(self, shards: Sequence[Shard]) -> list[np.ndarray]:
         """Return for each shard the rows of its part whose keys an earlier shard has."""
-        with KeyTable(self.folder.state) as table:
-            for number, shard in enumerate(shards):
-                record = self.folder.done(shard)
-                if record is None:
-                    raise ValueError(f"{shard.path} is not finished; run the same command again")
+        records = []
+        for shard in shards:
+            record = self.folder.done(shard)
+            if record is None:
+                raise ValueError(f"{shard.path} is not finished; run the same command again")
+            records.append((record["captioned"], record["part_sha256"]))
+        with KeyTable(self.folder.state, sum(count for count, _ in records)) as table:
+            for number, (shard, (_, digest)) in enumerate(zip(shards, records, strict=True)):
                 file = self.folder.complete(shard)
-                if sha256_of(file) != record["part_sha256"]:
+                if sha256_of(file) != digest:
                     raise ValueError(f"{file}: damaged since it was written; remove it and run the same command again")
                 table.add(number, [key for key, _ in read_part(file)])
             return table.repeats(len(shards))
@@ -470,6 +475,19 @@ class Results:
             "part_size": part.stat().st_size,
             "part_sha256": sha256_of(part),
         }
+
+    def _put_aside(self, shards: Sequence[Shard]) -> None:
+        """Take parts of shards that the source no longer has out of sight; should one come back, so does its part."""
+        present = {self.folder.record(shard).name for shard in shards} | {"run.json"}
+        for record in self.folder.state.glob("*.json"):
+            part = self.folder.path / f"{record.stem}.{self.folder.ending}"
+            if record.name not in present and part.exists():
+                log.warning("%s: its shard is no longer among the images; put aside in %s", part, self.folder.state)
+                whole = self.folder.state / f"{record.stem}.whole.{self.folder.ending}"
+                if whole.exists():
+                    part.unlink()
+                else:
+                    part.replace(whole)
 
     def _merge(self, shards: Sequence[Shard]) -> None:
         """Write the one JSON, as ``runtime.write_json`` would, but a row at a time."""
@@ -517,10 +535,11 @@ class KeyTable:
 
     Args:
         folder: where the temporary files are made.
-        buckets: how many.
+        keys: about how many there are to be.
     """
 
-    def __init__(self, folder: Path, buckets: int = BUCKETS) -> None:
+    def __init__(self, folder: Path, keys: int) -> None:
+        buckets = min(1 + keys // BUCKET_KEYS, MOST_BUCKETS)
         self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp")
         self._files = [(Path(self._folder.name) / str(n)).open("w+b") for n in range(buckets)]
 

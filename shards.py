@@ -340,6 +340,10 @@ class Source:
         if self.kind == "folder" and not (state / "images.jsonl").exists():
             list_folder(self.argument, state / "images.jsonl")
 
+    def forget(self, state: Path) -> None:
+        """Drop what :meth:`spool` wrote, so that another run sees the folder as it is then."""
+        (state / "images.jsonl").unlink(missing_ok=True)
+
     def shards(self, state: Path) -> list[Shard]:
         """Return the shards in order; a folder must have been spooled into ``state``.
 

@@ -63,7 +63,7 @@ def said_by(said):
 
 def kill_one(said, killed):
     """Kill the process that captioned first, once both have captioned and a quarter is done."""
-    deadline = time.monotonic() + 50
+    deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         lines = said_by(said)
         if len(lines) >= SHARDS * IMAGES // 4 and len({pid for _, pid in lines}) == 2:
