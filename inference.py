@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import itertools
 import json
 import logging
@@ -344,12 +343,16 @@ def caption_shards(
         shard_log = folder.claim(shard, patience)
         if shard_log is None:
             continue
+        started, count = time.perf_counter(), 0
         with shard_log:
             load = operator.methodcaller("load", job.draft)
             batches = read_ahead(shard_log.wanted(), job.prepare, batch_size, load)
             for found, begun in _begun(batches, job.begin, shard_log.unreadable):
                 shard_log.add(dict(zip([entry.key for entry in found], caption(begun), strict=True)))
+                count += len(found)
             shard_log.seal()
+        work = ("caption", count, time.perf_counter() - started)
+        log.debug("%s: %d images in %.1f s", shard.name, *work[1:], extra={"work": work})
 
 
 def caption_source(
@@ -374,19 +377,26 @@ def caption_source(
         if workers.rank == 0:
             results.begin()
             source.spool(results.folder.state)
+            if args.retry_unreadable:
+                again = sum(map(results.folder.reopen, source.shards(results.folder.state)))
+                log.info("%d finished shards had images that could not be read, and are gone through again", again)
         workers.wait()
         shards = source.shards(results.folder.state)
         if all(map(results.folder.done, shards)):
             log.info("%s: all %d shards are finished", results.folder.path, len(shards))
         elif args.engine == "ray":
-            engine_ray = importlib.import_module("engine_ray")
+            import engine_ray  # which imports this module
+
             engine_ray.caption_shards(results.folder, shards, build, args)
         else:
             begin = len(shards) * workers.rank // workers.count  # so that not all processes ask for the same ones
             mine = _with_bar(shards[begin:] + shards[:begin], workers)
             caption_shards(results.folder, mine, build(), args.batch_size)
         workers.wait()
-        totals = results.finish(shards) if workers.rank == 0 else {}
+        totals = {}
+        if workers.rank == 0:
+            totals = results.finish(shards)
+            source.forget(results.folder.state)
         workers.wait()  # a launcher ends all processes when one ends with an exit code
     left_out = sum(totals.get(name, 0) for name in ("unreadable", "duplicates", "damaged"))
     if left_out:
@@ -419,6 +429,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--shard-size", type=int, default=Source.shard_size, help="images of a list or folder that make a shard")
     add("--list-root", type=Path, help="what a list's paths are relative to (default: the list's folder)")
     add("--entries", metavar="GLOB", help="which files of a tar are images (default: by their ending)")
+    add("--retry-unreadable", action="store_true",
+        help="go again through finished shards in which images could not be read; their captions stay")  # fmt: skip
     add("--engine", choices=("plain", "ray"), default="plain",
         help="plain: this process, or accelerate's; ray: actors of a Ray cluster")  # fmt: skip
     add("--ray-actors", type=int, help="models at once (default: one for each GPU of the cluster, or else CPU)")

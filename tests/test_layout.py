@@ -66,7 +66,7 @@ ALLOWED = {  # siblings of the modules that others build on; what is not named h
     "grounding": {"attention", "data", "explain", "strictjson"},
     "viewer": {"attention", "data", "figures", "runtime"},
     "generation": {"captioner", "compiling", "data", "decoder", "distributed", "packing", "runtime", "search"},
-    "inference": {"data", "parts", "runtime", "shards", "sidefile"},
+    "inference": {"data", "engine_ray", "parts", "runtime", "shards", "sidefile"},
     "shards": {"data", "runtime", "strictjson"},
     "parts": {"runtime", "shards", "sidefile", "strictjson"},
     "engine_ray": {"inference", "parts", "runtime", "shards"},
