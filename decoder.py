@@ -138,12 +138,12 @@ class LoraLinear(loralib.Linear):
         """Map (..., in) to (..., out)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for either product
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
         out = F.linear(rows, frozen_weight(self), self.bias)
         if not self.merged:
             low = self.lora_dropout(rows) @ self.lora_A.T * self.scaling  # (rows, rank)
             out.addmm_(low.to(out.dtype), self.lora_B.T.to(out.dtype))  # a fresh tensor that nobody else holds
-        return out.unflatten(0, x.shape[:-1])
+        return out.view(*x.shape[:-1], -1)
 
 
 class MergedLinear(loralib.MergedLinear):
