@@ -82,15 +82,15 @@ def ablation_section(runs: Sequence[Run]) -> Section:
     if not groups:
         section.blocks.append(Missing("the ablation", "make ablation"))
         return section
-    recipe = {run.config["train"]["seed"]: run.best_cider for run in groups.get("recipe", [])}
+    start = {run.config["train"]["seed"]: run.best_cider for run in groups.get("start", [])}
     rows: list[tuple[Cell, ...]] = []
     for name, group in sorted(groups.items(), key=lambda item: -mean(run.best_cider for run in item[1])):
-        gains = [run.best_cider - recipe[run.config["train"]["seed"]] for run in group
-                 if name != "recipe" and run.config["train"]["seed"] in recipe]  # fmt: skip
+        gains = [run.best_cider - start[run.config["train"]["seed"]] for run in group
+                 if name != "start" and run.config["train"]["seed"] in start]  # fmt: skip
         rows.append((name, len(group), spread([run.best_cider for run in group]), spread(gains) if gains else None,
                      *_origin(group)))  # fmt: skip
     section.blocks.append(Table(
-        "p2_ablation", "CIDEr by variant, and its difference to the recipe of the same seed; mean ± standard deviation "
+        "p2_ablation", "CIDEr by variant, and its difference to the start of the same seed; mean ± standard deviation "
         "over seeds (development images, not the reported ones)",
         ("variant", "seeds", "CIDEr", "difference", "world", "device"), rows))  # fmt: skip
     few = min(len(group) for group in groups.values())

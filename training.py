@@ -37,8 +37,8 @@ class TrainConfig:
     epochs: int = 8
     batch_size: int = 16  # images; all their captions go with them
     accumulate: int = 1  # batches an optimiser step
-    lr: float = 1e-3  # of LoRA
-    projector_lr: float = 1e-3
+    lr: float = 2e-3  # of LoRA
+    projector_lr: float = 2e-3
     optimizer: str = "adamw"  # or adam
     weight_decay: float = 0.01
     schedule: str = "cosine"  # or constant
@@ -132,9 +132,9 @@ SETTINGS = {
 }
 
 
-# Rewards are noisy and start from a trained captioner: small, constant rates.
+# Rewards are noisy and start from a trained captioner: small rates.
 SCST_NUMBERS = {
-    "lr": 3e-4, "schedule": "constant", "epochs": 2, "warmup": 0.0, "patience": 2, "weight_decay": 0.0,
+    "lr": 2e-4, "schedule": "cosine", "epochs": 3, "warmup": 0.0, "patience": 2, "weight_decay": 0.0,
     "xe_weight": 0.5,
 }  # fmt: skip
 

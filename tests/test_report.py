@@ -165,21 +165,21 @@ def test_the_words_on_the_prompts_follow_the_numbers():
 
 def test_ablation_runs_are_averaged_over_seeds(root, tmp_path):
     for seed, done in ((0, 2), (1, 4)):
-        write_run(root / "ablation" / "recipe" / str(seed), epochs=2, done=done, seed=seed)
+        write_run(root / "ablation" / "start" / str(seed), epochs=2, done=done, seed=seed)
     page = make(root, tmp_path)
     assert "0.300 ± 0.141" in page  # of 0.2 and 0.4
     assert "some variants have 2" in page
 
 
-def test_a_variants_difference_is_to_the_recipe_of_the_same_seed(root, tmp_path):
-    for name, seed, done in (("recipe", 0, 2), ("recipe", 1, 4), ("other", 1, 5), ("other", 0, 4)):
+def test_a_variants_difference_is_to_the_start_of_the_same_seed(root, tmp_path):
+    for name, seed, done in (("start", 0, 2), ("start", 1, 4), ("other", 1, 5), ("other", 0, 4)):
         write_run(root / "ablation" / name / str(seed), epochs=2, done=done, seed=seed)
     make(root, tmp_path)
     with (tmp_path / "report_files" / "p2_ablation.csv").open() as file:
         rows = {row["variant"]: row for row in csv.DictReader(file)}
     assert rows["other"]["difference"] == "0.150 ± 0.071"  # of 0.4 - 0.2 and 0.5 - 0.4
-    assert rows["recipe"]["difference"] == ""
-    assert list(rows) == ["other", "recipe"]  # the better first
+    assert rows["start"]["difference"] == ""
+    assert list(rows) == ["other", "start"]  # the better first
 
 
 def test_best_is_held_against_the_better_of_the_reports_settings(root, tmp_path):

@@ -71,7 +71,6 @@ def test_what_the_page_says_in_words_holds(defaults):
         lost = costmodel.losses(1e9 / work.image_bytes, 1e9, rate, 512, cluster).total
         best = costmodel.losses(defaults.shard(work), 1e9, rate, 512, cluster).total
         assert (lost > 2 * best) == small
-        assert 12 < 1e9 / defaults.shard(work) / 512 < 400  # "some dozens" of shards a GPU
         assert cluster.failures < 0.1 * 512 * rate / 1e9  # the end of the job matters, and not the failures
 
 
