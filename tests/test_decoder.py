@@ -21,10 +21,12 @@ from decoder import (
     LoraConfig,
     LoraLinear,
     MergedLinear,
+    OneDnnLinear,
     PackedAttention,
     Packing,
     build_decoder,
     cast_frozen,
+    frozen_linear,
     frozen_weight,
     gpt2_state_dict,
     load_gpt2,
@@ -490,6 +492,29 @@ def test_lora_linear_equals_loralib_and_drops_out_like_it(shape):
         results.append([out, *torch.autograd.grad(out.square().sum(), [x, layer.lora_A, layer.lora_B])])
     for mine, wanted in zip(*reversed(results), strict=True):
         torch.testing.assert_close(mine, wanted)
+
+
+def test_onednn_multiplies_by_frozen_weights_in_training_alone(monkeypatch):
+    """Equal in value and gradient; left alone are trained weights, other types, autocast, few rows, and inference."""
+    calls = []
+    apply = OneDnnLinear.apply
+    monkeypatch.setattr(OneDnnLinear, "apply", lambda *given: calls.append(1) or apply(*given))
+    layer = torch.nn.Linear(40, 24).requires_grad_(False)
+    x = torch.randn(70, 40, requires_grad=True)
+    outs = frozen_linear(layer, x, layer.bias), layer(x)
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in outs))
+    assert len(calls) == 2  # forward and backward
+    with torch.no_grad():
+        frozen_linear(layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        frozen_linear(layer, x)
+    frozen_linear(layer, x[:9])
+    frozen_linear(torch.nn.Linear(40, 24), x)
+    frozen_linear(layer.double(), x.double())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    frozen_linear(layer.float(), x)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("lora", LAYOUTS.values(), ids=LAYOUTS)
