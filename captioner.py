@@ -250,7 +250,7 @@ class Captioner(nn.Module):
 
     def _predictions(self, features: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return float32 logits (n, V) and targets (n,) of the n caption positions, row by row."""
-        hidden = self.decoder(*self._packed_sequence(features, batch))[:, -batch.inputs.shape[1] :]  # (B, S, C)
+        hidden = self.decoder(*self._packed_sequence(features, batch), last=batch.inputs.shape[1])  # (B, S, C)
         kept = batch.targets != IGNORED  # the wide output layer runs on caption positions only
         return self.decoder.logits(hidden[kept]).float(), batch.targets[kept]
 

@@ -131,6 +131,21 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
+class LoraLinear(loralib.Linear):
+    """loralib's Linear, its update added to the output by the product itself instead of in two more passes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., in) to (..., out)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for either product
+        rows = x.reshape(-1, x.shape[-1])
+        out = frozen_linear(self, rows, self.bias)
+        if not self.merged:
+            low = self.lora_dropout(rows) @ self.lora_A.T * self.scaling  # (rows, rank)
+            out.addmm_(low.to(out.dtype), self.lora_B.T.to(out.dtype))  # a fresh tensor that nobody else holds
+        return out.view(*x.shape[:-1], -1)
+
+
 class MergedLinear(loralib.MergedLinear):
     """loralib's MergedLinear (LoRA on some of the stacked query, key, value), computed without the full update.
 
@@ -140,7 +155,7 @@ class MergedLinear(loralib.MergedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
-        out = F.linear(x, self.weight, self.bias)
+        out = frozen_linear(self, x.reshape(-1, x.shape[-1]), self.bias).view(*x.shape[:-1], -1)
         if not self.merged:
             low = (self.lora_dropout(x) @ self.lora_A.T).chunk(sum(self.enable_lora), dim=-1)  # each (..., rank)
             for rows, a, b in zip(self.enabled_rows(), low, self.lora_B.chunk(len(low)), strict=True):
@@ -151,6 +166,67 @@ class MergedLinear(loralib.MergedLinear):
         """The rows of the weight (outputs of the layer) that each enabled group updates."""
         size = self.out_features // len(self.enable_lora)
         return [slice(i * size, (i + 1) * size) for i, on in enumerate(self.enable_lora) if on]
+
+
+MANY_ROWS = 64  # from here on bringing a weight into oneDNN's layout costs little beside multiplying by it
+
+
+class OneDnnLinear(torch.autograd.Function):
+    """``F.linear`` by oneDNN, for a weight and a bias that take no gradient.
+
+    In float32 ``F.linear`` asks MKL, which on AMD's processors reaches less than half of what oneDNN does. The
+    operator is the one that torch's compiler calls; the numbers are the same but for the order of their sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Map (rows, in) to (rows, out)."""
+        ctx.save_for_backward(weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Return the gradient of x."""
+        return OneDnnLinear.apply(grad, ctx.saved_tensors[0].T, None), None, None
+
+
+def frozen_linear(layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply by a layer's frozen weight, (rows, in) to (rows, out), in training by the fastest product there is."""
+    weight = frozen_weight(layer)
+    if torch.is_grad_enabled() and x.dim() == 2 and len(x) >= MANY_ROWS and _has_onednn(x, weight, bias):
+        return OneDnnLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _has_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    plain = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return plain and float32 and _is_cpu(x) and available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def frozen_weight(layer: nn.Module) -> torch.Tensor:
+    """The layer's weight, or where autocast would cast it anew the copy that ``cast_frozen`` made of it."""
+    weight, copy = layer.weight, getattr(layer, "cast_weight", None)
+    kind = weight.device.type
+    if copy is None or copy.device != weight.device or not torch.is_autocast_enabled(kind):
+        return weight
+    return copy if copy.dtype == torch.get_autocast_dtype(kind) else weight
+
+
+def cast_frozen(decoder: Decoder, dtype: torch.dtype | None) -> None:
+    """Keep copies of the big frozen matrices in ``dtype`` for autocast, which would else cast them at every use.
+
+    The weights themselves, and with them fingerprints, what is saved and what runs without autocast, stay as they
+    are; the copies take as much memory again as the matrices have numbers times the size of ``dtype``. With None, or
+    the weights' own type, there are none. For training: what changes the weights drops the copies.
+    """
+    for layer in [decoder.wte, *_lora_layers(decoder)]:
+        weight = layer.weight
+        if layer is not decoder.wte and weight is decoder.wte.weight:
+            layer.cast_weight = decoder.wte.cast_weight  # the output layer's, tied
+        else:
+            layer.cast_weight = None if dtype in (None, weight.dtype) else weight.detach().to(dtype)
 
 
 class KVCache:
@@ -222,14 +298,17 @@ class Attention(nn.Module):
         mask: torch.Tensor | Packing | None,
         cache: KVCache | None,
         kept: list[torch.Tensor] | None,
+        last: int,
     ) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C); without a mask each token sees itself and all before it."""
+        """Map (B, T, C) to the rows of the last tokens, (B, last, C); without a mask each sees all up to itself."""
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, nh, hs)
         if isinstance(mask, Packing):
             if cache is None and kept is None and can_attend_packed(qkv):
-                return self.c_proj(PackedAttention.apply(qkv, mask))
+                return self.c_proj(PackedAttention.apply(qkv, mask, qkv.shape[1] - last))
             mask = mask.mask
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+        if last < x.shape[1]:
+            q, mask = q[:, :, -last:], _rows_of_mask(mask, last, x)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)  # (B, nh, S, hs)
         if kept is None:
@@ -241,6 +320,13 @@ class Attention(nn.Module):
             kept.append(weights)
             y = weights.to(v.dtype) @ v.detach()
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, C)
+
+
+def _rows_of_mask(mask: torch.Tensor | None, last: int, x: torch.Tensor) -> torch.Tensor:
+    """Return what the last rows of x (B, T, C) may see, a mask broadcastable to (B, 1, last, T)."""
+    if mask is None:
+        return torch.ones(last, x.shape[1], dtype=torch.bool, device=x.device).tril(x.shape[1] - last)
+    return mask if mask.shape[-2] == 1 else mask[..., -last:, :]
 
 
 class Packing:
@@ -305,13 +391,14 @@ class PackedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """Map qkv (B, P+S, 3, nh, hs) to (B, P+S, C)."""
+    def forward(ctx: Any, qkv: torch.Tensor, packing: Packing, first: int = 0) -> torch.Tensor:
+        """Map qkv (B, P+S, 3, nh, hs) to (B, P+S, C), or to the captions' rows (B, S, C) if these are the first."""
         count = packing.prefix
+        assert first in (0, count)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, P+S, hs)
-        out, lse, ctx.kernel = _attend_prefix(q, k[:, :, :count], v[:, :, :count])
+        out, lse, ctx.kernel = _attend_prefix(q[:, :, first:], k[:, :, :count], v[:, :, :count], not first)
         scores, value = _own_scores(qkv[:, count:], packing)
-        seen, caption = lse[:, :, count:], out[:, :, count:]  # the captions' rows, views
+        seen, caption = lse[:, :, count - first :], out[:, :, count - first :]  # the captions' rows, views
         before = packing.grid(seen.transpose(1, 2)[..., None])  # (B, k, nh, T, 1)
         total = torch.logaddexp(before, scores.logsumexp(-1, keepdim=True))
         part = packing.row((scores - total).exp() @ value)  # (B, S, nh, hs)
@@ -319,39 +406,49 @@ class PackedAttention(torch.autograd.Function):
         caption.copy_(caption * (-more).exp()[..., None] + part.transpose(1, 2))
         seen.add_(more)
         ctx.save_for_backward(qkv, out, lse)
-        ctx.packing = packing
+        ctx.packing, ctx.first = packing, first
         return out.transpose(1, 2).flatten(2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Return the gradient of qkv."""
         qkv, out, lse = ctx.saved_tensors
-        packing, count = ctx.packing, ctx.packing.prefix
+        packing, count, first = ctx.packing, ctx.packing.prefix, ctx.first
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        grad = grad.unflatten(-1, qkv.shape[-2:])  # (B, P+S, nh, hs)
+        grad = grad.unflatten(-1, qkv.shape[-2:])  # (B, P+S or S, nh, hs)
         result = torch.empty_like(qkv)
-        by_head = result.permute(2, 0, 3, 1, 4)  # a view, (3, B, nh, P+S, hs)
-        given = grad.transpose(1, 2), q, k[:, :, :count], v[:, :, :count], out, lse
-        _attend_prefix_backward(ctx.kernel, *given, by_head)
-        own = _own_backward(qkv[:, count:], grad[:, count:], out[:, :, count:], lse[:, :, count:], packing)
+        parts = result.permute(2, 0, 3, 1, 4)  # a view, (3, B, nh, P+S, hs)
+        given = grad.transpose(1, 2), q[:, :, first:], k[:, :, :count], v[:, :, :count], out, lse
+        parts[0, :, :, :first] = 0
+        parts[0, :, :, first:], parts[1, :, :, :count], parts[2, :, :, :count] = _attend_prefix_backward(
+            ctx.kernel, *given, not first
+        )
+        behind = slice(count - first, None)
+        own = _own_backward(qkv[:, count:], grad[:, behind], out[:, :, behind], lse[:, :, behind], packing)
         result[:, count:, 0] += own[0]
         result[:, count:, 1], result[:, count:, 2] = own[1], own[2]
-        return result, None
+        return result, None, None
 
 
-def _attend_prefix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """Let all rows q (B, nh, P+S, hs) attend to the prefix, of which its own rows see what is not after them.
+def _attend_prefix(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """Let rows q (B, nh, n, hs) attend to the prefix: the captions' see all of it, its own what is not after them.
+
+    Args:
+        q: all rows, or the captions' alone.
+        k, v: the prefix's, (B, nh, P, hs).
+        whole: whether q has the prefix's own rows too, in front.
 
     Returns:
-        Output (B, nh, P+S, hs), log-sum-exp (B, nh, P+S), and what the backward of the kernel wants to have back.
+        Output (B, nh, n, hs), log-sum-exp (B, nh, n), and what the backward of the kernel wants to have back.
     """
     if _is_cpu(q):  # causal counts from the first key on, so the rows behind the prefix see all of it
-        return *getattr(torch.ops.aten, _CPU_FLASH)(q, k, v, 0.0, True), []
-    count, states = k.shape[2], []
+        return *getattr(torch.ops.aten, _CPU_FLASH)(q, k, v, 0.0, whole), []
     out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-    lse = torch.empty(q.shape[:3], dtype=_at_least_float32(q), device=q.device)
-    for part, causal in ((slice(count), True), (slice(count, None), False)):  # CUDA's counts from the last key on
+    lse, states = torch.empty(q.shape[:3], dtype=_at_least_float32(q), device=q.device), []
+    for part, causal in _cuda_parts(k.shape[2], whole):
         out[:, :, part], lse[:, :, part], *state = torch.ops.aten._scaled_dot_product_flash_attention(
             q[:, :, part], k, v, 0.0, causal
         )
@@ -359,26 +456,27 @@ def _attend_prefix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[t
     return out, lse, states
 
 
+def _cuda_parts(count: int, whole: bool) -> list[tuple[slice, bool]]:
+    """Rows that take one kernel, and whether it is causal: on CUDA that counts from the last key on."""
+    return [(slice(count), True), (slice(count, None), False)] if whole else [(slice(None), False)]
+
+
 def _attend_prefix_backward(
     kernel: list, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-    lse: torch.Tensor, result: torch.Tensor,
-) -> None:  # fmt: skip
-    """Write the gradients of queries, and of the prefix's keys and values, into result (3, B, nh, P+S, hs)."""
-    count = k.shape[2]
+    lse: torch.Tensor, whole: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Return the gradients of queries, and of the prefix's keys and values."""
     if _is_cpu(q):
-        backward = getattr(torch.ops.aten, _CPU_FLASH + "_backward")
-        grads = backward(grad, q, k, v, out, lse, 0.0, True)
-        result[0], result[1, :, :, :count], result[2, :, :, :count] = grads
-        return
-    keys, values = 0, 0
-    for state, part, causal in zip(kernel, (slice(count), slice(count, None)), (True, False), strict=True):
+        return getattr(torch.ops.aten, _CPU_FLASH + "_backward")(grad, q, k, v, out, lse, 0.0, whole)
+    queries, keys, values = [], 0, 0
+    for state, (part, causal) in zip(kernel, _cuda_parts(k.shape[2], whole), strict=True):
         grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             grad[:, :, part], q[:, :, part], k, v, out[:, :, part], lse[:, :, part].contiguous(), *state[:4], 0.0,
             causal, *state[4:],
         )  # fmt: skip
-        result[0, :, :, part] = grad_q
+        queries.append(grad_q)
         keys, values = keys + grad_k, values + grad_v
-    result[1, :, :, :count], result[2, :, :, :count] = keys, values
+    return torch.cat(queries, 2), keys, values
 
 
 def _is_cpu(x: torch.Tensor) -> bool:
@@ -452,9 +550,10 @@ class Block(nn.Module):
         mask: torch.Tensor | Packing | None,
         cache: KVCache | None,
         kept: list[torch.Tensor] | None,
+        last: int,
     ) -> torch.Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), mask, cache, kept)
+        """Map (B, T, C) to the rows of the last tokens, (B, last, C)."""
+        x = x[:, x.shape[1] - last :] + self.attn(self.ln_1(x), mask, cache, kept, last)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -475,7 +574,7 @@ class Decoder(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.lm_head = None
         if lora is not None and lora.lm_head:
-            self.lm_head = loralib.Linear(config.n_embd, config.vocab_size, bias=False, **_lora_options(lora))
+            self.lm_head = LoraLinear(config.n_embd, config.vocab_size, bias=False, **_lora_options(lora))
             self.lm_head.weight = self.wte.weight
         init_weights(self)
 
@@ -490,6 +589,7 @@ class Decoder(nn.Module):
         mask: torch.Tensor | Packing | None = None,
         cache: KVCache | None = None,
         attentions: list[torch.Tensor] | None = None,
+        last: int | None = None,
     ) -> torch.Tensor:
         """Return the hidden states (B, T, C) after the last layer norm.
 
@@ -502,6 +602,8 @@ class Decoder(nn.Module):
             cache: keys and values of earlier tokens; those of x are appended to it.
             attentions: a list to be filled with every layer's attention weights (B, nh, T, S), float32. Slower than
                 the fused kernel, and equal to it but for rounding.
+            last: return the last so many rows alone, (B, last, C): the others' work in the last block is spared. With
+                a ``Packing`` all rows or those behind the prefix.
 
         Raises:
             ValueError: a position beyond the context, a mask that is not boolean, or a full cache.
@@ -517,15 +619,17 @@ class Decoder(nn.Module):
         if mask is None and past and new > 1:
             mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past)  # (T, S)
         x = x + self.wpe(positions.to(x.device))
+        last = new if last is None else last
+        trimmed = new if cache is not None or attentions is not None else last  # in the last block already
         for block in self.h:
-            x = block(x, mask, cache, attentions)
+            x = block(x, mask, cache, attentions, trimmed if block is self.h[-1] else new)
         if cache is not None:
             cache.length += new
-        return self.ln_f(x)
+        return self.ln_f(x[:, x.shape[1] - last :])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits (..., V) of hidden states (..., C); dear, so call it on caption positions only."""
-        return F.linear(hidden, self.wte.weight) if self.lm_head is None else self.lm_head(hidden)
+        return frozen_linear(self.wte, hidden) if self.lm_head is None else self.lm_head(hidden)
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache on the decoder's device, in autocast's type where autocast is on and else in the weights'."""
@@ -590,6 +694,7 @@ def merge_lora(decoder: Decoder) -> None:
 
     The sum is taken in float32 whatever the weights' type. There is no way back: rounding would drift.
     """
+    cast_frozen(decoder, None)
     for layer in _lora_layers(decoder):
         if layer.merged:
             continue
@@ -601,7 +706,7 @@ def merge_lora(decoder: Decoder) -> None:
         layer.merged = True
 
 
-def _full_update(layer: loralib.Linear | MergedLinear) -> torch.Tensor:
+def _full_update(layer: LoraLinear | MergedLinear) -> torch.Tensor:
     """(alpha / rank) B A as one float32 matrix (out, in)."""
     rows = layer.enabled_rows() if isinstance(layer, MergedLinear) else [slice(None)]
     update = torch.zeros_like(layer.weight, dtype=torch.float32)
@@ -617,7 +722,7 @@ def _linear(name: str, n_in: int, n_out: int, lora: LoraConfig | None) -> nn.Lin
         return nn.Linear(n_in, n_out)
     if name == "attn.c_attn" and lora.enable_lora is not None:
         return MergedLinear(n_in, n_out, enable_lora=list(lora.enable_lora), **_lora_options(lora))
-    return loralib.Linear(n_in, n_out, **_lora_options(lora))
+    return LoraLinear(n_in, n_out, **_lora_options(lora))
 
 
 def _lora_options(lora: LoraConfig) -> dict[str, float | bool]:
@@ -698,6 +803,7 @@ def load_gpt2(decoder: Decoder, state: State) -> None:
         ValueError: missing or unexpected keys, other shapes, an ``lm_head`` that is not tied, or LoRA merged already.
     """
     _refuse_merged(decoder, "load base weights")
+    cast_frozen(decoder, None)
     state = _plain_keys(state)
     head = state.pop("lm_head.weight", None)
     if head is not None and not ("wte.weight" in state and torch.equal(head, state["wte.weight"])):

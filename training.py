@@ -22,7 +22,7 @@ import evaluate
 import generation
 import runtime
 from captioner import Captioner, read_adapter
-from decoder import LoraConfig
+from decoder import LoraConfig, cast_frozen
 from distributed import ALONE, Processes
 
 log = logging.getLogger(__name__)
@@ -196,6 +196,7 @@ class Trainer:
         self.dataset = data.CaptionDataset(train.captions, config.captions_per_image, config.seed)
         self.optimizer = make_optimizer(captioner, config)
         self.device = captioner.device
+        cast_frozen(captioner.decoder, generation.product_dtype(self.device, config.precision))
         per_epoch = math.ceil(len(train.samples) / config.batch_size)
         self.steps_per_epoch = math.ceil(per_epoch / config.accumulate)
         self.steps = self.steps_per_epoch * config.epochs

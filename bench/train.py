@@ -1,19 +1,22 @@
-"""Training with cached features and packed captions against a script that has the encoder in its loop.
+"""Training with cached features and packed captions against what people use instead.
 
     python -m bench.train --out bench/train      ViT-L/14 and GPT-2 small with random weights, 5 captions an image
     python -m bench.train --tiny                 tiny models: are loss and gradients equal? no times
 
-Both train the same weights (LoRA of rank 32 on every linear layer, and the projector) on the same captions with Adam.
-The script encodes the image of every caption, has one caption a sequence and takes logits at all positions; ours reads
-the image's tokens from the feature cache, as p2_train.py does. Building that cache costs the encoder once an image.
+All train the same weights (LoRA of rank 32 on every linear layer, and the projector) on the same captions with Adam,
+the peers one caption a sequence with logits at all positions. The script encodes the image of every caption in its
+loop. The loop of transformers, what its Trainer does a step, feeds GPT2LMHeadModel `inputs_embeds` and `labels`, and
+is given the features that we cache, so that it has no encoder in it. Ours reads the same cache and packs, as
+p2_train.py does. Building that cache costs the encoder once an image.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ import data
 import runtime
 from bench.common import CLOCKS, Floor, add_clock, add_common_flags, in_turn, peak_memory, report
 from captioner import IGNORED, Captioner, CaptionerConfig
-from decoder import Decoder, DecoderConfig, LoraConfig
+from decoder import Decoder, DecoderConfig, LoraConfig, cast_frozen, gpt2_state_dict
 from generation import autocast, cached_features, product_dtype, read_pixels
 from microworld.scenes import generate
 from profiles import PROFILES
@@ -46,15 +49,47 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"],
                         help="fp32, or bf16 under autocast")  # fmt: skip
     parser.add_argument("--images", type=int, default=4, help="images a step of ours, all of their captions together")
-    parser.add_argument("--student-batch", type=int, default=5, help="captions a step of the script")
+    parser.add_argument("--student-batch", type=int, default=5, help="captions a step of both peers")
     add_common_flags(parser, repeats=3)
     parser.add_argument("--tiny", action="store_true", help="compare losses and gradients of tiny models; no times")
     add_clock(parser)
     return parser
 
 
+class LoraConv1D(torch.nn.Module):
+    """LoRA around a layer of transformers' GPT-2, with the matrices of one of our layers: both train the same ones."""
+
+    def __init__(self, base: torch.nn.Module, lora: Any) -> None:
+        super().__init__()
+        self.base, self.lora = base, lora
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., in) to (..., out)."""
+        return self.base(x) + x @ self.lora.lora_A.T @ self.lora.lora_B.T * self.lora.scaling
+
+
+def transformers_model(decoder: Decoder, eos: int) -> torch.nn.Module:
+    """Return transformers' GPT-2 with the decoder's weights, frozen, and its LoRA, shared."""
+    transformers = runtime.import_guarded("transformers")
+    c = decoder.config
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
+    model.transformer.load_state_dict(gpt2_state_dict(decoder))
+    model.requires_grad_(False)
+    for theirs, ours in zip(model.transformer.h, decoder.h, strict=True):
+        for part in ("attn", "mlp"):
+            for name, layer in list(getattr(theirs, part).named_children()):
+                if name.startswith("c_"):
+                    setattr(getattr(theirs, part), name, LoraConv1D(layer, getattr(getattr(ours, part), name)))
+    return model.train()
+
+
 class Rivals:
-    """Both ways to train one captioner on the same images and captions.
+    """The three ways to train one captioner on the same images and captions.
 
     Args:
         size: the decoder's shape, the encoder's name and its arguments.
@@ -78,6 +113,7 @@ class Rivals:
             self.captions = [[torch.randint(0, self.eos, (n,)).tolist() for n in row] for row in lengths]
             self.captioner = Captioner(CaptionerConfig(encoder, kwargs, "random", lora=lora), decoder).to(device)
         self.captioner.train()
+        self.theirs = transformers_model(decoder, self.eos).to(device)
         generate(folder, "train", images, seed=0, workers=1)
         paths = data.list_images(folder / "images" / "train")
         self.pixels = read_pixels(self.captioner.transform, paths)
@@ -92,21 +128,41 @@ class Rivals:
 
     def student_loss(self, start: int, count: int) -> torch.Tensor:
         """The script's, of ``count`` captions from number ``start`` on."""
-        device = self.captioner.device
+        device, decoder = self.captioner.device, self.captioner.decoder
+        images, inputs, targets = self.unpacked(start, count)
+        prefix = self.captioner.prefix(self.captioner.encode(self.pixels[images].to(device)))  # (n, P, C)
+        x = torch.cat([prefix, decoder.embed(inputs[:, :-1]).to(prefix.dtype)], 1)
+        logits = decoder.logits(decoder(x, torch.arange(x.shape[1])).flatten(0, 1)).float()  # (n * (P + T), V)
+        targets = F.pad(targets[:, 1:], (prefix.shape[1], 0), value=IGNORED)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+
+    def transformers_loss(self, start: int, count: int) -> torch.Tensor:
+        """transformers' own, of ``count`` captions from number ``start`` on, behind cached features."""
+        images, inputs, labels = self.unpacked(start, count)
+        prefix = self.captioner.prefix(self.features.gather(images).float().to(self.captioner.device))
+        embeds = torch.cat([prefix, self.theirs.transformer.wte(inputs).to(prefix.dtype)], 1)
+        labels = F.pad(labels, (prefix.shape[1], 0), value=IGNORED)
+        seen = F.pad(self.real(labels, prefix.shape[1]), (prefix.shape[1], 0), value=1)
+        return self.theirs(inputs_embeds=embeds, attention_mask=seen, labels=labels, use_cache=False).loss
+
+    @staticmethod
+    def real(labels: torch.Tensor, count: int) -> torch.Tensor:
+        """Which tokens behind ``count`` of the prefix are no padding: BOS, and what is predicted."""
+        real = (labels[:, count:] != IGNORED).long()
+        real[:, 0] = 1
+        return real
+
+    def unpacked(self, start: int, count: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+        """One caption a row: its image, ``BOS tokens EOS`` padded (n, T + 1), and the same as labels, BOS ignored."""
         chosen = [(image, tokens) for image, row in enumerate(self.captions) for tokens in row][start : start + count]
-        longest = max(len(tokens) for _, tokens in chosen) + 1
-        inputs, targets = torch.full((2, count, longest), self.eos)
-        targets[:] = IGNORED
+        longest = max(len(tokens) for _, tokens in chosen) + 2
+        inputs, labels = torch.full((2, len(chosen), longest), self.eos)
+        labels[:] = IGNORED
         for row, (_, tokens) in enumerate(chosen):
-            inputs[row, : len(tokens) + 1] = torch.tensor([self.eos, *tokens])
-            targets[row, : len(tokens) + 1] = torch.tensor([*tokens, self.eos])
-        pixels = self.pixels[[image for image, _ in chosen]].to(device)
-        prefix = self.captioner.prefix(self.captioner.encode(pixels))  # (n, P, C)
-        decoder = self.captioner.decoder
-        x = torch.cat([prefix, decoder.embed(inputs.to(device)).to(prefix.dtype)], 1)
-        logits = decoder.logits(decoder(x, torch.arange(x.shape[1]))).float()  # (n, P + T, V)
-        targets = F.pad(targets.to(device), (prefix.shape[1], 0), value=IGNORED)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+            inputs[row, 1 : len(tokens) + 1] = torch.tensor(tokens)
+            labels[row, 1 : len(tokens) + 2] = torch.tensor([*tokens, self.eos])
+        device = self.captioner.device
+        return [image for image, _ in chosen], inputs.to(device), labels.to(device)
 
     def step(self, loss: Callable[[], torch.Tensor], precision: str) -> None:
         """Take one optimiser step."""
@@ -123,28 +179,48 @@ class Rivals:
 
 
 def largest_difference(rivals: Rivals) -> tuple[float, float]:
-    """Compare both on all captions in float32: the losses, and the gradient furthest off, both relative to theirs."""
-    ours, theirs = rivals.packed_loss(), rivals.student_loss(0, sum(map(len, rivals.captions)))
-    mine, wanted = rivals.gradients(ours), rivals.gradients(theirs)
-    furthest = max(((mine[k] - wanted[k]).norm() / wanted[k].norm()).item() for k in wanted)
-    return abs(ours.item() - theirs.item()) / theirs.item(), furthest
+    """Compare us with either peer on all captions in float32: loss and gradient furthest off, relative to theirs."""
+    count = sum(map(len, rivals.captions))
+    ours = rivals.packed_loss()
+    mine, furthest = rivals.gradients(ours), [0.0, 0.0]
+    for theirs in (rivals.student_loss(0, count), rivals.transformers_loss(0, count)):
+        wanted = rivals.gradients(theirs)
+        apart = max(((mine[k] - wanted[k]).norm() / wanted[k].norm()).item() for k in wanted)
+        furthest = [max(furthest[0], abs(ours.item() - theirs.item()) / theirs.item()), max(furthest[1], apart)]
+    return furthest[0], furthest[1]
+
+
+def count_operations(run: Callable[[], None]) -> int:
+    """Return the operations of a run's matrix products; on a CPU torch counts none of attention's fused kernel."""
+
+    def linear(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * math.prod(x) * weight[0]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear}) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def compare(rivals: Rivals, precision: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Time one step of each; return a row each."""
     clock, count = CLOCKS[args.clock], min(args.student_batch, args.images * CAPTIONS)
+    dtype = product_dtype(device, precision)
     runs = {
         "ours": lambda: rivals.step(rivals.packed_loss, precision),
+        "transformers": lambda: rivals.step(lambda: rivals.transformers_loss(0, count), precision),
         "script": lambda: rivals.step(lambda: rivals.student_loss(0, count), precision),
     }
-    in_turn(runs, 1, device, clock)  # warm-up
-    with FlopCounterMode(display=False) as counter:
-        runs["ours"]()
+    cast_frozen(rivals.captioner.decoder, dtype)  # as training does, once
+    peaks, operations = {}, {}
+    for name, run in runs.items():  # warm-up
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        operations[name], peaks[name] = count_operations(run), peak_memory(device)
     seconds = in_turn(runs, args.repeats, device, clock)
-    floor = Floor(device, product_dtype(device, precision), clock)
-    captions = {"ours": args.images * CAPTIONS, "script": count}
+    floor = Floor(device, dtype, clock)
+    captions = {"ours": args.images * CAPTIONS, "transformers": count, "script": count}
     rate = {name: captions[name] / taken for name, taken in seconds.items()}
-    reached = counter.get_total_flops() / seconds["ours"] / floor.operations_a_second
+    shares = {name: operations[name] / seconds[name] / floor.operations_a_second for name in runs}
     return [
         {
             "precision": precision,
@@ -152,7 +228,9 @@ def compare(rivals: Rivals, precision: str, args: argparse.Namespace, device: to
             "captions a step": captions[name],
             "captions/s": rate[name],
             "we are faster by": rate["ours"] / rate[name],
-            "share of the matrix rate": f"{reached:.0%} ({floor})" if name == "ours" else "-",
+            "GFLOP a caption": operations[name] / captions[name] / 1e9,
+            "share of the matrix rate": f"{shares[name]:.0%} ({floor})" if name == "ours" else f"{shares[name]:.0%}",
+            "peak GB so far" if device.type == "cpu" else "peak GB": peaks[name],
         }
         for name in runs
     ]
@@ -170,8 +248,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"largest relative difference: {loss:.1e} in the loss, {gradient:.1e} in a gradient")
             return int(max(loss, gradient) > TOLERANCE)
         rows = [row for precision in args.precision for row in compare(rivals, precision, args, device)]
-    report(f"Training: ViT-L/14 and GPT-2 small with random weights, {CAPTIONS} captions an image, {args.clock} time, "
-           f"peak memory {peak_memory(device):.1f} GB", rows, device, args.out)  # fmt: skip
+    report(f"Training: ViT-L/14 and GPT-2 small with random weights, {CAPTIONS} captions an image, {args.clock} time",
+           rows, device, args.out)  # fmt: skip
     return 0
 
 

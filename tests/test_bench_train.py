@@ -3,6 +3,7 @@
 import torch
 
 from bench import train as bench
+from decoder import frozen_linear
 
 
 def test_loss_and_gradients_are_equal(capsys):
@@ -27,8 +28,22 @@ def test_a_row_for_each(tmp_path, monkeypatch):
     rivals = bench.Rivals(bench.TINY, 2, tmp_path, torch.device("cpu"))
     monkeypatch.setattr(bench, "Floor", lambda *_: type("Floor", (), {"operations_a_second": 1e6})())
     args = bench.build_parser().parse_args(["--images", "2", "--repeats", "1"])
-    ours, script = bench.compare(rivals, "bf16", args, torch.device("cpu"))
-    assert (ours["captions a step"], script["captions a step"]) == (10, 5)
+    ours, transformers, script = bench.compare(rivals, "bf16", args, torch.device("cpu"))
+    assert [row["captions a step"] for row in (ours, transformers, script)] == [10, 5, 5]
+    assert ours["GFLOP a caption"] < min(row["GFLOP a caption"] for row in (transformers, script))
+    assert ours["peak GB so far"] > 0
     assert ours["we are faster by"] == 1.0
-    assert script["captions/s"] > 0
+    assert min(transformers["captions/s"], script["captions/s"]) > 0
     assert int(ours["share of the matrix rate"].split("%")[0]) > 0
+
+
+def test_products_of_onednn_are_counted():
+    x, layer = torch.randn(70, 8), torch.nn.Linear(8, 5).requires_grad_(False)
+    product = bench.count_operations(lambda: frozen_linear(layer, x))
+    assert product == bench.count_operations(lambda: layer(x)) == 2 * 70 * 8 * 5
+
+
+def test_a_loop_of_transformers_without_our_lora_is_noticed(monkeypatch):
+    monkeypatch.setattr(bench.LoraConv1D, "forward", lambda self, x: self.base(x) + 0 * x @ self.lora.lora_A.T
+                        @ self.lora.lora_B.T)  # fmt: skip
+    assert bench.main(["--tiny", "--images", "2"]) == 1

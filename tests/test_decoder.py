@@ -19,10 +19,15 @@ from decoder import (
     DecoderConfig,
     KVCache,
     LoraConfig,
+    LoraLinear,
     MergedLinear,
+    OneDnnLinear,
     PackedAttention,
     Packing,
     build_decoder,
+    cast_frozen,
+    frozen_linear,
+    frozen_weight,
     gpt2_state_dict,
     load_gpt2,
     load_lora_state_dict,
@@ -349,6 +354,28 @@ def test_a_decoder_takes_the_mask_where_parts_cannot_be_attended_apart(monkeypat
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("device", ["cpu", "as on cuda"])
+def test_the_last_block_gives_the_wanted_rows_in_value_and_gradient(monkeypatch, device):
+    """With a packing, with its mask, and causal: those of the whole, and less work."""
+    if device != "cpu":
+        flash = CudaFlash()
+        monkeypatch.setattr(decoder_module, "_is_cpu", lambda x: False)
+        monkeypatch.setattr(decoder_module, "can_attend_packed", lambda qkv: True)
+        monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash.forward)
+        monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_backward", flash.backward)
+    decoder = lora_decoder(LAYOUTS["all linears"])
+    x, grad = torch.randn(1, 12, TINY.n_embd, requires_grad=True), torch.randn(1, 5, TINY.n_embd)
+    packing, mask, _ = packing_of([[3, 2]], prefix=7)
+    rows = []
+    decoder.h[-1].mlp.register_forward_hook(lambda module, given, out: rows.append(out.shape[1]))
+    for visible in (packing, mask, None):
+        whole, few = decoder(x, torch.arange(12), visible)[:, -5:], decoder(x, torch.arange(12), visible, last=5)
+        torch.testing.assert_close(few, whole, atol=1e-5, rtol=1e-5)
+        grads = [torch.autograd.grad(hidden, x, grad)[0] for hidden in (few, whole)]
+        torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
+    assert rows == [12, 5] * 3
+
+
 def test_bfloat16_attends_apart_as_near_to_float32_as_behind_the_mask():
     packing, mask, padding = packing_of([[9, 14, 11], [12, 8]], prefix=60)
     exact = torch.randn(2, mask.shape[-1], 3, 2, 16, requires_grad=True)
@@ -449,6 +476,80 @@ def test_merged_linear_equals_loralib(enable):
         results.append((out, source.grad, layer.lora_A.grad, layer.lora_B.grad))
     for expected, actual in zip(*results, strict=True):
         assert (expected - actual).abs().max() <= 1e-6 * max(1.0, expected.abs().max())
+
+
+@pytest.mark.parametrize("shape", [(12,), (7, 12), (2, 7, 12)])
+def test_lora_linear_equals_loralib_and_drops_out_like_it(shape):
+    options = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.5, "merge_weights": False}
+    theirs, ours = loralib.Linear(12, 18, **options), LoraLinear(12, 18, **options)
+    torch.nn.init.normal_(theirs.lora_B)
+    ours.load_state_dict(theirs.state_dict())
+    results = []
+    for layer in (theirs, ours):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        torch.manual_seed(1)
+        out = layer(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, layer.lora_A, layer.lora_B])])
+    for mine, wanted in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_onednn_multiplies_by_frozen_weights_in_training_alone(monkeypatch):
+    """Equal in value and gradient; left alone are trained weights, other types, autocast, few rows, and inference."""
+    calls = []
+    apply = OneDnnLinear.apply
+    monkeypatch.setattr(OneDnnLinear, "apply", lambda *given: calls.append(1) or apply(*given))
+    layer = torch.nn.Linear(40, 24).requires_grad_(False)
+    x = torch.randn(70, 40, requires_grad=True)
+    outs = frozen_linear(layer, x, layer.bias), layer(x)
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in outs))
+    assert len(calls) == 2  # forward and backward
+    with torch.no_grad():
+        frozen_linear(layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        frozen_linear(layer, x)
+    frozen_linear(layer, x[:9])
+    frozen_linear(torch.nn.Linear(40, 24), x)
+    frozen_linear(layer.double(), x.double())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    frozen_linear(layer.float(), x)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("lora", LAYOUTS.values(), ids=LAYOUTS)
+def test_copies_of_frozen_weights_change_no_number_and_nothing_that_is_kept(lora):
+    decoder = lora_decoder(lora).eval()
+    ids = torch.randint(TINY.vocab_size, (2, 8))
+
+    def numbers():
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = decoder.logits(decoder(decoder.embed(ids), torch.arange(8)))
+        return [logits, *torch.autograd.grad(logits.float().logsumexp(-1).mean(), list(trained))]
+
+    mark_trainable(decoder)
+    trained = [p for p in decoder.parameters() if p.requires_grad]
+    exact, before, names = full_logits(decoder, ids), numbers(), list(decoder.state_dict())
+    cast_frozen(decoder, torch.bfloat16)
+    assert frozen_weight(decoder.wte) is decoder.wte.weight  # without autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen_weight(decoder.wte).dtype == torch.bfloat16
+    for mine, wanted in zip(numbers(), before, strict=True):
+        assert torch.equal(mine, wanted)
+    assert torch.equal(full_logits(decoder, ids), exact)
+    assert list(decoder.state_dict()) == names
+    assert decoder.wte.weight.dtype == gpt2_state_dict(decoder)["h.0.mlp.c_fc.weight"].dtype == torch.float32
+    merge_lora(decoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen_weight(decoder.h[0].attn.c_proj) is decoder.h[0].attn.c_proj.weight  # no copy of what it was
+
+
+def test_no_copies_are_made_in_the_weights_own_type():
+    decoder = lora_decoder(LAYOUTS["report's setting 4"])
+    cast_frozen(decoder, torch.bfloat16)
+    assert decoder.lm_head.cast_weight is decoder.wte.cast_weight
+    cast_frozen(decoder, torch.float32)
+    assert decoder.lm_head.cast_weight is decoder.h[0].mlp.c_fc.cast_weight is None
 
 
 def test_merged_linear_drops_out_like_loralib():
