@@ -54,7 +54,7 @@ def cached_reference_side(
     file = folder / f"{key[:16]}.safetensors"
     found = _read(file, key, references)
     if found is not None:
-        log.info("references: tokens and document frequencies from %s", file)
+        log.debug("references: tokens and document frequencies from %s", file)
         return found
     made = make_reference_side(references, tokenize)
     try:

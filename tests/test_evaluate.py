@@ -588,7 +588,7 @@ def test_the_script_prints_one_line_and_imports_nothing_of_clip(files):
         "assert not {'open_clip', 'timm', 'PIL', 'torchvision', 'decoder', 'captioner'} & sys.modules.keys();"
         "sys.exit(code)"
     )
-    argv = [*files(), "--metrics", "cider"]
+    argv = [*files(), "--metrics", "cider", "--no-cache"]  # which would lie in the repository
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stderr == f"I evaluate: tokenizer ptb-java: {evaluate.TOKENIZERS['ptb-java']}\n"
@@ -913,7 +913,8 @@ def test_wrong_output_flags_are_refused_before_anything_is_scored(files, capsys)
 
 def test_several_evaluations_at_the_same_time(tmp_path):
     """pycocoevalcap's tokenizer writes its temporary file beside its jar."""
-    command = [sys.executable, "evaluate.py", *example("--metrics", "cider,rouge", "--json", tmp_path / "out.json")]
+    flags = ("--metrics", "cider,rouge", "--no-cache", "--json", tmp_path / "out.json")
+    command = [sys.executable, "evaluate.py", *example(*flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     runs = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(3)]
     assert len({run.communicate()[0] for run in runs}) == 1
