@@ -10,10 +10,11 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo blind settings ablation rewards test faults lint clean
 
-$(STAMP): requirements.txt
+$(STAMP): requirements.txt requirements-ray.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
 	$(PY) -m pip install --quiet -r requirements.txt
+	$(PY) -m pip install --quiet -r requirements-ray.txt || echo "Ray cannot be installed here: its tests skip" >&2
 	touch $@
 
 demo: $(STAMP)

@@ -39,6 +39,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 END_OF_TEXT = "<|endoftext|>"  # GPT-2 begins and ends every text with it
 IGNORED = -100  # the label that torch's cross_entropy passes over
 MAX_IMAGE_BYTES = 512 * 2**20  # Pillow's limit on pixels leaves honest images below this
+# A draft keeps at least so many times the pixels a side that the model gets. Scaled down from there to the model's
+# size, photographs (20 of COCO's, at sizes that make drafts possible) differ from those decoded whole by at most 5 of
+# 255 levels and by 0.7 in an image's mean; tests hold generated pictures to 8 and 1. With a factor of 2 it is 20 and 2.
+DRAFT_FACTOR = 4
 NAMED = 5  # a message about many files or ids names so many of them
 
 
@@ -73,8 +77,12 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     return images
 
 
-def load_image(path: str | os.PathLike) -> Image.Image:
+def load_image(path: str | os.PathLike, draft: int | None = None) -> Image.Image:
     """Return the image at ``path`` as 8-bit RGB, upright: EXIF rotation applied, first frame, transparency on white.
+
+    With ``draft`` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its shorter side stays at least ``draft``
+    pixels, which takes a fraction of the time for big photographs. Only where both sides divide evenly: else the
+    picture would be stretched by a part of a pixel. ``DRAFT_FACTOR`` says how close the pixels come.
 
     Raises:
         OSError: the file is missing or must not be read.
@@ -86,10 +94,10 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         raise ValueError(f"{path}: not a plain file; replace it or take it out")
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise ValueError(f"{path}: larger than {MAX_IMAGE_BYTES / 1e6:.0f} MB; scale it down or take it out")
-    return decode_image(path.read_bytes(), path)  # apart from decoding: a missing file is no damaged one
+    return decode_image(path.read_bytes(), path, draft)  # apart from decoding: a missing file is no damaged one
 
 
-def decode_image(encoded: bytes, name: object) -> Image.Image:
+def decode_image(encoded: bytes, name: object, draft: int | None = None) -> Image.Image:
     """Return the image in ``encoded``, the content of an image file, as :func:`load_image` does.
 
     Raises:
@@ -97,6 +105,8 @@ def decode_image(encoded: bytes, name: object) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            if draft and image.format == "JPEG":
+                _decode_smaller(image, draft)
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         reason = "of no known image format" if encoded else "empty"
@@ -104,6 +114,15 @@ def decode_image(encoded: bytes, name: object) -> Image.Image:
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow raises each of these for damaged files, SyntaxError for PNG and EXIF among them.
         raise ValueError(f"{name}: cannot be read as an image ({error}); replace it or take it out") from error
+
+
+def _decode_smaller(image: Image.Image, shorter: int) -> None:
+    """Let a JPEG that is not decoded yet be decoded at the smallest even share of its size that ``shorter`` allows."""
+    width, height = image.size
+    for share in (8, 4, 2):
+        if min(width, height) >= share * shorter and width % share == 0 and height % share == 0:
+            image.draft(None, (width // share, height // share))
+            return
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ A script that was started plainly is alone: ``ALONE`` does the same things by it
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -123,8 +124,9 @@ class Processes:
             parameter.grad = summed.view_as(parameter)
 
     def check_same(self, what: str, value: Any) -> None:
-        """Raise ValueError where ``value`` is not the same in all processes."""
-        others = [rank for rank, other in enumerate(self.gather(value)) if other != value]
+        """Raise ValueError where ``value``, plain data, is not the same in all processes."""
+        own = hashlib.sha256(repr(value).encode()).hexdigest()  # it may be large
+        others = [rank for rank, digest in enumerate(self.gather(own)) if digest != own]
         if others:
             raise ValueError(f"{what} differ between process {self.rank} and process {others[0]}; give all machines "
                              "the same files and the same command")  # fmt: skip

@@ -24,6 +24,7 @@ from shards import Shard
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds to wait for a shard whose process may be about to die
+TRIES = 10  # of a shard whose actor died; Ray's own number is without end, and a crash may be the shard's doing
 MOST_BLOCKS = 10_000  # what Ray deals out at once; more shards than that go by several
 ROOT = str(Path(__file__).resolve().parent)
 
@@ -64,7 +65,8 @@ def caption_shards(
         args: the command line: ``ray_actors``, ``batch_size``, ``device``.
 
     Raises:
-        ValueError: Ray is not installed, processes were launched besides, or an actor met bad input.
+        ValueError: Ray is not installed, processes were launched besides, an actor met bad input, or actors died again
+            and again.
     """
     if inference.find_workers().count > 1:
         raise ValueError("--engine ray: starts processes itself; run it without accelerate launch")
@@ -84,11 +86,16 @@ def caption_shards(
             fn_constructor_args=(build, folder, args.batch_size),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
+            max_task_retries=TRIES,
             **resources,
         )
         for row in results.iter_rows():
             if row["error"]:
                 raise ValueError(row["error"])
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--engine ray: the same shard failed {TRIES + 1} times, or the cluster did; what is captioned"
+                         f" is kept. Ray says: {reason:.500}") from error  # fmt: skip
     finally:
         if started:
             ray.shutdown()

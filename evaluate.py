@@ -515,7 +515,8 @@ def _add_statistics(
     """Fill in what the captions are like; without their words the scores still stand."""
     try:
         result.statistics = evaluator.statistics(predictions, training)
-        result.reference_statistics = caption_statistics([c for group in evaluator.references.values() for c in group])
+        known = evaluator.reference_side.tokens.values()
+        result.reference_statistics = caption_statistics([caption for group in known for caption in group])
     except (ValueError, OSError) as error:
         result.errors["captions"] = str(error)
         log.error("caption statistics not computed: %s", error)

@@ -8,10 +8,11 @@ images over processes. For more images than that, and for lists and tars, see ``
 from __future__ import annotations
 
 import argparse
-import importlib
+import functools
 import itertools
 import json
 import logging
+import operator
 import os
 import re
 import time
@@ -31,7 +32,7 @@ import parts
 import runtime
 import sidefile
 from parts import FORMS, Results, form_of
-from shards import Entry, Shard, Source
+from shards import Shard, Source
 from sidefile import SideFile
 
 log = logging.getLogger(__name__)
@@ -212,10 +213,15 @@ class Job:
     Attributes:
         prepare: makes of an image (PIL, RGB) what ``caption`` takes; runs in threads, ahead of it.
         caption: makes captions of a list of those.
+        draft: that of ``data.load_image``.
+        begin: begins the work on a batch while the one before is captioned, and returns what ``caption`` takes then;
+            for a device that works beside the program.
     """
 
     prepare: Callable[[Any], Any]
     caption: Callable[[list], list[str]]
+    draft: int | None = None
+    begin: Callable[[list], list] | None = None
 
 
 def caption_images(
@@ -224,26 +230,32 @@ def caption_images(
     prepare: Callable[[Any], Any],
     caption: Callable[[list], list[str]],
     batch_size: int,
+    draft: int | None = None,
+    begin: Callable[[list], list] | None = None,
 ) -> None:
     """Caption what ``log_file`` lacks of ``paths``; an image that cannot be read is named and left out.
 
     Args:
         log_file: takes the captions.
         paths: images; their stems are the keys.
-        prepare, caption: as in :class:`Job`.
+        prepare, caption, draft, begin: as in :class:`Job`.
         batch_size: images at once.
     """
     workers = log_file.workers
     todo = [path for path in paths if path.stem not in log_file.captions][workers.rank :: workers.count]
-    caption = Halving(caption)
+    caption, load = Halving(caption), functools.partial(data.load_image, draft=draft)
     hidden = True if workers.rank else None  # one bar, of the first process's share
     started = time.perf_counter()
     with tqdm(total=len(todo), desc="caption", disable=hidden) as bar:
-        for batch in read_ahead(todo, prepare, batch_size):
-            found, prepared = _readable(batch, lambda path, error: log.error("not captioned: %s", error))
-            if prepared:
-                log_file.add(dict(zip([path.stem for path in found], caption(prepared), strict=True)))
-            bar.update(len(batch))
+
+        def failed(path: Path, error: Exception) -> None:
+            log.error("not captioned: %s", error)
+            bar.update()
+
+        batches = read_ahead(todo, prepare, batch_size, load)
+        for found, begun in _begun(batches, begin, failed):
+            log_file.add(dict(zip([path.stem for path in found], caption(begun), strict=True)))
+            bar.update(len(found))
     work = ("caption", len(todo), time.perf_counter() - started)  # what bench/measured.py collects
     log.info("%d images in %.1f s", *work[1:], extra={"work": work})
 
@@ -273,6 +285,28 @@ def read_ahead(
             if not waiting:
                 return
             yield waiting.popleft()
+
+
+def _begun(
+    batches: Iterable[list[tuple[Any, Future]]],
+    begin: Callable[[list], list] | None,
+    failed: Callable[[Any, Exception], None],
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Yield the readable items of each batch with what ``begin`` made of them, once it has had the next batch too.
+
+    Without ``begin`` they come as they were prepared, and at once; batches without a readable item are left out.
+    """
+    readable = (found for batch in batches if (found := _readable(batch, failed))[0])
+    if begin is None:
+        yield from readable
+        return
+    begin = Halving(begin)
+    ahead: deque[tuple[list[Any], list[Any]]] = deque()
+    for found, prepared in readable:
+        ahead.append((found, begin(prepared)))
+        if len(ahead) > 1:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def _readable(
@@ -309,12 +343,16 @@ def caption_shards(
         shard_log = folder.claim(shard, patience)
         if shard_log is None:
             continue
+        started, count = time.perf_counter(), 0
         with shard_log:
-            for batch in read_ahead(shard_log.wanted(), job.prepare, batch_size, Entry.load):
-                found, prepared = _readable(batch, shard_log.unreadable)
-                if prepared:
-                    shard_log.add(dict(zip([entry.key for entry in found], caption(prepared), strict=True)))
+            load = operator.methodcaller("load", job.draft)
+            batches = read_ahead(shard_log.wanted(), job.prepare, batch_size, load)
+            for found, begun in _begun(batches, job.begin, shard_log.unreadable):
+                shard_log.add(dict(zip([entry.key for entry in found], caption(begun), strict=True)))
+                count += len(found)
             shard_log.seal()
+        work = ("caption", count, time.perf_counter() - started)
+        log.debug("%s: %d images in %.1f s", shard.name, *work[1:], extra={"work": work})
 
 
 def caption_source(
@@ -339,19 +377,26 @@ def caption_source(
         if workers.rank == 0:
             results.begin()
             source.spool(results.folder.state)
+            if args.retry_unreadable:
+                again = sum(map(results.folder.reopen, source.shards(results.folder.state)))
+                log.info("%d finished shards had images that could not be read, and are gone through again", again)
         workers.wait()
         shards = source.shards(results.folder.state)
         if all(map(results.folder.done, shards)):
             log.info("%s: all %d shards are finished", results.folder.path, len(shards))
         elif args.engine == "ray":
-            engine_ray = importlib.import_module("engine_ray")
+            import engine_ray  # which imports this module
+
             engine_ray.caption_shards(results.folder, shards, build, args)
         else:
             begin = len(shards) * workers.rank // workers.count  # so that not all processes ask for the same ones
             mine = _with_bar(shards[begin:] + shards[:begin], workers)
             caption_shards(results.folder, mine, build(), args.batch_size)
         workers.wait()
-        totals = results.finish(shards) if workers.rank == 0 else {}
+        totals = {}
+        if workers.rank == 0:
+            totals = results.finish(shards)
+            source.forget(results.folder.state)
         workers.wait()  # a launcher ends all processes when one ends with an exit code
     left_out = sum(totals.get(name, 0) for name in ("unreadable", "duplicates", "damaged"))
     if left_out:
@@ -384,6 +429,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--shard-size", type=int, default=Source.shard_size, help="images of a list or folder that make a shard")
     add("--list-root", type=Path, help="what a list's paths are relative to (default: the list's folder)")
     add("--entries", metavar="GLOB", help="which files of a tar are images (default: by their ending)")
+    add("--retry-unreadable", action="store_true",
+        help="go again through finished shards in which images could not be read; their captions stay")  # fmt: skip
     add("--engine", choices=("plain", "ray"), default="plain",
         help="plain: this process, or accelerate's; ray: actors of a Ray cluster")  # fmt: skip
     add("--ray-actors", type=int, help="models at once (default: one for each GPU of the cluster, or else CPU)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import sys
@@ -46,6 +47,11 @@ def build_parser() -> Any:
     parser.add_argument("--length-penalty", type=float, default=1.0, help="above 1 favours longer captions")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
+    parser.add_argument("--jpeg-draft", action=argparse.BooleanOptionalAction, default=False,
+                        help=f"decode big JPEGs smaller, to no less than {data.DRAFT_FACTOR} times the model's size: "
+                        "sooner, and a caption in many may change")  # fmt: skip
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the decoding steps: same captions, a minute or more at the start")  # fmt: skip
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
@@ -55,14 +61,20 @@ def build_parser() -> Any:
     return parser
 
 
-def caption_function(captioner: Captioner, tokenizer: data.Tokenizer, args: Any) -> Callable[[list], list[str]]:
-    """Return what makes captions of a list of preprocessed images (3, H, W)."""
-
-    def caption(pixels: list[torch.Tensor]) -> list[str]:
+def caption_function(
+    captioner: Captioner, tokenizer: data.Tokenizer, encoder: generation.Encoder, args: Any
+) -> Callable[[list], list[str]]:
+    """Return what makes captions of a list of encoded images."""
+    steps = None
+    if args.compile:
         with generation.autocast(captioner.device, args.precision):
-            features = captioner.encode(torch.stack(pixels).to(captioner.device))
+            steps = generation.compile_steps(captioner, args.batch_size, args.beam_size, args.max_new_tokens)
+
+    def caption(encoded: list[generation.Encoded]) -> list[str]:
+        with generation.autocast(captioner.device, args.precision):
+            features = encoder.gather(encoded)
             return generation.caption_features(
-                captioner, tokenizer, features, args.beam_size, args.max_new_tokens, args.length_penalty
+                captioner, tokenizer, features, args.beam_size, args.max_new_tokens, args.length_penalty, steps
             )
 
     return caption
@@ -70,7 +82,7 @@ def caption_function(captioner: Captioner, tokenizer: data.Tokenizer, args: Any)
 
 def describe_run(args: Any) -> dict[str, Any]:
     """Return whatever decides the captions, so that no other run's are taken for this one's."""
-    flags = ("encoder_weights", "tokenizer", "beam_size", "max_new_tokens", "length_penalty", "precision")
+    flags = ("encoder_weights", "tokenizer", "beam_size", "max_new_tokens", "length_penalty", "precision", "jpeg_draft")
     return {
         "script": "p2_infer.py",
         "images": str(args.img_dir.resolve()),
@@ -94,8 +106,18 @@ def load_job(args: Any) -> Job:
     fallback = PROFILES[args.profile].encoder_weights
     captioner = load_captioner(args.adapter, args.decoder, args.encoder_weights, device, fallback)
     generation.check_vocabulary(tokenizer, captioner.decoder)
-    generation.prepare(captioner, args.precision)
-    return Job(captioner.transform, caption_function(captioner, tokenizer, args))
+    generation.prepare(captioner, args.precision, pack=not args.compile)
+    draft = generation.draft_side(captioner.transform) if args.jpeg_draft else None
+    encoder = generation.Encoder(captioner, args.precision)
+    caption = caption_function(captioner, tokenizer, encoder, args)
+    if works_beside(device):
+        return Job(captioner.transform, caption, draft, encoder.encode)
+    return Job(captioner.transform, lambda pixels: caption(encoder.encode(pixels)), draft)
+
+
+def works_beside(device: torch.device) -> bool:
+    """Whether encoding the next batch can go on while this program decodes one: on a CPU they would share the cores."""
+    return device.type == "cuda"
 
 
 @runtime.command
@@ -112,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = data.list_images(args.img_dir)
     job = load_job(args)
     with PredictionLog(args.out, describe_run(args), overwrite=True, workers=find_workers()) as log_file:
-        caption_images(log_file, paths, job.prepare, job.caption, args.batch_size)
+        caption_images(log_file, paths, job.prepare, job.caption, args.batch_size, job.draft, job.begin)
         captions = log_file.finish(paths)
     return runtime.PARTIAL if len(captions) < len(paths) else 0
 

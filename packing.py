@@ -46,25 +46,28 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def prepare_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the linear layers below ``module`` to ``dtype``, in place and for good, and pack them where that can be."""
+def prepare_linears(module: nn.Module, dtype: torch.dtype, pack: bool = True) -> None:
+    """Cast the linear layers below ``module`` to ``dtype``, in place and for good, and pack them where that can be.
+
+    Without ``pack`` they stay what a compiler can read.
+    """
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, nn.Linear):
                 continue
-            if can_pack(layer.weight.device, dtype):
+            if pack and can_pack(layer.weight.device, dtype):
                 setattr(parent, name, PackedLinear(layer.weight, layer.bias, dtype))
             else:
                 layer.to(dtype)
 
 
 @torch.no_grad()
-def prepare_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+def prepare_decoder(decoder: Decoder, dtype: torch.dtype, pack: bool = True) -> Decoder:
     """Make a decoder ready to search in ``dtype``, in place and for good; return it.
 
     Under autocast only the linear layers are in ``dtype`` anyway. Embeddings, layer norms and the sum that runs
     through the blocks stay in float32, so that nothing is rounded that autocast would not round. The output layer gets
-    a weight of its own, which costs that much more memory.
+    a weight of its own, which costs that much more memory. ``pack`` is as in ``prepare_linears``.
 
     Raises:
         ValueError: LoRA is not merged, and could not be any more.
@@ -72,9 +75,9 @@ def prepare_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
     if decoder.lora is not None and not decoder.merged:
         raise ValueError("prepare_decoder packs the weights for good: call merge_lora first")
     weight = decoder.wte.weight
-    if decoder.lm_head is None and (weight.dtype != dtype or can_pack(weight.device, dtype)):
+    if decoder.lm_head is None and (weight.dtype != dtype or (pack and can_pack(weight.device, dtype))):
         width, vocabulary = decoder.config.n_embd, decoder.config.vocab_size
         decoder.lm_head = nn.Linear(width, vocabulary, bias=False, device="meta")  # no numbers: they are replaced
         decoder.lm_head.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-    prepare_linears(decoder, dtype)
+    prepare_linears(decoder, dtype, pack)
     return decoder

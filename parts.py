@@ -37,7 +37,8 @@ COUNTS = ("images", "captioned", "unreadable", "duplicates", "others")
 PACKAGES = ("torch", "timm", "transformers", "pillow")
 NAMED = 5  # a message about many keys names so many of them
 ROWS = 10_000  # of a Parquet file that are in memory at once
-BUCKETS = 256  # of a run's keys, compared one at a time: 500 million keys are 48 MB a bucket, and twice that to sort
+BUCKET_KEYS = 10**6  # of a run that are compared in memory at once: 24 MB, and as much again to sort them
+MOST_BUCKETS = 256  # files that are open at once; a billion keys are 94 MB a bucket
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("row", "<u4")])
 
 
@@ -52,14 +53,22 @@ def form_of(out: Path, asked: str) -> str:
 
 
 def write_part(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Write (key, caption) rows as JSONL or Parquet, by the ending of ``path``, atomically."""
-    with runtime.atomic_path(path) as temporary:
-        if path.suffix == ".parquet":
-            _write_parquet(temporary, rows)
-        else:
-            with temporary.open("w", encoding="utf-8") as file:
-                for key, caption in rows:
-                    file.write(json.dumps({"key": key, "caption": caption}, ensure_ascii=False) + "\n")
+    """Write (key, caption) rows as JSONL or Parquet, by the ending of ``path``, atomically.
+
+    Raises:
+        OSError: naming the file and what to do.
+    """
+    try:
+        with runtime.atomic_path(path) as temporary:
+            if path.suffix == ".parquet":
+                _write_parquet(temporary, rows)
+            else:
+                with temporary.open("w", encoding="utf-8") as file:
+                    for key, caption in rows:
+                        file.write(json.dumps({"key": key, "caption": caption}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error}); the captions so far are kept, so make room and run the "
+                      "same command again") from error  # fmt: skip
 
 
 def read_part(path: Path) -> Iterator[tuple[str, str]]:
@@ -156,6 +165,22 @@ class Folder:
             log.warning("%s: damaged (%s); the shard is read again", self.record(shard), error)
         return None
 
+    def reopen(self, shard: Shard) -> bool:
+        """Make a finished shard in which an image could not be read unfinished; its captions stay. Says whether it was.
+
+        Nobody may work on the shard meanwhile.
+        """
+        record = self.done(shard)
+        if record is None or not record["unreadable"]:
+            return False
+        side = SideFile(self.side(shard))
+        side.clear()
+        side.begin(_header(shard))
+        side.add(dict(read_part(self.complete(shard))))
+        side.close()
+        self.record(shard).unlink()
+        return True
+
     def claim(self, shard: Shard, patience: float = 0.0) -> ShardLog | None:
         """Return the log of a shard that is not finished; None where it is, or where another process works on it.
 
@@ -188,7 +213,7 @@ class ShardLog:
 
     def __init__(self, folder: Folder, shard: Shard, side: SideFile) -> None:
         self.folder, self.shard, self._side = folder, shard, side
-        header = json.loads(json.dumps({"shard": shard.identity()}))
+        header = _header(shard)
         found, self.captions = sidefile.read(side.path, overwrite=True)
         if found != header:
             if self.captions:
@@ -262,6 +287,11 @@ class ShardLog:
         runtime.write_json(self.folder.record(self.shard), record)
         self._side.path.unlink()
         self.captions = {}
+
+
+def _header(shard: Shard) -> dict[str, Any]:
+    """Return the first line of a shard's side file, as it will be read back."""
+    return json.loads(json.dumps({"shard": shard.identity()}))
 
 
 def sha256_of(path: Path) -> str:
@@ -388,6 +418,7 @@ class Results:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         if not totals["captioned"]:
             raise ValueError(f"{self.out}: none of the {totals['images']} images could be captioned")
+        self._put_aside(shards)
         if self.form == "json":
             self._merge(shards)
         self._write_manifest(records, len(shards), totals)
@@ -399,13 +430,16 @@ class Results:
 
     def _repeats(self, shards: Sequence[Shard]) -> list[np.ndarray]:
         """Return for each shard the rows of its part whose keys an earlier shard has."""
-        with KeyTable(self.folder.state) as table:
-            for number, shard in enumerate(shards):
-                record = self.folder.done(shard)
-                if record is None:
-                    raise ValueError(f"{shard.path} is not finished; run the same command again")
+        records = []
+        for shard in shards:
+            record = self.folder.done(shard)
+            if record is None:
+                raise ValueError(f"{shard.path} is not finished; run the same command again")
+            records.append((record["captioned"], record["part_sha256"]))
+        with KeyTable(self.folder.state, sum(count for count, _ in records)) as table:
+            for number, (shard, (_, digest)) in enumerate(zip(shards, records, strict=True)):
                 file = self.folder.complete(shard)
-                if sha256_of(file) != record["part_sha256"]:
+                if sha256_of(file) != digest:
                     raise ValueError(f"{file}: damaged since it was written; remove it and run the same command again")
                 table.add(number, [key for key, _ in read_part(file)])
             return table.repeats(len(shards))
@@ -441,6 +475,19 @@ class Results:
             "part_size": part.stat().st_size,
             "part_sha256": sha256_of(part),
         }
+
+    def _put_aside(self, shards: Sequence[Shard]) -> None:
+        """Take parts of shards that the source no longer has out of sight; should one come back, so does its part."""
+        present = {self.folder.record(shard).name for shard in shards} | {"run.json"}
+        for record in self.folder.state.glob("*.json"):
+            part = self.folder.path / f"{record.stem}.{self.folder.ending}"
+            if record.name not in present and part.exists():
+                log.warning("%s: its shard is no longer among the images; put aside in %s", part, self.folder.state)
+                whole = self.folder.state / f"{record.stem}.whole.{self.folder.ending}"
+                if whole.exists():
+                    part.unlink()
+                else:
+                    part.replace(whole)
 
     def _merge(self, shards: Sequence[Shard]) -> None:
         """Write the one JSON, as ``runtime.write_json`` would, but a row at a time."""
@@ -488,10 +535,11 @@ class KeyTable:
 
     Args:
         folder: where the temporary files are made.
-        buckets: how many.
+        keys: about how many there are to be.
     """
 
-    def __init__(self, folder: Path, buckets: int = BUCKETS) -> None:
+    def __init__(self, folder: Path, keys: int) -> None:
+        buckets = min(1 + keys // BUCKET_KEYS, MOST_BUCKETS)
         self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp")
         self._files = [(Path(self._folder.name) / str(n)).open("w+b") for n in range(buckets)]
 

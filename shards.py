@@ -54,13 +54,13 @@ class Entry:
     name: str
     source: bytes | Path | ValueError
 
-    def load(self) -> Image.Image:
+    def load(self, draft: int | None = None) -> Image.Image:
         """Return the image as ``data.load_image`` does. Raises ValueError or OSError naming it."""
         if isinstance(self.source, ValueError):
             raise self.source
-        return data.load_image(self.source) if isinstance(self.source, Path) else data.decode_image(
-            self.source, self.name
-        )  # fmt: skip
+        if isinstance(self.source, Path):
+            return data.load_image(self.source, draft)
+        return data.decode_image(self.source, self.name, draft)
 
 
 @dataclass
@@ -167,12 +167,15 @@ class _Member(tarfile.TarInfo):
 
 def _members(stream: _Hashing) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """Yield the entries of a tar; raises one of ``DAMAGE`` where it is cut off or damaged."""
-    with tarfile.open(fileobj=stream, mode="r|*", bufsize=BLOCK, tarinfo=_Member) as archive:
-        while (member := archive.next()) is not None:
-            yield member, archive
-            archive.members = []  # it would keep them all
-        if not isinstance(archive.ended_by, tarfile.EOFHeaderError):
-            raise tarfile.ReadError(f"no end mark where the entries end, at byte {archive.offset}: cut off or damaged")
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*", bufsize=BLOCK, tarinfo=_Member) as archive:
+            while (member := archive.next()) is not None:
+                yield member, archive
+                archive.members = []  # it would keep them all
+            if not isinstance(archive.ended_by, tarfile.EOFHeaderError):
+                raise tarfile.ReadError(f"no entry and no end mark at byte {archive.offset}: cut off or damaged")
+    except TypeError as error:  # tarfile takes an end within a gzip header so
+        raise tarfile.ReadError("unexpected end of data") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- lists
@@ -336,6 +339,10 @@ class Source:
         """Write a folder's names into ``state``, once a run; for the first of several processes."""
         if self.kind == "folder" and not (state / "images.jsonl").exists():
             list_folder(self.argument, state / "images.jsonl")
+
+    def forget(self, state: Path) -> None:
+        """Drop what :meth:`spool` wrote, so that another run sees the folder as it is then."""
+        (state / "images.jsonl").unlink(missing_ok=True)
 
     def shards(self, state: Path) -> list[Shard]:
         """Return the shards in order; a folder must have been spooled into ``state``.

@@ -1,39 +1,47 @@
 """Time the scoring against pycocoevalcap: CIDEr on 2,000 images, the two tokenizers on 10,000 captions, a second run.
 
+    python -m bench.evaluate --out bench/evaluate       CIDEr, tokenizers, and 2,000 scenes with the micro scorer
+    python -m bench.evaluate --random-full-size         the second run alone, ViT-B/32 with random weights
+    python -m bench.evaluate --tiny                     a few scenes: are the scores equal? no times
+
 Both sides run in turn within one run, after a warm-up, and medians are compared, so that a busy machine slows both;
 their results are compared as well. Captions are the micro world's, or those of --annotation-file, whose words are
-richer. The pure tokenizer runs in an interpreter of its own, so that its start counts as Java's does.
-
-    python -m bench.evaluate --out bench/evaluate
+richer. Wall time, since Java's work is another process's. The pure tokenizer runs in an interpreter of its own, so that
+its start counts as Java's does. At full size --images is few by default; both sides' times are of those images, and
+nothing is reckoned up to more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import cocometrics
 import ptb
-from annotations import find_images, load_annotations, load_references
+from annotations import Annotations, find_images, load_annotations, load_references
+from bench.common import in_turn, peak_memory, report
 from cider import cider_d
 from clipscore import ClipScorer, clip_scores
 from evaluate import Evaluator
 from microworld.scenes import generate, make_scene
 from profiles import PROFILES, ROOT
-from runtime import FlagParser, command, write_json, write_text
+from runtime import FlagParser, command, import_guarded
 
 IMAGES, REFERENCES = 2000, 5
+TOLERANCE = 1e-5  # of scores: batches are summed in another order than single images
+SECOND_RUN = {"micro": 2000, "full": 40, "tiny": 6}  # images of the second run unless --images says otherwise
+CPU = torch.device("cpu")
 PURE = "import json, sys, ptb; json.dump(ptb.tokenize(json.load(sys.stdin)), sys.stdout)"
 
 
@@ -47,19 +55,67 @@ def make_captions(annotation_file: str | None) -> tuple[list[list[str]], list[st
     return groups, [groups[(place + 1) % IMAGES][0] for place in range(IMAGES)]
 
 
-def in_turn(sides: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Run all sides once unmeasured, then in turn ``repeats`` times; return seconds and last results by side."""
-    results = {name: run() for name, run in sides.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            results[name] = run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds, results
+class Duel:
+    """Two ways to the same result: theirs, then ours.
+
+    Args:
+        what: names the row.
+        images: how many are scored.
+        sides: their name and their way, our name and our way.
+        difference: says how far their result is from ours, as ``(name, number)``.
+        warm_up: their way on a part of the work, where the whole takes minutes; None: the whole.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        images: int,
+        sides: dict[str, Callable[[], Any]],
+        difference: Callable[[Any, Any], tuple[str, float]],
+        warm_up: Callable[[], Any] | None = None,
+    ) -> None:
+        self.what, self.images, self.sides, self.difference, self.warm_up = what, images, sides, difference, warm_up
+
+    def row(self, repeats: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
+        """Time both sides, warmed up and in turn; return medians, their ratio and the difference of the results."""
+        results: dict[str, Any] = {}
+
+        def kept(name: str) -> None:
+            results[name] = self.sides[name]()
+
+        theirs, ours = self.sides
+        (self.warm_up or self.sides[theirs])()
+        kept(ours)
+        seconds = in_turn({name: (lambda name=name: kept(name)) for name in self.sides}, repeats, CPU, clock)
+        name, difference = self.difference(results[theirs], results[ours])
+        return {
+            "what": self.what,
+            "images": self.images,
+            "theirs, s": seconds[theirs],
+            "ours, s": seconds[ours],
+            "times faster": seconds[theirs] / seconds[ours],
+            "theirs, ms an image": 1000 * seconds[theirs] / self.images,
+            "ours, ms an image": 1000 * seconds[ours] / self.images,
+            "same results": f"{name}: {difference:.3g}",
+            "peak memory so far, GB": peak_memory(CPU),
+        }
+
+    def differs(self) -> float:
+        """Run both sides once; return how far their results are apart."""
+        return self.difference(*(run() for run in self.sides.values()))[1]
 
 
-def bench_cider(groups: Sequence[Sequence[str]], candidates: Sequence[str], repeats: int) -> dict[str, Any]:
+def largest(theirs: Sequence[float], ours: Sequence[float]) -> tuple[str, float]:
+    """Return the largest difference of two lists of numbers."""
+    return "largest difference", max(abs(a - b) for a, b in zip(theirs, ours, strict=True))
+
+
+def unequal(theirs: Sequence[str], ours: Sequence[str]) -> tuple[str, float]:
+    """Return how many captions are not the same."""
+    return "different", sum(a != b for a, b in zip(theirs, ours, strict=True))
+
+
+def cider_duel(groups: Sequence[Sequence[str]], candidates: Sequence[str]) -> Duel:
     """Score tokenized captions by both; splitting them into words counts for both."""
     from pycocoevalcap.cider.cider import Cider
 
@@ -75,12 +131,10 @@ def bench_cider(groups: Sequence[Sequence[str]], candidates: Sequence[str], repe
         words = [[caption.split() for caption in group] for group in references]
         return cider_d(words, [caption.split() for caption in tokens]).tolist()
 
-    seconds, results = in_turn({"pycocoevalcap": theirs, "cider.py": ours}, repeats)
-    pairs = zip(*results.values(), strict=True)
-    return {**report(seconds), "largest_difference": max(abs(a - b) for a, b in pairs)}
+    return Duel("CIDEr of tokens", len(groups), {"pycocoevalcap": theirs, "cider.py": ours}, largest)
 
 
-def bench_tokenizers(captions: Sequence[str], repeats: int) -> dict[str, Any]:
+def tokenizer_duel(captions: Sequence[str], images: int) -> Duel:
     """Tokenize the same captions by a Java and by a Python that start for it."""
 
     def pure() -> list[str]:
@@ -88,102 +142,93 @@ def bench_tokenizers(captions: Sequence[str], repeats: int) -> dict[str, Any]:
         run = subprocess.run(start, input=json.dumps(captions), cwd=ROOT, capture_output=True, text=True, check=True)
         return json.loads(run.stdout)
 
-    seconds, results = in_turn({"ptb-java": lambda: cocometrics.ptb_java(captions), "ptb": pure}, repeats)
-    pairs = zip(*results.values(), strict=True)
-    return {**report(seconds), "captions": len(captions), "different": sum(a != b for a, b in pairs)}
+    sides = {"ptb-java": lambda: cocometrics.ptb_java(captions), "ptb": pure}
+    return Duel(f"tokenizer, {len(captions)} captions", images, sides, unequal)
 
 
-def bench_second_run(count: int, repeats: int) -> dict[str, Any]:
-    """Score drawn scenes by the micro scorer: a second run of ours, against one image after the other and no cache."""
+def second_run_duel(scorer: ClipScorer, name: str, annotations: Annotations, images: Path, cache: Path) -> Duel:
+    """Score scenes: a second run of ours, against pycocoevalcap and CLIPScore one image at a time without a cache."""
     from pycocoevalcap.cider.cider import Cider
 
-    profile = PROFILES["micro"]
-    scorer = ClipScorer(profile.clip_model, profile.clip_weights)
+    references, paths = annotations.references, find_images(annotations, images)
+    stems = list(references)
+    predictions = {stem: references[stems[place - 1]][0] for place, stem in enumerate(stems)}
+
+    def one_at_a_time(stems: Sequence[str]) -> list[float]:
+        tokens = cocometrics.ptb_java([caption for stem in stems for caption in references[stem]])
+        flat = iter(tokens + cocometrics.ptb_java([predictions[stem] for stem in stems]))
+        wanted = {stem: [next(flat) for _ in references[stem]] for stem in stems}
+        scores = []
+        for stem in stems:
+            seen = scorer.encode_images(scorer.load_image(paths[stem])[None])
+            scores.append(clip_scores(seen, scorer.encode_texts([predictions[stem]])).item())
+        found = Cider().compute_score(wanted, {stem: [next(flat)] for stem in stems})[0]
+        return [float(found), statistics.fmean(scores)]
+
+    def ours() -> list[float]:
+        means = Evaluator(annotations, images, lambda: scorer, cache=cache).evaluate(predictions).means
+        return [means["CIDEr"], means["CLIPScore"]]
+
+    sides = {"one at a time": lambda: one_at_a_time(stems), "evaluate.py": ours}
+    return Duel(f"second run, {name}", len(stems), sides, largest, lambda: one_at_a_time(stems[:5]))
+
+
+@contextmanager
+def second_run(size: str, count: int) -> Iterator[Duel]:
+    """Draw ``count`` scenes and yield the duel over them, with the micro scorer or ViT-B/32 with random weights."""
+    profile = PROFILES["full" if size == "full" else "micro"]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, weights = Path(name), profile.clip_weights
+        if size == "full":
+            torch.manual_seed(0)
+            weights = str(folder / "random.pt")
+            model = import_guarded("open_clip").create_model(profile.clip_model, pretrained=None)
+            torch.save(model.state_dict(), weights)
+            del model
+        scorer = ClipScorer(profile.clip_model, weights, CPU)
         generate(folder, "val", count, seed=0, workers=1)
+        what = f"{profile.clip_model} with random weights" if size == "full" else "micro scorer"
         annotations = load_annotations(folder / "val.json")
-        references, images = annotations.references, folder / "images" / "val"
-        stems = list(references)
-        predictions = {stem: references[stems[place - 1]][0] for place, stem in enumerate(stems)}
-
-        def theirs() -> dict[str, float]:
-            tokens = cocometrics.ptb_java([caption for stem in stems for caption in references[stem]])
-            flat = iter(tokens + cocometrics.ptb_java([predictions[stem] for stem in stems]))
-            wanted = {stem: [next(flat) for _ in references[stem]] for stem in stems}
-            scores = []
-            for path in find_images(annotations, images).values():
-                seen = scorer.encode_images(scorer.load_image(path)[None])
-                said = scorer.encode_texts([predictions[path.stem]])
-                scores.append(clip_scores(seen, said).item())
-            found = Cider().compute_score(wanted, {stem: [next(flat)] for stem in stems})[0]
-            return {"CIDEr": float(found), "CLIPScore": statistics.fmean(scores)}
-
-        def ours() -> dict[str, float]:
-            evaluator = Evaluator(annotations, images, lambda: scorer, cache=folder / "cache")
-            return evaluator.evaluate(predictions).means
-
-        seconds, results = in_turn({"one at a time": theirs, "evaluate.py": ours}, repeats)
-    first, second = results.values()
-    return {**report(seconds), "images": count, "largest_difference": max(abs(first[k] - second[k]) for k in first)}
-
-
-def report(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Return medians, and how many times faster the second side is."""
-    theirs, ours = (statistics.median(values) for values in seconds.values())
-    medians = dict(zip(seconds, (theirs, ours), strict=True))
-    return {"seconds": seconds, "medians": medians, "times_faster": theirs / ours}
-
-
-def machine() -> str:
-    """One line on what the figures were measured on."""
-    load = os.getloadavg()[0]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "pycocoevalcap"))
-    python = f"Python {platform.python_version()}"
-    return f"{os.cpu_count()} CPUs, {platform.machine()}, {python}, {packages}, load {load:.1f}"
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """Return the results as a table."""
-    lines = [f"# Scoring against pycocoevalcap\n\n{results['machine']}; captions: {results['captions']}\n"]
-    lines += ["| what | theirs, s | ours, s | times faster | same results |", "|---|---|---|---|---|"]
-    rows = (("cider", "largest_difference"), ("tokenizer", "different"), ("second run", "largest_difference"))
-    for name, same in rows:
-        part = results[name]
-        theirs, ours = part["medians"].values()
-        lines.append(f"| {name} | {theirs:.3f} | {ours:.3f} | {part['times_faster']:.2f} | {same}: {part[same]:.3g} |")
-    return "\n".join(lines) + "\n"
+        yield second_run_duel(scorer, what, annotations, folder / "images" / "val", folder / "cache")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this benchmark."""
     parser = FlagParser(prog="python -m bench.evaluate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-    parser.add_argument("--repeats", type=int, default=7, help="measured runs of each side")
-    parser.add_argument("--images", type=int, default=300, help="scenes of the second run, micro scorer")
+    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each side")
+    parser.add_argument("--images", type=int, help=f"scenes of the second run (default: {SECOND_RUN['micro']}, at full "
+                        f"size {SECOND_RUN['full']})")  # fmt: skip
     parser.add_argument("--annotation-file", help="take captions from here instead of the micro world")
+    parser.add_argument("--random-full-size", action="store_true",
+                        help="only the second run, with the full size's scorer and random weights, whose scores mean "
+                        "nothing")  # fmt: skip
+    parser.add_argument("--tiny", action="store_true", help="compare the scores of a few scenes; no times")
     return parser
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print the table, and write it where asked to."""
+    """Measure, print the table, and write it where asked to; with --tiny return 1 where results differ."""
     args = build_parser().parse_args(argv)
-    if args.repeats < 1:
-        raise ValueError(f"--repeats {args.repeats}: must be at least 1")
-    groups, candidates = make_captions(args.annotation_file)
-    captions = [caption for group in groups for caption in group]
-    results = {
-        "machine": machine(),
-        "captions": "of --annotation-file" if args.annotation_file else "micro world",
-        "cider": bench_cider(groups, candidates, args.repeats),
-        "tokenizer": bench_tokenizers(captions, args.repeats),
-        "second run": bench_second_run(args.images, args.repeats),
-    }
-    print(markdown(results))
-    if args.out:
-        write_json(args.out.with_suffix(".json"), results)
-        write_text(args.out.with_suffix(".md"), markdown(results))
+    for flag in ("repeats", "images"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    size = "tiny" if args.tiny else "full" if args.random_full_size else "micro"
+    duels = []
+    if size != "full":
+        groups, candidates = make_captions(args.annotation_file)
+        captions = [caption for group in groups for caption in group]
+        duels = [cider_duel(groups, candidates), tokenizer_duel(captions, len(groups))]
+    with second_run(size, args.images or SECOND_RUN[size]) as second:
+        duels.append(second)
+        if args.tiny:
+            different = [duel.what for duel in duels if duel.differs() > TOLERANCE]
+            print(f"{len(duels)} comparisons; different: {', '.join(different) or 'none'}")
+            return int(bool(different))
+        rows = [duel.row(args.repeats) for duel in duels]
+    captions = "those of --annotation-file" if args.annotation_file else "the micro world's"
+    report(f"Scoring against pycocoevalcap; captions: {captions}; wall time", rows, CPU, args.out)
     return 0
 
 

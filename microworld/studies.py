@@ -44,7 +44,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no CLS": ("--no-cls",),
 }
 
-REWARDS: dict[str, tuple[str, ...]] = {"cider": (), "cider+clip": ("--clip-reward", "1")}
+# As many further epochs of cross-entropy tell what of a gain is the reward's.
+REWARDS: dict[str, tuple[str, ...]] = {
+    "cider": ("--objective", "scst"),
+    "cider+clip": ("--objective", "scst", "--clip-reward", "1"),
+    "more cross-entropy": ("--objective", "xe", "--epochs", str(SCST_NUMBERS["epochs"]), "--warmup", "0",
+                           "--weight-decay", "0"),
+}  # fmt: skip
 
 
 def finished(folder: Path) -> bool:
@@ -117,8 +123,8 @@ def study_rewards(run: Runner, args: argparse.Namespace) -> None:
     for seed in range(args.seeds or 3):
         base = study_setting(run, args, "best", seed)
         for name in names:
-            folder = args.out / "rewards" / name / str(seed)
-            flags = ["--objective", "scst", "--init-adapter", str(base / "best.safetensors"), *REWARDS[name],
+            folder = args.out / "rewards" / name.replace(" ", "_") / str(seed)
+            flags = ["--init-adapter", str(base / "best.safetensors"), *REWARDS[name],
                      "--lr", f"{SCST_NUMBERS['lr'] * WIDTH_RATIO:.3g}", "--batch-size", str(BATCH),
                      "--val-images", "60", "--seed", str(seed), "--precision", args.precision]  # fmt: skip
             train(run, folder, args.out / "data", args.out / "cache", flags)

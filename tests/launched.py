@@ -46,13 +46,37 @@ def terminate(processes, behind=3):
     return {(Trainer, "train_step"): train_step}
 
 
+def watch(processes):
+    """Make sure that nothing but the gradients of what is trained, once a step, and a few numbers travel."""
+    step, reduce = Trainer.train_step, distributed.dist.all_reduce
+    sizes = []
+
+    def all_reduce(tensor, *args, **kwargs):
+        sizes.append(tensor.numel())
+        return reduce(tensor, *args, **kwargs)
+
+    def train_step(trainer, batches):
+        names = [n for n in trainer.captioner.trainable()
+                 if n.startswith("projector.") or trainer.epoch >= trainer.config.projector_epochs]  # fmt: skip
+        trained = sum(trainer.captioner.get_parameter(name).numel() for name in names)
+        sizes.clear()
+        loss = step(trainer, batches)
+        assert sizes == [1, trained], (sizes, trained)
+        return loss
+
+    return {(Trainer, "train_step"): train_step, (distributed.dist, "all_reduce"): all_reduce}
+
+
 def digest(references, predictions):
     """Stand for a score that tells every two sets of captions apart."""
     assert references.keys() == predictions.keys()
     return zlib.crc32(json.dumps(predictions).encode()) / 2**32, {}
 
 
-FAULTS = {"poison": poison, "terminate": terminate, "terminate_later": lambda processes: terminate(processes, 7)}
+FAULTS = {
+    "poison": poison, "terminate": terminate, "terminate_later": lambda processes: terminate(processes, 7),
+    "watch": watch,
+}  # fmt: skip
 
 
 @contextlib.contextmanager

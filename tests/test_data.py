@@ -828,3 +828,83 @@ def test_a_pickled_cache_maps_the_file_again(open_cache, paths):
     pickled = pickle.dumps(cache)
     assert_serves(pickle.loads(pickled), paths)
     assert cache[3].numpy().tobytes() not in pickled
+
+
+# ---- JPEG drafts -----------------------------------------------------------------------------------------------------
+
+
+def generated_picture(kind, size=(1344, 1040)):
+    """Pictures of what JPEG and scaling find easy and hard; both sides are multiples of 8."""
+    width, height = size
+    generator = np.random.default_rng(3)
+    if kind == "smooth":
+        small = generator.integers(0, 256, (9, 12, 3), dtype=np.uint8)
+        return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+    if kind == "noise":
+        return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    if kind == "edges":
+        squares = generator.integers(0, 2, (height // 26 + 1, width // 26 + 1, 3), dtype=np.uint8) * 255
+        return Image.fromarray(squares.repeat(26, 0).repeat(26, 1)[:height, :width])
+    rows, columns = np.mgrid[:height, :width]  # rings that become finer outwards, down to a few pixels
+    rings = 127 + 127 * np.sin((rows**2 + columns**2) / 1500)
+    return Image.fromarray(rings.astype(np.uint8)).convert("RGB")
+
+
+def seen_by_a_model(image, size=96):
+    """What reaches a model: shorter side scaled to ``size``, centre crop, as integers."""
+    scale = size / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size))).astype(int)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "noise", "edges", "rings"])
+@pytest.mark.parametrize("quality", [75, 95])
+def test_a_draft_gives_nearly_the_pixels_of_the_whole(tmp_path, kind, quality):
+    generated_picture(kind).save(tmp_path / "a.jpg", quality=quality)
+    whole = load_image(tmp_path / "a.jpg")
+    draft = load_image(tmp_path / "a.jpg", draft=data.DRAFT_FACTOR * 96)
+    assert (whole.size, draft.size) == ((1344, 1040), (672, 520))
+    difference = np.abs(seen_by_a_model(whole) - seen_by_a_model(draft))
+    assert difference.max() <= 8
+    assert difference.mean() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_a_draft_of_another_colour_space_is_rgb(tmp_path, mode):
+    generated_picture("smooth").convert(mode).save(tmp_path / "a.jpg")
+    whole, draft = (load_image(tmp_path / "a.jpg", side) for side in (None, 384))
+    assert (draft.mode, draft.size) == ("RGB", (672, 520))
+    assert np.abs(seen_by_a_model(whole) - seen_by_a_model(draft)).max() <= 8
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_draft_is_upright(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    generated_picture("smooth").save(tmp_path / "a.jpg", exif=exif)
+    whole, draft = (load_image(tmp_path / "a.jpg", side) for side in (None, 384))
+    assert draft.size == tuple(side // 2 for side in whole.size)
+    assert (draft.width > draft.height) == (orientation == 3)
+    assert np.abs(seen_by_a_model(whole) - seen_by_a_model(draft)).max() <= 8
+
+
+@pytest.mark.parametrize(
+    ("size", "draft", "expected"),
+    [
+        ((1600, 1600), 200, (200, 200)),
+        ((1600, 1600), 201, (400, 400)),
+        ((1600, 1600), 801, (1600, 1600)),  # half of it would be too small
+        ((1604, 1600), 200, (401, 400)),  # eighths do not divide it, quarters do
+        ((1601, 1600), 200, (1601, 1600)),
+        ((400, 4000), 200, (200, 2000)),  # the shorter side decides
+    ],
+)
+def test_a_draft_is_as_small_as_divides_evenly_and_no_smaller(tmp_path, size, draft, expected):
+    Image.new("RGB", size, "red").save(tmp_path / "a.jpg")
+    assert load_image(tmp_path / "a.jpg", draft).size == expected
+
+
+def test_other_formats_are_read_whole(tmp_path):
+    Image.new("RGB", (800, 800), "red").save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", 100).size == (800, 800)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import runtime
 import sidefile
 from inference import Halving, PredictionLog, Workers, caption_images, read_ahead
 
@@ -258,6 +259,27 @@ def test_two_processes_share_a_folder_and_finish_what_three_began(tmp_path, imag
     expected = {str(k): f"level {k}" for k in range(7)} | {"1": "kept", "2": "kept too"}
     assert json.loads(out.read_text()) == expected
     assert not list(tmp_path.glob("*.part*"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_process_ends_before_the_result_is_written(tmp_path, images, monkeypatch, rank):
+    """With an image that cannot be read all ended with exit code 3, and the launcher killed the one still writing."""
+    events = []
+    monkeypatch.setattr(Workers, "wait", lambda self: events.append("wait"))
+    monkeypatch.setattr(runtime, "write_json", lambda *words: events.append("write"))
+    with PredictionLog(tmp_path / "out.json", RUN, workers=Workers(rank, 2)) as log_file:
+        caption_images(log_file, images, grey, say, 3)
+        events.clear()
+        log_file.finish(images)
+    assert events == (["wait", "wait", "write", "wait"] if rank == 0 else ["wait"] * 3)
+
+
+def test_a_damaged_side_file_of_another_process_is_dropped_where_overwriting_is_allowed(tmp_path, images):
+    """p2_infer.py, which always overwrites, said to give --overwrite, which it did not have."""
+    (tmp_path / "out.json.part.jsonl").write_text('{"run": ' + json.dumps(RUN) + "}\n" + kept("1", "kept"))
+    (tmp_path / "out.json.part1.jsonl").write_text("nonsense\n" + kept("2", "lost"))
+    captions = run(tmp_path / "out.json", images, overwrite=True)
+    assert captions == {str(k): f"level {k}" for k in range(7)} | {"1": "kept"}
 
 
 def test_side_files_of_another_run_are_refused_by_all(tmp_path, images):

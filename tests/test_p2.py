@@ -1,10 +1,12 @@
 """p2_train.py and p2_infer.py end to end through their command lines, with tiny random models on a tiny micro world."""
 
+import functools
 import json
 import math
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import data
 import evaluate
+import generation
 import p2_infer
 import p2_train
 import training
-from captioner import Captioner, read_adapter
+from captioner import Captioner, load_captioner, read_adapter
 from profiles import PROFILES
 
 EPOCHS, STEPS = 2, 3  # 12 images in batches of 4
@@ -301,6 +305,66 @@ def test_the_size_of_a_batch_changes_no_caption(run, tiny_data, tmp_path):
         assert infer(*files, "--batch-size", size) == 0
         results.append(json.loads((tmp_path / "p.json").read_text()))
     assert results[0] == results[1]
+
+
+def test_compiled_steps_caption_alike(run, tiny_data, tmp_path, monkeypatch):
+    """The last batch, of three pictures, is smaller than the others; the compiler itself is test_compiling.py's."""
+    monkeypatch.setattr(generation, "compile_steps", functools.partial(generation.compile_steps, backend="eager"))
+    results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
+    for flags in ([], ["--compile"]):
+        assert infer(*files, "--batch-size", 5, *flags) == 0
+        results.append(json.loads((tmp_path / "p.json").read_text()))
+    assert results[0] == results[1]
+
+
+def test_encoding_a_batch_ahead_captions_alike(run, tiny_data, tmp_path, monkeypatch):
+    """What a GPU does on streams, here one after the other: the next batch is encoded before this one is decoded."""
+    order, gather, encode = [], generation.Encoder.gather, generation.Encoder.encode
+    monkeypatch.setattr(generation.Encoder, "gather", lambda s, e: order.append(f"decode {len(e)}") or gather(s, e))
+    monkeypatch.setattr(generation.Encoder, "encode", lambda s, p: order.append(f"encode {len(p)}") or encode(s, p))
+    results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
+    for ahead in (False, True):
+        monkeypatch.setattr(p2_infer, "works_beside", lambda device, ahead=ahead: ahead)
+        assert infer(*files, "--batch-size", 3) == 0
+        results.append(json.loads((tmp_path / "p.json").read_text()))
+    assert results[0] == results[1]
+    assert order[:6] == ["encode 3", "decode 3", "encode 3", "decode 3", "encode 2", "decode 2"]
+    assert order[6:] == ["encode 3", "encode 3", "decode 3", "encode 2", "decode 3", "decode 2"]
+
+
+def test_big_photographs_may_be_decoded_smaller(run, tmp_path, monkeypatch):
+    """The flag reaches the reader, with four times the pixels that the encoder sees; without it all is decoded."""
+    sizes, load = [], data.load_image
+
+    def noted(path, draft=None):
+        image = load(path, draft)
+        sizes.append(image.size)
+        return image
+
+    monkeypatch.setattr(data, "load_image", noted)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (640, 480), "red").save(tmp_path / "images" / "a.jpg")
+    for flags in ([], ["--jpeg-draft"], ["--no-jpeg-draft"]):
+        assert infer(tmp_path / "images", tmp_path / "p.json", run / "last.safetensors", *flags) == 0
+    assert sizes == [(640, 480), (320, 240), (640, 480)]  # 4 x 48 = 192 is what a quarter would be below
+
+
+def test_features_of_drafts_are_kept_apart(run, tmp_path):
+    captioner = load_captioner(run / "last.safetensors", Path(PROFILES["micro"].decoder), None, torch.device("cpu"))
+    path = tmp_path / "a.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    draft = generation.draft_side(captioner.transform)
+    found = [
+        generation.cached_features(captioner, [path], tmp_path / "cache", draft=side).gather([0])
+        for side in (None, draft, None, draft)
+    ]
+    assert draft == 192
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    with pytest.raises(ValueError, match="--jpeg-draft needs a transform with a resize"):
+        generation.draft_side(lambda image: image)
 
 
 def test_odd_pictures_are_captioned(run, tmp_path):

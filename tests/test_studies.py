@@ -110,15 +110,16 @@ def test_rewards_tune_the_setting_best_of_the_same_seed_by_the_same_rule(tmp_pat
     monkeypatch.setattr(studies, "Runner", lambda: recorder)
     assert studies.main(["rewards", "--out", str(tmp_path), "--seeds", "2", "--precision", "bf16"]) == 0
     trained = [words for words in recorder.commands if words[0] == "p2_train.py"]
-    tuned = [words for words in trained if "--objective" in words]
+    tuned = [words for words in trained if "--init-adapter" in words]
     assert len(trained) - len(tuned) == 2  # the setting best of both seeds
-    assert [("1" if "--clip-reward" in words else "0") for words in tuned] == ["0", "1", "0", "1"]
+    assert [words[words.index("--objective") + 1] for words in tuned] == ["scst", "scst", "xe"] * 2
+    assert ["--clip-reward" in words for words in tuned] == [False, True, False] * 2
     bases = [studies.Path(words[words.index("--init-adapter") + 1]).parent.name for words in tuned]
-    assert bases == ["best", "best", "best-seed1", "best-seed1"]
+    assert bases == ["best"] * 3 + ["best-seed1"] * 3
     rates = [float(words[words.index("--lr") + 1]) for words in tuned]
-    assert rates == pytest.approx([3 * SCST_NUMBERS["lr"]] * 4, rel=0.01)
+    assert rates == pytest.approx([3 * SCST_NUMBERS["lr"]] * 6, rel=0.01)
     assert all(words[words.index("--precision") + 1] == "bf16" for words in trained)
-    assert recorder.scripts().count("evaluate.py") == 6
+    assert recorder.scripts().count("evaluate.py") == 8
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,169 @@
+"""engine_ray.py: a local cluster of two actors, one killed half-way; and what is said where Ray is missing."""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import test_shards
+from test_shards import adapter, contents, flags, pictures, renamed, results, write_tar  # noqa: F401 - a fixture
+
+import engine_ray
+import inference
+import p2_infer
+import parts
+import runtime
+from shards import Source
+
+SHARDS, IMAGES = 6, 8  # of a shard
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of two processors on this machine; a script would start one for each run."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data]'")
+    pytest.importorskip("ray.data", reason="Ray is installed without Ray Data: pip install 'ray[data]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([engine_ray.ROOT, str(Path(__file__).parent)]))
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def tars(tmp_path):
+    for number in range(SHARDS):
+        write_tar(tmp_path / f"{number}.tar", pictures(number * IMAGES, (number + 1) * IMAGES))
+    return tmp_path / f"{{0..{SHARDS - 1}}}.tar"
+
+
+class Build:
+    """Makes a slow captioner that writes down which process captioned what."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def __call__(self):
+        return inference.Job(test_shards.grey, self.caption)
+
+    def caption(self, levels):
+        with self.said.open("a") as file:
+            file.write("".join(f"{level} {os.getpid()}\n" for level in levels))
+        time.sleep(0.2)
+        return test_shards.say(levels)
+
+
+def said_by(said):
+    return [tuple(map(int, line.split())) for line in said.read_text().splitlines()] if said.exists() else []
+
+
+def kill_one(said, killed):
+    """Kill the process that captioned first, once both have captioned and a quarter is done."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        lines = said_by(said)
+        if len(lines) >= SHARDS * IMAGES // 4 and len({pid for _, pid in lines}) == 2:
+            os.kill(lines[0][1], signal.SIGKILL)
+            killed.append(lines[0][1])
+            return
+        time.sleep(0.05)
+
+
+def test_two_actors_of_which_one_is_killed_give_what_one_process_gives(cluster, tars, tmp_path):
+    said, killed, out = tmp_path / "said", [], tmp_path / "ray.jsonl"
+    args = argparse.Namespace(ray_actors=2, batch_size=2, device="cpu")
+    killer = threading.Thread(target=kill_one, args=(said, killed))
+    killer.start()
+    with parts.Results(out, "jsonl", {"model": "m"}) as found:
+        found.begin()
+        shards = Source(tars).shards(tmp_path)
+        engine_ray.caption_shards(found.folder, shards, Build(said), args)
+        found.finish(shards)
+    killer.join()
+    lines = said_by(said)
+    assert len(killed) == 1
+    assert len({pid for _, pid in lines} - set(killed)) >= 1
+    assert {level for level, _ in lines} == set(range(SHARDS * IMAGES))
+    assert len(lines) <= SHARDS * IMAGES + 2  # the batch that the killed one was at
+    with parts.Results(tmp_path / "plain.jsonl", "jsonl", {"model": "m"}) as plain:
+        plain.begin()
+        inference.caption_shards(plain.folder, shards, inference.Job(test_shards.grey, test_shards.say), 2)
+        plain.finish(shards)
+    assert contents(out) == renamed(contents(tmp_path / "plain.jsonl"), "plain", "ray")
+
+
+def test_p2_infer_gives_the_same_with_ray(cluster, tmp_path, tiny_data, tiny_profile, adapter):  # noqa: F811
+    images = sorted((tiny_data / "images" / "val").iterdir())
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", [(p.name, p.read_bytes()) for p in images[number::2]])
+    words = flags(tiny_profile, adapter)
+    assert p2_infer.main([str(tmp_path / "*.tar"), str(tmp_path / "plain.jsonl"), *words]) == 0
+    by_ray = [*words, "--engine", "ray", "--ray-actors", "1"]
+    assert p2_infer.main([str(tmp_path / "*.tar"), str(tmp_path / "ray.jsonl"), *by_ray]) == 0
+    assert results(tmp_path / "ray.jsonl") == results(tmp_path / "plain.jsonl")
+    assert len(results(tmp_path / "ray.jsonl")) == len(images)
+
+
+class Crash:
+    """Loads a captioner that takes its process with it."""
+
+    def __call__(self):
+        return inference.Job(test_shards.grey, lambda levels: os._exit(1))
+
+
+def test_a_shard_that_kills_its_actor_again_and_again_ends_the_run(cluster, tars, tmp_path, monkeypatch):
+    """Ray would restart it without end."""
+    monkeypatch.setattr(engine_ray, "TRIES", 1)
+    folder = parts.Folder(tmp_path / "out")
+    folder.state.mkdir(parents=True)
+    args = argparse.Namespace(ray_actors=1, batch_size=2, device="cpu")
+    with pytest.raises(ValueError, match="the same shard failed 2 times"):
+        engine_ray.caption_shards(folder, Source(tars).shards(tmp_path)[:1], Crash(), args)
+
+
+def test_what_an_actor_cannot_do_is_said_as_one_line(cluster, tars, tmp_path):
+    def build():
+        raise FileNotFoundError("weights.bin: no such file")
+
+    folder = parts.Folder(tmp_path / "out")
+    folder.state.mkdir(parents=True)
+    args = argparse.Namespace(ray_actors=1, batch_size=2, device="cpu")
+    with pytest.raises(ValueError, match=r"^weights\.bin: no such file$"):
+        engine_ray.caption_shards(folder, Source(tars).shards(tmp_path), build, args)
+
+
+def test_without_ray_one_line_says_how_to_get_it(tmp_path, tars, monkeypatch, capsys, tiny_profile, adapter):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    words = [str(tars), str(tmp_path / "out.jsonl"), *flags(tiny_profile, adapter), "--engine", "ray"]
+    assert p2_infer.main(words) == runtime.BAD_INPUT
+    assert "pip install 'ray[data]'" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_ray_starts_its_processes_itself(monkeypatch, tmp_path):
+    args = argparse.Namespace(ray_actors=0, batch_size=2, device="cpu")
+    with pytest.raises(ValueError, match="--ray-actors 0"):
+        engine_ray.caption_shards(parts.Folder(tmp_path), [], None, args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without accelerate launch"):
+        engine_ray.caption_shards(parts.Folder(tmp_path), [], None, args)
+
+
+@pytest.mark.parametrize(
+    ("cluster_has", "asked", "device", "share"),
+    [
+        ({"CPU": 8.0}, None, "cpu", (8, {"num_cpus": 1.0})),
+        ({"CPU": 2.0}, 4, "auto", (4, {"num_cpus": 0.5})),
+        ({"CPU": 64.0, "GPU": 4.0}, None, "auto", (4, {"num_gpus": 1.0})),
+        ({"CPU": 64.0, "GPU": 4.0}, 8, "cuda", (8, {"num_gpus": 0.5})),
+        ({"CPU": 3.0, "GPU": 4.0}, None, "cpu", (3, {"num_cpus": 1.0})),
+    ],
+)
+def test_actors_share_what_the_cluster_has(cluster_has, asked, device, share):
+    args = argparse.Namespace(ray_actors=asked, device=device)
+    assert engine_ray._share(cluster_has, args, 100) == share
+    assert engine_ray._share(cluster_has, args, 1)[0] == 1
