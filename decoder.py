@@ -16,7 +16,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +381,17 @@ def can_attend_packed(qkv: torch.Tensor) -> bool:
 _CPU_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 
 
+def _without_autocast(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Let a forward compute in the types that it is given."""
+
+    @wraps(function)
+    def plain(ctx: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(ctx, x, *args)
+
+    return plain
+
+
 class PackedAttention(torch.autograd.Function):
     """Attention of captions packed behind one prefix, without a mask: it does no work on what is not seen.
 
@@ -391,6 +402,7 @@ class PackedAttention(torch.autograd.Function):
     """
 
     @staticmethod
+    @_without_autocast  # which would round the scores; the backward, beyond its reach, would find others
     def forward(ctx: Any, qkv: torch.Tensor, packing: Packing, first: int = 0) -> torch.Tensor:
         """Map qkv (B, P+S, 3, nh, hs) to (B, P+S, C), or to the captions' rows (B, S, C) if these are the first."""
         count = packing.prefix
