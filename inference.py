@@ -420,6 +420,16 @@ def is_small(args: argparse.Namespace) -> bool:
     return kind == "folder" and form_of(args.out, args.out_format) == "json" and args.engine == "plain"
 
 
+def add_images_and_results(parser: argparse.ArgumentParser) -> None:
+    """Add the two positional arguments that every captioning script begins with."""
+    parser.add_argument("img_dir", type=Path, metavar="IMG_DIR",
+                        help="folder of jpg, jpeg, png or webp images; or a list of paths "
+                        "(.txt, .jsonl), or tar shards ('DIR/{000..999}.tar', 'DIR/*.tar')")  # fmt: skip
+    parser.add_argument("out", type=Path, metavar="OUT.json",
+                        help="predictions, {file name without suffix: caption}; "
+                        "or OUT.jsonl, OUT.parquet: a folder of parts")  # fmt: skip
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of runs over shards."""
     group = parser.add_argument_group("millions of images")

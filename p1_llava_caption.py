@@ -29,12 +29,7 @@ log = logging.getLogger(__name__)
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = runtime.FlagParser(description=__doc__)
-    parser.add_argument("img_dir", type=Path, metavar="IMG_DIR",
-                        help="folder of jpg, jpeg, png or webp images; or a list of paths "
-                        "(.txt, .jsonl), or tar shards ('DIR/{000..999}.tar', 'DIR/*.tar')")  # fmt: skip
-    parser.add_argument("out", type=Path, metavar="OUT.json",
-                        help="predictions, {file name without suffix: caption}; "
-                        "or OUT.jsonl, OUT.parquet: a folder of parts")  # fmt: skip
+    inference.add_images_and_results(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--setting", type=int, choices=sorted(PROMPTS), default=1, help="prompt of the report")
     which.add_argument("--prompt", help="any other text, put into USER: <image>\\nTEXT ASSISTANT:")

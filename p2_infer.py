@@ -20,6 +20,7 @@ from inference import (
     Job,
     PredictionLog,
     add_flags,
+    add_images_and_results,
     caption_images,
     caption_source,
     find_workers,
@@ -31,12 +32,7 @@ from profiles import PROFILES
 def build_parser() -> Any:
     """Return the command line."""
     parser = runtime.FlagParser(description=__doc__)
-    parser.add_argument("img_dir", type=Path, metavar="IMG_DIR",
-                        help="folder of jpg, jpeg, png or webp images; or a list of paths "
-                        "(.txt, .jsonl), or tar shards ('DIR/{000..999}.tar', 'DIR/*.tar')")  # fmt: skip
-    parser.add_argument("out", type=Path, metavar="OUT.json",
-                        help="predictions, {file name without suffix: caption}; "
-                        "or OUT.jsonl, OUT.parquet: a folder of parts")  # fmt: skip
+    add_images_and_results(parser)
     parser.add_argument("decoder", type=Path, metavar="DECODER", help="GPT-2 state dict (.bin, .pt or .safetensors)")
     parser.add_argument("--adapter", type=Path, default=Path("runs/best/best.safetensors"),
                         help="what p2_train.py wrote")  # fmt: skip
