@@ -88,24 +88,29 @@ class Captioner:
         return 2 * self.encoder.tokens * self.encoder.width * self.decoder.width
 
     def attended(self, caption_tokens: int, captions: int = 5) -> float:
-        """Operations of attention in the packed sequence: all rows to the prefix, each caption's to its own."""
-        prefix, own = self.encoder.tokens, caption_tokens / captions
-        rows = attention(prefix + caption_tokens, prefix, self.decoder.width)
-        return self.decoder.layers * (rows + captions * attention(own, own, self.decoder.width))
+        """Operations of attention in the packed sequence: all rows to the prefix, each caption's to its own.
+
+        In the last layer the prefix's rows are left out: nobody reads them.
+        """
+        d, prefix, own = self.decoder, self.encoder.tokens, caption_tokens / captions
+        rows = d.layers * attention(prefix + caption_tokens, prefix, d.width) - attention(prefix, prefix, d.width)
+        return rows + d.layers * captions * attention(own, own, d.width)
 
     def train(self, caption_tokens: int, captions: int = 5) -> float:
         """Operations of a step an image, forward and backward, with ``caption_tokens`` packed behind its prefix.
 
         Frozen weights need no gradient of their own, so their layers cost once more backward; LoRA and attention
-        twice more.
+        twice more. Behind its keys and values the last layer has the captions' rows only.
         """
-        d, total = self.decoder, self.encoder.tokens + caption_tokens
-        widths = (1 + 3) + (1 + 1) + (1 + 4) + (4 + 1)  # in and out of c_attn, c_proj, c_fc and the MLP's c_proj
-        lora = d.layers * 2 * total * self.rank * widths * d.width
+        d, prefix = self.decoder, self.encoder.tokens
+        first = d.layers * (prefix + caption_tokens)  # rows of c_attn, in all layers together
+        others = first - prefix  # rows of c_proj, c_fc and the MLP's c_proj
+        c_attn = 3 * d.width**2
+        lora = 2 * self.rank * d.width * (first * (1 + 3) + others * ((1 + 1) + (1 + 4) + (4 + 1)))  # in and out
         if self.head:
             lora += 2 * caption_tokens * self.rank * (d.width + d.vocabulary)
         attended = self.attended(caption_tokens, captions)
-        frozen = d.layers * 2 * total * d.block + d.logits(caption_tokens)
+        frozen = 2 * (first * c_attn + others * (d.block - c_attn)) + d.logits(caption_tokens)
         return 2 * frozen + 3 * (attended + lora) + 2 * self.project
 
     def search(self, beams: int, tokens: int) -> float:
