@@ -124,7 +124,7 @@ class CompiledSteps:
         decoder = self.decoder
         x = decoder.embed(tokens) + decoder.wpe(position)
         for block in decoder.h:
-            x = block(x, mask, self.cache, None)
+            x = block(x, mask, self.cache, None, x.shape[1])
         return decoder.logits(decoder.ln_f(x))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import pickle
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,17 +35,20 @@ class Captioner:
         build: loads the model.
         folder: takes the captions.
         batch_size: images at once.
+        shards: all of them, of which rows name some by number.
     """
 
-    def __init__(self, build: Callable[[], inference.Job], folder: Folder, batch_size: int) -> None:
-        self._build, self._folder, self._batch_size = build, folder, batch_size
+    def __init__(
+        self, build: Callable[[], inference.Job], folder: Folder, batch_size: int, shards: Sequence[Shard]
+    ) -> None:
+        self._build, self._folder, self._batch_size, self._shards = build, folder, batch_size, shards
         self._job: inference.Job | None = None
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[str]]:
-        """Caption the one of ``rows["item"]``, a pickled shard; return what went wrong, or an empty text."""
+        """Caption the one that ``rows["item"]`` numbers; return what went wrong, or an empty text."""
         try:
             self._job = self._job or self._build()
-            shards = [pickle.loads(item) for item in rows["item"]]  # the driver's own
+            shards = [self._shards[number] for number in rows["item"]]
             inference.caption_shards(self._folder, shards, self._job, self._batch_size, PATIENCE)
         except (ValueError, OSError) as error:  # bad input or no room, which another try would meet again
             return {"error": [str(error) or type(error).__name__]}
@@ -80,10 +82,9 @@ def caption_shards(
     try:
         count, resources = _share(ray.cluster_resources(), args, len(todo))
         log.info("%d shards for %d actors", len(todo), count)
-        items = [pickle.dumps(shard) for shard in todo]  # Ray would do so too, and complain
-        results = ray.data.from_items(items, override_num_blocks=min(len(todo), MOST_BLOCKS)).map_batches(
+        results = ray.data.from_items([*range(len(todo))], override_num_blocks=min(len(todo), MOST_BLOCKS)).map_batches(
             Captioner,
-            fn_constructor_args=(build, folder, args.batch_size),
+            fn_constructor_args=(build, folder, args.batch_size, todo),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
             max_task_retries=TRIES,
