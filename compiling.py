@@ -11,32 +11,21 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from typing import Any
 
 import torch
 
-from decoder import Decoder, DecoderConfig, KVCache
+from decoder import Decoder, KVCache
 
 
 class SlotCache(KVCache):
     """A KV cache that can also be written at given slots and read whole, so that shapes never change.
 
-    Args:
-        config: shape of the decoder.
-        batch_size: rows B.
-        max_length: slots S_max a row.
-        device: where the buffers lie.
-        dtype: their type.
+    Its arguments are those of ``KVCache``.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        batch_size: int,
-        max_length: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(config, batch_size, max_length, device, dtype)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.slots: torch.Tensor | None = None  # (T,) where the next tokens go; None: behind the filled ones
         for buffer in self.keys + self.values:
             buffer.zero_()  # masked numbers are multiplied by zero, and NaN would stay NaN
