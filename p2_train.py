@@ -78,10 +78,11 @@ HELP = {
     "average_last": "last epochs whose weights are averaged in the end",
     "patience": "epochs without a better one after which training stops; 0 never stops",
     "objective": "xe (cross-entropy), or scst (CIDEr-D as a reward; needs --init-adapter)",
-    "samples": "captions drawn an image, scst",
+    "draws": "an image's captions: beam (all that a beam search finds), or sample, scst",
+    "samples": "captions an image: so many beams, or samples, scst",
     "temperature": "of the draw, scst",
     "clip_reward": "weight of CLIPScore in the reward, scst",
-    "brevity": "exponent of BLEU's brevity penalty on the CIDEr-D reward, scst; 0 leaves it out",
+    "brevity": "exponent of BLEU's brevity penalty on the reward, scst; 0 leaves it out",
     "xe_weight": "weight of cross-entropy beside the rewards, scst: holds captions near people's",
 }
 

@@ -1,13 +1,16 @@
-"""Self-critical sequence training: CIDEr-D of sampled captions as the reward (Rennie et al., arXiv 1612.00563).
+"""Self-critical sequence training: a captioner's own captions, rewarded by CIDEr-D (Rennie et al., arXiv 1612.00563).
 
 Several captions of an image are drawn behind one shared prefix. Each is rewarded by its CIDEr-D on token ids, with the
 document frequencies of the training references, and its advantage is its reward less the mean of the image's other
-samples (Luo, arXiv 2003.09971), so no greedy pass is needed. ``clip_reward`` mixes CLIPScore in (Cho et al., arXiv
-2205.13115). Three guards against what rewards invite: EOS is a token of captions and references, so that an ending in
-the middle of a phrase costs n-grams; a sample that repeats more bigrams than most references of its image earns
-nothing; and one that is shorter than its references is damped by BLEU's brevity penalty (Papineni et al. 2002), since
-CIDEr-D hardly minds a missing word or two. ``xe_weight`` keeps cross-entropy in the loss (Paulus et al., arXiv
-1705.04304), which holds length and wording near people's.
+captions (Luo, arXiv 2003.09971), so no greedy pass is needed. They are those of a beam search (Cornia et al., arXiv
+1912.08226), which teaches what inference will find, or samples. ``clip_reward`` mixes CLIPScore in (Cho et al., arXiv
+2205.13115).
+
+Three guards against what rewards invite: EOS is a token of captions and references, so that an ending in the middle of
+a phrase costs n-grams; a caption that repeats more bigrams than most references of its image earns nothing; and one
+that is shorter than its references is damped by BLEU's brevity penalty (Papineni et al. 2002), since CIDEr-D hardly
+minds a missing word or two, and CLIPScore not at all. ``xe_weight`` keeps cross-entropy in the loss (Paulus et al.,
+arXiv 1705.04304), which holds wording near people's.
 """
 
 from __future__ import annotations
@@ -49,20 +52,28 @@ class CiderReward:
         self.usual_repeats = [median(map(repeats, group)) for group in self.references]
         self.mean_lengths = np.array([np.mean([len(c) for c in group]) for group in self.references])
 
-    def __call__(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return the rewards (n,) of ``samples``, which hold EOS where they are finished; ``images`` says of what."""
-        return self.cider(images, samples) * self.guards(images, samples)
+    def __call__(
+        self, images: Sequence[int], samples: Sequence[Sequence[int]], more: np.ndarray | float = 0.0
+    ) -> np.ndarray:
+        """Return the rewards (n,) of ``samples``, which hold EOS where they are finished; ``images`` says of what.
+
+        ``more`` (n,) is reward of another kind, which the guards hold for as well.
+        """
+        earned = (self.cider(images, samples) + more) * self.penalty(images, samples)
+        return np.where(self.excessive(images, samples), 0.0, earned)
 
     def cider(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
         """Return the plain CIDEr-D (n,)."""
         return cider_d([self.references[i] for i in images], samples, self.frequencies)
 
-    def guards(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return what CIDEr-D is multiplied by, 0 to 1: (n,)."""
-        excessive = [repeats(s) > self.usual_repeats[i] for i, s in zip(images, samples, strict=True)]
+    def excessive(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return which samples repeat more bigrams than most references of their image: (n,), booleans."""
+        return np.array([repeats(s) > self.usual_repeats[i] for i, s in zip(images, samples, strict=True)])
+
+    def penalty(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return BLEU's brevity penalty against the references' mean length, to the power ``brevity``: (n,)."""
         lengths = np.array([len(s) for s in samples])
-        penalty = np.exp(np.minimum(0, 1 - self.mean_lengths[list(images)] / np.maximum(lengths, 1)))
-        return np.where(excessive, 0.0, penalty**self.brevity)
+        return np.exp(self.brevity * np.minimum(0, 1 - self.mean_lengths[list(images)] / np.maximum(lengths, 1)))
 
 
 class ClipReward:
@@ -108,8 +119,19 @@ def draw(captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tensor
         own = torch.tensor([place * count + k for place in places for k in range(count)], device=features.device)
         step = among_others(step, own, images * count, eos)
     found = search.sample(step, images * count, eos, eos, generator, temperature, None, 1.0, longest, features.device)
-    ended = [tokens if len(tokens) == longest else [*tokens, eos] for tokens in found.tokens]
-    return [ended[place * count : (place + 1) * count] for place in places]
+    return [ended(found.tokens[place * count : (place + 1) * count], eos, longest) for place in places]
+
+
+def beams(captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tensor, count: int,
+          longest: int) -> list[list[list[int]]]:  # fmt: skip
+    """Return the captions of a beam search in place of ``draw``'s (Cornia et al., arXiv 1912.08226)."""
+    found = generation.search_features(captioner, tokenizer, features, count, longest)
+    return [ended(captions, tokenizer.eos_id, longest) for captions in found.finished]
+
+
+def ended(captions: Sequence[list[int]], eos: int, longest: int) -> list[list[int]]:
+    """Give every caption its EOS back, but for those that were cut at ``longest`` tokens."""
+    return [tokens if len(tokens) == longest else [*tokens, eos] for tokens in captions]
 
 
 def among_others(step: Callable, own: torch.Tensor, rows: int, eos: int) -> Callable:
@@ -226,8 +248,11 @@ class ScstTrainer(Trainer):
         config = self.config
         features = self.train_split.features.gather(indices).float().to(self.device)
         with generation.autocast(self.device, config.precision):
-            samples = draw(self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens,
-                           config.temperature, self.generator, places, images)  # fmt: skip
+            common = (self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens)
+            if config.draws == "beam":
+                samples = beams(*common)
+            else:
+                samples = draw(*common, config.temperature, self.generator, places, images)
             rewards = self.score(indices, samples)
             loss = policy_loss(self.captioner, features, samples, advantages(rewards), self.tokenizer.eos_id)
         return samples, rewards, loss
@@ -237,7 +262,7 @@ class ScstTrainer(Trainer):
 
         It draws for the rows of all images until the last one ends, and that may be another process's.
         """
-        if self.drawn is None or self.processes.count == 1:
+        if self.drawn is None or self.processes.count == 1 or self.config.draws == "beam":
             return
         images, length = self.drawn
         rows = torch.ones(images * self.config.samples, self.tokenizer.vocab_size, device=self.device)
@@ -248,11 +273,11 @@ class ScstTrainer(Trainer):
         """Return the rewards (B, K)."""
         images = np.repeat(indices, self.config.samples).tolist()
         flat = [sample for group in samples for sample in group]
-        rewards = self.reward(images, flat)
+        more: np.ndarray | float = 0.0
         if self.clip_reward is not None:
             texts = [self.tokenizer.decode(sample) for sample in flat]
-            rewards = rewards + self.config.clip_reward * self.clip_reward(images, texts)
-        return rewards.reshape(len(samples), -1)
+            more = self.config.clip_reward * self.clip_reward(images, texts)
+        return self.reward(images, flat, more).reshape(len(samples), -1)
 
     def validate(self) -> dict[str, Any]:
         """Return loss, CIDEr by beam and by greedy search, CLIPScore, and what the captions are like."""

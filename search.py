@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,6 +35,7 @@ class SearchResult:
 
     tokens: list[list[int]]  # without BOS and EOS
     scores: list[float]  # sum of log-probabilities over (number of tokens) ** length_penalty, EOS included in both
+    finished: list[list[list[int]]] = field(default_factory=list)  # of a beam search: all K captions, best first
 
 
 @torch.no_grad()
@@ -179,7 +180,7 @@ class _Beams:
         self.done_scores = torch.full((batch, k), -math.inf, device=device)  # -inf: no caption in this place yet
         self.open = torch.ones(batch, dtype=torch.bool, device=device)  # (B,) may still find a better caption
         self.images = list(range(batch))  # which images the rows of all these are
-        self.found: dict[int, tuple[list[int], float]] = {}  # tokens and score of the images that have left
+        self.found: dict[int, tuple[list[list[int]], float]] = {}  # captions, best score: of images that have left
 
     def advance(self, log_probs: torch.Tensor, length: int, length_penalty: float) -> None:
         """Grow all beams by one token, to ``length``; log_probs (B, K, V) are float32."""
@@ -215,14 +216,14 @@ class _Beams:
         return rows
 
     def result(self) -> SearchResult:
-        """Return the best caption of every image, those that have left included."""
+        """Return the captions of every image, those that have left included."""
         self._collect(torch.ones_like(self.open))
-        tokens, scores = zip(*(self.found[image] for image in sorted(self.found)), strict=True)
-        return SearchResult(list(tokens), list(scores))
+        finished, scores = zip(*(self.found[image] for image in sorted(self.found)), strict=True)
+        return SearchResult([captions[0] for captions in finished], list(scores), list(finished))
 
     def _collect(self, chosen: torch.Tensor) -> None:
         images = [self.images[row] for row in chosen.nonzero().flatten().tolist()]
-        captions = _cut(self.done_tokens[chosen, 0], self.eos)
+        captions = [_cut(rows, self.eos) for rows in self.done_tokens[chosen]]
         self.found.update(zip(images, zip(captions, self.done_scores[chosen, 0].tolist(), strict=True), strict=True))
 
 

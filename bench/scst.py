@@ -1,6 +1,6 @@
 """What a step of self-critical training spends on its reward: ``python -m bench.scst``.
 
-GPT-2 small with LoRA behind 257 image tokens, random weights, so every sample runs to its full length; references are
+GPT-2 small with LoRA behind 257 image tokens, random weights, so every beam runs to its full length; references are
 drawn from a Zipf distribution over GPT-2's vocabulary, 10,000 images with 5 captions of 12 tokens each.
 """
 
@@ -44,11 +44,10 @@ def measure(images: int, samples: int, repeats: int, device: torch.device) -> di
     """Return the median seconds of each part of a step, after one step to warm up."""
     captioner, reward = make_captioner(device), scst.CiderReward(references(10_000), EOS)
     features = torch.randn(images, *captioner.feature_shape, device=device)
-    generator = torch.Generator(device).manual_seed(0)
     times: dict[str, list[float]] = {"draw": [], "reward": [], "gradient": []}
     for _ in range(repeats + 1):
         marks = [time.perf_counter()]
-        drawn = scst.draw(captioner, Ids, features, samples, 30, 1.0, generator)
+        drawn = scst.beams(captioner, Ids, features, samples, 30)
         marks.append(time.perf_counter())
         flat = [sample for group in drawn for sample in group]
         rewards = reward(np.repeat(np.arange(images), samples).tolist(), flat).reshape(images, samples)
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 where the reward takes 10 % of a step or more."""
     parser = runtime.FlagParser(prog="python -m bench.scst", description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, default=4, help="images a step")
-    parser.add_argument("--samples", type=int, default=5, help="captions drawn an image")
+    parser.add_argument("--samples", type=int, default=5, help="captions an image: beams")
     add_common_flags(parser, repeats=3)
     args = parser.parse_args(argv)
     for name in ("images", "repeats"):

@@ -8,6 +8,7 @@ import torch
 
 import data
 import evaluate
+import generation
 import p2_train
 import runs
 import scst
@@ -96,10 +97,18 @@ def test_a_caption_shorter_than_its_references_is_damped_and_a_longer_one_is_not
     groups = [[[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]], [[7, 8, 9, 10]]]  # a mean length of 6 with EOS
     samples = [[1, 2, EOS], [1, 2, 3, 4, 5, EOS], [1, 2, 3, 4, 5, 6, 8, EOS]]
     images = [0, 0, 0]
-    assert scst.CiderReward(groups, EOS).guards(images, samples) == pytest.approx([np.exp(1 - 6 / 3), 1, 1])
-    assert scst.CiderReward(groups, EOS, 2).guards(images, samples)[0] == pytest.approx(np.exp(-2))
+    assert scst.CiderReward(groups, EOS).penalty(images, samples) == pytest.approx([np.exp(1 - 6 / 3), 1, 1])
+    assert scst.CiderReward(groups, EOS, 2).penalty(images, samples)[0] == pytest.approx(np.exp(-2))
     plain = scst.CiderReward(groups, EOS, 0)
     assert plain(images, samples) == pytest.approx(plain.cider(images, samples))
+
+
+def test_the_guards_hold_for_reward_of_another_kind_too():
+    groups = [[[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]], [[7, 8, 9, 10]]]
+    samples, images = [[1, 2, EOS], [1, 2, 3, 4, 5, EOS], [1, 2, 1, 2, 1, 2, EOS]], [0, 0, 0]
+    reward = scst.CiderReward(groups, EOS)
+    gained = reward(images, samples, np.full(3, 2.0)) - reward(images, samples)
+    assert gained == pytest.approx([2 * np.exp(-1), 2, 0])
 
 
 def test_each_sample_is_compared_with_the_others_and_not_with_itself():
@@ -138,6 +147,16 @@ def test_draws_are_repeatable_and_end_with_eos_unless_cut(captioner, tokenizer):
     for sample in (s for group in samples for s in group):
         assert sample[-1] == tokenizer.eos_id or len(sample) == 6
         assert tokenizer.eos_id not in sample[:-1]
+
+
+def test_beams_are_what_a_beam_search_finds_with_eos_unless_cut(captioner, tokenizer):
+    features = torch.randn(2, *captioner.feature_shape, generator=torch.Generator().manual_seed(3))
+    groups = scst.beams(captioner, tokenizer, features, 3, 6)
+    found = generation.search_features(captioner, tokenizer, features, 3, 6)
+    for group, best in zip(groups, found.tokens, strict=True):
+        assert len({tuple(caption) for caption in group}) == 3
+        assert [t for t in group[0] if t != tokenizer.eos_id] == best
+        assert all(caption[-1] == tokenizer.eos_id or len(caption) == 6 for caption in group)
 
 
 def test_the_loss_is_minus_advantage_times_log_probability_and_a_cut_sample_is_not_taught_to_end(captioner, tokenizer):
@@ -179,8 +198,10 @@ def epochs(out):
 
 def test_the_reward_rises_and_the_captioner_takes_over_what_the_adapter_has(begun, tmp_path, monkeypatch):
     """The reward is the share of tokens with an even id, which a few steps can teach even a tiny random model."""
-    monkeypatch.setattr(scst.CiderReward, "__call__",
-                        lambda self, images, samples: np.array([np.mean([t % 2 == 0 for t in s]) for s in samples]))
+    def even(self, images, samples, more):
+        return np.array([np.mean([t % 2 == 0 for t in s]) for s in samples])
+
+    monkeypatch.setattr(scst.CiderReward, "__call__", even)
     out = tmp_path / "run"
     assert tune(out, begun, "--epochs", "6", "--lr", "0.02", "--patience", "0", "--xe-weight", "0") == 0
     config = json.loads((out / "config.json").read_text())
@@ -214,7 +235,7 @@ def test_what_does_not_help_is_not_kept_and_training_stops(begun, tmp_path, monk
 
 
 def test_cross_entropy_beside_the_rewards_keeps_the_references_likely(begun, tmp_path, monkeypatch):
-    monkeypatch.setattr(scst.CiderReward, "__call__", lambda self, images, samples: np.zeros(len(samples)))
+    monkeypatch.setattr(scst.CiderReward, "__call__", lambda self, images, samples, more: np.zeros(len(samples)))
     losses = {}
     for weight in ("0", "2"):
         out = tmp_path / weight

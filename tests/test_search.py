@@ -157,6 +157,19 @@ def test_wide_beam_equals_exhaustive_search(penalty):
         assert result.scores[row] == pytest.approx(score, abs=1e-5)
 
 
+def test_all_captions_of_a_wide_beam_are_the_best_ones_in_order():
+    model = TableModel(vocab=4, rows=2, depth=3, sharpness=1.5)
+    finished = beam_search(model.step([0, 1]), 2, EOS, EOS, 3**3 * 4, 4, length_penalty=1.0).finished
+    for row, captions in enumerate(finished):
+        def score(caption, row=row):
+            tokens = (*caption, EOS)[:4]
+            log_probs = (model.logits(row, tokens[:i]).log_softmax(-1)[t].item() for i, t in enumerate(tokens))
+            return sum(log_probs) / len(tokens)
+
+        every = [list(c) for n in range(5) for c in itertools.product([1, 2, 3], repeat=n)]
+        assert captions[:20] == sorted(every, key=score, reverse=True)[:20]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_beam_1_equals_greedy(seed):
     model = TableModel(vocab=7, rows=4, depth=2, sharpness=2.0, seed=seed)
@@ -369,6 +382,7 @@ def test_images_that_leave_the_batch_keep_their_captions(beams):
 
     leaves = beam_search(step, 9, EOS, EOS, beams, 12, keep=keep)
     assert leaves.tokens == stays.tokens
+    assert leaves.finished == stays.finished
     assert leaves.scores == pytest.approx(stays.scores, abs=1e-5)
     assert len(set(map(len, stays.tokens))) > 2  # so that there is something to leave early
     assert sizes == sorted(sizes, reverse=True)

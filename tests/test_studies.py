@@ -59,7 +59,7 @@ def test_one_rule_scales_every_setting(setting):
 @pytest.mark.parametrize("variant", studies.VARIANTS)
 def test_every_variant_differs_from_the_start_in_what_it_names(variant):
     configs = [
-        resolve_config(build_parser().parse_args([*studies.scaled("best"), *studies.START, *flags]))
+        resolve_config(build_parser().parse_args([*studies.scaled("best"), *flags]))
         for flags in ((), studies.VARIANTS[variant])
     ]
     different = [name for name in TrainConfig.__dataclass_fields__ if len({getattr(c, name) for c in configs}) > 1]
