@@ -80,7 +80,7 @@ HELP = {
     "objective": "xe (cross-entropy), or scst (CIDEr-D as a reward; needs --init-adapter)",
     "draws": "an image's captions: beam (all that a beam search finds), or sample, scst",
     "samples": "captions an image: so many beams, or samples, scst",
-    "temperature": "of the draw, scst",
+    "temperature": "of samples, scst",
     "clip_reward": "weight of CLIPScore in the reward, scst",
     "brevity": "exponent of BLEU's brevity penalty on the reward, scst; 0 leaves it out",
     "xe_weight": "weight of cross-entropy beside the rewards, scst: holds captions near people's",

@@ -69,7 +69,7 @@ class TrainConfig:
     objective: str = "xe"  # cross-entropy, or scst: CIDEr-D as a reward (scst.py)
     draws: str = "beam"  # where an image's captions come from: a beam search, or sample, scst
     samples: int = 5  # captions an image, scst
-    temperature: float = 1.0  # of the draw, scst
+    temperature: float = 1.0  # of samples, scst
     clip_reward: float = 0.0  # weight of CLIPScore in the reward, scst
     brevity: float = 1.5  # exponent of the brevity penalty on the reward, scst
     xe_weight: float = 0.25  # of cross-entropy beside the rewards, scst
