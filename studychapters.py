@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import reduce
+from operator import getitem
 from statistics import mean
 
 from chapters import REPORTED_P2, curves, run_table, world
@@ -111,7 +113,7 @@ def reward_section(runs: Sequence[Run]) -> Section:
     tuned = [r for r in runs if r.objective == "scst"]
     if not study(tuned, "rewards"):
         section.blocks.append(Missing("the study of rewards over seeds", "make rewards"))
-    section.blocks += _rewards_table(runs)
+    section.blocks += _rewards_blocks(runs)
     if not tuned:
         remedy = "python p2_train.py --objective scst --init-adapter RUNS/lora/best.safetensors --out RUNS/scst"
         section.blocks.append(Missing("a run with --objective scst", remedy))
@@ -131,35 +133,61 @@ def reward_section(runs: Sequence[Run]) -> Section:
     return section
 
 
-def _rewards_table(runs: Sequence[Run]) -> list[Table]:
+def _rewards_blocks(runs: Sequence[Run]) -> list[Table | Text]:
     """All validation images by beam search: cross-entropy alone, each reward of the study, and people's captions."""
     tuned = [run for run in study(runs, "rewards") if run.name.count("/") == 2 and "val" in run.scores]
     if not tuned:
         return []
     before = [run for run in study(runs, "settings") if run.config["setting"] == "best" and "val" in run.scores]
-    start = {run.config["train"]["seed"]: run.scores["val"]["CIDEr"] for run in before}
-    rows: list[tuple[Cell, ...]] = []
-    for name, group in {"cross-entropy": before, **grouped(tuned, lambda run: run.name.split("/")[1])}.items():
-        if not group:
-            continue
-        scores = [run.scores["val"] for run in group]
-        gains = [100 * (run.scores["val"]["CIDEr"] / start[run.config["train"]["seed"]] - 1) for run in group
-                 if name != "cross-entropy" and run.config["train"]["seed"] in start]  # fmt: skip
-        rows.append((
-            name, len(group), spread([s["CIDEr"] for s in scores]), spread(gains, 1) if gains else None,
-            spread([s["CLIPScore"] for s in scores]), *(
-                spread([s["captions"][key] for s in scores]) if all(key in s.get("captions", {}) for s in scores)
-                else None for key in ("mean_length", "repeated_2")),
-            *_origin(group),
-        ))  # fmt: skip
     people = next((run.scores["val"]["references"] for run in tuned if "references" in run.scores["val"]), None)
+    groups = grouped(tuned, lambda run: run.name.split("/")[1])
+    rows: list[tuple[Cell, ...]] = [
+        (name, len(group), _spread(_scored(group, "CIDEr")),
+         _spread(_gains(group, before), 1) if group is not before else None, _spread(_scored(group, "CLIPScore")),
+         *(_spread(_scored(group, "captions", key)) for key in ("mean_length", "repeated_2")), *_origin(group))
+        for name, group in {"cross-entropy": before, **groups}.items() if group
+    ]  # fmt: skip
     if people:
         rows.append(("references", None, None, None, None, f"{people['mean_length']:.3f}",
                      f"{people['repeated_2']:.3f}", world(tuned[0].config["profile"]), None))  # fmt: skip
     columns = ("trained by", "seeds", "CIDEr", "CIDEr's gain, %", "CLIPScore", "words a caption",
                "share that repeats a bigram", "world", "device")  # fmt: skip
-    return [Table("p2_rewards", "What rewards add to cross-entropy, on all validation images; mean ± standard "
-                  "deviation over seeds", columns, rows)]  # fmt: skip
+    table = Table("p2_rewards", "What rewards add to cross-entropy, on all validation images; mean ± standard "
+                  "deviation over seeds", columns, rows)  # fmt: skip
+    compared = (compare_reward(name, group, before, people) for name, group in groups.items())
+    return [table, *(Text(text) for text in compared if text)]
+
+
+def compare_reward(name: str, group: Sequence[Run], before: Sequence[Run], people: dict[str, float] | None) -> str:
+    """Say how captions by a reward stand against those before, and people's; nothing where something is not known."""
+    gains, lengths = _gains(group, before), _scored(group, "captions", "mean_length")
+    if not (gains and lengths and people):
+        return ""
+    clip = mean(_scored(group, "CLIPScore")) - mean(_scored(before, "CLIPScore"))
+    words = mean(lengths) / people["mean_length"]
+    repeating = mean(_scored(group, "captions", "repeated_2"))
+    return (f"Against cross-entropy alone, {name} has {mean(gains):+.1f} % CIDEr and {clip:+.3f} CLIPScore; its "
+            f"captions have {words:.0%} as many words as people's, and {repeating:.0%} of them repeat a bigram "
+            f"({people['repeated_2']:.0%} of people's).")  # fmt: skip
+
+
+def _scored(group: Sequence[Run], *path: str) -> list[float]:
+    """What every run of a group has on val under these keys; empty where one lacks it."""
+    try:
+        return [reduce(getitem, path, run.scores["val"]) for run in group]
+    except KeyError:
+        return []
+
+
+def _gains(group: Sequence[Run], before: Sequence[Run]) -> list[float]:
+    """By how many percent each run's CIDEr is above that of the run with its seed before."""
+    start = {run.config["train"]["seed"]: run.scores["val"]["CIDEr"] for run in before}
+    return [100 * (run.scores["val"]["CIDEr"] / start[run.config["train"]["seed"]] - 1) for run in group
+            if run.config["train"]["seed"] in start]  # fmt: skip
+
+
+def _spread(values: Sequence[float], digits: int = 3) -> str | None:
+    return spread(values, digits) if values else None
 
 
 def _origin(group: Sequence[Run]) -> tuple[str, str]:

@@ -207,6 +207,8 @@ def test_rewards_stand_beside_what_they_began_with_and_people(root, tmp_path):
     assert rows["cider"]["CIDEr's gain, %"] == "17.5 ± 10.6"
     assert rows["cider"]["words a caption"] == "9.000 ± 0.000"
     assert rows["references"]["share that repeats a bigram"] == "0.050"
+    assert "cider has +17.5 % CIDEr" in page
+    assert "have 95% as many words as people's, and 25% of them repeat a bigram (5% of people's)" in html.unescape(page)
     assert "make rewards" not in page
 
 
