@@ -161,27 +161,33 @@ def own_history(step: Callable, count: int, vocab_size: int) -> Callable:
     return single
 
 
-def policy_loss(captioner: Captioner, features: torch.Tensor, samples: Sequence[Sequence[Sequence[int]]],
-                advantage: np.ndarray, eos: int) -> torch.Tensor:  # fmt: skip
-    """Return the loss whose gradient is REINFORCE's: minus the mean over drawn tokens of advantage * log-probability.
+def weighted_loss(captioner: Captioner, features: torch.Tensor, captions: Sequence[Sequence[Sequence[int]]],
+                  weights: Sequence[Sequence[float]], eos: int) -> torch.Tensor:  # fmt: skip
+    """Return minus the sum over all captions of weight * log-probability, all of an image behind one prefix.
+
+    Where weights are advantages, its gradient is REINFORCE's; where they are 1, that of the summed cross-entropy.
 
     Args:
         captioner: in eval mode, so that it gives the tokens the probabilities that they were drawn with.
         features: encoder tokens (B, N, D).
-        samples: ``[image][sample]`` token ids, with EOS where EOS was drawn.
-        advantage: (B, K).
+        captions: ``[image][caption]`` token ids, with EOS where it counts: not behind a sample that was cut.
+        weights: ``[image][caption]``.
         eos: id of EOS.
     """
-    bare = [[s[:-1] if s[-1] == eos else s for s in group] for group in samples]
-    weights, drawn = [], 0
-    for group, row in zip(samples, advantage, strict=True):
-        for sample, value in zip(group, row, strict=True):
-            cut = sample[-1] != eos  # packing adds an EOS that nobody drew: it gets no weight
-            weights += [value] * len(sample) + [0.0] * cut
-            drawn += len(sample)
+    bare = [[c[:-1] if c[-1] == eos else c for c in group] for group in captions]
+    of_tokens: list[float] = []
+    for group, row in zip(captions, weights, strict=True):
+        for caption, weight in zip(group, row, strict=True):
+            cut = caption[-1] != eos  # packing adds an EOS that nobody drew: it gets no weight
+            of_tokens += [weight] * len(caption) + [0.0] * cut
     batch = data.pack_captions(bare, eos, pad_to_multiple=8).to(features.device)
     log_probs = captioner.log_probs(features, batch)
-    return -(torch.tensor(weights, dtype=torch.float32, device=features.device) * log_probs).sum() / drawn
+    return -(torch.tensor(of_tokens, dtype=torch.float32, device=features.device) * log_probs).sum()
+
+
+def count_tokens(captions: Sequence[Sequence[Sequence[int]]]) -> int:
+    """How many tokens ``captions[image][caption]`` have."""
+    return sum(len(caption) for group in captions for caption in group)
 
 
 class ScstTrainer(Trainer):
@@ -224,38 +230,39 @@ class ScstTrainer(Trainer):
         return super().train_step(batches)
 
     def batch_loss(self, indices: list[int]) -> torch.Tensor:
-        """Draw, reward, and return this process's part of the loss of one batch of images."""
+        """Draw, reward, and return this process's part of the loss of one batch of images.
+
+        Policy loss and cross-entropy are means over all tokens of the batch, drawn ones and those of references.
+        """
         self.captioner.eval()  # no dropout: probabilities must be those of the draw
         self.catch_up()
-        places = self.processes.share(range(len(indices)))
-        loss, length, drawn, reward = torch.zeros((), device=self.device), 0, 0, 0.0
-        if places:
-            samples, rewards, loss = self.reinforce([indices[i] for i in places], places, len(indices))
-            length = max(len(sample) for group in samples for sample in group)
-            drawn, reward = sum(len(sample) for group in samples for sample in group), float(rewards.sum())
-        self.drawn = (len(indices), length)
-        all_drawn, all_reward = self.processes.total(drawn, reward)
+        eos, places = self.tokenizer.eos_id, self.processes.share(range(len(indices)))
+        shown = [[[*caption, eos] for caption in self.dataset[i][1]] for i in indices]
+        own = [indices[place] for place in places]
+        features = self.train_split.features.gather(own).float().to(self.device) if own else None
+        samples = self.draw(features, places, len(indices)) if own else []
+        rewards = self.score(own, samples) if own else np.zeros((0, self.config.samples))
+        self.drawn = len(indices), max((len(sample) for group in samples for sample in group), default=0)
+        all_drawn, all_reward = self.processes.total(count_tokens(samples), float(rewards.sum()))
         self.rewards.append(all_reward / (len(indices) * self.config.samples))
-        loss = loss * (drawn / all_drawn)  # from the mean over the tokens drawn here to that over all
+        if features is None:
+            return torch.zeros((), device=self.device)
+        weights = (advantages(rewards) / all_drawn).tolist()
         if self.config.xe_weight:
-            loss = loss + self.config.xe_weight * super().batch_loss(indices)
-        return loss
+            weight = self.config.xe_weight / count_tokens(shown)
+            samples = [[*group, *shown[place]] for group, place in zip(samples, places, strict=True)]
+            weights = [row + [weight] * len(shown[place]) for row, place in zip(weights, places, strict=True)]
+        with generation.autocast(self.device, self.config.precision):
+            return weighted_loss(self.captioner, features, samples, weights, eos)
 
-    def reinforce(
-        self, indices: list[int], places: Sequence[int], images: int
-    ) -> tuple[list[list[list[int]]], np.ndarray, torch.Tensor]:
-        """Return samples, rewards (B, K) and policy loss of images that have these places in a batch."""
+    def draw(self, features: torch.Tensor, places: Sequence[int], images: int) -> list[list[list[int]]]:
+        """Return captions of the images that have these places in a batch, ``[image][caption]``."""
         config = self.config
-        features = self.train_split.features.gather(indices).float().to(self.device)
+        common = (self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens)
         with generation.autocast(self.device, config.precision):
-            common = (self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens)
             if config.draws == "beam":
-                samples = beams(*common)
-            else:
-                samples = draw(*common, config.temperature, self.generator, places, images)
-            rewards = self.score(indices, samples)
-            loss = policy_loss(self.captioner, features, samples, advantages(rewards), self.tokenizer.eos_id)
-        return samples, rewards, loss
+                return beams(*common)
+            return draw(*common, config.temperature, self.generator, places, images)
 
     def catch_up(self) -> None:
         """Bring the generator to where a lone process has it behind the batches of this step drawn so far.

@@ -95,6 +95,8 @@ class TrainConfig:
             raise ValueError(f"--encoder-layer {self.encoder_layer}: count from the end, -1 is the last layer")
         if self.samples < 2:
             raise ValueError(f"--samples {self.samples}: each is compared with the others, so at least 2")
+        if self.objective == "scst" and self.label_smoothing:
+            raise ValueError("--label-smoothing is of --objective xe; leave it out with scst")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"--temperature {self.temperature}: must be a positive number")
         for name in ("clip_reward", "brevity", "xe_weight"):

@@ -159,17 +159,26 @@ def test_beams_are_what_a_beam_search_finds_with_eos_unless_cut(captioner, token
         assert all(caption[-1] == tokenizer.eos_id or len(caption) == 6 for caption in group)
 
 
-def test_the_loss_is_minus_advantage_times_log_probability_and_a_cut_sample_is_not_taught_to_end(captioner, tokenizer):
+def test_the_loss_is_minus_weight_times_log_probability_and_a_cut_sample_is_not_taught_to_end(captioner, tokenizer):
     eos = tokenizer.eos_id
     features = torch.randn(1, *captioner.feature_shape, generator=torch.Generator().manual_seed(3))
-    samples, advantage = [[[5, 6, eos], [7, 8, 9]]], np.array([[2.0, -1.0]])
+    samples, weights = [[[5, 6, eos], [7, 8, 9]]], [[2.0, -1.0]]
     total = 0.0
-    for sample, value in zip(samples[0], advantage[0], strict=True):
+    for sample, weight in zip(samples[0], weights[0], strict=True):
         bare = [t for t in sample if t != eos]
         log_probs = captioner.log_probs(features, data.pack_captions([[bare]], eos))
-        total += value * log_probs[: len(sample)].sum().item()
-    loss = scst.policy_loss(captioner, features, samples, advantage, eos)
-    assert loss.item() == pytest.approx(-total / 6, abs=1e-4)
+        total += weight * log_probs[: len(sample)].sum().item()
+    loss = scst.weighted_loss(captioner, features, samples, weights, eos)
+    assert loss.item() == pytest.approx(-total, abs=1e-4)
+
+
+def test_with_equal_weights_the_loss_is_cross_entropys(captioner, tokenizer):
+    eos = tokenizer.eos_id
+    features = torch.randn(2, *captioner.feature_shape, generator=torch.Generator().manual_seed(3))
+    captions = [[[5, 6], [7, 8, 9]], [[3], [4, 4]]]
+    ended = [[[*caption, eos] for caption in group] for group in captions]
+    loss = scst.weighted_loss(captioner, features, ended, [[1 / 12] * 2] * 2, eos)
+    assert loss.item() == pytest.approx(captioner.loss(features, data.pack_captions(captions, eos)).item(), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
