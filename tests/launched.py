@@ -9,12 +9,15 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
+
 import distributed
 import evaluate
 import p2_train
 import runtime
 from captioner import Captioner
 from profiles import PROFILES, Profile
+from scst import CiderReward
 from training import Trainer
 
 
@@ -67,6 +70,15 @@ def watch(processes):
     return {(Trainer, "train_step"): train_step, (distributed.dist, "all_reduce"): all_reduce}
 
 
+def even(processes):
+    """Reward tokens with an even id, since captions of an untrained decoder earn nothing."""
+
+    def reward(self, images, samples, more):
+        return np.array([np.mean([token % 2 == 0 for token in sample]) for sample in samples])
+
+    return {(CiderReward, "__call__"): reward}
+
+
 def digest(references, predictions):
     """Stand for a score that tells every two sets of captions apart."""
     assert references.keys() == predictions.keys()
@@ -75,7 +87,7 @@ def digest(references, predictions):
 
 FAULTS = {
     "poison": poison, "terminate": terminate, "terminate_later": lambda processes: terminate(processes, 7),
-    "watch": watch,
+    "watch": watch, "even": even,
 }  # fmt: skip
 
 

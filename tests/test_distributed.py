@@ -261,8 +261,8 @@ def test_rewarded_training_draws_the_same_captions(tmp_path, draws):
     flags = (*SMALL[:4], *SMALL[6:], "--objective", "scst", "--draws", draws, "--samples", "3", "--batch-size", "5",
              "--accumulate", "2", "--epochs", "2", "--patience", "0",
              "--init-adapter", str(start / "last.safetensors"))  # fmt: skip
-    assert train(tmp_path / "one", *flags) == 0
-    train_together(3, tmp_path, (tmp_path / "three", flags, None, 0))
+    assert train(tmp_path / "one", *flags, fault="even") == 0
+    train_together(3, tmp_path, (tmp_path / "three", flags, "even", 0))
     assert_same_run(tmp_path / "three", tmp_path / "one")
     assert len({line["reward"] for line in records(tmp_path / "one", "epoch") if "reward" in line}) == 2
 
