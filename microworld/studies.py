@@ -48,10 +48,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no CLS": ("--no-cls",),
 }
 
-# As many further epochs of cross-entropy tell what of a gain is the reward's.
+# The brevity penalty damps CLIPScore too, and with it weighs more: a smaller exponent. As many further epochs of
+# cross-entropy tell what of a gain is the reward's.
 REWARDS: dict[str, tuple[str, ...]] = {
     "cider": ("--objective", "scst"),
-    "cider+clip": ("--objective", "scst", "--clip-reward", "1"),
+    "cider+clip": ("--objective", "scst", "--clip-reward", "1", "--brevity", "1.2"),
     "more cross-entropy": ("--objective", "xe", "--epochs", str(SCST_NUMBERS["epochs"]), "--warmup", "0",
                            "--weight-decay", "0"),
 }  # fmt: skip
