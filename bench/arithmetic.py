@@ -125,9 +125,9 @@ class Captioner:
         cache = sum(d.cache_bytes * (prefix + beams * t) for t in range(1, tokens + 1))
         return cache + (tokens + 1) * d.weights * BF16 / batch
 
-    def scst(self, samples: int, tokens: int, caption_tokens: int) -> float:
-        """Operations of a self-critical step an image: draw, learn from the draw, and cross-entropy beside it."""
-        return self.search(samples, tokens) + self.train(samples * (tokens + 1), samples) + self.train(caption_tokens)
+    def scst(self, samples: int, tokens: int, caption_tokens: int, captions: int = 5) -> float:
+        """Operations of a self-critical step an image: draw, and learn from the draw and the captions in one pass."""
+        return self.search(samples, tokens) + self.train(samples * (tokens + 1) + caption_tokens, samples + captions)
 
     def explain(self, beams: int, tokens: int) -> float:
         """Operations of captioning an image and reading the caption again for its maps."""
