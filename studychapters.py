@@ -163,7 +163,9 @@ def compare_reward(name: str, group: Sequence[Run], before: Sequence[Run], peopl
     gains, lengths = _gains(group, before), _scored(group, "captions", "mean_length")
     if not (gains and lengths and people):
         return ""
-    clip = mean(_scored(group, "CLIPScore")) - mean(_scored(before, "CLIPScore"))
+    seeds = {run.config["train"]["seed"] for run in group}
+    same = [run for run in before if run.config["train"]["seed"] in seeds]
+    clip = mean(_scored(group, "CLIPScore")) - mean(_scored(same, "CLIPScore"))
     words = mean(lengths) / people["mean_length"]
     repeating = mean(_scored(group, "captions", "repeated_2"))
     return (f"Against cross-entropy alone, {name} has {mean(gains):+.1f} % CIDEr and {clip:+.3f} CLIPScore; its "
