@@ -162,7 +162,7 @@ def _novel_table(runs: Sequence[Run]) -> list[Table]:
 
 
 def curves(name: str, what: str, runs: Sequence[Run]) -> list[Figure]:
-    """Losses (dashed: training) and validation CIDEr by epoch, a colour a run."""
+    """Losses (dashed: training) and validation CIDEr by epoch, a colour a run; seeds of one run share theirs."""
     runs = [r for r in runs if r.objective == "xe"]  # a loss of rewards has another scale
     if not runs:
         return []
@@ -172,11 +172,12 @@ def curves(name: str, what: str, runs: Sequence[Run]) -> list[Figure]:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.9), layout="constrained")
-    for number, run in enumerate(runs):
-        epochs = [e["epoch"] for e in run.epochs]
-        colour = f"C{number % 10}"
+    labels = [run.name.partition("-seed")[0] for run in runs]
+    colours = {label: f"C{number % 10}" for number, label in enumerate(dict.fromkeys(labels))}
+    for label, run in zip(labels, runs, strict=True):
+        epochs, colour = [e["epoch"] for e in run.epochs], colours[label]
         left.plot(epochs, [e["train_loss"] for e in run.epochs], "--", lw=1, color=colour)
-        left.plot(epochs, [e["val_loss"] for e in run.epochs], "o-", ms=3, color=colour, label=run.name)
+        left.plot(epochs, [e["val_loss"] for e in run.epochs], "o-", ms=3, color=colour)
         cider = [e.get("val_cider", math.nan) for e in run.epochs]
         right.plot(epochs, cider, "o-", ms=3, color=colour)
     left.set(xlabel="epoch", ylabel="loss a token (nats)", title="validation loss (dashed: training)")
@@ -184,7 +185,8 @@ def curves(name: str, what: str, runs: Sequence[Run]) -> list[Figure]:
     for axis in (left, right):
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(len(runs), 6), frameon=False)
+    lines = [plt.Line2D([], [], marker="o", ms=3, color=colour, label=label) for label, colour in colours.items()]
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 6), frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
     plt.close(figure)
