@@ -153,20 +153,6 @@ def caption_features(
 
     ``steps`` are compiled for at least as many images, and for the same beams and tokens.
     """
-    found = search_features(captioner, tokenizer, features, beam_size, max_new_tokens, length_penalty, steps)
-    return [tokenizer.decode(tokens) for tokens in found.tokens]
-
-
-def search_features(
-    captioner: Captioner,
-    tokenizer: data.Tokenizer,
-    features: torch.Tensor,
-    beam_size: int = 5,
-    max_new_tokens: int = 30,
-    length_penalty: float = 1.0,
-    steps: CompiledSteps | None = None,
-) -> search.SearchResult:
-    """Do what ``caption_features`` does, but for turning tokens into text."""
     keep = None
     if steps is None:
         read_on = captioner.step_function(features, beam_size, max_new_tokens)
@@ -180,8 +166,12 @@ def search_features(
 
     eos, device = tokenizer.eos_id, features.device
     if beam_size == 1:
-        return search.greedy(step, len(features), eos, eos, max_new_tokens, device)
-    return search.beam_search(step, len(features), eos, eos, beam_size, max_new_tokens, length_penalty, device, keep)
+        found = search.greedy(step, len(features), eos, eos, max_new_tokens, device)
+    else:
+        found = search.beam_search(
+            step, len(features), eos, eos, beam_size, max_new_tokens, length_penalty, device, keep
+        )
+    return [tokenizer.decode(tokens) for tokens in found.tokens]
 
 
 def check_vocabulary(tokenizer: data.Tokenizer, decoder: Decoder) -> None:

@@ -125,8 +125,13 @@ def draw(captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tensor
 def beams(captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tensor, count: int,
           longest: int) -> list[list[list[int]]]:  # fmt: skip
     """Return the captions of a beam search in place of ``draw``'s (Cornia et al., arXiv 1912.08226)."""
-    found = generation.search_features(captioner, tokenizer, features, count, longest)
-    return [ended(captions, tokenizer.eos_id, longest) for captions in found.finished]
+    eos, read_on = tokenizer.eos_id, captioner.step_function(features, count, longest)
+
+    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        return read_on(tokens, ancestors)[..., : tokenizer.vocab_size]
+
+    found = search.beam_search(step, len(features), eos, eos, count, longest, device=features.device, keep=read_on.keep)
+    return [ended(captions, eos, longest) for captions in found.finished]
 
 
 def ended(captions: Sequence[list[int]], eos: int, longest: int) -> list[list[int]]:

@@ -152,10 +152,9 @@ def test_draws_are_repeatable_and_end_with_eos_unless_cut(captioner, tokenizer):
 def test_beams_are_what_a_beam_search_finds_with_eos_unless_cut(captioner, tokenizer):
     features = torch.randn(2, *captioner.feature_shape, generator=torch.Generator().manual_seed(3))
     groups = scst.beams(captioner, tokenizer, features, 3, 6)
-    found = generation.search_features(captioner, tokenizer, features, 3, 6)
-    for group, best in zip(groups, found.tokens, strict=True):
+    for group, best in zip(groups, generation.caption_features(captioner, tokenizer, features, 3, 6), strict=True):
         assert len({tuple(caption) for caption in group}) == 3
-        assert [t for t in group[0] if t != tokenizer.eos_id] == best
+        assert tokenizer.decode([t for t in group[0] if t != tokenizer.eos_id]) == best
         assert all(caption[-1] == tokenizer.eos_id or len(caption) == 6 for caption in group)
 
 
