@@ -35,7 +35,7 @@ class SearchResult:
 
     tokens: list[list[int]]  # without BOS and EOS
     scores: list[float]  # sum of log-probabilities over (number of tokens) ** length_penalty, EOS included in both
-    finished: list[list[list[int]]] = field(default_factory=list)  # of a beam search: all K captions, best first
+    finished: list[list[list[int]]] = field(default_factory=list)  # of a beam search: up to K captions an image, best first
 
 
 @torch.no_grad()
@@ -223,7 +223,8 @@ class _Beams:
 
     def _collect(self, chosen: torch.Tensor) -> None:
         images = [self.images[row] for row in chosen.nonzero().flatten().tolist()]
-        captions = [_cut(rows, self.eos) for rows in self.done_tokens[chosen]]
+        possible = self.done_scores[chosen] > -math.inf  # where few words are, places may stay empty
+        captions = [_cut(rows[ok], self.eos) for rows, ok in zip(self.done_tokens[chosen], possible, strict=True)]
         self.found.update(zip(images, zip(captions, self.done_scores[chosen, 0].tolist(), strict=True), strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -221,7 +222,7 @@ def always_ends(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
 def test_caption_that_must_end_at_once_is_empty():
     """All other beams are impossible (log-probability -inf) and must neither be returned nor break the ranking."""
     empty = SearchResult([[], []], [0.0, 0.0])
-    assert beam_search(always_ends, 2, EOS, EOS, 4, 5) == empty
+    assert beam_search(always_ends, 2, EOS, EOS, 4, 5) == replace(empty, finished=[[[]], [[]]])
     assert greedy(always_ends, 2, EOS, EOS, 5) == empty
     assert sample(always_ends, 2, EOS, EOS, torch.Generator(), max_new_tokens=5) == empty
 
