@@ -35,7 +35,7 @@ class SearchResult:
 
     tokens: list[list[int]]  # without BOS and EOS
     scores: list[float]  # sum of log-probabilities over (number of tokens) ** length_penalty, EOS included in both
-    finished: list[list[list[int]]] = field(default_factory=list)  # of a beam search: up to K captions an image, best first
+    finished: list[list[list[int]]] = field(default_factory=list)  # by beam search: up to K an image, best first
 
 
 @torch.no_grad()
