@@ -161,9 +161,7 @@ def caption_features(
         with torch.no_grad():
             read_on = steps.begin(captioner.prefix(features))
 
-    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-        return read_on(tokens, ancestors)[..., : tokenizer.vocab_size]  # a padded output layer has ids without a token
-
+    step = within_vocabulary(read_on, tokenizer.vocab_size)
     eos, device = tokenizer.eos_id, features.device
     if beam_size == 1:
         found = search.greedy(step, len(features), eos, eos, max_new_tokens, device)
@@ -172,6 +170,11 @@ def caption_features(
             step, len(features), eos, eos, beam_size, max_new_tokens, length_penalty, device, keep
         )
     return [tokenizer.decode(tokens) for tokens in found.tokens]
+
+
+def within_vocabulary(step: search.Step, vocab_size: int) -> search.Step:
+    """Make of a step function one without the ids of a padded output layer that no token has."""
+    return lambda tokens, ancestors: step(tokens, ancestors)[..., :vocab_size]
 
 
 def check_vocabulary(tokenizer: data.Tokenizer, decoder: Decoder) -> None:

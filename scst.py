@@ -32,7 +32,7 @@ from captioner import Captioner
 from cider import DocumentFrequencies, cider_d
 from clipscore import CLIPSCORE_WEIGHT, ClipScorer, image_features, text_features
 from distributed import ALONE, Processes
-from training import Trainer
+from training import Trainer, count_targets
 from wording import caption_statistics
 
 
@@ -126,10 +126,7 @@ def beams(captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tenso
           longest: int) -> list[list[list[int]]]:  # fmt: skip
     """Return the captions of a beam search in place of ``draw``'s (Cornia et al., arXiv 1912.08226)."""
     eos, read_on = tokenizer.eos_id, captioner.step_function(features, count, longest)
-
-    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-        return read_on(tokens, ancestors)[..., : tokenizer.vocab_size]
-
+    step = generation.within_vocabulary(read_on, tokenizer.vocab_size)
     found = search.beam_search(step, len(features), eos, eos, count, longest, device=features.device, keep=read_on.keep)
     return [ended(captions, eos, longest) for captions in found.finished]
 
@@ -190,11 +187,6 @@ def weighted_loss(captioner: Captioner, features: torch.Tensor, captions: Sequen
     return -(torch.tensor(of_tokens, dtype=torch.float32, device=features.device) * log_probs).sum()
 
 
-def count_tokens(captions: Sequence[Sequence[Sequence[int]]]) -> int:
-    """How many tokens ``captions[image][caption]`` have."""
-    return sum(len(caption) for group in captions for caption in group)
-
-
 class ScstTrainer(Trainer):
     """Tunes a trained captioner for its reward; epoch 0 in the metrics is the captioner that it began with."""
 
@@ -242,21 +234,23 @@ class ScstTrainer(Trainer):
         self.captioner.eval()  # no dropout: probabilities must be those of the draw
         self.catch_up()
         eos, places = self.tokenizer.eos_id, self.processes.share(range(len(indices)))
-        shown = [[[*caption, eos] for caption in self.dataset[i][1]] for i in indices]
         own = [indices[place] for place in places]
         features = self.train_split.features.gather(own).float().to(self.device) if own else None
         samples = self.draw(features, places, len(indices)) if own else []
         rewards = self.score(own, samples) if own else np.zeros((0, self.config.samples))
-        self.drawn = len(indices), max((len(sample) for group in samples for sample in group), default=0)
-        all_drawn, all_reward = self.processes.total(count_tokens(samples), float(rewards.sum()))
+        lengths = [len(sample) for group in samples for sample in group]
+        self.drawn = len(indices), max(lengths, default=0)
+        all_drawn, all_reward = self.processes.total(sum(lengths), float(rewards.sum()))
         self.rewards.append(all_reward / (len(indices) * self.config.samples))
         if features is None:
             return torch.zeros((), device=self.device)
         weights = (advantages(rewards) / all_drawn).tolist()
         if self.config.xe_weight:
-            weight = self.config.xe_weight / count_tokens(shown)
-            samples = [[*group, *shown[place]] for group, place in zip(samples, places, strict=True)]
-            weights = [row + [weight] * len(shown[place]) for row, place in zip(weights, places, strict=True)]
+            shown = [self.dataset[i][1] for i in indices]
+            weight = self.config.xe_weight / count_targets(shown)
+            for group, row, place in zip(samples, weights, places, strict=True):
+                group += [[*caption, eos] for caption in shown[place]]
+                row += [weight] * len(shown[place])
         with generation.autocast(self.device, self.config.precision):
             return weighted_loss(self.captioner, features, samples, weights, eos)
 
@@ -291,17 +285,16 @@ class ScstTrainer(Trainer):
             more = self.config.clip_reward * self.clip_reward(images, texts)
         return self.reward(images, flat, more).reshape(len(samples), -1)
 
-    def validate(self) -> dict[str, Any]:
-        """Return loss, CIDEr by beam and by greedy search, CLIPScore, and what the captions are like."""
-        record = super().validate()
-        count = record["val_images"]
-        beam, greedy = self.captions(count), self.captions(count, beam_size=1)
-        record |= self.processes.from_first(lambda: self.measure(beam, greedy, "val_cider" in record))
+    def measure(self, predictions: dict[str, str]) -> dict[str, float]:
+        """Return CIDEr by beam and by greedy search, CLIPScore, and what the captions are like."""
+        record = super().measure(predictions)
+        greedy = self.captions(len(predictions), beam_size=1)
+        record |= self.processes.from_first(lambda: self.describe(predictions, greedy, "val_cider" in record))
         if self.rewards:
             record["reward"] = sum(self.rewards) / len(self.rewards)
         return record
 
-    def measure(self, beam: dict[str, str], greedy: dict[str, str], cider: bool) -> dict[str, float]:
+    def describe(self, beam: dict[str, str], greedy: dict[str, str], cider: bool) -> dict[str, float]:
         """Return the scores of validation captions, and what they and the references are like."""
         record, shown = {}, self.val_split.samples[: len(beam)]
         references = {s.path.stem: list(s.captions) for s in shown}

@@ -161,16 +161,16 @@ def _rewards_blocks(runs: Sequence[Run]) -> list[Table | Text]:
 def compare_reward(name: str, group: Sequence[Run], before: Sequence[Run], people: dict[str, float] | None) -> str:
     """Say how captions by a reward stand against those before, and people's; nothing where something is not known."""
     gains, lengths = _gains(group, before), _scored(group, "captions", "mean_length")
-    if not (gains and lengths and people):
-        return ""
     seeds = {run.config["train"]["seed"] for run in group}
     same = [run for run in before if run.config["train"]["seed"] in seeds]
-    clip = mean(_scored(group, "CLIPScore")) - mean(_scored(same, "CLIPScore"))
+    clip, old_clip = _scored(group, "CLIPScore"), _scored(same, "CLIPScore")
+    if not (gains and lengths and clip and old_clip and people):
+        return ""
     words = mean(lengths) / people["mean_length"]
     repeating = mean(_scored(group, "captions", "repeated_2"))
-    return (f"Against cross-entropy alone, {name} has {mean(gains):+.1f} % CIDEr and {clip:+.3f} CLIPScore; its "
-            f"captions have {words:.0%} as many words as people's, and {repeating:.0%} of them repeat a bigram "
-            f"({people['repeated_2']:.0%} of people's).")  # fmt: skip
+    return (f"Against cross-entropy alone, {name} has {mean(gains):+.1f} % CIDEr and {mean(clip) - mean(old_clip):+.3f} "
+            f"CLIPScore; its captions have {words:.0%} as many words as people's, and {repeating:.0%} of them repeat a "
+            f"bigram ({people['repeated_2']:.0%} of people's).")  # fmt: skip
 
 
 def _scored(group: Sequence[Run], *path: str) -> list[float]:

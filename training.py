@@ -419,8 +419,11 @@ class Trainer:
         self.captioner.eval()
         count = min(self.config.val_images, len(self.val_split.samples))
         result: dict[str, Any] = {"val_loss": self.val_loss(count), "val_images": count}
-        predictions = self.captions(count)
-        return result | self.processes.from_first(lambda: self.score_captions(predictions))
+        return result | self.measure(self.captions(count))
+
+    def measure(self, predictions: dict[str, str]) -> dict[str, float]:
+        """Return what validation captions are worth; all processes call it, with all captions."""
+        return self.processes.from_first(lambda: self.score_captions(predictions))
 
     def score_captions(self, predictions: dict[str, str]) -> dict[str, float]:
         """Return the CIDEr of validation captions, or nothing where it cannot be computed."""
