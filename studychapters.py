@@ -168,9 +168,9 @@ def compare_reward(name: str, group: Sequence[Run], before: Sequence[Run], peopl
         return ""
     words = mean(lengths) / people["mean_length"]
     repeating = mean(_scored(group, "captions", "repeated_2"))
-    return (f"Against cross-entropy alone, {name} has {mean(gains):+.1f} % CIDEr and {mean(clip) - mean(old_clip):+.3f} "
-            f"CLIPScore; its captions have {words:.0%} as many words as people's, and {repeating:.0%} of them repeat a "
-            f"bigram ({people['repeated_2']:.0%} of people's).")  # fmt: skip
+    return (f"Against cross-entropy alone, {name} has {mean(gains):+.1f} % CIDEr and "
+            f"{mean(clip) - mean(old_clip):+.3f} CLIPScore; its captions have {words:.0%} as many words as people's, "
+            f"and {repeating:.0%} of them repeat a bigram ({people['repeated_2']:.0%} of people's).")  # fmt: skip
 
 
 def _scored(group: Sequence[Run], *path: str) -> list[float]:
