@@ -38,6 +38,7 @@ faults: $(STAMP)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(VENV)/bin/shellcheck hw3_download.sh p2_train.sh bench/full_size.sh .ci/run
 
 clean:

@@ -223,9 +223,13 @@ class Captioner(nn.Module):
         if self.config.encoder_layer == -1:
             return self.encoder.forward_features(pixels)
         ((patches, prefix),) = self.encoder.forward_intermediates(
-            pixels, indices=[self.config.encoder_layer], norm=False, output_fmt="NLC", return_prefix_tokens=True,
+            pixels,
+            indices=[self.config.encoder_layer],
+            norm=False,
+            output_fmt="NLC",
+            return_prefix_tokens=True,
             intermediates_only=True,
-        )  # fmt: skip
+        )
         return torch.cat([prefix, patches], 1)
 
     def prefix(self, features: torch.Tensor) -> torch.Tensor:
@@ -308,8 +312,9 @@ class Captioner(nn.Module):
             with torch.no_grad():
                 cache = self.decoder.new_cache(1, total)
                 self.decoder(prefix, torch.arange(count), cache=cache)
-            hidden = self.decoder(self.decoder.embed(ids), torch.arange(count, total), cache=cache,
-                                  attentions=attentions)  # fmt: skip
+            hidden = self.decoder(
+                self.decoder.embed(ids), torch.arange(count, total), cache=cache, attentions=attentions
+            )
         return attentions, self.decoder.logits(hidden)[0]
 
     def merge(self) -> Captioner:

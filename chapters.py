@@ -41,35 +41,67 @@ def world(profile: str | None) -> str:
 
 def llava_section(root: Path, size: str) -> Section:
     """P1: what LLaVA is, both prompts' scores, and what the numbers say about them."""
-    section = Section("P1: LLaVA, zero-shot", [
-        Text("LLaVA-1.5 (Liu et al. 2023) joins three parts: a CLIP ViT-L/14 tower at 336 pixels, which gives 576 "
-             "patch tokens of its second to last layer; a projector, an MLP of two layers, which maps them into the "
-             "word space; and a language model, Vicuna 7B, which reads them in front of the question."),
-        Text("Its instruction data was made by GPT-4 from captions and boxes alone, as conversations, descriptions "
-             "and reasoning about pictures that the writer never saw. Training has two stages: first only the "
-             "projector, on image-caption pairs; then projector and language model, on the instructions. The tower "
-             "stays frozen in both."),
-    ])  # fmt: skip
+    section = Section(
+        "P1: LLaVA, zero-shot",
+        [
+            Text(
+                "LLaVA-1.5 (Liu et al. 2023) joins three parts: a CLIP ViT-L/14 tower at 336 pixels, which gives 576 "
+                "patch tokens of its second to last layer; a projector, an MLP of two layers, which maps them into the "
+                "word space; and a language model, Vicuna 7B, which reads them in front of the question."
+            ),
+            Text(
+                "Its instruction data was made by GPT-4 from captions and boxes alone, as conversations, descriptions "
+                "and reasoning about pictures that the writer never saw. Training has two stages: first only the "
+                "projector, on image-caption pairs; then projector and language model, on the instructions. The tower "
+                "stays frozen in both."
+            ),
+        ],
+    )
     if size == "micro":
-        section.blocks.append(Text(
-            "The micro LLaVA keeps the layout (tower, projector, Llama) at a thousandth of the size, and has been "
-            "taught both prompts, so here 'zero-shot' means unseen scenes and not unseen questions."))  # fmt: skip
+        section.blocks.append(
+            Text(
+                "The micro LLaVA keeps the layout (tower, projector, Llama) at a thousandth of the size, and has been "
+                "taught both prompts, so here 'zero-shot' means unseen scenes and not unseen questions."
+            )
+        )
     scores = _json(root / "llava" / "val.json")
     if scores is None:
-        section.blocks.append(Missing(
-            "captions and scores of both prompts (llava/val.json)",
-            "python p1_llava_caption.py IMG_DIR RUNS/llava/val.json --compare --annotation-file VAL.json"))  # fmt: skip
+        section.blocks.append(
+            Missing(
+                "captions and scores of both prompts (llava/val.json)",
+                "python p1_llava_caption.py IMG_DIR RUNS/llava/val.json --compare --annotation-file VAL.json",
+            )
+        )
         return section
-    columns = ("setting", "images", "words", "CIDEr", "CLIPScore", "report's CIDEr", "report's CLIPScore",
-               "world", "device")  # fmt: skip
+    columns = (
+        "setting",
+        "images",
+        "words",
+        "CIDEr",
+        "CLIPScore",
+        "report's CIDEr",
+        "report's CLIPScore",
+        "world",
+        "device",
+    )
     rows = [
-        (name, s.get("images"), s.get("words"), s.get("CIDEr"), s.get("CLIPScore"),
-         *REPORTED_P1.get(name, (None, None)), world(s.get("profile")), s.get("device", UNKNOWN_ORIGIN))
+        (
+            name,
+            s.get("images"),
+            s.get("words"),
+            s.get("CIDEr"),
+            s.get("CLIPScore"),
+            *REPORTED_P1.get(name, (None, None)),
+            world(s.get("profile")),
+            s.get("device", UNKNOWN_ORIGIN),
+        )
         for name, s in sorted(scores.items())
-    ]  # fmt: skip
+    ]
     section.blocks += [Text(f"Prompt {number}: {prompt}") for number, prompt in PROMPTS.items()]
-    section.blocks += [Table("p1_prompts", "LLaVA with the two prompts of the report", columns, rows),
-                       Text(explain_prompts(scores))]  # fmt: skip
+    section.blocks += [
+        Table("p1_prompts", "LLaVA with the two prompts of the report", columns, rows),
+        Text(explain_prompts(scores)),
+    ]
     return section
 
 
@@ -102,8 +134,24 @@ def explain_prompts(scores: dict[str, dict[str, Any]]) -> str:
 
 # ------------------------------------------------------------------------------------------------------ the captioner
 
-RUN_COLUMNS = ("run", "setting", "what", "rank", "alpha", "epochs", "lr", "trainable", "train, s", "CIDEr",
-               "CLIPScore", "report's CIDEr", "report's CLIPScore", "images", "world", "device")  # fmt: skip
+RUN_COLUMNS = (
+    "run",
+    "setting",
+    "what",
+    "rank",
+    "alpha",
+    "epochs",
+    "lr",
+    "trainable",
+    "train, s",
+    "CIDEr",
+    "CLIPScore",
+    "report's CIDEr",
+    "report's CLIPScore",
+    "images",
+    "world",
+    "device",
+)
 
 
 def captioner_section(runs: Sequence[Run], omitted: Sequence[Omitted]) -> Section:
@@ -142,21 +190,43 @@ def run_table(name: str, caption: str, runs: Iterable[Run]) -> Table:
     for run in runs:
         train, scores = run.config["train"], run.scores.get("val", {})
         kind = "blind" if run.blind else run.objective
-        rows.append((
-            run.name, run.config["setting"], kind, train["lora_rank"], f"{train['lora_alpha']:g}", train["epochs"],
-            f"{train['lr']:g}", run.config["trainable_parameters"], run.seconds, scores.get("CIDEr"),
-            scores.get("CLIPScore"), *REPORTED_P2.get(run.config["setting"], (None, None)), scores.get("images"),
-            world(run.config["profile"]), scores.get("device", run.config["device"]),
-        ))  # fmt: skip
+        rows.append(
+            (
+                run.name,
+                run.config["setting"],
+                kind,
+                train["lora_rank"],
+                f"{train['lora_alpha']:g}",
+                train["epochs"],
+                f"{train['lr']:g}",
+                run.config["trainable_parameters"],
+                run.seconds,
+                scores.get("CIDEr"),
+                scores.get("CLIPScore"),
+                *REPORTED_P2.get(run.config["setting"], (None, None)),
+                scores.get("images"),
+                world(run.config["profile"]),
+                scores.get("device", run.config["device"]),
+            )
+        )
     return Table(name, caption, RUN_COLUMNS, rows)
 
 
 def _novel_table(runs: Sequence[Run]) -> list[Table]:
     rows = [
-        (r.name, split, s.get("images"), s.get("CIDEr"), s.get("CLIPScore"), world(r.config["profile"]),
-         s.get("device", UNKNOWN_ORIGIN))
-        for r in runs for split, s in r.scores.items() if split != "val"
-    ]  # fmt: skip
+        (
+            r.name,
+            split,
+            s.get("images"),
+            s.get("CIDEr"),
+            s.get("CLIPScore"),
+            world(r.config["profile"]),
+            s.get("device", UNKNOWN_ORIGIN),
+        )
+        for r in runs
+        for split, s in r.scores.items()
+        if split != "val"
+    ]
     columns = ("run", "split", "images", "CIDEr", "CLIPScore", "world", "device")
     return [Table("p2_other_splits", "Other splits", columns, rows)] if rows else []
 
@@ -207,12 +277,21 @@ def attention_section(root: Path, size: str) -> Section:
     for model, name in (("p1", "LLaVA"), ("p2", "The captioner")):
         files = sorted(p for p in (folder / model).glob("*.png") if p.name != "grounding.png")
         if not files:
-            section.blocks.append(Missing(f"maps of {name}", f"python p3_attention.py --model {model} --images IMAGES "
-                                          f"--out RUNS/attention/{model}"))  # fmt: skip
+            section.blocks.append(
+                Missing(
+                    f"maps of {name}",
+                    f"python p3_attention.py --model {model} --images IMAGES --out RUNS/attention/{model}",
+                )
+            )
         section.blocks += [
-            Figure(f"p3_{model}_{p.stem}", p.read_bytes(), f"Attention maps of every word, {name}, image {p.stem}",
-                   f"{name}, image {p.stem} {origin}: a tile a word.") for p in files
-        ]  # fmt: skip
+            Figure(
+                f"p3_{model}_{p.stem}",
+                p.read_bytes(),
+                f"Attention maps of every word, {name}, image {p.stem}",
+                f"{name}, image {p.stem} {origin}: a tile a word.",
+            )
+            for p in files
+        ]
     section.blocks += pair_blocks(root, origin)
     for model, name in (("p1", "LLaVA"), ("p2", "The captioner")):
         section.blocks += grounding_blocks(folder / model, model, name, size)
@@ -228,20 +307,32 @@ def pair_blocks(root: Path, origin: str) -> list[Any]:
             "--images DIR --out RUNS/attention"
         )
         return [Missing("the best and the worst pair", remedy)]
-    blocks: list[Any] = [Figure("p3_best_worst", (folder / "best_worst.png").read_bytes(),
-                                "The pair of image and caption with the highest CLIPScore, and that with the lowest",
-                                f"Best and worst pair by CLIPScore {origin}.")]  # fmt: skip
+    blocks: list[Any] = [
+        Figure(
+            "p3_best_worst",
+            (folder / "best_worst.png").read_bytes(),
+            "The pair of image and caption with the highest CLIPScore, and that with the lowest",
+            f"Best and worst pair by CLIPScore {origin}.",
+        )
+    ]
     per_image = _json(root / "lora" / "val_per_image.json")
     if per_image:
         scores = sorted(row["CLIPScore"] for row in per_image.values() if "CLIPScore" in row)
         rows = [("best", scores[-1], REPORTED_PAIRS["best"]), ("worst", scores[0], REPORTED_PAIRS["worst"])]
-        blocks.append(Table("p3_pairs", f"CLIPScore of the best and the worst pair {origin}; the report's is full "
-                            "size", ("pair", "CLIPScore", "report's CLIPScore"), rows))  # fmt: skip
+        blocks.append(
+            Table(
+                "p3_pairs",
+                f"CLIPScore of the best and the worst pair {origin}; the report's is full size",
+                ("pair", "CLIPScore", "report's CLIPScore"),
+                rows,
+            )
+        )
     files = [folder / f"{name}.png" for name in ("top-1", "last-1")]
     blocks += [
         Figure(f"p3_{p.stem}", p.read_bytes(), f"Maps of the {p.stem} pair", f"Maps of the {p.stem} pair {origin}.")
-        for p in files if p.is_file()
-    ]  # fmt: skip
+        for p in files
+        if p.is_file()
+    ]
     return blocks
 
 
@@ -249,8 +340,12 @@ def grounding_blocks(folder: Path, model: str, name: str, size: str) -> list[Any
     """Whether words look at the boxes of what they name: the best looks, the default, the report's, and chance."""
     file = folder / "grounding.csv"
     if not file.is_file():
-        return [Missing(f"grounding of {name}", f"python p3_attention.py --model {model} --grounding VAL.json "
-                        f"--images DIR --out {folder}")]  # fmt: skip
+        return [
+            Missing(
+                f"grounding of {name}",
+                f"python p3_attention.py --model {model} --grounding VAL.json --images DIR --out {folder}",
+            )
+        ]
     with file.open(encoding="utf-8", newline="") as handle:
         found = list(csv.DictReader(handle))
     columns = ("method", "layers", "heads", "row", "pointing", "mass_ratio", "iou", "note")
@@ -258,15 +353,24 @@ def grounding_blocks(folder: Path, model: str, name: str, size: str) -> list[Any
     if lacking or not found:
         return [Text(f"Left out: {file.name} of {name}, since it is of another version or empty.")]
     kept = [row for n, row in enumerate(found) if n < GROUNDING_ROWS or row["note"]]
-    rows = [tuple(_number(row[c]) if c in ("pointing", "mass_ratio", "iou") else row[c] or None for c in columns)
-            for row in kept]  # fmt: skip
+    rows = [
+        tuple(_number(row[c]) if c in ("pointing", "mass_ratio", "iou") else row[c] or None for c in columns)
+        for row in kept
+    ]
     heads = ("method", "layers", "heads", "row", "pointing game", "mass in box / area", "IoU", "note")
-    blocks: list[Any] = [Table(f"p3_grounding_{model}", f"{name}: do words look at what they name? ({world(size)})",
-                               heads, rows)]  # fmt: skip
+    blocks: list[Any] = [
+        Table(f"p3_grounding_{model}", f"{name}: do words look at what they name? ({world(size)})", heads, rows)
+    ]
     chart = folder / "grounding.png"
     if chart.is_file():
-        blocks.append(Figure(f"p3_grounding_{model}", chart.read_bytes(), f"Pointing game by method, {name}",
-                             f"{name}: pointing game by method ({world(size)})."))  # fmt: skip
+        blocks.append(
+            Figure(
+                f"p3_grounding_{model}",
+                chart.read_bytes(),
+                f"Pointing game by method, {name}",
+                f"{name}: pointing game by method ({world(size)}).",
+            )
+        )
     return blocks
 
 
@@ -278,26 +382,55 @@ def environment_section(root: Path, runs: Sequence[Run], bench: Path) -> Section
     section = Section("Speed and environment")
     seconds = (_json(root / "scores.json") or {}).get("seconds", {})
     if seconds:
-        section.blocks.append(Table("steps", "Time of each step of the run", ("step", "seconds"),
-                                    [(name, float(value)) for name, value in seconds.items()]))  # fmt: skip
+        section.blocks.append(
+            Table(
+                "steps",
+                "Time of each step of the run",
+                ("step", "seconds"),
+                [(name, float(value)) for name, value in seconds.items()],
+            )
+        )
     else:
         section.blocks.append(Missing("times of the steps (scores.json)", "make demo"))
-    timed = [(r.name, r.seconds, r.epochs[-1].get("step"), r.seconds / max(r.epochs[-1].get("step", 1), 1),
-              r.config["train"]["batch_size"], world(r.config["profile"]), r.config["device"])
-             for r in runs if r.seconds]  # fmt: skip
+    timed = [
+        (
+            r.name,
+            r.seconds,
+            r.epochs[-1].get("step"),
+            r.seconds / max(r.epochs[-1].get("step", 1), 1),
+            r.config["train"]["batch_size"],
+            world(r.config["profile"]),
+            r.config["device"],
+        )
+        for r in runs
+        if r.seconds
+    ]
     if timed:
-        section.blocks.append(Table("training_speed", "Training", (
-            "run", "seconds", "steps", "seconds a step", "images a step", "world", "device"), timed))  # fmt: skip
+        section.blocks.append(
+            Table(
+                "training_speed",
+                "Training",
+                ("run", "seconds", "steps", "seconds a step", "images a step", "world", "device"),
+                timed,
+            )
+        )
     for file in sorted(bench.glob("*.json")):
         found = _json(file) or {}
         if {"title", "machine", "rows"} <= found.keys() and found["rows"]:
             columns = list(found["rows"][0])
-            section.blocks.append(Table(f"bench_{file.stem}", f"{found['title']} ({found['machine']})", columns,
-                                        [[row.get(c) for c in columns] for row in found["rows"]]))  # fmt: skip
+            section.blocks.append(
+                Table(
+                    f"bench_{file.stem}",
+                    f"{found['title']} ({found['machine']})",
+                    columns,
+                    [[row.get(c) for c in columns] for row in found["rows"]],
+                )
+            )
     versions = {(name, version) for r in runs for name, version in r.config["versions"].items()}
     if versions:
-        section.blocks.append(Table("versions", "Versions that the runs were made with", ("package", "version"),
-                                    sorted(versions)))  # fmt: skip
+        section.blocks.append(
+            Table("versions", "Versions that the runs were made with", ("package", "version"), sorted(versions))
+        )
     return section
 
 

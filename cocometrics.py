@@ -126,16 +126,27 @@ def spice(references: Tokens, candidates: Mapping[str, str]) -> Scores:
     missing = [name for name in SPICE_MODELS if not (folder / "lib" / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"SPICE needs {' and '.join(missing)} in {folder / 'lib'}: run `python -c \"from pycocoevalcap.spice."
-            "get_stanford_models import get_stanford_models as get; get()\"` where there is a network (384 MB)"
+            f'SPICE needs {" and ".join(missing)} in {folder / "lib"}: run `python -c "from pycocoevalcap.spice.'
+            'get_stanford_models import get_stanford_models as get; get()"` where there is a network (384 MB)'
         )
     items = [{"image_id": image, "test": candidates[image], "refs": list(references[image])} for image in candidates]
     with tempfile.TemporaryDirectory() as name:  # of this run alone: several may run at once, the package be read-only
         work = Path(name)
         (work / "in.json").write_text(json.dumps(items), encoding="utf-8")
         (work / "cache").mkdir()
-        command = [java, "-Xmx8G", "-jar", "spice-1.0.jar", str(work / "in.json"), "-cache", str(work / "cache"),
-                   "-out", str(work / "out.json"), "-subset", "-silent"]  # fmt: skip
+        command = [
+            java,
+            "-Xmx8G",
+            "-jar",
+            "spice-1.0.jar",
+            str(work / "in.json"),
+            "-cache",
+            str(work / "cache"),
+            "-out",
+            str(work / "out.json"),
+            "-subset",
+            "-silent",
+        ]
         limit = START_SECONDS + SECONDS_A_CAPTION * len(items)
         try:
             run = subprocess.run(command, cwd=folder, capture_output=True, check=False, timeout=limit)

@@ -633,8 +633,12 @@ class FeatureCache:
             missing = {digest: path for digest, path in zip(digests, paths, strict=True) if digest not in row_of}
             room = int(max(0, min(limit / row_bytes - len(row_of), len(missing))))
             if room < len(missing):
-                logger.warning("feature cache %s: %d images are beyond its limit of %.1f GB and are encoded every time",
-                               folder, len(missing) - room, limit / 1e9)  # fmt: skip
+                logger.warning(
+                    "feature cache %s: %d images are beyond its limit of %.1f GB and are encoded every time",
+                    folder,
+                    len(missing) - room,
+                    limit / 1e9,
+                )
             _check_disk(folder, room, len(set(digests)), row_bytes)
             return row_of, list(missing.items())[:room]
 
@@ -747,8 +751,12 @@ def _check_disk(folder: Path, missing: int, wanted: int, row_bytes: int) -> None
     needed, free = missing * row_bytes, shutil.disk_usage(folder).free
     logger.info(
         "feature cache %s: %d of %d images to encode, %.1f MB to write, %.1f GB free on that disk",
-        folder, missing, wanted, needed / 1e6, free / 1e9,
-    )  # fmt: skip
+        folder,
+        missing,
+        wanted,
+        needed / 1e6,
+        free / 1e9,
+    )
     if needed > free:
         raise ValueError(
             f"{folder}: the features of {missing} images need {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free; "
@@ -760,14 +768,19 @@ def _check_seen(folder: Path, size: int) -> None:
     """Make sure that what other processes wrote is there in this one's file system too."""
     file = folder / "features.bin"
     if (file.stat().st_size if file.exists() else -1) < size:
-        raise ValueError(f"{folder}: a process does not see the features that the others wrote; choose a folder with "
-                         "--cache that all machines share")  # fmt: skip
+        raise ValueError(
+            f"{folder}: a process does not see the features that the others wrote; choose a folder with "
+            "--cache that all machines share"
+        )
 
 
 def _build_rows(
-    folder: Path, batches: Iterable[list[tuple[str, Path]]], encode: Callable[[list[Path]], torch.Tensor],
-    shape: tuple[int, int], dtype: torch.dtype,
-) -> dict[str, int]:  # fmt: skip
+    folder: Path,
+    batches: Iterable[list[tuple[str, Path]]],
+    encode: Callable[[list[Path]], torch.Tensor],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> dict[str, int]:
     """Encode and store batches of (digest, image); return {digest: row}."""
     _check_seen(folder, 0)
     added = {}

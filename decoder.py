@@ -34,9 +34,17 @@ State = Mapping[str, torch.Tensor]
 _CONV1D = tuple(f"{name}.weight" for name in LINEARS)  # GPT-2 checkpoints store these (in, out)
 # What the readers stumble over in damaged files; for pickles found by cutting and flipping bytes at random.
 _DAMAGE = (
-    safetensors.SafetensorError, OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError,
-    AssertionError, struct.error,
-)  # fmt: skip
+    safetensors.SafetensorError,
+    OSError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    AssertionError,
+    struct.error,
+)
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old checkpoints carry along
 
 
@@ -474,18 +482,32 @@ def _cuda_parts(count: int, whole: bool) -> list[tuple[slice, bool]]:
 
 
 def _attend_prefix_backward(
-    kernel: list, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-    lse: torch.Tensor, whole: bool,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    kernel: list,
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    whole: bool,
+) -> tuple[torch.Tensor, ...]:
     """Return the gradients of queries, and of the prefix's keys and values."""
     if _is_cpu(q):
         return getattr(torch.ops.aten, _CPU_FLASH + "_backward")(grad, q, k, v, out, lse, 0.0, whole)
     queries, keys, values = [], 0, 0
     for state, (part, causal) in zip(kernel, _cuda_parts(k.shape[2], whole), strict=True):
         grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad[:, :, part], q[:, :, part], k, v, out[:, :, part], lse[:, :, part].contiguous(), *state[:4], 0.0,
-            causal, *state[4:],
-        )  # fmt: skip
+            grad[:, :, part],
+            q[:, :, part],
+            k,
+            v,
+            out[:, :, part],
+            lse[:, :, part].contiguous(),
+            *state[:4],
+            0.0,
+            causal,
+            *state[4:],
+        )
         queries.append(grad_q)
         keys, values = keys + grad_k, values + grad_v
     return torch.cat(queries, 2), keys, values

@@ -128,8 +128,10 @@ class Processes:
         own = hashlib.sha256(repr(value).encode()).hexdigest()  # it may be large
         others = [rank for rank, digest in enumerate(self.gather(own)) if digest != own]
         if others:
-            raise ValueError(f"{what} differ between process {self.rank} and process {others[0]}; give all machines "
-                             "the same files and the same command")  # fmt: skip
+            raise ValueError(
+                f"{what} differ between process {self.rank} and process {others[0]}; give all machines "
+                "the same files and the same command"
+            )
 
     @staticmethod
     def _meet(collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -95,8 +95,10 @@ def caption_shards(
                 raise ValueError(row["error"])
     except ray.exceptions.RayError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"--engine ray: the same shard failed {TRIES + 1} times, or the cluster did; what is captioned"
-                         f" is kept. Ray says: {reason:.500}") from error  # fmt: skip
+        raise ValueError(
+            f"--engine ray: the same shard failed {TRIES + 1} times, or the cluster did; what is captioned"
+            f" is kept. Ray says: {reason:.500}"
+        ) from error
     finally:
         if started:
             ray.shutdown()
@@ -108,8 +110,9 @@ def import_ray() -> Any:
     try:
         runtime.import_guarded("ray.data")
     except ImportError as error:
-        raise ValueError(f"--engine ray: Ray cannot be imported ({error}): pip install 'ray[data]', or leave "
-                         "--engine out") from error  # fmt: skip
+        raise ValueError(
+            f"--engine ray: Ray cannot be imported ({error}): pip install 'ray[data]', or leave --engine out"
+        ) from error
     return sys.modules["ray"]
 
 

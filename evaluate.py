@@ -60,22 +60,26 @@ from clipscore import (
 )
 from profiles import PROFILES
 from refcache import ReferenceSide, cached_reference_side, make_reference_side
-from runtime import (
-    BAD_INPUT,
-    PARTIAL,
-    FlagParser,
-    command,
-    pick_device,
-    setup_logging,
-    write_json,
-    write_text,
-)
+from runtime import BAD_INPUT, PARTIAL, FlagParser, command, pick_device, setup_logging, write_json, write_text
 from significance import CONFIDENCE, Comparison, bootstrap_interval, compare
 from wording import caption_statistics
 
-__all__ = ["Annotations", "ClipScorer", "Evaluation", "Evaluator", "check_keys", "cider", "clipscore",
-           "evaluate_predictions", "load_annotations", "load_predictions", "load_references", "main", "parse_metrics",
-           "ptb_tokenize"]  # fmt: skip
+__all__ = [
+    "Annotations",
+    "ClipScorer",
+    "Evaluation",
+    "Evaluator",
+    "check_keys",
+    "cider",
+    "clipscore",
+    "evaluate_predictions",
+    "load_annotations",
+    "load_predictions",
+    "load_references",
+    "main",
+    "parse_metrics",
+    "ptb_tokenize",
+]
 
 log = logging.getLogger(__name__)
 
@@ -445,9 +449,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip-weights", help="open_clip tag or file (the profile's; a folder has its own)")
     parser.add_argument("--clip-prompt", default="", help='put before each caption; the paper has "A photo depicts "')
     parser.add_argument("--batch-size", type=int, default=64, help="images per CLIP forward pass")
-    parser.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True,
-                        help="keep CLIP's features of the images, and the references' tokens and document "
-                        "frequencies, in the profile's cache folder")  # fmt: skip
+    parser.add_argument(
+        "--cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep CLIP's features of the images, and the references' tokens and document "
+        "frequencies, in the profile's cache folder",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="CLIP's; auto: fp16 on CUDA, else fp32")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")

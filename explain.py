@@ -14,27 +14,13 @@ from PIL import Image
 import data
 import generation
 import runtime
-from attention import (
-    METHODS,
-    Capture,
-    Explained,
-    Look,
-    View,
-    Window,
-    crop_window,
-    token_maps,
-    word_maps,
-    words_of,
-)
+from attention import METHODS, Capture, Explained, Look, View, Window, crop_window, token_maps, word_maps, words_of
 from captioner import Captioner
 from llava import Llava
 
 GENERIC = "A picture."  # what every image is: the attention of its words says what is looked at in any case
 # What --grounding found best on scenes of the split `train` (p1: 500, p2: 1,500); the README reports the split `val`.
-DEFAULTS = {
-    "p1": Look("grad", "all", "mean", "predict"),
-    "p2": Look("raw", "all", "mean", "predict"),
-}
+DEFAULTS = {"p1": Look("grad", "all", "mean", "predict"), "p2": Look("raw", "all", "mean", "predict")}
 REPORT = {  # the report's own choices, for the grounding table
     "p1": Look("raw", "last", "max", "predict"),
     "p2": Look("raw", "last", "mean", "predict"),
@@ -208,18 +194,29 @@ def read(explainer: Explainer, inputs: Any, tokens: list[int], looks: Sequence[L
     return Reading(capture, words, generic)
 
 
-def explain(explainer: Explainer, path: Path, image: Image.Image, reading: Reading, looks: Sequence[Look],
-            notes: dict[str, str] | None = None) -> Explained:  # fmt: skip
+def explain(
+    explainer: Explainer,
+    path: Path,
+    image: Image.Image,
+    reading: Reading,
+    looks: Sequence[Look],
+    notes: dict[str, str] | None = None,
+) -> Explained:
     """Return the maps of every look, the first being the default."""
     views = [
         View(look.method, look.layers, look.heads, np.maximum(reading.maps(look), 0).astype(np.float32))
         for look in looks
     ]
     return Explained(
-        path=path, caption=explainer.text(reading.capture.tokens).strip(), words=[word for word, _ in reading.words],
-        views=views, window=explainer.window(image.size), model=explainer.name, notes=notes or {},
+        path=path,
+        caption=explainer.text(reading.capture.tokens).strip(),
+        words=[word for word, _ in reading.words],
+        views=views,
+        window=explainer.window(image.size),
+        model=explainer.name,
+        notes=notes or {},
         image_mass=reading.image_mass(looks[0]),
-    )  # fmt: skip
+    )
 
 
 # --- choices of looks ---

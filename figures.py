@@ -87,8 +87,14 @@ def _spread(grid: np.ndarray, size: tuple[int, int], window: tuple[float, float,
     left, top, right, bottom = window
     x0, x1 = _covered(left, right, size[0])
     y0, y1 = _covered(top, bottom, size[1])
-    box = np.array([(x0 - left) / (right - left) * columns, (y0 - top) / (bottom - top) * rows,
-                    (x1 - left) / (right - left) * columns, (y1 - top) / (bottom - top) * rows])  # fmt: skip
+    box = np.array(
+        [
+            (x0 - left) / (right - left) * columns,
+            (y0 - top) / (bottom - top) * rows,
+            (x1 - left) / (right - left) * columns,
+            (y1 - top) / (bottom - top) * rows,
+        ]
+    )
     box = tuple(box.clip(0, [columns, rows, columns, rows]))  # a border pixel may reach out by half of itself
     source = Image.fromarray(np.ascontiguousarray(grid, dtype=np.float32))
     full = np.full(size[::-1], np.nan, dtype=np.float32)
@@ -266,8 +272,13 @@ def _colour_bar(figure: Any, top: float, end: float, cut: bool, label: str) -> N
     width = min(4.0, figure.get_size_inches()[0] - 4 * MARGIN)
     axis = _place(figure, (figure.get_size_inches()[0] - width) / 2, top, width, 0.11)
     colours = ListedColormap(palette() / 255)
-    bar = figure.colorbar(ScalarMappable(Normalize(0, end), colours), cax=axis, orientation="horizontal",
-                          extend="max" if cut else "neither", extendfrac=0.03)  # fmt: skip
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, end), colours),
+        cax=axis,
+        orientation="horizontal",
+        extend="max" if cut else "neither",
+        extendfrac=0.03,
+    )
     bar.outline.set_linewidth(0.4)
     axis.tick_params(labelsize=7, length=2, width=0.4, pad=2)
     axis.locator_params(nbins=5)
@@ -339,8 +350,12 @@ def grounding_chart(rows: Sequence[dict[str, Any]], out: Path) -> None:
     with _figure(8.4, 1.15 + 0.3 * (places[-1] + 1), Path(out)) as figure:
         width, height = figure.get_size_inches()
         axis = _place(figure, 2.75, 0.62, width - 2.75 - 1.75, height - 0.62 - 0.53)
-        axis.barh(places, [row["pointing"] for row in shown], height=0.72,
-                  color=["#2f6c9f" if "method" in row else "#b6bdc6" for row in shown])  # fmt: skip
+        axis.barh(
+            places,
+            [row["pointing"] for row in shown],
+            height=0.72,
+            color=["#2f6c9f" if "method" in row else "#b6bdc6" for row in shown],
+        )
         if baselines:
             axis.plot([baselines[0]["pointing"]] * 2, [-0.6, places[len(ways)]], color=GREY, lw=0.8, ls=(0, (4, 3)))
         _label_bars(axis, shown, places)
@@ -359,8 +374,14 @@ def _label_bars(axis: Any, rows: Sequence[dict[str, Any]], places: Sequence[floa
     columns = {"mass_ratio": ("mass ratio", "{:.2f}", 1.12), "iou": ("IoU", "{:.2f}", 1.3)}
     beside = axis.get_yaxis_transform()  # across in shares of the axes, down in bars
     for place, row in zip(places, rows, strict=True):
-        axis.annotate(f"{row['pointing']:.1%}", (row["pointing"], place), (4, 0), textcoords="offset points",
-                      va="center", fontsize=8.5)  # fmt: skip
+        axis.annotate(
+            f"{row['pointing']:.1%}",
+            (row["pointing"], place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+        )
         for key, (_, style, at) in columns.items():
             if key in row:
                 axis.text(at, place, style.format(row[key]), transform=beside, va="center", ha="center", fontsize=8.5)

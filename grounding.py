@@ -71,8 +71,10 @@ def load_samples(annotations: Path, images: Path, boxes: Path | None = None) -> 
             _check_boxes(annotations, names[image_id], mentions)
             samples.append(Sample(images / names[image_id]["file_name"], caption, mentions))
     if not samples:
-        raise ValueError(f"{boxes or annotations}: no word of a caption names a box; the annotations need mentions and "
-                         "objects, or --boxes COCO instances")  # fmt: skip
+        raise ValueError(
+            f"{boxes or annotations}: no word of a caption names a box; the annotations need mentions and "
+            "objects, or --boxes COCO instances"
+        )
     return samples
 
 
@@ -123,8 +125,9 @@ def _own_mentions(path: Path, content: dict[str, Any]) -> Any:
             if all(m.boxes and 0 <= m.word < words for m in found):
                 return found
         except (KeyError, TypeError) as error:  # of strangers' files: a field is missing, or of another type
-            raise ValueError(f"{where} has mentions of another form; each needs word, role and objects of its "
-                             "image") from error  # fmt: skip
+            raise ValueError(
+                f"{where} has mentions of another form; each needs word, role and objects of its image"
+            ) from error
         raise ValueError(f"{where} mentions a word that it lacks, or no object")
 
     return find

@@ -133,8 +133,10 @@ class PredictionLog:
             path, header = next((p, h) for p, h in started.items() if h != self._header)
             theirs = header.get("run", {})
             differ = [key for key, value in self._header["run"].items() if theirs.get(key) != value]
-            raise ValueError(f"{path} belongs to another run (other {', '.join(differ)}); finish that one first, or "
-                             "give --overwrite to drop it")  # fmt: skip
+            raise ValueError(
+                f"{path} belongs to another run (other {', '.join(differ)}); finish that one first, or "
+                "give --overwrite to drop it"
+            )
         if not overwrite and self.out.exists():
             self.part.unlink()
             raise ValueError(f"{self.out}: exists already; give --overwrite to replace it, or another name")
@@ -197,8 +199,10 @@ class Halving:
                 continue
             except torch.OutOfMemoryError as error:
                 if len(chunk) == 1:
-                    raise ValueError("out of memory with one image: use a smaller model, fewer beams, a lower "
-                                     "precision or --device cpu") from error  # fmt: skip
+                    raise ValueError(
+                        "out of memory with one image: use a smaller model, fewer beams, a lower "
+                        "precision or --device cpu"
+                    ) from error
             self.limit = len(chunk) // 2
             log.warning("out of memory with %d images at once; going on with %d", len(chunk), self.limit)
             if torch.cuda.is_available():
@@ -309,9 +313,7 @@ def _begun(
     yield from ahead
 
 
-def _readable(
-    batch: list[tuple[Any, Future]], failed: Callable[[Any, Exception], None]
-) -> tuple[list[Any], list[Any]]:
+def _readable(batch: list[tuple[Any, Future]], failed: Callable[[Any, Exception], None]) -> tuple[list[Any], list[Any]]:
     """Return the items of a batch that could be read, and what they became; ``failed`` is told of the others."""
     found, prepared = [], []
     for item, future in batch:
@@ -400,8 +402,11 @@ def caption_source(
         workers.wait()  # a launcher ends all processes when one ends with an exit code
     left_out = sum(totals.get(name, 0) for name in ("unreadable", "duplicates", "damaged"))
     if left_out:
-        log.error("not all was captioned: %(unreadable)d images cannot be read, %(duplicates)d have another's key, "
-                  "%(damaged)d shards are damaged", totals)  # fmt: skip
+        log.error(
+            "not all was captioned: %(unreadable)d images cannot be read, %(duplicates)d have another's key, "
+            "%(damaged)d shards are damaged",
+            totals,
+        )
     return runtime.PARTIAL if left_out else 0
 
 
@@ -422,25 +427,43 @@ def is_small(args: argparse.Namespace) -> bool:
 
 def add_images_and_results(parser: argparse.ArgumentParser) -> None:
     """Add the two positional arguments that every captioning script begins with."""
-    parser.add_argument("img_dir", type=Path, metavar="IMG_DIR",
-                        help="folder of jpg, jpeg, png or webp images; or a list of paths "
-                        "(.txt, .jsonl), or tar shards ('DIR/{000..999}.tar', 'DIR/*.tar')")  # fmt: skip
-    parser.add_argument("out", type=Path, metavar="OUT.json",
-                        help="predictions, {file name without suffix: caption}; "
-                        "or OUT.jsonl, OUT.parquet: a folder of parts")  # fmt: skip
+    parser.add_argument(
+        "img_dir",
+        type=Path,
+        metavar="IMG_DIR",
+        help="folder of jpg, jpeg, png or webp images; or a list of paths "
+        "(.txt, .jsonl), or tar shards ('DIR/{000..999}.tar', 'DIR/*.tar')",
+    )
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT.json",
+        help="predictions, {file name without suffix: caption}; or OUT.jsonl, OUT.parquet: a folder of parts",
+    )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of runs over shards."""
     group = parser.add_argument_group("millions of images")
     add = group.add_argument
-    add("--out-format", choices=("auto", *FORMS), default="auto",
-        help="jsonl and parquet: OUT is a folder with a part for each shard; auto: by the ending of OUT")  # fmt: skip
+    add(
+        "--out-format",
+        choices=("auto", *FORMS),
+        default="auto",
+        help="jsonl and parquet: OUT is a folder with a part for each shard; auto: by the ending of OUT",
+    )
     add("--shard-size", type=int, default=Source.shard_size, help="images of a list or folder that make a shard")
     add("--list-root", type=Path, help="what a list's paths are relative to (default: the list's folder)")
     add("--entries", metavar="GLOB", help="which files of a tar are images (default: by their ending)")
-    add("--retry-unreadable", action="store_true",
-        help="go again through finished shards in which images could not be read; their captions stay")  # fmt: skip
-    add("--engine", choices=("plain", "ray"), default="plain",
-        help="plain: this process, or accelerate's; ray: actors of a Ray cluster")  # fmt: skip
+    add(
+        "--retry-unreadable",
+        action="store_true",
+        help="go again through finished shards in which images could not be read; their captions stay",
+    )
+    add(
+        "--engine",
+        choices=("plain", "ray"),
+        default="plain",
+        help="plain: this process, or accelerate's; ray: actors of a Ray cluster",
+    )
     add("--ray-actors", type=int, help="models at once (default: one for each GPU of the cluster, or else CPU)")

@@ -13,10 +13,15 @@ def adopted(stored: CaptionerConfig, given: dict[str, Any], path: Path) -> dict[
     """Return the numbers that an adapter decides; ValueError where a flag says otherwise."""
     lora = stored.lora
     numbers = {
-        "lora_rank": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "rank_stabilized": False,
-        "lora_enable": lora.enable_lora, "lora_lm_head": lora.lm_head, "cls": stored.use_cls,
+        "lora_rank": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "rank_stabilized": False,
+        "lora_enable": lora.enable_lora,
+        "lora_lm_head": lora.lm_head,
+        "cls": stored.use_cls,
         "encoder_layer": stored.encoder_layer,
-    }  # fmt: skip
+    }
     for name, value in numbers.items():
         if given.get(name, value) != value:
             flag = "--" + name.replace("_", "-")

@@ -149,8 +149,10 @@ class Llava:
                 input_ids=ids[:, read:], attention_mask=torch.ones_like(ids), logits_to_keep=len(tokens) + 1, **inputs
             )
         if len(attentions) != self.model.config.text_config.num_hidden_layers:
-            raise ValueError("the language model hands out no attention weights: its layers do not take transformers' "
-                             "attention interface")  # fmt: skip
+            raise ValueError(
+                "the language model hands out no attention weights: its layers do not take transformers' "
+                "attention interface"
+            )
         return attentions, output.logits[0]
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -160,9 +162,17 @@ class Llava:
     def _generation_config(self, num_beams: int, max_new_tokens: int, pad: int) -> Any:
         """The checkpoint's own settings without those of sampling, which would warn that they have no effect."""
         config = copy.deepcopy(self.model.generation_config)
-        config.update(do_sample=False, temperature=None, top_p=None, top_k=None, max_length=None,
-                      num_beams=num_beams, max_new_tokens=max_new_tokens, pad_token_id=pad,
-                      return_dict_in_generate=True)  # fmt: skip
+        config.update(
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_length=None,
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+        )
         return config
 
     def _until_end(self, tokens: list[int]) -> list[int]:
@@ -197,11 +207,7 @@ def check_prompt(prompt: str) -> str:
 
 
 def load_llava(
-    model: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    revision: str | None = None,
-    load_in_4bit: bool = False,
+    model: str, device: torch.device, dtype: torch.dtype, revision: str | None = None, load_in_4bit: bool = False
 ) -> Llava:
     """Load a LLaVA from a hub id or a folder that ``save_pretrained`` wrote.
 
@@ -232,14 +238,17 @@ def load_llava(
         except torch.OutOfMemoryError as error:
             raise ValueError(f"--model {model} does not fit into the memory of {device}: use --load-in-4bit") from error
         except pickle.UnpicklingError as error:  # torch's own message says how to run its code
-            raise ValueError(f"--model {model}: its weights are a damaged pickle, or one that wants to run code, which "
-                             "is never done; take safetensors instead") from error  # fmt: skip
+            raise ValueError(
+                f"--model {model}: its weights are a damaged pickle, or one that wants to run code, which "
+                "is never done; take safetensors instead"
+            ) from error
         except (OSError, EOFError, ValueError, RuntimeError, KeyError, *_safetensors_errors()) as error:
             raise ValueError(f"--model {model}: {_one_line(error)}; {_remedy(model)}") from error
     absent = sorted(info["missing_keys"]) + sorted(str(m) for m in info["mismatched_keys"])
     if absent:  # transformers would go on with random numbers there
-        raise ValueError(f"--model {model}: {len(absent)} weights are missing or misshapen, first {absent[0]}; "
-                         + _remedy(model))  # fmt: skip
+        raise ValueError(
+            f"--model {model}: {len(absent)} weights are missing or misshapen, first {absent[0]}; " + _remedy(model)
+        )
     return Llava(net.eval().requires_grad_(False), processor)
 
 
@@ -292,8 +301,15 @@ def _capture(model: Any) -> Iterator[list[torch.Tensor]]:
     transformers = runtime.import_guarded("transformers")
     kept: list[torch.Tensor] = []
 
-    def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None,
-               scaling: float, **options: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
+    def attend(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: None,
+        scaling: float,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
         groups = query.shape[1] // key.shape[1]  # grouped-query attention shares keys among heads
         key, value = (t.repeat_interleave(groups, 1).detach() for t in (key, value))  # (1, nh, S, hs)
         scores = (query @ key.transpose(-2, -1)).float() * scaling  # (1, nh, R, S)

@@ -33,15 +33,19 @@ def build_parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--setting", type=int, choices=sorted(PROMPTS), default=1, help="prompt of the report")
     which.add_argument("--prompt", help="any other text, put into USER: <image>\\nTEXT ASSISTANT:")
-    which.add_argument("--compare", action="store_true",
-                       help="run both settings, score them and print a table; needs --annotation-file")  # fmt: skip
+    which.add_argument(
+        "--compare",
+        action="store_true",
+        help="run both settings, score them and print a table; needs --annotation-file",
+    )
     parser.add_argument("--model", help="hub id or folder of a LLaVA 1.5 (default: the profile's)")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--num-beams", type=int, default=1, help="live beams; 1 is greedy search")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once; halved where memory runs out")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="of the weights; auto: float16, on a CPU float32")  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; auto: float16, on a CPU float32"
+    )
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise the weights (needs bitsandbytes)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT.json")
     parser.add_argument("--annotation-file", type=Path, help="COCO-style references of the images, for --compare")
@@ -159,10 +163,17 @@ def compare(captions: dict[str, dict[str, str]], args: argparse.Namespace) -> tu
         if result.errors:
             raise ValueError(f"setting {setting}: " + "; ".join(result.errors.values()))
         words = sum(len(caption.split()) for caption in predictions.values()) / len(predictions)
-        scores[setting] = {**result.means, "words": words, "images": len(predictions), "profile": args.profile,
-                           "device": str(scorer.device)}  # fmt: skip
-        lines.append(f"{setting:<9}{len(predictions):>7}{result.means['CIDEr']:>9.3f}"
-                     f"{result.means['CLIPScore']:>11.3f}{words:>8.1f}")  # fmt: skip
+        scores[setting] = {
+            **result.means,
+            "words": words,
+            "images": len(predictions),
+            "profile": args.profile,
+            "device": str(scorer.device),
+        }
+        lines.append(
+            f"{setting:<9}{len(predictions):>7}{result.means['CIDEr']:>9.3f}"
+            f"{result.means['CLIPScore']:>11.3f}{words:>8.1f}"
+        )
     return scores, "\n".join(lines)
 
 

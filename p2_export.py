@@ -88,8 +88,9 @@ def build_parser() -> Any:
     """Return the command line."""
     parser = runtime.FlagParser(description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; OUT/adapter and OUT/gpt2 must not exist")
-    parser.add_argument("--adapter", type=Path, default=Path("runs/best/best.safetensors"),
-                        help="what p2_train.py wrote")  # fmt: skip
+    parser.add_argument(
+        "--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="what p2_train.py wrote"
+    )
     parser.add_argument("--decoder", help="GPT-2 state dict that it was trained on (default: the profile's)")
     parser.add_argument("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
@@ -134,10 +135,17 @@ def write_gpt2(out: Path, decoder: Decoder, projector: dict[str, Any], tokenizer
         for key, tensor in gpt2_state_dict(decoder, untied=True).items()
     }
     config = transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-        layer_norm_epsilon=c.layer_norm_epsilon, tie_word_embeddings="lm_head.weight" not in state,
-        bos_token_id=tokenizer.eos_id, eos_token_id=tokenizer.eos_id, architectures=["GPT2LMHeadModel"],
-    )  # fmt: skip
+        vocab_size=c.vocab_size,
+        n_positions=c.n_positions,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        layer_norm_epsilon=c.layer_norm_epsilon,
+        tie_word_embeddings="lm_head.weight" not in state,
+        bos_token_id=tokenizer.eos_id,
+        eos_token_id=tokenizer.eos_id,
+        architectures=["GPT2LMHeadModel"],
+    )
     runtime.write_text(out / "config.json", config.to_json_string())
     for name, tensors in (("model", state), ("projector", projector)):
         with runtime.atomic_path(out / f"{name}.safetensors") as temporary:
@@ -178,7 +186,7 @@ def make_cards(
     parts = {
         "config": config,
         "tokens": f"{'all' if config.use_cls else 'the patch'} tokens of "
-                  f"{'the last layer' if config.encoder_layer == -1 else f'layer {config.encoder_layer}'}",
+        f"{'the last layer' if config.encoder_layer == -1 else f'layer {config.encoder_layer}'}",
         "decoder": f"{shape.n_layer} layers of {shape.n_embd}, {shape.vocab_size:,} tokens",
         "lora": ", ".join(f"{key} {_plain(value)}" for key, value in lora.items() if value is not None),
         "projector": " to ".join(str(size) for size in reversed(projector["weight"].shape)),
@@ -188,22 +196,32 @@ def make_cards(
     kwargs = {key: value for key, value in config.encoder_kwargs.items() if key not in PREPROCESSING}
     kwargs |= {"pretrained_cfg_overlay": overlay} if overlay else {}
     call = [repr(config.encoder), "pretrained=True", "num_classes=0", *(f"{k}={v!r}" for k, v in kwargs.items())]
-    encode = "encoder.forward_features(pixels)" if config.encoder_layer == -1 else (
-        f"torch.cat(encoder.forward_intermediates(pixels, indices=[{config.encoder_layer}], norm=False, "
-        'output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)[0][::-1], 1)'
-    )  # fmt: skip
+    encode = (
+        "encoder.forward_features(pixels)"
+        if config.encoder_layer == -1
+        else (
+            f"torch.cat(encoder.forward_intermediates(pixels, indices=[{config.encoder_layer}], norm=False, "
+            'output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)[0][::-1], 1)'
+        )
+    )
     skipped = ":" if config.use_cls else "encoder.num_prefix_tokens :"
     use = GPT2_USE.format(encoder=", ".join(call), skipped=skipped, encode=encode)
     return {
         "adapter": CARD.format(
-            library="safetensors", title="LoRA adapter", use=ADAPTER_USE, **parts,
+            library="safetensors",
+            title="LoRA adapter",
+            use=ADAPTER_USE,
+            **parts,
             what="LoRA and projector that make a GPT-2 caption the images that a frozen CLIP encoder sees.",
         ),
         "gpt2": CARD.format(
-            library="transformers", title="GPT-2 with LoRA merged in", use=use, **parts,
+            library="transformers",
+            title="GPT-2 with LoRA merged in",
+            use=use,
+            **parts,
             what="A GPT-2 that continues projected image tokens with a caption. LoRA is part of its weights.",
         ),
-    }  # fmt: skip
+    }
 
 
 def _plain(value: Any) -> str:

@@ -34,8 +34,9 @@ def build_parser() -> Any:
     parser = runtime.FlagParser(description=__doc__)
     add_images_and_results(parser)
     parser.add_argument("decoder", type=Path, metavar="DECODER", help="GPT-2 state dict (.bin, .pt or .safetensors)")
-    parser.add_argument("--adapter", type=Path, default=Path("runs/best/best.safetensors"),
-                        help="what p2_train.py wrote")  # fmt: skip
+    parser.add_argument(
+        "--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="what p2_train.py wrote"
+    )
     parser.add_argument("--encoder-weights", help="local file of the encoder's weights (default: the one trained with)")
     parser.add_argument("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
     parser.add_argument("--beam-size", type=int, default=5, help="live beams; 1 is greedy search")
@@ -43,17 +44,27 @@ def build_parser() -> Any:
     parser.add_argument("--length-penalty", type=float, default=1.0, help="above 1 favours longer captions")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
-    parser.add_argument("--jpeg-draft", action=argparse.BooleanOptionalAction, default=False,
-                        help=f"decode big JPEGs smaller, to no less than {data.DRAFT_FACTOR} times the model's size: "
-                        "sooner, and a caption in many may change")  # fmt: skip
-    parser.add_argument("--compile", action="store_true",
-                        help="compile the decoding steps: same captions, a minute or more at the start")  # fmt: skip
+    parser.add_argument(
+        "--jpeg-draft",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help=f"decode big JPEGs smaller, to no less than {data.DRAFT_FACTOR} times the model's size: "
+        "sooner, and a caption in many may change",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the decoding steps: same captions, a minute or more at the start",
+    )
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
     add_flags(parser)
-    parser.add_argument("--overwrite", action="store_true",
-                        help="with shards: drop another run's results (a folder's own OUT.json always is)")  # fmt: skip
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="with shards: drop another run's results (a folder's own OUT.json always is)",
+    )
     return parser
 
 

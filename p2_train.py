@@ -107,19 +107,32 @@ def build_parser() -> Any:
     parser.add_argument("--decoder", help="GPT-2 state dict (default: the profile's)")
     parser.add_argument("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
     parser.add_argument("--cache", type=Path, help="folder of cached encoder tokens (default: the profile's)")
-    parser.add_argument("--cache-gb", type=float, default=math.inf, metavar="N",
-                        help="cache at most N GB; images beyond are encoded every epoch (default: all)")  # fmt: skip
-    parser.add_argument("--random-weights", action="store_true",
-                        help="for checks of shape and speed only: random encoder, and a random GPT-2 small unless "
-                             "--decoder is given")  # fmt: skip
-    parser.add_argument("--shuffle-captions", action="store_true",
-                        help="the blind baseline: train on captions dealt to wrong images")  # fmt: skip
-    parser.add_argument("--init-adapter", type=Path,
-                        help="adapter to start from; its LoRA, layer and CLS are taken over")  # fmt: skip
-    parser.add_argument("--report-faithful", action="store_true",
-                        help="the report's own ways: ImageNet preprocessing, LoRA alpha 1")  # fmt: skip
-    parser.add_argument("--log-with", choices=TRACKERS, help="hand the numbers of metrics.jsonl to a tracker too; "
-                        "all: every one that is installed (default: none)")  # fmt: skip
+    parser.add_argument(
+        "--cache-gb",
+        type=float,
+        default=math.inf,
+        metavar="N",
+        help="cache at most N GB; images beyond are encoded every epoch (default: all)",
+    )
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="for checks of shape and speed only: random encoder, and a random GPT-2 small unless --decoder is given",
+    )
+    parser.add_argument(
+        "--shuffle-captions", action="store_true", help="the blind baseline: train on captions dealt to wrong images"
+    )
+    parser.add_argument(
+        "--init-adapter", type=Path, help="adapter to start from; its LoRA, layer and CLS are taken over"
+    )
+    parser.add_argument(
+        "--report-faithful", action="store_true", help="the report's own ways: ImageNet preprocessing, LoRA alpha 1"
+    )
+    parser.add_argument(
+        "--log-with",
+        choices=TRACKERS,
+        help="hand the numbers of metrics.jsonl to a tracker too; all: every one that is installed (default: none)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
     group = parser.add_argument_group("numbers (defaults are those of --setting best)")
@@ -130,8 +143,13 @@ def build_parser() -> Any:
             group.add_argument(flag, action=BooleanOptionalAction, help=HELP[f.name] + shown)
         else:
             kind = _triple if f.name == "lora_enable" else int if default is None else type(default)
-            group.add_argument(flag, type=kind, choices=CHOICES.get(f.name), metavar=None if f.name in CHOICES else "X",
-                               help=HELP[f.name] + shown)  # fmt: skip
+            group.add_argument(
+                flag,
+                type=kind,
+                choices=CHOICES.get(f.name),
+                metavar=None if f.name in CHOICES else "X",
+                help=HELP[f.name] + shown,
+            )
     return parser
 
 
@@ -168,7 +186,6 @@ def make_captioner(args: Any, config: TrainConfig, out: Path, processes: Process
     return Captioner(captioner_config, make_decoder(args, config.lora(), out, processes))
 
 
-
 def check_trainable(captioner: Captioner, limit: int) -> int:
     """Return the number of trained parameters; refuse more than ``limit``."""
     count = sum(p.numel() for p in captioner.trainable().values())
@@ -177,9 +194,7 @@ def check_trainable(captioner: Captioner, limit: int) -> int:
     return count
 
 
-def prepare_split(
-    args: Any, name: str, captioner: Captioner, tokenizer: data.Tokenizer, processes: Processes
-) -> Split:
+def prepare_split(args: Any, name: str, captioner: Captioner, tokenizer: data.Tokenizer, processes: Processes) -> Split:
     """Read a split, check its captions against the context, and encode its images once."""
     profile = PROFILES[args.profile]
     samples = data.load_split(args.data or Path(profile.data), name)
@@ -252,9 +267,16 @@ def resolve_config(args: Any) -> TrainConfig:
     return replace(SETTINGS[args.setting], **given)
 
 
-
-def make_trainer(args: Any, captioner: Captioner, tokenizer: data.Tokenizer, train: Split, val: Split,
-                 config: TrainConfig, out: Path, processes: Processes) -> Trainer:  # fmt: skip
+def make_trainer(
+    args: Any,
+    captioner: Captioner,
+    tokenizer: data.Tokenizer,
+    train: Split,
+    val: Split,
+    config: TrainConfig,
+    out: Path,
+    processes: Processes,
+) -> Trainer:
     """Return the trainer of the objective; rewards by CLIPScore need the profile's CLIP."""
     if config.objective == "xe":
         return Trainer(captioner, tokenizer, train, val, config, out, processes)
@@ -267,7 +289,6 @@ def make_trainer(args: Any, captioner: Captioner, tokenizer: data.Tokenizer, tra
             raise
         log.warning("no CLIPScore in validation: %s", error)
     return trainer
-
 
 
 def claim(out: Path, resume: bool, held: contextlib.ExitStack) -> None:
@@ -307,8 +328,12 @@ def prepare(args: Any, processes: Processes, held: contextlib.ExitStack) -> Trai
     if processes.first:
         claim(out, args.resume, held)
         if config.batch_size < processes.count:
-            log.warning("--batch-size %d: %d of the %d processes have no image of a batch and only wait",
-                        config.batch_size, processes.count - config.batch_size, processes.count)  # fmt: skip
+            log.warning(
+                "--batch-size %d: %d of the %d processes have no image of a batch and only wait",
+                config.batch_size,
+                processes.count - config.batch_size,
+                processes.count,
+            )
     runtime.seed_everything(config.seed)
     tokenizer = data.Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
     captioner = make_captioner(args, config, out, processes).to(device)

@@ -71,8 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", help=f"all, last, a number, or a range such as 2-5 {_defaults('layers')}")
     add("--heads", help=f"max, mean, a head's number, or topK {_defaults('heads')}")
     add("--row", choices=ROWS, help=f"position that predicts a token (as grad always), or its own {_defaults('row')}")
-    add("--relative-to", choices=("words", "generic"), default="words",
-        help="what the method relative divides by: the mean over words, or a generic caption")  # fmt: skip
+    add(
+        "--relative-to",
+        choices=("words", "generic"),
+        default="words",
+        help="what the method relative divides by: the mean over words, or a generic caption",
+    )
     add("--caption", help="explain this caption of one image instead of the model's own")
     add("--html", action="store_true", help="write viewer.html too, with every method and many layers and heads")
     add("--best-worst", type=Path, metavar="PER_IMAGE.json", help="evaluate.py's --per-image: explain top-1 and last-1")
@@ -168,13 +172,23 @@ def save_maps(out: Path, explained: Explained, reading: Reading, look: Look) -> 
         word_of_token[indices] = number
     content = io.BytesIO()
     np.savez_compressed(
-        content, attention=part.reshape(*part.shape[:3], *capture.grid), maps=explained.views[0].maps,
-        tokens=np.array(capture.tokens), words=np.array(explained.words), word_of_token=word_of_token,
-        layers=np.array(parse_layers(look.layers, capture.n_layer)), heads=str(Heads.parse(look.heads, capture.n_head)),
-        method=look.method, row=look.row, grid=np.array(capture.grid), window=np.array(explained.window),
-        caption=explained.caption, image=str(explained.path.name), model=explained.model,
+        content,
+        attention=part.reshape(*part.shape[:3], *capture.grid),
+        maps=explained.views[0].maps,
+        tokens=np.array(capture.tokens),
+        words=np.array(explained.words),
+        word_of_token=word_of_token,
+        layers=np.array(parse_layers(look.layers, capture.n_layer)),
+        heads=str(Heads.parse(look.heads, capture.n_head)),
+        method=look.method,
+        row=look.row,
+        grid=np.array(capture.grid),
+        window=np.array(explained.window),
+        caption=explained.caption,
+        image=str(explained.path.name),
+        model=explained.model,
         image_mass=explained.image_mass,
-    )  # fmt: skip
+    )
     with runtime.atomic_path(out) as temporary:
         temporary.write_bytes(content.getvalue())
 
@@ -234,8 +248,10 @@ def read_per_image(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"--best-worst {path}: {error}") from error
     rows = scores.values() if isinstance(scores, dict) else []
     if not rows or not all(map(_is_scored, rows)):
-        raise ValueError(f"--best-worst {path}: needs CLIPScore and caption of every image, as evaluate.py --per-image "
-                         "OUT.json writes them")  # fmt: skip
+        raise ValueError(
+            f"--best-worst {path}: needs CLIPScore and caption of every image, as evaluate.py --per-image "
+            "OUT.json writes them"
+        )
     return scores
 
 

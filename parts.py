@@ -67,8 +67,10 @@ def write_part(path: Path, rows: Iterable[tuple[str, str]]) -> None:
                     for key, caption in rows:
                         file.write(json.dumps({"key": key, "caption": caption}, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error}); the captions so far are kept, so make room and run the "
-                      "same command again") from error  # fmt: skip
+        raise OSError(
+            f"{path}: cannot be written ({error}); the captions so far are kept, so make room and run the "
+            "same command again"
+        ) from error
 
 
 def read_part(path: Path) -> Iterator[tuple[str, str]]:
@@ -98,8 +100,10 @@ def parquet() -> Any:
     try:
         return runtime.import_guarded("pyarrow.parquet")
     except ImportError as error:
-        raise ValueError(f"Parquet needs pyarrow, which cannot be imported ({error}): pip install pyarrow, or choose "
-                         "--out-format jsonl") from error  # fmt: skip
+        raise ValueError(
+            f"Parquet needs pyarrow, which cannot be imported ({error}): pip install pyarrow, or choose "
+            "--out-format jsonl"
+        ) from error
 
 
 def _batched(rows: Iterable[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
@@ -270,8 +274,12 @@ class ShardLog:
         part = self.folder.part(self.shard)
         write_part(part, rows)
         if self._findings.damage:
-            log.error("%s: damaged; its first %d images were read: %s", self.shard.path, self._count["images"],
-                      self._findings.damage)  # fmt: skip
+            log.error(
+                "%s: damaged; its first %d images were read: %s",
+                self.shard.path,
+                self._count["images"],
+                self._findings.damage,
+            )
         record = {
             "shard": self.shard.identity(),
             "sha256": self._findings.sha256,
@@ -369,8 +377,10 @@ class Results:
                 return
             if not self.overwrite:
                 differ = [k for k, v in self._run["run"].items() if theirs.get("run", {}).get(k) != v]
-                raise ValueError(f"{self.folder.path} belongs to another run (other {', '.join(differ)}); finish that "
-                                 "one first, or give --overwrite to drop it")  # fmt: skip
+                raise ValueError(
+                    f"{self.folder.path} belongs to another run (other {', '.join(differ)}); finish that "
+                    "one first, or give --overwrite to drop it"
+                )
             self._clear()
             self.manifest.unlink(missing_ok=True)
         elif self.form == "json" and self.out.exists() and not self.overwrite:

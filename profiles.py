@@ -63,14 +63,7 @@ PROFILES = {
         tokenizer=str(MICRO_WEIGHTS / "decoder"),
         encoder="vit_base_patch32_clip_224.openai",  # CLIP's ViT layout and preprocessing, cut down by the arguments
         encoder_weights=str(MICRO_WEIGHTS / "encoder" / "open_clip_model.safetensors"),
-        encoder_kwargs={
-            "embed_dim": 192,
-            "depth": 6,
-            "num_heads": 3,
-            "patch_size": 8,
-            "img_size": 96,
-            "crop_pct": 1.0,
-        },
+        encoder_kwargs={"embed_dim": 192, "depth": 6, "num_heads": 3, "patch_size": 8, "img_size": 96, "crop_pct": 1.0},
         clip_model=str(MICRO_WEIGHTS / "scorer"),
         clip_weights=None,
         llava=str(MICRO_WEIGHTS / "llava"),

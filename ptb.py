@@ -160,13 +160,27 @@ def _constant(token: str) -> Callable[[str], str]:
     return lambda _text: token
 
 
-_LATEX = str.maketrans({
-    **dict.fromkeys("\x91‘‛‹", "`"), **dict.fromkeys("\x92’›", "'"), **dict.fromkeys("\x93“«", "``"),
-    **dict.fromkeys("\x94”»", "''"), '"': "''",
-})  # fmt: skip
-_PLAIN = str.maketrans({
-    "¢": "cents", "£": "#", **dict.fromkeys("\x80¤₠€", "$"), "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
-})  # fmt: skip
+_LATEX = str.maketrans(
+    {
+        **dict.fromkeys("\x91‘‛‹", "`"),
+        **dict.fromkeys("\x92’›", "'"),
+        **dict.fromkeys("\x93“«", "``"),
+        **dict.fromkeys("\x94”»", "''"),
+        '"': "''",
+    }
+)
+_PLAIN = str.maketrans(
+    {
+        "¢": "cents",
+        "£": "#",
+        **dict.fromkeys("\x80¤₠€", "$"),
+        "¼": "1/4",
+        "½": "1/2",
+        "¾": "3/4",
+        "⅓": "1/3",
+        "⅔": "2/3",
+    }
+)
 
 # ------------------------------------------------------------------------------------------------------------ the rules
 
@@ -181,7 +195,7 @@ _PARTS = {
     "elision": "(?:[dDoOlL]<inner_apos><alnum>)?",  # d'Avignon, o'clock
     "number": "(?:<digit>*(?:[.:,\xad]<digit>+)+|<digit>+)",
     "acronym": r"(?:(?i:canada|sino|korean|eu|japan|non)-(?i:u\.s)|(?i:u\.s\.-u\.(?:s\.s\.r|k))"
-               r"|[A-Za-z](?:\.[A-Za-z])+)",
+    r"|[A-Za-z](?:\.[A-Za-z])+)",
     "slashed": "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}",
     "hyphen": "[-_\u058a\u2010\u2011]",
     "pause": "[,;:、]",
@@ -190,8 +204,8 @@ _PARTS = {
     "value": "(?:'[^']*'|\"[^\"]*\")",
     "tag": r"[<](?:[!?][A-Za-z\-][^>\n]*|/<name>|<name>(?: +<name>(?: *= *<value>)?)* */?) *>",
     "extension": "(?i:bat|bmp|cgi|class|cpp|c|dll|docx?|exe|gif|gz|html?|h|java|jar|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps"
-                 "|py|sql|tar|txt|wav|xml|x|zip)",
-}  # fmt: skip
+    "|py|sql|tar|txt|wav|xml|x|zip)",
+}
 _GRAMMAR: list[tuple[str, Callable[[str], str] | None]] = [  # of equally long matches the first wins
     (r"((?i:c\+\+|[cf]#))", _as_it_is),
     # "can not", "gon na", "'t is": the second half is read on its own
@@ -206,18 +220,26 @@ _GRAMMAR: list[tuple[str, Callable[[str], str] | None]] = [  # of equally long m
     ("(<word>)<reduced>", _no_soft_hyphens),
     ("(<plain_word>)<not>", _no_soft_hyphens),
     ("(<word>)", _no_soft_hyphens),
-    ("(<apos>(?i:n)<apos>?|[lLdDjJ]<apos>|(?i:dunkin|somethin|ol)<apos>|<apos>(?i:em|cause|till?)|<apos>[2-9]0(?i:s))",
-     _as_it_is),
+    (
+        "(<apos>(?i:n)<apos>?|[lLdDjJ]<apos>|(?i:dunkin|somethin|ol)<apos>|<apos>(?i:em|cause|till?)|<apos>[2-9]0(?i:s))",
+        _as_it_is,
+    ),
     ("([A-HJ-XZn]<inner_apos><alpha>{2,}|<alpha>+[aeiouyAEIOUY]<inner_apos>[aeiouA-Z]<alpha>*)", _as_it_is),
     (r"((?i:cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l|o<inner_apos>o))", _as_it_is),
     ("((?i:y)<apos>)<alpha>", _as_it_is),
     # addresses
     (r'((?i:https?)://[^ \t\n\f\r"<>|(){}]+[^ \t\n\f\r"<>|.!?(){},\-])', _as_it_is),
-    (r"""((?:(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}"""
-     r"""|(?:[^ \t\n\f\r"`'<>|.!?(){},-_$]+\.)+(?i:com|net|org|edu))"""
-     r"""(?:/[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){},\-])?)""", _as_it_is),
-    (r'((?:(?i:&lt;)|<)?[a-zA-Z0-9][^ \t\n\f\r"<>|(){}]*@(?:[^ \t\n\f\r"<>|(){}.]+\.)*[^ \t\n\f\r"<>|(){}.]+'
-     "(?:(?i:&gt;)|>)?)", _as_it_is),
+    (
+        r"""((?:(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}"""
+        r"""|(?:[^ \t\n\f\r"`'<>|.!?(){},-_$]+\.)+(?i:com|net|org|edu))"""
+        r"""(?:/[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){},\-])?)""",
+        _as_it_is,
+    ),
+    (
+        r'((?:(?i:&lt;)|<)?[a-zA-Z0-9][^ \t\n\f\r"<>|(){}]*@(?:[^ \t\n\f\r"<>|(){}.]+\.)*[^ \t\n\f\r"<>|(){}.]+'
+        "(?:(?i:&gt;)|>)?)",
+        _as_it_is,
+    ),
     ("(@[a-zA-Z_][a-zA-Z_0-9]*|#<letter>+)", _as_it_is),
     # what was cut off a word
     ("(<reduced>)[^A-Za-z]", _quotes),
@@ -242,8 +264,11 @@ _GRAMMAR: list[tuple[str, Callable[[str], str] | None]] = [  # of equally long m
     (r"(<inner>+(?:\.<inner>+)*\.<extension>)(?:<space>|[.?!,])", _as_it_is),
     (r"(<word>\.)<pause>", _no_soft_hyphens),
     # telephone numbers
-    (r"((?:\([0-9]{2,3}\) ?|(?:\+\+?)?(?:[0-9]{2,4}[\- ])?[0-9]{2,4}[\- ])[0-9]{3,4}[\- ]?[0-9]{3,5}"
-     r"|(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5})", _brackets),
+    (
+        r"((?:\([0-9]{2,3}\) ?|(?:\+\+?)?(?:[0-9]{2,4}[\- ])?[0-9]{2,4}[\- ])[0-9]{3,4}[\- ]?[0-9]{3,5}"
+        r"|(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5})",
+        _brackets,
+    ),
     # signs
     ('("|(?i:&quot;))', _quotes),
     ("([<]|(?i:&lt;))", _constant("<")),

@@ -40,9 +40,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = runtime.FlagParser(description=__doc__)
     parser.add_argument("--runs", type=Path, required=True, help="folder of run folders, such as the demo's")
     parser.add_argument("--out", type=Path, required=True, help="HTML file")
-    parser.add_argument("--run", nargs="*", choices=PARTS, metavar="PART",
-                        help=f"first make what is missing of a micro world that `make demo` began: {', '.join(PARTS)} "
-                             f"(demo, where no part is named)")  # fmt: skip
+    parser.add_argument(
+        "--run",
+        nargs="*",
+        choices=PARTS,
+        metavar="PART",
+        help=f"first make what is missing of a micro world that `make demo` began: {', '.join(PARTS)} "
+        f"(demo, where no part is named)",
+    )
     parser.add_argument("--bench", type=Path, default=ROOT / "bench", help="folder of the benchmarks' JSON files")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
     return parser

@@ -131,9 +131,10 @@ def page(title: str, head: Sequence[Block], sections: Sequence[Section]) -> str:
     )
     body = "".join(
         f'<section aria-labelledby="{name}"><h2 id="{name}">{html.escape(s.title)}</h2>\n'
-        + "".join(map(_html, s.blocks)) + "</section>\n"
+        + "".join(map(_html, s.blocks))
+        + "</section>\n"
         for name, s in zip(names, sections, strict=True)
-    )  # fmt: skip
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -191,9 +192,7 @@ def _html(block: Block) -> str:
 def _table(table: Table) -> str:
     numeric = [any(isinstance(row[i], int | float) for row in table.rows) for i in range(len(table.columns))]
     kinds = [' class="n"' if number else "" for number in numeric]
-    head = "".join(
-        f'<th scope="col"{kind}>{html.escape(c)}</th>' for kind, c in zip(kinds, table.columns, strict=True)
-    )
+    head = "".join(f'<th scope="col"{kind}>{html.escape(c)}</th>' for kind, c in zip(kinds, table.columns, strict=True))
     rows = "".join(
         "<tr>" + "".join(f"<td{k}>{html.escape(shown(c))}</td>" for k, c in zip(kinds, row, strict=True)) + "</tr>\n"
         for row in table.rows

@@ -102,9 +102,17 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
     return rewards - (rewards.sum(1, keepdims=True) - rewards) / (count - 1)
 
 
-def draw(captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tensor, count: int, longest: int,
-         temperature: float, generator: torch.Generator, places: Sequence[int] | None = None,
-         images: int | None = None) -> list[list[list[int]]]:  # fmt: skip
+def draw(
+    captioner: Captioner,
+    tokenizer: data.Tokenizer,
+    features: torch.Tensor,
+    count: int,
+    longest: int,
+    temperature: float,
+    generator: torch.Generator,
+    places: Sequence[int] | None = None,
+    images: int | None = None,
+) -> list[list[list[int]]]:
     """Draw ``count`` captions of each of B images behind one prefix: ``[image][sample]`` token ids.
 
     A sample that ended has EOS as its last token; one that was cut at ``longest`` tokens has not.
@@ -122,8 +130,9 @@ def draw(captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tensor
     return [ended(found.tokens[place * count : (place + 1) * count], eos, longest) for place in places]
 
 
-def beams(captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tensor, count: int,
-          longest: int) -> list[list[list[int]]]:  # fmt: skip
+def beams(
+    captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tensor, count: int, longest: int
+) -> list[list[list[int]]]:
     """Return the captions of a beam search in place of ``draw``'s (Cornia et al., arXiv 1912.08226)."""
     eos, read_on = tokenizer.eos_id, captioner.step_function(features, count, longest)
     step = generation.within_vocabulary(read_on, tokenizer.vocab_size)
@@ -163,8 +172,13 @@ def own_history(step: Callable, count: int, vocab_size: int) -> Callable:
     return single
 
 
-def weighted_loss(captioner: Captioner, features: torch.Tensor, captions: Sequence[Sequence[Sequence[int]]],
-                  weights: Sequence[Sequence[float]], eos: int) -> torch.Tensor:  # fmt: skip
+def weighted_loss(
+    captioner: Captioner,
+    features: torch.Tensor,
+    captions: Sequence[Sequence[Sequence[int]]],
+    weights: Sequence[Sequence[float]],
+    eos: int,
+) -> torch.Tensor:
     """Return minus the sum over all captions of weight * log-probability, all of an image behind one prefix.
 
     Where weights are advantages, its gradient is REINFORCE's; where they are 1, that of the summed cross-entropy.
@@ -303,8 +317,9 @@ class ScstTrainer(Trainer):
         if self.scorer is not None:
             scores = evaluate.clipscore(self.scorer, {s.path.stem: s.path for s in shown}, beam)
             record["clipscore"] = sum(scores.values()) / len(beam)
-        words = evaluate.ptb_tokenize({"beam": list(beam.values()),
-                                       "references": [c for group in references.values() for c in group]})  # fmt: skip
+        words = evaluate.ptb_tokenize(
+            {"beam": list(beam.values()), "references": [c for group in references.values() for c in group]}
+        )
         for prefix, captions in (("", words["beam"]), ("reference_", words["references"])):
             statistics = caption_statistics(captions)
             record |= {f"{prefix}length": statistics["mean_length"], f"{prefix}repeated_2": statistics["repeated_2"]}

@@ -66,9 +66,12 @@ class SideFile:
 
     def add(self, captions: dict[str, str]) -> None:
         """Keep the captions of a batch, ``{image: caption}``. Raises OSError, naming the file, where that fails."""
-        self._write(*(
-            {"image": image, "caption": caption, "check": check(image, caption)} for image, caption in captions.items()
-        ))  # fmt: skip
+        self._write(
+            *(
+                {"image": image, "caption": caption, "check": check(image, caption)}
+                for image, caption in captions.items()
+            )
+        )
 
     def close(self) -> None:
         """Give the file and its lock back."""
@@ -80,8 +83,10 @@ class SideFile:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise OSError(f"{self.path}: cannot be written ({error}); the captions so far are kept in it, so make room "
-                          "and run the same command again") from error  # fmt: skip
+            raise OSError(
+                f"{self.path}: cannot be written ({error}); the captions so far are kept in it, so make room "
+                "and run the same command again"
+            ) from error
 
 
 def read(path: Path, overwrite: bool = False) -> tuple[dict[str, Any], dict[str, str]]:

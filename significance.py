@@ -87,7 +87,12 @@ def compare(
         extreme += int((np.abs(signs @ difference) >= observed * (1 - 1e-12)).sum())
     ranked = sorted(zip(first, difference.tolist(), strict=True), key=lambda pair: (-abs(pair[1]), pair[0]))
     return Comparison(
-        float(difference.mean()), low, high, (extreme + 1) / (draws + 1),
-        int((difference > 0).sum()), int((difference == 0).sum()), int((difference < 0).sum()),
+        float(difference.mean()),
+        low,
+        high,
+        (extreme + 1) / (draws + 1),
+        int((difference > 0).sum()),
+        int((difference == 0).sum()),
+        int((difference < 0).sum()),
         [pair for pair in ranked[:largest] if pair[1]],
-    )  # fmt: skip
+    )

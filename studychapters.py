@@ -41,11 +41,14 @@ def settings_section(runs: Sequence[Run]) -> Section:
     section.blocks += [Text(text) for text in (compare_settings(scored),) if text]
     section.blocks.append(run_table("p2_settings", "Settings, every run", chosen))
     if any(r.config["profile"] == "micro" for r in chosen):
-        section.blocks.append(Text(
-            "Settings are written for 10,000 photographs. On the micro world one rule holds for all of them: half the "
-            "epochs, rounded up, at the same rank, alpha and dropout, with batches of 8, and learning rates times 3, "
-            "since the decoder is 3 times as narrow and Adam's rate goes with one over the width (Yang et al., arXiv "
-            "2203.03466)."))  # fmt: skip
+        section.blocks.append(
+            Text(
+                "Settings are written for 10,000 photographs. On the micro world one rule holds for all of them: half "
+                "the epochs, rounded up, at the same rank, alpha and dropout, with batches of 8, and learning rates "
+                "times 3, since the decoder is 3 times as narrow and Adam's rate goes with one over the width "
+                "(Yang et al., arXiv 2203.03466)."
+            )
+        )
     section.blocks += curves("p2_settings_curves", "the settings", chosen)
     return section
 
@@ -55,25 +58,34 @@ def _seeds_table(scored: dict[Hashable, list[Run]]) -> list[Table]:
     if all(len(group) < 2 for group in scored.values()):
         return []
     rows = [
-        (name, len(group), *(spread([r.scores["val"][metric] for r in group]) for metric in ("CIDEr", "CLIPScore")),
-         *REPORTED_P2.get(name, (None, None)), *_origin(group))
+        (
+            name,
+            len(group),
+            *(spread([r.scores["val"][metric] for r in group]) for metric in ("CIDEr", "CLIPScore")),
+            *REPORTED_P2.get(name, (None, None)),
+            *_origin(group),
+        )
         for name, group in scored.items()
-    ]  # fmt: skip
+    ]
     columns = ("setting", "seeds", "CIDEr", "CLIPScore", "report's CIDEr", "report's CLIPScore", "world", "device")
     return [Table("p2_settings_seeds", "Settings, mean ± standard deviation over seeds", columns, rows)]
 
 
 def compare_settings(scored: dict[Hashable, list[Run]]) -> str:
     """Say how ``best`` stands against the better of the report's settings, where both were scored."""
-    means = {name: [mean(r.scores["val"][m] for r in group) for m in ("CIDEr", "CLIPScore")]
-             for name, group in scored.items()}  # fmt: skip
+    means = {
+        name: [mean(r.scores["val"][m] for r in group) for m in ("CIDEr", "CLIPScore")]
+        for name, group in scored.items()
+    }
     theirs = max((name for name in means if name != "best"), key=lambda name: means[name][0], default=None)
     if theirs is None or "best" not in means:
         return ""
     (cider, clip), (their_cider, their_clip) = means["best"], means[theirs]
     relative = f" ({cider / their_cider - 1:+.0%})" if their_cider else ""
-    return (f"By mean CIDEr, setting {theirs} is the best of the report's settings here: {their_cider:.3f}, CLIPScore "
-            f"{their_clip:.3f}. This suite's own, best, has {cider:.3f}{relative} and {clip:.3f}.")  # fmt: skip
+    return (
+        f"By mean CIDEr, setting {theirs} is the best of the report's settings here: {their_cider:.3f}, CLIPScore "
+        f"{their_clip:.3f}. This suite's own, best, has {cider:.3f}{relative} and {clip:.3f}."
+    )
 
 
 def ablation_section(runs: Sequence[Run]) -> Section:
@@ -87,14 +99,29 @@ def ablation_section(runs: Sequence[Run]) -> Section:
     start = {run.config["train"]["seed"]: run.best_cider for run in groups.get("start", [])}
     rows: list[tuple[Cell, ...]] = []
     for name, group in sorted(groups.items(), key=lambda item: -mean(run.best_cider for run in item[1])):
-        gains = [run.best_cider - start[run.config["train"]["seed"]] for run in group
-                 if name != "start" and run.config["train"]["seed"] in start]  # fmt: skip
-        rows.append((name, len(group), spread([run.best_cider for run in group]), spread(gains) if gains else None,
-                     *_origin(group)))  # fmt: skip
-    section.blocks.append(Table(
-        "p2_ablation", "CIDEr by variant, and its difference to the start of the same seed; mean ± standard deviation "
-        "over seeds (development images, not the reported ones)",
-        ("variant", "seeds", "CIDEr", "difference", "world", "device"), rows))  # fmt: skip
+        gains = [
+            run.best_cider - start[run.config["train"]["seed"]]
+            for run in group
+            if name != "start" and run.config["train"]["seed"] in start
+        ]
+        rows.append(
+            (
+                name,
+                len(group),
+                spread([run.best_cider for run in group]),
+                spread(gains) if gains else None,
+                *_origin(group),
+            )
+        )
+    section.blocks.append(
+        Table(
+            "p2_ablation",
+            "CIDEr by variant, and its difference to the start of the same seed; mean ± standard deviation "
+            "over seeds (development images, not the reported ones)",
+            ("variant", "seeds", "CIDEr", "difference", "world", "device"),
+            rows,
+        )
+    )
     few = min(len(group) for group in groups.values())
     if few < 3:
         section.blocks.append(Missing(f"seeds: some variants have {few}, and 3 are wanted", "make ablation"))
@@ -102,9 +129,13 @@ def ablation_section(runs: Sequence[Run]) -> Section:
 
 
 REWARD_MEASURES = {
-    "val_cider": "CIDEr, beam", "greedy_cider": "CIDEr, greedy", "clipscore": "CLIPScore, beam",
-    "length": "words a caption", "repeated_2": "captions that repeat a bigram", "val_loss": "loss, nats a token",
-}  # fmt: skip
+    "val_cider": "CIDEr, beam",
+    "greedy_cider": "CIDEr, greedy",
+    "clipscore": "CLIPScore, beam",
+    "length": "words a caption",
+    "repeated_2": "captions that repeat a bigram",
+    "val_loss": "loss, nats a token",
+}
 
 
 def reward_section(runs: Sequence[Run]) -> Section:
@@ -123,13 +154,23 @@ def reward_section(runs: Sequence[Run]) -> Section:
         before = next((e for e in run.epochs if e["epoch"] == 0), {})
         after = max((e for e in run.epochs if e["epoch"] > 0), key=lambda e: e.get("val_cider", -1), default={})
         rows += [
-            (run.name, label, before.get(key), after.get(key), after.get(f"reference_{key}"), after.get("val_images"),
-             world(run.config["profile"]), run.config["device"])
-            for key, label in REWARD_MEASURES.items() if key in after
-        ]  # fmt: skip
+            (
+                run.name,
+                label,
+                before.get(key),
+                after.get(key),
+                after.get(f"reference_{key}"),
+                after.get("val_images"),
+                world(run.config["profile"]),
+                run.config["device"],
+            )
+            for key, label in REWARD_MEASURES.items()
+            if key in after
+        ]
     columns = ("run", "measure", "before", "after", "references", "images", "world", "device")
-    section.blocks.append(Table("p2_scst", "Before and after self-critical training, on the run's validation images",
-                                columns, rows))  # fmt: skip
+    section.blocks.append(
+        Table("p2_scst", "Before and after self-critical training, on the run's validation images", columns, rows)
+    )
     return section
 
 
@@ -142,18 +183,49 @@ def _rewards_blocks(runs: Sequence[Run]) -> list[Table | Text]:
     people = next((run.scores["val"]["references"] for run in tuned if "references" in run.scores["val"]), None)
     groups = grouped(tuned, lambda run: run.name.split("/")[1])
     rows: list[tuple[Cell, ...]] = [
-        (name, len(group), _spread(_scored(group, "CIDEr")),
-         _spread(_gains(group, before), 1) if group is not before else None, _spread(_scored(group, "CLIPScore")),
-         *(_spread(_scored(group, "captions", key)) for key in ("mean_length", "repeated_2")), *_origin(group))
-        for name, group in {"cross-entropy": before, **groups}.items() if group
-    ]  # fmt: skip
+        (
+            name,
+            len(group),
+            _spread(_scored(group, "CIDEr")),
+            _spread(_gains(group, before), 1) if group is not before else None,
+            _spread(_scored(group, "CLIPScore")),
+            *(_spread(_scored(group, "captions", key)) for key in ("mean_length", "repeated_2")),
+            *_origin(group),
+        )
+        for name, group in {"cross-entropy": before, **groups}.items()
+        if group
+    ]
     if people:
-        rows.append(("references", None, None, None, None, f"{people['mean_length']:.3f}",
-                     f"{people['repeated_2']:.3f}", world(tuned[0].config["profile"]), None))  # fmt: skip
-    columns = ("trained by", "seeds", "CIDEr", "CIDEr's gain, %", "CLIPScore", "words a caption",
-               "share that repeats a bigram", "world", "device")  # fmt: skip
-    table = Table("p2_rewards", "What rewards add to cross-entropy, on all validation images; mean ± standard "
-                  "deviation over seeds", columns, rows)  # fmt: skip
+        rows.append(
+            (
+                "references",
+                None,
+                None,
+                None,
+                None,
+                f"{people['mean_length']:.3f}",
+                f"{people['repeated_2']:.3f}",
+                world(tuned[0].config["profile"]),
+                None,
+            )
+        )
+    columns = (
+        "trained by",
+        "seeds",
+        "CIDEr",
+        "CIDEr's gain, %",
+        "CLIPScore",
+        "words a caption",
+        "share that repeats a bigram",
+        "world",
+        "device",
+    )
+    table = Table(
+        "p2_rewards",
+        "What rewards add to cross-entropy, on all validation images; mean ± standard deviation over seeds",
+        columns,
+        rows,
+    )
     compared = (compare_reward(name, group, before, people) for name, group in groups.items())
     return [table, *(Text(text) for text in compared if text)]
 
@@ -168,9 +240,11 @@ def compare_reward(name: str, group: Sequence[Run], before: Sequence[Run], peopl
         return ""
     words = mean(lengths) / people["mean_length"]
     repeating = mean(_scored(group, "captions", "repeated_2"))
-    return (f"Against cross-entropy alone, {name} has {mean(gains):+.1f} % CIDEr and "
-            f"{mean(clip) - mean(old_clip):+.3f} CLIPScore; its captions have {words:.0%} as many words as people's, "
-            f"and {repeating:.0%} of them repeat a bigram ({people['repeated_2']:.0%} of people's).")  # fmt: skip
+    return (
+        f"Against cross-entropy alone, {name} has {mean(gains):+.1f} % CIDEr and "
+        f"{mean(clip) - mean(old_clip):+.3f} CLIPScore; its captions have {words:.0%} as many words as people's, "
+        f"and {repeating:.0%} of them repeat a bigram ({people['repeated_2']:.0%} of people's)."
+    )
 
 
 def _scored(group: Sequence[Run], *path: str) -> list[float]:
@@ -184,8 +258,11 @@ def _scored(group: Sequence[Run], *path: str) -> list[float]:
 def _gains(group: Sequence[Run], before: Sequence[Run]) -> list[float]:
     """By how many percent each run's CIDEr is above that of the run with its seed before."""
     start = {run.config["train"]["seed"]: run.scores["val"]["CIDEr"] for run in before}
-    return [100 * (run.scores["val"]["CIDEr"] / start[run.config["train"]["seed"]] - 1) for run in group
-            if run.config["train"]["seed"] in start]  # fmt: skip
+    return [
+        100 * (run.scores["val"]["CIDEr"] / start[run.config["train"]["seed"]] - 1)
+        for run in group
+        if run.config["train"]["seed"] in start
+    ]
 
 
 def _spread(values: Sequence[float], digits: int = 3) -> str | None:

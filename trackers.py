@@ -53,8 +53,11 @@ class Trackers:
 
     def log(self, record: dict[str, Any]) -> None:
         """Hand on one line of metrics.jsonl: its numbers, named by its kind."""
-        values = {f"{record['kind']}/{key}": float(value) for key, value in record.items()
-                  if key != "step" and isinstance(value, (int, float))}  # fmt: skip
+        values = {
+            f"{record['kind']}/{key}": float(value)
+            for key, value in record.items()
+            if key != "step" and isinstance(value, (int, float))
+        }
         for tracker in self._trackers:
             tracker.log(values, step=record["step"])
 

@@ -75,8 +75,17 @@ class TrainConfig:
     xe_weight: float = 0.25  # of cross-entropy beside the rewards, scst
 
     def __post_init__(self) -> None:
-        at_least_one = ("epochs", "batch_size", "accumulate", "beam_size", "max_new_tokens", "val_images", "log_every",
-                        "save_every", "max_skipped")  # fmt: skip
+        at_least_one = (
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "beam_size",
+            "max_new_tokens",
+            "val_images",
+            "log_every",
+            "save_every",
+            "max_skipped",
+        )
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
@@ -110,21 +119,35 @@ class TrainConfig:
         """The decoder's LoRA, whose scaling is always its alpha / rank."""
         alpha = self.lora_alpha * math.sqrt(self.lora_rank) if self.rank_stabilized else self.lora_alpha
         return LoraConfig(
-            rank=self.lora_rank, alpha=alpha, dropout=self.lora_dropout,
-            enable_lora=self.lora_enable, lm_head=self.lora_lm_head,
-        )  # fmt: skip
+            rank=self.lora_rank,
+            alpha=alpha,
+            dropout=self.lora_dropout,
+            enable_lora=self.lora_enable,
+            lm_head=self.lora_lm_head,
+        )
 
 
 CHOICES = {
-    "optimizer": ("adam", "adamw"), "schedule": ("cosine", "constant"), "precision": ("auto", "fp32", "bf16"),
-    "objective": ("xe", "scst"), "draws": ("beam", "sample"),
-}  # fmt: skip
+    "optimizer": ("adam", "adamw"),
+    "schedule": ("cosine", "constant"),
+    "precision": ("auto", "fp32", "bf16"),
+    "objective": ("xe", "scst"),
+    "draws": ("beam", "sample"),
+}
 
 # The report's own: plain Adam at 5e-5, no schedule, and loralib's default lora_alpha of 1 (a scaling of 1 / rank).
 _REPORT = TrainConfig(
-    lr=5e-5, projector_lr=5e-5, optimizer="adam", weight_decay=0.0, schedule="constant", warmup=0.0, clip=0.0,
-    lora_alpha=1.0, lora_dropout=0.0, lora_lm_head=False,
-)  # fmt: skip
+    lr=5e-5,
+    projector_lr=5e-5,
+    optimizer="adam",
+    weight_decay=0.0,
+    schedule="constant",
+    warmup=0.0,
+    clip=0.0,
+    lora_alpha=1.0,
+    lora_dropout=0.0,
+    lora_lm_head=False,
+)
 SETTINGS = {
     "best": TrainConfig(),
     "1": replace(_REPORT, epochs=10),
@@ -171,8 +194,9 @@ class Split:
     captions: list[list[list[int]]]
     features: data.FeatureCache
 
-    def batch(self, indices: Sequence[int], eos: int, device: torch.device,
-              captions: Sequence[Any] | None = None) -> tuple[torch.Tensor, data.PackedBatch]:  # fmt: skip
+    def batch(
+        self, indices: Sequence[int], eos: int, device: torch.device, captions: Sequence[Any] | None = None
+    ) -> tuple[torch.Tensor, data.PackedBatch]:
         """Return features (B, N, D) and packed captions of the samples ``indices``."""
         captions = captions if captions is not None else [self.captions[i] for i in indices]
         packed = data.pack_captions(captions, eos, pad_to_multiple=8)
@@ -189,8 +213,16 @@ class Trainer:
     # What a resumed run takes over beside adapter, optimiser and random state.
     KEPT = ("epoch", "position", "step", "losses", "skipped", "skipped_in_a_row", "best", "criterion", "stale")
 
-    def __init__(self, captioner: Captioner, tokenizer: data.Tokenizer, train: Split, val: Split,
-                 config: TrainConfig, out: Path, processes: Processes = ALONE) -> None:  # fmt: skip
+    def __init__(
+        self,
+        captioner: Captioner,
+        tokenizer: data.Tokenizer,
+        train: Split,
+        val: Split,
+        config: TrainConfig,
+        out: Path,
+        processes: Processes = ALONE,
+    ) -> None:
         self.captioner, self.tokenizer, self.config, self.out = captioner, tokenizer, config, out
         self.processes = processes
         self.train_split, self.val_split = train, val
@@ -374,8 +406,9 @@ class Trainer:
         shown = [self.dataset[i][1] for i in indices]
         return self.part_of_loss(self.train_split, indices, shown, self.config.label_smoothing)
 
-    def part_of_loss(self, split: Split, indices: Sequence[int], captions: Sequence[Any],
-                     label_smoothing: float = 0.0) -> torch.Tensor:  # fmt: skip
+    def part_of_loss(
+        self, split: Split, indices: Sequence[int], captions: Sequence[Any], label_smoothing: float = 0.0
+    ) -> torch.Tensor:
         """Return what this process's images add to the batch's mean over all tokens of its captions."""
         own = self.processes.share(range(len(indices)))
         if not own:
@@ -406,9 +439,12 @@ class Trainer:
             features = self.val_split.features.gather(indices).float().to(self.device)
             with generation.autocast(self.device, self.config.precision):
                 texts = generation.caption_features(
-                    self.captioner, self.tokenizer, features, beam_size or self.config.beam_size,
+                    self.captioner,
+                    self.tokenizer,
+                    features,
+                    beam_size or self.config.beam_size,
                     self.config.max_new_tokens,
-                )  # fmt: skip
+                )
             predictions |= dict(zip(indices, texts, strict=True))
         for others in self.processes.gather(predictions):
             predictions |= others
@@ -451,10 +487,13 @@ class Trainer:
         if self.processes.first:
             plot_losses(self.out)
         log.info(
-            "epoch %d: train loss %.3f, val loss %.3f, val CIDEr %s%s", self.epoch,
-            record.get("train_loss", math.nan), record["val_loss"],
-            f"{record['val_cider']:.3f}" if "val_cider" in record else "-", " (best)" if record["best"] else "",
-        )  # fmt: skip
+            "epoch %d: train loss %.3f, val loss %.3f, val CIDEr %s%s",
+            self.epoch,
+            record.get("train_loss", math.nan),
+            record["val_loss"],
+            f"{record['val_cider']:.3f}" if "val_cider" in record else "-",
+            " (best)" if record["best"] else "",
+        )
 
     def save_adapters(self, best: bool) -> None:
         """Write the adapter as the last one, as the best one where it is, and as one of those to be averaged."""

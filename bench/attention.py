@@ -45,9 +45,11 @@ def captioner(full_size: bool, max_new_tokens: int, device: torch.device) -> P2E
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(), lora) if full_size else build_decoder(Path(profile.decoder), lora)
     config = CaptionerConfig(
-        encoder=profile.encoder, encoder_weights="random" if full_size else profile.encoder_weights,
-        encoder_kwargs=profile.encoder_kwargs, lora=lora,
-    )  # fmt: skip
+        encoder=profile.encoder,
+        encoder_weights="random" if full_size else profile.encoder_weights,
+        encoder_kwargs=profile.encoder_kwargs,
+        lora=lora,
+    )
     tokenizer = data.Tokenizer(PROFILES["micro"].tokenizer)  # at full size a stand-in: any ids take the same time
     return P2Explainer(Captioner(config, decoder).to(device).merge(), tokenizer, 5, max_new_tokens)
 
@@ -72,10 +74,15 @@ def compare(explainer: Explainer, paths: list[Path], repeats: int, device: torch
     seconds = in_turn(rivals, repeats, device)
     alone = seconds["captions alone"]
     return [
-        {"model": explainer.name, "maps": name, "ms an image": 1000 * s / len(paths), "times captions alone": s / alone,
-         "peak memory, GB": peak_memory(device)}
+        {
+            "model": explainer.name,
+            "maps": name,
+            "ms an image": 1000 * s / len(paths),
+            "times captions alone": s / alone,
+            "peak memory, GB": peak_memory(device),
+        }
         for name, s in seconds.items()
-    ]  # fmt: skip
+    ]
 
 
 @runtime.command

@@ -143,7 +143,7 @@ class Simulation:
             self.own[worker] -= 1
         needed, failure = self.job.shard / self.speeds[worker], node.next_failure(now)
         if self.job.jitter:
-            needed *= math.exp(self.random.gauss(-self.job.jitter**2 / 2, self.job.jitter))
+            needed *= math.exp(self.random.gauss(-(self.job.jitter**2) / 2, self.job.jitter))
         if now + needed <= failure:
             self.outcome.useful += needed
             self.push(now + needed, "done", worker)

@@ -73,9 +73,13 @@ def add_common_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
 
 def add_clock(parser: argparse.ArgumentParser) -> None:
     """Add ``--clock``: which time is measured."""
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall",
-                        help="cpu: processor seconds, for a machine that does other work; "
-                        "set OMP_NUM_THREADS=1, since they add up over threads")  # fmt: skip
+    parser.add_argument(
+        "--clock",
+        choices=sorted(CLOCKS),
+        default="wall",
+        help="cpu: processor seconds, for a machine that does other work; "
+        "set OMP_NUM_THREADS=1, since they add up over threads",
+    )
 
 
 class Floor:

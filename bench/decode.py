@@ -49,8 +49,13 @@ TINY = Size(DecoderConfig(vocab_size=41, n_positions=40, n_embd=32, n_layer=2, n
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = runtime.FlagParser(prog="python -m bench.decode", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--precision", nargs="+", choices=sorted(DTYPES), default=sorted(DTYPES, reverse=True),
-                        help="types of weights and sums")  # fmt: skip
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=sorted(DTYPES),
+        default=sorted(DTYPES, reverse=True),
+        help="types of weights and sums",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="images at once")
     add_common_flags(parser, repeats=3)
     parser.add_argument("--tiny", action="store_true", help="compare captions of a tiny decoder; no times")
@@ -100,9 +105,13 @@ class Rivals:
         bos = torch.full((len(self.prefix), 1), self.size.eos, device=self.device)
         embeds = torch.cat([self.prefix.to(self.theirs.dtype), self.theirs.transformer.wte(bos)], 1)
         found = self.theirs.generate(
-            inputs_embeds=embeds, attention_mask=embeds.new_ones(embeds.shape[:2], dtype=torch.long), num_beams=BEAMS,
-            max_new_tokens=self.size.tokens, do_sample=False, return_dict_in_generate=True,
-        )  # fmt: skip
+            inputs_embeds=embeds,
+            attention_mask=embeds.new_ones(embeds.shape[:2], dtype=torch.long),
+            num_beams=BEAMS,
+            max_new_tokens=self.size.tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
         eos = self.size.eos
         rows = found.sequences.tolist()
         self.captions["transformers"] = [row[: row.index(eos)] if eos in row else row for row in rows]
@@ -162,10 +171,16 @@ def transformers_model(decoder: Decoder, size: Size) -> Any:
     c = size.config
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-            bos_token_id=size.eos, eos_token_id=size.eos, pad_token_id=size.eos,
+            vocab_size=c.vocab_size,
+            n_positions=c.n_positions,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            bos_token_id=size.eos,
+            eos_token_id=size.eos,
+            pad_token_id=size.eos,
         )
-    )  # fmt: skip
+    )
     model.transformer.load_state_dict(gpt2_state_dict(decoder))
     return model.eval()
 
@@ -230,8 +245,13 @@ def main(argv: list[str] | None = None) -> int:
         return int(bool(different))
     rows = [row for precision in args.precision for row in compare(FULL, precision, args, device)]
     what = f"batch {args.batch_size}, {FULL.prefix} image tokens, beam {BEAMS}, {FULL.tokens} tokens"
-    report(f"Captions: GPT-2 small with random weights, {what}, {args.clock} time, peak memory "
-           f"{peak_memory(device):.1f} GB", rows, device, args.out)  # fmt: skip
+    report(
+        f"Captions: GPT-2 small with random weights, {what}, {args.clock} time, peak memory "
+        f"{peak_memory(device):.1f} GB",
+        rows,
+        device,
+        args.out,
+    )
     full = f"{args.batch_size} of {args.batch_size}"
     theirs = [row for row in rows if row["precision"] == "fp32" and row["who"] == "transformers"]
     return int(any(row["captions equal to ours"] != full for row in theirs))

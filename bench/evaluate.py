@@ -197,12 +197,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(prog="python -m bench.evaluate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     parser.add_argument("--repeats", type=int, default=3, help="measured runs of each side")
-    parser.add_argument("--images", type=int, help=f"scenes of the second run (default: {SECOND_RUN['micro']}, at full "
-                        f"size {SECOND_RUN['full']})")  # fmt: skip
+    parser.add_argument(
+        "--images",
+        type=int,
+        help=f"scenes of the second run (default: {SECOND_RUN['micro']}, at full size {SECOND_RUN['full']})",
+    )
     parser.add_argument("--annotation-file", help="take captions from here instead of the micro world")
-    parser.add_argument("--random-full-size", action="store_true",
-                        help="only the second run, with the full size's scorer and random weights, whose scores mean "
-                        "nothing")  # fmt: skip
+    parser.add_argument(
+        "--random-full-size",
+        action="store_true",
+        help="only the second run, with the full size's scorer and random weights, whose scores mean nothing",
+    )
     parser.add_argument("--tiny", action="store_true", help="compare the scores of a few scenes; no times")
     return parser
 

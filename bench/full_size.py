@@ -43,10 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--tiny", action="store_true", help="small models, few images")
     for name, text in (
-        ("steps", "training steps"), ("scst_steps", "self-critical steps"), ("images", "images captioned"),
-        ("maps", "images explained"), ("val_images", "validation images"), ("batch_size", "images a training step"),
+        ("steps", "training steps"),
+        ("scst_steps", "self-critical steps"),
+        ("images", "images captioned"),
+        ("maps", "images explained"),
+        ("val_images", "validation images"),
+        ("batch_size", "images a training step"),
         ("infer_batch", "images captioned at once"),
-    ):  # fmt: skip
+    ):
         default = f"(default: {getattr(FULL, name)}; tiny {getattr(TINY, name)})"
         add("--" + name.replace("_", "-"), type=int, help=f"{text} {default}", metavar="N")
     add("--minutes", type=float, help=f"stop after so long (default: {MINUTES:g} on CUDA, never elsewhere)")
@@ -118,12 +122,16 @@ class Rehearsal:
         left = self.end - time.monotonic()
         try:
             done = subprocess.run(
-                [sys.executable, *wrapped], cwd=ROOT, env=self.environment, check=False,
+                [sys.executable, *wrapped],
+                cwd=ROOT,
+                env=self.environment,
+                check=False,
                 timeout=None if math.isinf(left) else max(left, 0.01),
-            )  # fmt: skip
+            )
         except subprocess.TimeoutExpired as error:
-            raise ValueError(f"the time was over during '{title}'; give more --minutes, or fewer --steps and "
-                             "--images") from error  # fmt: skip
+            raise ValueError(
+                f"the time was over during '{title}'; give more --minutes, or fewer --steps and --images"
+            ) from error
         if done.returncode:
             raise ValueError(f"the part '{title}' failed with exit code {done.returncode}; see its message above")
         return {} if command[0] == "-m" else json.loads(usage.read_text(encoding="utf-8"))
@@ -135,10 +143,34 @@ def prepare(run: Rehearsal, size: Size, numbers: dict[str, int], workers: int) -
     source = run.folder / "data"
     counts = {"train": numbers["batch_size"] * numbers["steps"], "val": numbers["val_images"]}
     for split, count in counts.items():
-        run(f"draw {split}", "-m", "microworld.scenes", "--out", source, "--split", split, "--count", count,
-            "--workers", workers)  # fmt: skip
-    run("draw images to caption", "-m", "microworld.scenes", "--out", run.folder / "unseen", "--split", "val",
-        "--count", numbers["images"], "--seed", "1", "--workers", workers)  # fmt: skip
+        run(
+            f"draw {split}",
+            "-m",
+            "microworld.scenes",
+            "--out",
+            source,
+            "--split",
+            split,
+            "--count",
+            count,
+            "--workers",
+            workers,
+        )
+    run(
+        "draw images to caption",
+        "-m",
+        "microworld.scenes",
+        "--out",
+        run.folder / "unseen",
+        "--split",
+        "val",
+        "--count",
+        numbers["images"],
+        "--seed",
+        "1",
+        "--workers",
+        workers,
+    )
     folders = [source / "images" / split for split in counts] + [run.folder / "unseen" / "images" / "val"]
     paths = [path for folder in folders for path in data.list_images(folder)]
     bytes_an_image = photographs.convert(paths, workers, size.photograph)
@@ -153,8 +185,21 @@ def commands(run: Rehearsal, size: Size, numbers: dict[str, int]) -> dict[str, l
     """Return the command of each part, in order."""
     folder, device = run.folder, ["--device", run.device]
     tokenizer = ["--tokenizer", folder / "tokenizer"]
-    common = ["--profile", size.profile, "--random-weights", "--cache", folder / "cache", *tokenizer, "--epochs", 1,
-              "--batch-size", numbers["batch_size"], "--val-images", numbers["val_images"], *device]  # fmt: skip
+    common = [
+        "--profile",
+        size.profile,
+        "--random-weights",
+        "--cache",
+        folder / "cache",
+        *tokenizer,
+        "--epochs",
+        1,
+        "--batch-size",
+        numbers["batch_size"],
+        "--val-images",
+        numbers["val_images"],
+        *device,
+    ]
     trained, decoder = folder / "trained", folder / "trained" / "decoder_model.safetensors"
     smaller = []
     if size is TINY:
@@ -166,15 +211,61 @@ def commands(run: Rehearsal, size: Size, numbers: dict[str, int]) -> dict[str, l
     shown = data.list_images(unseen)[: numbers["maps"]]
     return {
         "train": ["p2_train.py", "--data", folder / "data", "--out", trained, *common, *smaller],
-        "scst": ["p2_train.py", "--data", folder / "rewarded", "--out", folder / "tuned", *common, "--decoder", decoder,
-                 "--objective", "scst", "--samples", SAMPLES, "--init-adapter", trained / "best.safetensors"],
-        "inference": ["p2_infer.py", unseen, captions, decoder, *adapter, *tokenizer, "--profile", size.profile,
-                      "--batch-size", numbers["infer_batch"], *device],
-        "maps": ["p3_attention.py", "--model", "p2", "--images", *shown, "--out", folder / "maps", *adapter,
-                 "--decoder", decoder, *tokenizer, "--profile", size.profile, *device],
-        "score": ["evaluate.py", "--pred-file", captions, "--annotation-file", folder / "unseen" / "val.json",
-                  "--metrics", "cider"],
-    }  # fmt: skip
+        "scst": [
+            "p2_train.py",
+            "--data",
+            folder / "rewarded",
+            "--out",
+            folder / "tuned",
+            *common,
+            "--decoder",
+            decoder,
+            "--objective",
+            "scst",
+            "--samples",
+            SAMPLES,
+            "--init-adapter",
+            trained / "best.safetensors",
+        ],
+        "inference": [
+            "p2_infer.py",
+            unseen,
+            captions,
+            decoder,
+            *adapter,
+            *tokenizer,
+            "--profile",
+            size.profile,
+            "--batch-size",
+            numbers["infer_batch"],
+            *device,
+        ],
+        "maps": [
+            "p3_attention.py",
+            "--model",
+            "p2",
+            "--images",
+            *shown,
+            "--out",
+            folder / "maps",
+            *adapter,
+            "--decoder",
+            decoder,
+            *tokenizer,
+            "--profile",
+            size.profile,
+            *device,
+        ],
+        "score": [
+            "evaluate.py",
+            "--pred-file",
+            captions,
+            "--annotation-file",
+            folder / "unseen" / "val.json",
+            "--metrics",
+            "cider",
+        ],
+    }
 
 
 def check_results(folder: Path, numbers: dict[str, int]) -> None:
@@ -241,10 +332,17 @@ def parts_of(size: Size, numbers: dict[str, int], caption_tokens: float, product
         Part("feature cache", "train", "cache", "images", cached, encode, "fp32"),
         Part("training", "train", "train", "steps", numbers["steps"], train, product),
         Part("self-critical training", "scst", "train", "steps", numbers["scst_steps"], reward, product),
-        Part("inference", "inference", "caption", "images", numbers["images"],
-             encode + models.search(BEAMS, TOKENS), product),
+        Part(
+            "inference",
+            "inference",
+            "caption",
+            "images",
+            numbers["images"],
+            encode + models.search(BEAMS, TOKENS),
+            product,
+        ),
         Part("attention maps", "maps", "explain", "images", numbers["maps"], models.explain(BEAMS, TOKENS), "fp32"),
-    ]  # fmt: skip
+    ]
 
 
 def table(parts: list[Part], usages: dict[str, dict[str, Any]], rates: dict[str, float]) -> list[dict[str, Any]]:
@@ -274,8 +372,9 @@ def estimate(parts: list[Part], rates: dict[str, float]) -> str:
     return "products alone, at the measured rates: " + ", ".join(f"{name} {s:.3g} s" for name, s in least.items())
 
 
-def row(name: str, work: dict[str, Any], unit: str, operations: float | None, kind: str,
-        rate: float | None) -> dict[str, Any]:  # fmt: skip
+def row(
+    name: str, work: dict[str, Any], unit: str, operations: float | None, kind: str, rate: float | None
+) -> dict[str, Any]:
     """Return one row; ``operations`` a second are those of the arithmetic, at the rate reached."""
     return {
         "part": name,

@@ -107,8 +107,13 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger().removeHandler(handler)
     seconds = time.perf_counter() - started
     last = peaks.look()
-    usage = {"exit_code": code, "seconds": seconds, "host_gb": peaks.host,
-             "cuda_gb": None if last["cuda_gb"] is None else peaks.cuda, "work": handler.work}  # fmt: skip
+    usage = {
+        "exit_code": code,
+        "seconds": seconds,
+        "host_gb": peaks.host,
+        "cuda_gb": None if last["cuda_gb"] is None else peaks.cuda,
+        "work": handler.work,
+    }
     runtime.write_json(args.usage, usage)
     return code
 

@@ -46,8 +46,14 @@ TINY = {"images": 10, "batch_size": 4, "beam_size": 2, "max_new_tokens": 6, "lor
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = runtime.FlagParser(prog="python -m bench.processes", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N",
-                        help="how many to compare; the first is what the others are compared with")  # fmt: skip
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        metavar="N",
+        help="how many to compare; the first is what the others are compared with",
+    )
     parser.add_argument("--images", type=int, default=64, help="of an epoch, and to caption")
     parser.add_argument("--epochs", type=int, default=4, help="timed epochs of one start")
     parser.add_argument("--batch-size", type=int, default=16, help="images of a step, over all processes together")
@@ -55,8 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=20, help="longest caption in tokens")
     parser.add_argument("--lora-rank", type=int, default=32, help="LoRA's rank")
     parser.add_argument("--tiny", action="store_true", help="compare losses, adapters and captions only; no times")
-    parser.add_argument("--worker", type=Path, metavar="FOLDER",
-                        help="be one of the processes that this script starts, with its files in FOLDER")  # fmt: skip
+    parser.add_argument(
+        "--worker",
+        type=Path,
+        metavar="FOLDER",
+        help="be one of the processes that this script starts, with its files in FOLDER",
+    )
     add_common_flags(parser, repeats=5)
     return parser
 
@@ -67,8 +77,13 @@ class Job:
     def __init__(self, args: argparse.Namespace, processes: Processes, device: torch.device) -> None:
         self.args, self.processes, self.folder = args, processes, args.worker
         profile = PROFILES["micro"]
-        config = replace(TrainConfig(), batch_size=args.batch_size, lora_dropout=0.0, lora_rank=args.lora_rank,
-                         epochs=1 + args.epochs)  # fmt: skip
+        config = replace(
+            TrainConfig(),
+            batch_size=args.batch_size,
+            lora_dropout=0.0,
+            lora_rank=args.lora_rank,
+            epochs=1 + args.epochs,
+        )
         runtime.seed_everything(0)
         self.tokenizer = data.Tokenizer(profile.tokenizer)
         shape = CaptionerConfig(profile.encoder, profile.encoder_kwargs, profile.encoder_weights, lora=config.lora())
@@ -102,8 +117,13 @@ class Job:
         for start in range(0, len(own), self.args.batch_size):
             batch = own[start : start + self.args.batch_size]
             pixels = generation.read_pixels(self.captioner.transform, batch).to(self.captioner.device)
-            texts = generation.caption_features(self.captioner, self.tokenizer, self.captioner.encode(pixels),
-                                                self.args.beam_size, self.args.max_new_tokens)  # fmt: skip
+            texts = generation.caption_features(
+                self.captioner,
+                self.tokenizer,
+                self.captioner.encode(pixels),
+                self.args.beam_size,
+                self.args.max_new_tokens,
+            )
             captions |= dict(zip((path.name for path in batch), texts, strict=True))
         return captions
 
@@ -118,10 +138,15 @@ class Job:
         if self.processes.first:
             count = len(self.paths)
             save_file(adapter, self.folder / "adapter.safetensors")
-            runtime.write_json(self.folder / "result.json", {
-                "captions/s": CAPTIONS * count / median(training), "images/s": count / median(inference),
-                "losses": self.losses, "captions": dict(sorted(captions.items())),
-            })  # fmt: skip
+            runtime.write_json(
+                self.folder / "result.json",
+                {
+                    "captions/s": CAPTIONS * count / median(training),
+                    "images/s": count / median(inference),
+                    "losses": self.losses,
+                    "captions": dict(sorted(captions.items())),
+                },
+            )
 
 
 def start(count: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -131,8 +156,9 @@ def start(count: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     several = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)) if count > 1 else ()
     command = [sys.executable, *several, "-m", "bench.processes", "--worker", str(folder), *flags]
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True, text=True
+    )
     if done.returncode:
         raise ValueError(f"{count} processes ended with exit code {done.returncode}: {done.stderr[-2000:]}")
     adapter = load_file(folder / "adapter.safetensors")
@@ -157,8 +183,10 @@ def compare(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]
         loss, weight, captions = differences(found[0], results[base][0])
         equal &= loss <= LOSS and weight <= WEIGHT and captions == 0
         if count != base:
-            print(f"{count} processes against {base}: losses differ by {loss:.1e}, weights by {weight:.1e}, "
-                  f"captions of {captions} images")  # fmt: skip
+            print(
+                f"{count} processes against {base}: losses differ by {loss:.1e}, weights by {weight:.1e}, "
+                f"captions of {captions} images"
+            )
         row: dict[str, Any] = {"processes": count}
         for what, key in (("training, captions/s", "captions/s"), ("inference, images/s", "images/s")):
             rate, alone = (median(result[key] for result in results[n]) for n in (count, base))
@@ -186,8 +214,13 @@ def main(argv: list[str] | None = None) -> int:
         generate(Path(folder), "train", args.images, seed=0, workers=1)
         rows, equal = compare(args, Path(folder))
     if not args.tiny:
-        report(f"Several processes: micro models, batches of {args.batch_size} images with {CAPTIONS} captions each, "
-               f"beam {args.beam_size}, median of {args.repeats} starts", rows, device, args.out)  # fmt: skip
+        report(
+            f"Several processes: micro models, batches of {args.batch_size} images with {CAPTIONS} captions each, "
+            f"beam {args.beam_size}, median of {args.repeats} starts",
+            rows,
+            device,
+            args.out,
+        )
     return 0 if equal else 1
 
 

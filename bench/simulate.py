@@ -39,8 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--check", action="store_true", help="compare docs/scale.md with what it would be")
     parser.add_argument("--images", type=float, default=1e9, help="how many")
     parser.add_argument("--costs", type=Path, default=COSTS, help="what bench.costs measured")
-    parser.add_argument("--rehearsal", type=Path, metavar="JSON", help="what bench/full_size.sh --out wrote on a GPU "
-                        "(default: bench/full_size.json where it exists)")  # fmt: skip
+    parser.add_argument(
+        "--rehearsal",
+        type=Path,
+        metavar="JSON",
+        help="what bench/full_size.sh --out wrote on a GPU (default: bench/full_size.json where it exists)",
+    )
     group = parser.add_argument_group("assumptions")
     for f in fields(Cluster):
         text, unit = SOURCES[f.name][:2]
@@ -48,8 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
         unit = {"TFLOP/s": "operations a second", "TB/s": "bytes a second", "GB/s": "bytes a second", "µs": "s"}.get(
             unit, unit
         )
-        group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, metavar="X",
-                           help=text + (f", {unit}" if unit else ""))  # fmt: skip
+        group.add_argument(
+            "--" + f.name.replace("_", "-"),
+            type=kind,
+            default=f.default,
+            metavar="X",
+            help=text + (f", {unit}" if unit else ""),
+        )
     return parser
 
 
@@ -63,8 +72,20 @@ def load_study(args: argparse.Namespace) -> Study:
         raise ValueError(f"--images {args.images:g}: must be from 1e6 to 1e10; a smaller job needs no such plan")
     cluster = Cluster(**{f.name: getattr(args, f.name) for f in fields(Cluster)})
     costs = read_json(args.costs)
-    needed = ("image_bytes", "tar_read_s", "decode_s", "transform_s", "transform_336_s", "write_s", "encode_cpu_s",
-              "search_cpu_s", "phone_bytes", "decode_phone_s", "decode_phone_draft_s", "machine")  # fmt: skip
+    needed = (
+        "image_bytes",
+        "tar_read_s",
+        "decode_s",
+        "transform_s",
+        "transform_336_s",
+        "write_s",
+        "encode_cpu_s",
+        "search_cpu_s",
+        "phone_bytes",
+        "decode_phone_s",
+        "decode_phone_draft_s",
+        "machine",
+    )
     missing = [name for name in needed if name not in costs] if isinstance(costs, dict) else list(needed)
     if missing:
         raise ValueError(f"--costs {args.costs}: no {', '.join(missing)}; write it with python -m bench.costs --out")
@@ -101,8 +122,13 @@ def draw_rates(study: Study, path: Path) -> None:
     for axis, work in zip(axes, study.works, strict=True):
         found = [costmodel.capacities(work, study.cluster, n) for n in counts]
         for name in costmodel.RESOURCES:
-            axis.plot(counts, [n * c[name] for n, c in zip(counts, found, strict=True)], color=colours[name], lw=1.5,
-                      label=name)  # fmt: skip
+            axis.plot(
+                counts,
+                [n * c[name] for n, c in zip(counts, found, strict=True)],
+                color=colours[name],
+                lw=1.5,
+                label=name,
+            )
         reached = [n * min(c.values()) for n, c in zip(counts, found, strict=True)]
         axis.plot(counts, reached, color="black", lw=6, alpha=0.15, solid_capstyle="round", label="the job")
         axis.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="images a second, all GPUs", title=work.name)

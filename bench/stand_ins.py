@@ -40,9 +40,19 @@ class Size:
 
 FULL = Size(Captioner(), "full", DecoderConfig(), photographs.SIZE, 200, 50, 2000, 10, 16, 16, 64, 2048)
 TINY = Size(
-    Captioner(Vit(145, 192, 6, 192), gpt2(2, 128, VOCABULARY)), "micro", DecoderConfig(n_embd=128, n_layer=2, n_head=2),
-    (160, 120), 3, 2, 6, 1, 4, 2, 4, 1024,
-)  # fmt: skip
+    Captioner(Vit(145, 192, 6, 192), gpt2(2, 128, VOCABULARY)),
+    "micro",
+    DecoderConfig(n_embd=128, n_layer=2, n_head=2),
+    (160, 120),
+    3,
+    2,
+    6,
+    1,
+    4,
+    2,
+    4,
+    1024,
+)
 
 
 def write_tokenizer(folder: Path) -> data.Tokenizer:

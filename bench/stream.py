@@ -84,9 +84,7 @@ def make_tars(folder: Path, images: int, per_tar: int, distinct: int) -> str:
     return str(folder / f"{{00000..{count - 1:05d}}}.tar")
 
 
-def watch(
-    command: list[str], state: Path, every: float, out: Path | None = None
-) -> tuple[int, list[dict[str, float]]]:
+def watch(command: list[str], state: Path, every: float, out: Path | None = None) -> tuple[int, list[dict[str, float]]]:
     """Run ``command``; return its exit code and the curve: seconds, images captioned, resident memory and its peak.
 
     With ``out`` each point is written there as it comes, a line of JSON.

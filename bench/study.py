@@ -34,8 +34,12 @@ SOURCES = {  # field of Cluster: (what it is, unit, factor, where from)
     "kernels": ("kernels a block and step", "", 1, "assumed"),
     "gpus_a_node": ("GPUs a node", "", 1, "as usual"),
     "cores_a_gpu": ("CPU cores a GPU", "", 1, "assumed"),
-    "core_share": ("share of a core's rate, with many at work", "", 1, "assumed; published: simplejpeg in a loader, "
-                   "2.2 times one thread's rate with 4 workers and 3.2 with 8 [4]"),
+    "core_share": (
+        "share of a core's rate, with many at work",
+        "",
+        1,
+        "assumed; published: simplejpeg in a loader, 2.2 times one thread's rate with 4 workers and 3.2 with 8 [4]",
+    ),
     "network": ("network into a node", "GB/s", 1e-9, "assumed: 100 Gb/s"),
     "store": ("store, all nodes together", "GB/s", 1e-9, "assumed: 400 Gb/s"),
     "mtbf_hours": ("a node between failures", "h", 1, "published: 419 failures of 16,384 GPUs in 54 days [2]"),
@@ -66,9 +70,14 @@ class Study:
         cluster = cluster or self.cluster
         rate = costmodel.bottleneck(work, cluster, gpus)[1]
         return Job(
-            max(1, round(self.images / shard)), shard / rate + cluster.shard_overhead, gpus, cluster.gpus_a_node,
-            cluster.failures, cluster.restart, **more,
-        )  # fmt: skip
+            max(1, round(self.images / shard)),
+            shard / rate + cluster.shard_overhead,
+            gpus,
+            cluster.gpus_a_node,
+            cluster.failures,
+            cluster.restart,
+            **more,
+        )
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -92,15 +101,24 @@ def inputs(study: Study) -> list[dict[str, str]]:
         ("photograph of 640 x 480", f"{costs['image_bytes'] / 1e3:.0f} kB", "generated, as COCO's in size"),
         ("reading it from a tar", f"{costs['tar_read_s'] * 1e3:.2g} ms", how + ", file in memory"),
         ("decoding it", f"{costs['decode_s'] * 1e3:.2g} ms", how),
-        ("preprocessing to 224; 336 pixels", f"{costs['transform_s'] * 1e3:.2g}; "
-         f"{costs['transform_336_s'] * 1e3:.2g} ms", how),
+        (
+            "preprocessing to 224; 336 pixels",
+            f"{costs['transform_s'] * 1e3:.2g}; {costs['transform_336_s'] * 1e3:.2g} ms",
+            how,
+        ),
         ("writing its line", f"{costs['write_s'] * 1e3:.2g} ms", how),
         ("photograph of 12 megapixels", f"{costs['phone_bytes'] / 1e6:.2g} MB", "generated"),
-        ("decoding it; in draft mode", f"{costs['decode_phone_s'] * 1e3:.0f}; "
-         f"{costs['decode_phone_draft_s'] * 1e3:.0f} ms", how),
-        ("ViT-L/14; search, on that thread", f"{costs['encode_cpu_s']:.2f}; {costs['search_cpu_s']:.2f} s",
-         how + ", float32"),
-    ]  # fmt: skip
+        (
+            "decoding it; in draft mode",
+            f"{costs['decode_phone_s'] * 1e3:.0f}; {costs['decode_phone_draft_s'] * 1e3:.0f} ms",
+            how,
+        ),
+        (
+            "ViT-L/14; search, on that thread",
+            f"{costs['encode_cpu_s']:.2f}; {costs['search_cpu_s']:.2f} s",
+            how + ", float32",
+        ),
+    ]
     found = [{"what": what, "value": value, "from": source} for what, value, source in rows]
     for name, (what, unit, factor, source) in SOURCES.items():
         value = getattr(study.cluster, name) * factor
@@ -146,13 +164,21 @@ def bill(study: Study) -> list[dict[str, str]]:
             lost = costmodel.losses(shard, study.images, rate, gpus, cluster)
             hours = (study.images / rate / gpus * (1 + lost.total) + cluster.startup) / 3600
             dollars = hours * gpus * cluster.price
-            rows.append({
-                "workload": work.name, "GPUs": str(gpus), "images/s": number(rate * gpus),
-                "time": duration(hours), "GPU-hours": number(hours * gpus),
-                "failures expected": f"{hours * cluster.nodes(gpus) / cluster.mtbf_hours:.2g}",
-                "overhead": percent(lost.overhead), "failures": percent(lost.redone), "tail": percent(lost.tail),
-                "$": number(dollars), "$ a million": f"{dollars / study.images * 1e6:.2f}",
-            })  # fmt: skip
+            rows.append(
+                {
+                    "workload": work.name,
+                    "GPUs": str(gpus),
+                    "images/s": number(rate * gpus),
+                    "time": duration(hours),
+                    "GPU-hours": number(hours * gpus),
+                    "failures expected": f"{hours * cluster.nodes(gpus) / cluster.mtbf_hours:.2g}",
+                    "overhead": percent(lost.overhead),
+                    "failures": percent(lost.redone),
+                    "tail": percent(lost.tail),
+                    "$": number(dollars),
+                    "$ a million": f"{dollars / study.images * 1e6:.2f}",
+                }
+            )
     return rows
 
 
@@ -184,8 +210,9 @@ def shard_rows(study: Study, work: Workload) -> list[dict[str, Any]]:
         job = study.job(work, gpus, shard, jitter=JITTER)
         useful = job.shards * shard / rate  # of a whole number of shards
         simulated = mean(lost(job, useful, seed) for seed in SEEDS[: 3 if job.shards <= FEW else 1])
-        rows.append({"workload": work, "shard": shard, "seconds": shard / rate, "losses": losses,
-                     "simulated": simulated})  # fmt: skip
+        rows.append(
+            {"workload": work, "shard": shard, "seconds": shard / rate, "losses": losses, "simulated": simulated}
+        )
     return rows
 
 
@@ -212,21 +239,29 @@ def failures(study: Study) -> list[dict[str, str]]:
     rows, gpus = [], max(GPUS)
     for work in study.works:
         base = study.shard(work)
-        for hours, shard in ((study.cluster.mtbf_hours, base), (MTBF_HOURS[0], base), (MTBF_HOURS[0], 10 * base),
-                             (MTBF_HOURS[1], base)):
+        for hours, shard in (
+            (study.cluster.mtbf_hours, base),
+            (MTBF_HOURS[0], base),
+            (MTBF_HOURS[0], 10 * base),
+            (MTBF_HOURS[1], base),
+        ):
             cluster = replace(study.cluster, mtbf_hours=hours)
             job = study.job(work, gpus, shard, cluster, jitter=JITTER)
             thrown = costmodel.redone_seconds(job.shard, cluster.failures) * job.shards
             outcomes = [simulate(job, seed) for seed in SEEDS]
             useful = job.shards * job.shard
-            rows.append({
-                "workload": work.name, "a node fails every": f"{number(hours)} h", "images a shard": f"{shard:,}",
-                "shards lost": number(job.shards * math.expm1(cluster.failures * job.shard)),
-                "lost, simulated": spread_of([o.lost_shards for o in outcomes]),
-                "done again": percent(thrown / useful),
-                "done again, simulated": spread_of([o.redone for o in outcomes], 100 / useful) + " %",
-                "time of the job, simulated": duration(mean(o.makespan for o in outcomes) / 3600),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "workload": work.name,
+                    "a node fails every": f"{number(hours)} h",
+                    "images a shard": f"{shard:,}",
+                    "shards lost": number(job.shards * math.expm1(cluster.failures * job.shard)),
+                    "lost, simulated": spread_of([o.lost_shards for o in outcomes]),
+                    "done again": percent(thrown / useful),
+                    "done again, simulated": spread_of([o.redone for o in outcomes], 100 / useful) + " %",
+                    "time of the job, simulated": duration(mean(o.makespan for o in outcomes) / 3600),
+                }
+            )
     return rows
 
 
@@ -241,8 +276,14 @@ def stragglers(study: Study) -> list[dict[str, str]]:
             for claiming in (True, False):
                 job = replace(study.job(work, gpus, shard, spread=SPREAD, **more), failures=0.0, claiming=claiming)
                 times[claiming] = mean(waiting(simulate(job, seed)) for seed in SEEDS)
-            rows.append({"workload": work.name, "workers": name, "claimed one by one": percent(times[True]),
-                         "dealt out at the start": percent(times[False])})  # fmt: skip
+            rows.append(
+                {
+                    "workload": work.name,
+                    "workers": name,
+                    "claimed one by one": percent(times[True]),
+                    "dealt out at the start": percent(times[False]),
+                }
+            )
     return rows
 
 
@@ -255,8 +296,9 @@ def what_if(study: Study) -> list[dict[str, str]]:
     """The largest job under other assumptions."""
     costs, base, gpus = study.costs, study.cluster, max(GPUS)
     work = study.works[0]
-    phone = replace(work, image_bytes=costs["phone_bytes"], cpu_s=work.cpu_s - costs["decode_s"]
-                    + costs["decode_phone_s"])  # fmt: skip
+    phone = replace(
+        work, image_bytes=costs["phone_bytes"], cpu_s=work.cpu_s - costs["decode_s"] + costs["decode_phone_s"]
+    )
     draft = replace(phone, cpu_s=phone.cpu_s - costs["decode_phone_s"] + costs["decode_phone_draft_s"])
     graphs = []
     if not work.measured:
@@ -275,9 +317,15 @@ def what_if(study: Study) -> list[dict[str, str]]:
     rows = []
     for name, case, cluster in cases:
         first, rate = costmodel.bottleneck(case, cluster, gpus)
-        rows.append({f"captioner on {gpus} GPUs": name, "saturates first": first,
-                     "images a second and GPU": number(rate), "time": duration(study.images / rate / gpus / 3600),
-                     "GPU busy": percent(rate * case.gpu_s)})  # fmt: skip
+        rows.append(
+            {
+                f"captioner on {gpus} GPUs": name,
+                "saturates first": first,
+                "images a second and GPU": number(rate),
+                "time": duration(study.images / rate / gpus / 3600),
+                "GPU busy": percent(rate * case.gpu_s),
+            }
+        )
     return rows
 
 
@@ -288,8 +336,16 @@ def values(study: Study, shard_study: list[dict[str, Any]]) -> dict[str, str]:
     rate = costmodel.bottleneck(work, cluster, gpus)[1]
     often = study.job(model, gpus, study.shard(model), replace(cluster, mtbf_hours=min(MTBF_HOURS)))
     needed = gpus / work.gpu_s * work.image_bytes
-    tables = (inputs(study), an_image(study), saturation(study), what_if(study), bill(study), shards(shard_study),
-              failures(study), stragglers(study))  # fmt: skip
+    tables = (
+        inputs(study),
+        an_image(study),
+        saturation(study),
+        what_if(study),
+        bill(study),
+        shards(shard_study),
+        failures(study),
+        stragglers(study),
+    )
     return {name: markdown(rows) for name, rows in zip(TABLES, tables, strict=True)} | {
         "machine": study.costs["machine"],
         "gpu": study.gpu,

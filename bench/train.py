@@ -37,17 +37,23 @@ from training import TrainConfig, make_optimizer
 CAPTIONS = 5  # an image
 TOLERANCE = 1e-3  # the cache rounds features to float16
 TINY = (
-    DecoderConfig(vocab_size=101, n_positions=64, n_embd=64, n_layer=2, n_head=2), "vit_base_patch32_clip_224.openai",
+    DecoderConfig(vocab_size=101, n_positions=64, n_embd=64, n_layer=2, n_head=2),
+    "vit_base_patch32_clip_224.openai",
     {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16, "img_size": 48},
-)  # fmt: skip
+)
 FULL = (DecoderConfig(), PROFILES["full"].encoder, {})
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = runtime.FlagParser(prog="python -m bench.train", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"],
-                        help="fp32, or bf16 under autocast")  # fmt: skip
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("fp32", "bf16"),
+        default=["fp32", "bf16"],
+        help="fp32, or bf16 under autocast",
+    )
     parser.add_argument("--images", type=int, default=4, help="images a step of ours, all of their captions together")
     parser.add_argument("--student-batch", type=int, default=5, help="captions a step of both peers")
     add_common_flags(parser, repeats=3)
@@ -74,10 +80,19 @@ def transformers_model(decoder: Decoder, eos: int) -> torch.nn.Module:
     c = decoder.config
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-            bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            vocab_size=c.vocab_size,
+            n_positions=c.n_positions,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            bos_token_id=eos,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         )
-    )  # fmt: skip
+    )
     model.transformer.load_state_dict(gpt2_state_dict(decoder))
     model.requires_grad_(False)
     for theirs, ours in zip(model.transformer.h, decoder.h, strict=True):
@@ -248,8 +263,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"largest relative difference: {loss:.1e} in the loss, {gradient:.1e} in a gradient")
             return int(max(loss, gradient) > TOLERANCE)
         rows = [row for precision in args.precision for row in compare(rivals, precision, args, device)]
-    report(f"Training: ViT-L/14 and GPT-2 small with random weights, {CAPTIONS} captions an image, {args.clock} time",
-           rows, device, args.out)  # fmt: skip
+    report(
+        f"Training: ViT-L/14 and GPT-2 small with random weights, {CAPTIONS} captions an image, {args.clock} time",
+        rows,
+        device,
+        args.out,
+    )
     return 0
 
 

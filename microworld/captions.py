@@ -31,9 +31,13 @@ OVER_PHRASES = {
     "night": ("in the night sky", "in the dark sky"),
 }
 SCENE_NOUNS = {
-    "field": "country scene", "beach": "beach scene", "snow": "winter scene",
-    "street": "street scene", "room": "room", "night": "night scene",
-}  # fmt: skip
+    "field": "country scene",
+    "beach": "beach scene",
+    "snow": "winter scene",
+    "street": "street scene",
+    "room": "room",
+    "night": "night scene",
+}
 RELATION_PHRASES = {
     "left": ("to the left of", "left of", "next to", "beside"),
     "right": ("to the right of", "right of", "next to", "beside"),
@@ -45,9 +49,15 @@ RELATION_PHRASES = {
     "below": ("under", "below"),
 }
 INVERSE = {
-    "left": "right", "right": "left", "on": "holds", "holds": "on", "under": "shelters", "shelters": "under",
-    "above": "below", "below": "above",
-}  # fmt: skip
+    "left": "right",
+    "right": "left",
+    "on": "holds",
+    "holds": "on",
+    "under": "shelters",
+    "shelters": "under",
+    "above": "below",
+    "below": "above",
+}
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,19 @@ def scaled(setting: str) -> list[str]:
     """
     config = SETTINGS[setting]
     return [
-        "--setting", setting, "--epochs", str(math.ceil(config.epochs / 2)), "--batch-size", str(BATCH),
-        "--val-images", "60", "--lr", f"{config.lr * WIDTH_RATIO:.3g}",
-        "--projector-lr", f"{config.projector_lr * WIDTH_RATIO:.3g}",
-    ]  # fmt: skip
+        "--setting",
+        setting,
+        "--epochs",
+        str(math.ceil(config.epochs / 2)),
+        "--batch-size",
+        str(BATCH),
+        "--val-images",
+        "60",
+        "--lr",
+        f"{config.lr * WIDTH_RATIO:.3g}",
+        "--projector-lr",
+        f"{config.projector_lr * WIDTH_RATIO:.3g}",
+    ]
 
 
 def draw(run: Runner, folder: Path, train: int, val: int) -> None:
@@ -80,17 +89,51 @@ def train_and_score(run: Runner, out: Path, name: str, epochs: int | None, blind
     """Train one captioner, caption and score both validation splits; return the scores by split."""
     folder, adapter = out / "data", out / name / "best.safetensors"
     extra = [*(["--epochs", epochs] if epochs else []), *(["--shuffle-captions"] if blind else [])]
-    run(f"train {name}", "p2_train.py", "--profile", "micro", "--data", folder, "--cache", out / "cache",
-        "--out", out / name, *scaled("best"), *extra)  # fmt: skip
+    run(
+        f"train {name}",
+        "p2_train.py",
+        "--profile",
+        "micro",
+        "--data",
+        folder,
+        "--cache",
+        out / "cache",
+        "--out",
+        out / name,
+        *scaled("best"),
+        *extra,
+    )
     scores = {}
     for split in SPLITS:
         images, predictions = folder / "images" / split, out / name / f"{split}.json"
-        run(f"caption {split} ({name})", "p2_infer.py", images, predictions, PROFILES["micro"].decoder,
-            "--profile", "micro", "--adapter", adapter)  # fmt: skip
+        run(
+            f"caption {split} ({name})",
+            "p2_infer.py",
+            images,
+            predictions,
+            PROFILES["micro"].decoder,
+            "--profile",
+            "micro",
+            "--adapter",
+            adapter,
+        )
         result = out / name / f"{split}_scores.json"
-        run(f"score {split} ({name})", "evaluate.py", "--pred_file", predictions, "--images_root", images,
-            "--annotation_file", folder / f"{split}.json", "--profile", "micro", "--json", result,
-            "--per_image", out / name / f"{split}_per_image.json")  # fmt: skip
+        run(
+            f"score {split} ({name})",
+            "evaluate.py",
+            "--pred_file",
+            predictions,
+            "--images_root",
+            images,
+            "--annotation_file",
+            folder / f"{split}.json",
+            "--profile",
+            "micro",
+            "--json",
+            result,
+            "--per_image",
+            out / name / f"{split}_per_image.json",
+        )
         scores[split] = json.loads(result.read_text(encoding="utf-8"))
     return scores
 
@@ -98,8 +141,18 @@ def train_and_score(run: Runner, out: Path, name: str, epochs: int | None, blind
 def zero_shot(run: Runner, out: Path) -> dict[str, Any]:
     """Caption the validation scenes with LLaVA by both prompts of the report; return the scores by run and split."""
     table = out / "llava" / "val.json"
-    run("compare LLaVA's prompts", "p1_llava_caption.py", out / "data" / "images" / "val", table, "--compare",
-        "--annotation-file", out / "data" / "val.json", "--profile", "micro", "--overwrite")  # fmt: skip
+    run(
+        "compare LLaVA's prompts",
+        "p1_llava_caption.py",
+        out / "data" / "images" / "val",
+        table,
+        "--compare",
+        "--annotation-file",
+        out / "data" / "val.json",
+        "--profile",
+        "micro",
+        "--overwrite",
+    )
     scores = json.loads(table.read_text(encoding="utf-8"))
     return {f"llava {setting}": {"val": s} for setting, s in scores.items()}
 
@@ -114,11 +167,36 @@ def look(run: Runner, out: Path) -> None:
         run(
             f"maps ({model})", "p3_attention.py", "--model", model, "--images", *some, "--out", folder, "--html", *flags
         )
-        run(f"does {name} look at what it names?", "p3_attention.py", "--model", model, "--grounding",
-            out / "data" / "val.json", "--images", images, "--count", GROUNDED, "--out", folder, *flags)  # fmt: skip
-    run("best and worst pair", "p3_attention.py", "--model", "p2", "--best-worst",
-        out / "lora" / "val_per_image.json", "--annotation-file", out / "data" / "val.json", "--images", images,
-        "--out", out / "attention", *flags)  # fmt: skip
+        run(
+            f"does {name} look at what it names?",
+            "p3_attention.py",
+            "--model",
+            model,
+            "--grounding",
+            out / "data" / "val.json",
+            "--images",
+            images,
+            "--count",
+            GROUNDED,
+            "--out",
+            folder,
+            *flags,
+        )
+    run(
+        "best and worst pair",
+        "p3_attention.py",
+        "--model",
+        "p2",
+        "--best-worst",
+        out / "lora" / "val_per_image.json",
+        "--annotation-file",
+        out / "data" / "val.json",
+        "--images",
+        images,
+        "--out",
+        out / "attention",
+        *flags,
+    )
 
 
 def contact_sheet(out: Path, run_folder: Path) -> Path:
@@ -165,9 +243,16 @@ def summary(out: Path, run: Runner, scores: dict[str, Any], sheet: Path) -> None
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     train = run.seconds["train lora"]
     print(f"\n{sum(run.seconds.values()):.0f} s in all, training {train:.0f} s; peak memory of a step {peak:.1f} GB")
-    places = (("data", out / "data"), ("run folder", out / "lora"), ("loss curve", out / "lora" / "loss.png"),
-              ("captions", out / "lora" / "val.json"), ("samples", sheet), ("maps", out / "attention"),
-              ("viewer", out / "attention" / "p2" / "viewer.html"), ("report", out / "report.html"))  # fmt: skip
+    places = (
+        ("data", out / "data"),
+        ("run folder", out / "lora"),
+        ("loss curve", out / "lora" / "loss.png"),
+        ("captions", out / "lora" / "val.json"),
+        ("samples", sheet),
+        ("maps", out / "attention"),
+        ("viewer", out / "attention" / "p2" / "viewer.html"),
+        ("report", out / "report.html"),
+    )
     for name, path in places:
         print(f"{name:<11} {path}")
 

@@ -52,18 +52,35 @@ DECODER = DecoderConfig(vocab_size=VOCAB_SIZE, n_positions=320, n_embd=256, n_la
 CLIP_CONFIGS: dict[str, dict[str, Any]] = {
     "encoder": {
         "embed_dim": 192,
-        "vision_cfg": {"layers": 6, "width": 192, "head_width": 64, "patch_size": ENCODER_PATCH,
-                       "image_size": ENCODER_IMAGE},
-        "text_cfg": {"context_length": CLIP_CONTEXT, "vocab_size": VOCAB_SIZE, "width": 192, "heads": 3, "layers": 3,
-                     "hf_tokenizer_name": "local"},
+        "vision_cfg": {
+            "layers": 6,
+            "width": 192,
+            "head_width": 64,
+            "patch_size": ENCODER_PATCH,
+            "image_size": ENCODER_IMAGE,
+        },
+        "text_cfg": {
+            "context_length": CLIP_CONTEXT,
+            "vocab_size": VOCAB_SIZE,
+            "width": 192,
+            "heads": 3,
+            "layers": 3,
+            "hf_tokenizer_name": "local",
+        },
     },
     "scorer": {
         "embed_dim": 192,
         "vision_cfg": {"layers": [1, 2, 2, 1], "width": 32, "image_size": 96, "patch_size": None},
-        "text_cfg": {"context_length": CLIP_CONTEXT, "vocab_size": VOCAB_SIZE, "width": 192, "heads": 3, "layers": 3,
-                     "hf_tokenizer_name": "local"},
+        "text_cfg": {
+            "context_length": CLIP_CONTEXT,
+            "vocab_size": VOCAB_SIZE,
+            "width": 192,
+            "heads": 3,
+            "layers": 3,
+            "hf_tokenizer_name": "local",
+        },
     },
-}  # fmt: skip
+}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, for both models
 
 MODELS = ("tokenizer", "decoder", "encoder", "scorer", "llava")  # in the order in which they need each other
@@ -149,9 +166,15 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def optimise(parameters: list[torch.nn.Parameter], batches: Iterator, steps: int, recipe: Recipe,
-             loss_of: Callable[[Any], torch.Tensor], device: torch.device,
-             note: Callable[[int, float], None]) -> None:  # fmt: skip
+def optimise(
+    parameters: list[torch.nn.Parameter],
+    batches: Iterator,
+    steps: int,
+    recipe: Recipe,
+    loss_of: Callable[[Any], torch.Tensor],
+    device: torch.device,
+    note: Callable[[int, float], None],
+) -> None:
     """Run AdamW over ``batches`` under bf16 autocast, clipping gradients at 1; matrices decay, vectors do not."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -234,8 +257,15 @@ def index_batches(recipe: Recipe, count: int) -> Iterator[np.ndarray]:
             yield order[k * recipe.batch_size : (k + 1) * recipe.batch_size]
 
 
-def clip_loss(model: Any, readout: PatchReadout | None, recipe: Recipe, scenes: Scenes, tokens: torch.Tensor,
-              batch: np.ndarray, device: torch.device) -> torch.Tensor:  # fmt: skip
+def clip_loss(
+    model: Any,
+    readout: PatchReadout | None,
+    recipe: Recipe,
+    scenes: Scenes,
+    tokens: torch.Tensor,
+    batch: np.ndarray,
+    device: torch.device,
+) -> torch.Tensor:
     """Symmetric contrastive loss of images and one caption each, plus the patch read-out where there is one."""
     images = normalise(torch.from_numpy(scenes.pixels[batch]).to(device))
     which = torch.from_numpy(np.random.default_rng(int(batch[0])).integers(0, tokens.shape[1], len(batch)))
@@ -254,8 +284,9 @@ def clip_loss(model: Any, readout: PatchReadout | None, recipe: Recipe, scenes: 
 
 
 @torch.no_grad()
-def retrieval(model: Any, tokenizer: Any, pixels: int, device: torch.device, workers: int,
-              count: int = 500) -> dict[str, float]:  # fmt: skip
+def retrieval(
+    model: Any, tokenizer: Any, pixels: int, device: torch.device, workers: int, count: int = 500
+) -> dict[str, float]:
     """Return the recall of an image's own caption among unseen scenes, and CLIPScore of right and wrong pairs."""
     scenes = draw_scenes(SCENE_SEEDS["test"], count, pixels, workers)
     image, text = [], []
@@ -369,8 +400,9 @@ def save_clip(model: Any, config: dict[str, Any], out: Path) -> None:
         save_file(state, temporary)
 
 
-def write_record(out: Path, name: str, recipe: Recipe, steps: int, seconds: float, metrics: dict[str, float],
-                 model: torch.nn.Module) -> None:  # fmt: skip
+def write_record(
+    out: Path, name: str, recipe: Recipe, steps: int, seconds: float, metrics: dict[str, float], model: torch.nn.Module
+) -> None:
     """Write the JSON that says how the weights were made."""
     record = {
         "model": name,

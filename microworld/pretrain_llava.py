@@ -49,9 +49,13 @@ SPECIALS = ("<pad>", "<s>", "</s>", "<image>")  # ids 0 to 3
 PAD, BOS, EOS, IMAGE = range(4)
 VOCAB_SIZE = 1024
 LLAMA = {
-    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "max_position_embeddings": 512,
-}  # fmt: skip
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
 TEXT_SCENES = 4000  # scenes whose questions and answers the tokenizer is trained on
 # One turn after another; only the system's own form is written: LLaVA 1.5 was tuned without a system message.
 CHAT_TEMPLATE = (
@@ -78,9 +82,14 @@ def build_model() -> Any:
     vision = clip["vision_cfg"]
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(
-            hidden_size=vision["width"], intermediate_size=4 * vision["width"], num_hidden_layers=vision["layers"],
-            num_attention_heads=vision["width"] // vision["head_width"], image_size=vision["image_size"],
-            patch_size=vision["patch_size"], hidden_act="gelu", projection_dim=clip["embed_dim"],
+            hidden_size=vision["width"],
+            intermediate_size=4 * vision["width"],
+            num_hidden_layers=vision["layers"],
+            num_attention_heads=vision["width"] // vision["head_width"],
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            hidden_act="gelu",
+            projection_dim=clip["embed_dim"],
         ),
         text_config=transformers.LlamaConfig(
             vocab_size=VOCAB_SIZE, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, **LLAMA
@@ -88,7 +97,7 @@ def build_model() -> Any:
         image_token_index=IMAGE,
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
         vision_feature_layer=-1,  # the micro encoder's last layer tells best what is where; real LLaVA takes -2
-    )  # fmt: skip
+    )
     model = transformers.LlavaForConditionalGeneration(config)
     tower = model.model.vision_tower
     tower.load_state_dict(clip_vision_state(load_file(MICRO_WEIGHTS / "encoder" / "open_clip_model.safetensors")))
@@ -108,8 +117,13 @@ def clip_vision_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     for ours, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
         renamed |= {f"{theirs}.{kind}": visual[f"{ours}.{kind}"] for kind in ("weight", "bias")}
     layers = {int(k.split(".")[2]) for k in visual if k.startswith("transformer.resblocks.")}
-    parts = (("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"),
-             ("attn.out_proj", "self_attn.out_proj"))  # fmt: skip
+    parts = (
+        ("ln_1", "layer_norm1"),
+        ("ln_2", "layer_norm2"),
+        ("mlp.c_fc", "mlp.fc1"),
+        ("mlp.c_proj", "mlp.fc2"),
+        ("attn.out_proj", "self_attn.out_proj"),
+    )
     for n in layers:
         block, layer = f"transformer.resblocks.{n}", f"encoder.layers.{n}"
         for kind in ("weight", "bias"):
@@ -129,18 +143,27 @@ def build_processor(texts: list[str]) -> Any:
     bpe.train_from_iterator(texts, VOCAB_SIZE, special_tokens=list(SPECIALS), show_progress=False)
     bpe._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
-        extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=bpe._tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
+        clean_up_tokenization_spaces=False,
+    )
     vision = CLIP_CONFIGS["encoder"]["vision_cfg"]
     size = vision["image_size"]
     images = transformers.CLIPImageProcessor(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=MEAN, image_std=STD
     )
     return transformers.LlavaProcessor(
-        images, tokenizer, patch_size=vision["patch_size"], vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        images,
+        tokenizer,
+        patch_size=vision["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

@@ -121,8 +121,11 @@ class Composer:
         place = rng.choice(PLACES)
         horizon = rng.uniform(0.66, 0.72) if place == "room" else rng.uniform(0.42, 0.56)
         patterns: dict[Callable[[str, float], Scene], float] = {
-            self._solo: 0.2, self._side: 0.34, self._count: 0.2, self._above: 0.14,
-        }  # fmt: skip
+            self._solo: 0.2,
+            self._side: 0.34,
+            self._count: 0.2,
+            self._above: 0.14,
+        }
         if place == "room":
             patterns[self._on] = 0.3
         if place in ("room", "field", "beach"):
@@ -135,8 +138,9 @@ class Composer:
     # lots
 
     def _kinds(self, place: str, anchors: tuple[str, ...], narrower: float = 1e9) -> list[Kind]:
-        return [k for k in KINDS.values()
-                if place in k.places and k.anchor in anchors and k.height * k.aspect <= narrower]  # fmt: skip
+        return [
+            k for k in KINDS.values() if place in k.places and k.anchor in anchors and k.height * k.aspect <= narrower
+        ]
 
     def _group(self, kind: Kind, main: bool = False, size: str | None = None) -> Group:
         """Draw size and colour; only the main group of ``val_novel`` has a held-out pair, and it always has one."""

@@ -53,9 +53,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 REWARDS: dict[str, tuple[str, ...]] = {
     "cider": ("--objective", "scst"),
     "cider+clip": ("--objective", "scst", "--clip-reward", "1", "--brevity", "1.2"),
-    "more cross-entropy": ("--objective", "xe", "--epochs", str(SCST_NUMBERS["epochs"]), "--warmup", "0",
-                           "--weight-decay", "0"),
-}  # fmt: skip
+    "more cross-entropy": (
+        "--objective",
+        "xe",
+        "--epochs",
+        str(SCST_NUMBERS["epochs"]),
+        "--warmup",
+        "0",
+        "--weight-decay",
+        "0",
+    ),
+}
 
 
 def finished(folder: Path) -> bool:
@@ -72,8 +80,20 @@ def train(run: Runner, folder: Path, data: Path, cache: Path, flags: list[str]) 
     if finished(folder):
         return
     resume = ["--resume"] if checkpoints.has_state(folder) else []
-    run(f"train {folder.name}", "p2_train.py", "--profile", "micro", "--data", data, "--cache", cache, "--out", folder,
-        *flags, *resume)  # fmt: skip
+    run(
+        f"train {folder.name}",
+        "p2_train.py",
+        "--profile",
+        "micro",
+        "--data",
+        data,
+        "--cache",
+        cache,
+        "--out",
+        folder,
+        *flags,
+        *resume,
+    )
 
 
 def score(run: Runner, folder: Path, data: Path) -> None:
@@ -81,18 +101,50 @@ def score(run: Runner, folder: Path, data: Path) -> None:
     result, images, predictions = folder / "val_scores.json", data / "images" / "val", folder / "val.json"
     if result.exists():
         return
-    run(f"caption ({folder.name})", "p2_infer.py", images, predictions, PROFILES["micro"].decoder, "--profile",
-        "micro", "--adapter", folder / "best.safetensors")  # fmt: skip
-    run(f"score ({folder.name})", "evaluate.py", "--pred_file", predictions, "--images_root", images,
-        "--annotation_file", data / "val.json", "--profile", "micro", "--json", result)  # fmt: skip
+    run(
+        f"caption ({folder.name})",
+        "p2_infer.py",
+        images,
+        predictions,
+        PROFILES["micro"].decoder,
+        "--profile",
+        "micro",
+        "--adapter",
+        folder / "best.safetensors",
+    )
+    run(
+        f"score ({folder.name})",
+        "evaluate.py",
+        "--pred_file",
+        predictions,
+        "--images_root",
+        images,
+        "--annotation_file",
+        data / "val.json",
+        "--profile",
+        "micro",
+        "--json",
+        result,
+    )
 
 
 def draw(run: Runner, folder: Path, train: int, val: int, seed: int) -> None:
     """Draw training and validation scenes, where they are not there yet."""
     for split, count in (("train", train), ("val", val)):
         if not (folder / f"{split}.json").exists():
-            run(f"draw {split}", "-m", "microworld.scenes", "--out", folder, "--split", split, "--count", count,
-                "--seed", seed)  # fmt: skip
+            run(
+                f"draw {split}",
+                "-m",
+                "microworld.scenes",
+                "--out",
+                folder,
+                "--split",
+                split,
+                "--count",
+                count,
+                "--seed",
+                seed,
+            )
 
 
 def chosen(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
@@ -129,9 +181,21 @@ def study_rewards(run: Runner, args: argparse.Namespace) -> None:
         base = study_setting(run, args, "best", seed)
         for name in names:
             folder = args.out / "rewards" / name.replace(" ", "_") / str(seed)
-            flags = ["--init-adapter", str(base / "best.safetensors"), *REWARDS[name],
-                     "--lr", f"{SCST_NUMBERS['lr'] * WIDTH_RATIO:.3g}", "--batch-size", str(BATCH),
-                     "--val-images", "150", "--seed", str(seed), "--precision", args.precision]  # fmt: skip
+            flags = [
+                "--init-adapter",
+                str(base / "best.safetensors"),
+                *REWARDS[name],
+                "--lr",
+                f"{SCST_NUMBERS['lr'] * WIDTH_RATIO:.3g}",
+                "--batch-size",
+                str(BATCH),
+                "--val-images",
+                "150",
+                "--seed",
+                str(seed),
+                "--precision",
+                args.precision,
+            ]
             train(run, folder, args.out / "data", args.out / "cache", flags)
             score(run, folder, args.out / "data")
 
@@ -144,8 +208,16 @@ def study_ablation(run: Runner, args: argparse.Namespace) -> None:
     for seed in range(args.seeds or 3):
         for variant in names:
             folder = args.out / "ablation" / variant.replace(" ", "_") / str(seed)
-            flags = [*scaled("best"), *VARIANTS[variant], "--seed", str(seed), "--val-images", str(args.val),
-                     "--precision", args.precision]  # fmt: skip
+            flags = [
+                *scaled("best"),
+                *VARIANTS[variant],
+                "--seed",
+                str(seed),
+                "--val-images",
+                str(args.val),
+                "--precision",
+                args.precision,
+            ]
             flags += ["--epochs", str(args.epochs)] if args.epochs else []
             train(run, folder, data, args.out / "cache", flags)
 
@@ -163,8 +235,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings, variants or rewards (default: all)")
     parser.add_argument("--seeds", type=int, help="seeds of each (default: 1 of settings, 3 of others)")
     parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's (ablation)")
-    parser.add_argument("--precision", choices=CHOICES["precision"], default="auto",
-                        help="of every training; bf16 is fast where the CPU has it")  # fmt: skip
+    parser.add_argument(
+        "--precision",
+        choices=CHOICES["precision"],
+        default="auto",
+        help="of every training; bf16 is fast where the CPU has it",
+    )
     return parser
 
 

@@ -27,8 +27,13 @@ COLOURS: dict[str, RGB] = {
     "white": (246, 246, 242),
 }
 SKIN, HAIR, STEEL, GLASS, WOOD, TYRE = (
-    (243, 200, 164), (92, 60, 38), (150, 156, 166), (190, 226, 242), (156, 108, 64), (48, 48, 54),
-)  # fmt: skip
+    (243, 200, 164),
+    (92, 60, 38),
+    (150, 156, 166),
+    (190, 226, 242),
+    (156, 108, 64),
+    (48, 48, 54),
+)
 
 
 def mix(a: RGB, b: RGB, share: float) -> RGB:
@@ -68,8 +73,16 @@ class Pen:
         outline = mix(fill, (10, 10, 20), 0.38) if edge else None
         self.draw.ellipse(self._box(x0, y0, x1, y1), fill=fill, outline=outline, width=self.edge)
 
-    def rect(self, x0: float, y0: float, x1: float, y1: float, fill: RGB | None = None, radius: float = 0.0,
-             edge: bool = True) -> None:  # fmt: skip
+    def rect(
+        self,
+        x0: float,
+        y0: float,
+        x1: float,
+        y1: float,
+        fill: RGB | None = None,
+        radius: float = 0.0,
+        edge: bool = True,
+    ) -> None:
         """Fill a rectangle whose corners are rounded by ``radius`` of the box's shorter side."""
         fill = fill or self.main
         outline = mix(fill, (10, 10, 20), 0.38) if edge else None
@@ -82,8 +95,17 @@ class Pen:
         pixels = max(2, round(width * min(self.w, self.h)))
         self.draw.line([self._xy(*p) for p in points], fill=fill or self.main, width=pixels, joint="curve")
 
-    def arc(self, x0: float, y0: float, x1: float, y1: float, start: float, end: float, width: float = 0.05,
-            fill: RGB | None = None) -> None:  # fmt: skip
+    def arc(
+        self,
+        x0: float,
+        y0: float,
+        x1: float,
+        y1: float,
+        start: float,
+        end: float,
+        width: float = 0.05,
+        fill: RGB | None = None,
+    ) -> None:
         """Draw the arc of an ellipse, degrees clockwise from three o'clock."""
         if self.flip:
             start, end = 180 - end, 180 - start
@@ -530,11 +552,27 @@ KINDS: dict[str, Kind] = {
     k.name: k
     for k in (
         Kind("bike", _bike, 60, 1.45, "ground", _LAND, ("stands", "is parked"), synonyms=(("bicycle", "bicycles"),)),
-        Kind("car", _car, 46, 1.95, "ground", ("street", "night", "field", "snow"), ("is parked", "drives"),
-             synonyms=(("automobile", "automobiles"),)),
+        Kind(
+            "car",
+            _car,
+            46,
+            1.95,
+            "ground",
+            ("street", "night", "field", "snow"),
+            ("is parked", "drives"),
+            synonyms=(("automobile", "automobiles"),),
+        ),
         Kind("bus", _bus, 58, 2.0, "ground", ("street", "night", "snow"), ("is parked", "drives"), "buses"),
-        Kind("truck", _truck, 56, 1.85, "ground", ("street", "night", "snow", "field"), ("is parked", "drives"),
-             synonyms=(("lorry", "lorries"),)),
+        Kind(
+            "truck",
+            _truck,
+            56,
+            1.85,
+            "ground",
+            ("street", "night", "snow", "field"),
+            ("is parked", "drives"),
+            synonyms=(("lorry", "lorries"),),
+        ),
         Kind("train", _train, 58, 1.75, "ground", ("field", "snow", "night"), ("stops", "rolls along")),
         Kind("boat", _boat, 70, 1.05, "ground", ("beach",), ("lies", "waits"), synonyms=(("sailboat", "sailboats"),)),
         Kind("plane", _plane, 44, 1.7, "sky", OUTDOORS, ("flies",), synonyms=(("airplane", "airplanes"),)),
@@ -557,8 +595,16 @@ KINDS: dict[str, Kind] = {
         Kind("kite", _kite, 62, 0.72, "sky", OUTDOORS, ("flies",)),
         Kind("balloon", _balloon, 62, 0.62, "sky", PLACES, ("floats",)),
         Kind("ball", _ball, 38, 1.0, "small", PLACES, ("lies",)),
-        Kind("umbrella", _umbrella, 84, 1.05, "ground", ("field", "beach", "street", "snow"), ("stands",),
-             synonyms=(("parasol", "parasols"),)),
+        Kind(
+            "umbrella",
+            _umbrella,
+            84,
+            1.05,
+            "ground",
+            ("field", "beach", "street", "snow"),
+            ("stands",),
+            synonyms=(("parasol", "parasols"),),
+        ),
         Kind("pizza", _pizza, 42, 1.0, "small", ("room",), ("lies",), coloured=False),
         Kind("apple", _apple, 38, 0.95, "small", ("room", "field"), ("lies",)),
         Kind("cake", _cake, 46, 1.1, "small", ("room",), ("stands",)),
@@ -567,9 +613,17 @@ KINDS: dict[str, Kind] = {
         Kind("chair", _chair, 74, 0.65, "ground", ("room", "beach"), ("stands",)),
         Kind("clock", _clock, 46, 1.0, "small", ("room",), ("ticks",)),
         Kind("lamp", _lamp, 60, 0.72, "small", ("room",), ("stands", "glows")),
-        Kind("house", _house, 88, 1.05, "ground", ("field", "snow", "street", "night"), ("stands",),
-             synonyms=(("home", "homes"),)),
+        Kind(
+            "house",
+            _house,
+            88,
+            1.05,
+            "ground",
+            ("field", "snow", "street", "night"),
+            ("stands",),
+            synonyms=(("home", "homes"),),
+        ),
         Kind("snowman", _snowman, 82, 0.62, "ground", ("snow",), ("stands", "smiles"), "snowmen"),
         Kind("book", _book, 36, 1.45, "small", ("room",), ("lies",)),
     )
-}  # fmt: skip
+}

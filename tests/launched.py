@@ -59,8 +59,11 @@ def watch(processes):
         return reduce(tensor, *args, **kwargs)
 
     def train_step(trainer, batches):
-        names = [n for n in trainer.captioner.trainable()
-                 if n.startswith("projector.") or trainer.epoch >= trainer.config.projector_epochs]  # fmt: skip
+        names = [
+            n
+            for n in trainer.captioner.trainable()
+            if n.startswith("projector.") or trainer.epoch >= trainer.config.projector_epochs
+        ]
         trained = sum(trainer.captioner.get_parameter(name).numel() for name in names)
         sizes.clear()
         loss = step(trainer, batches)
@@ -86,9 +89,12 @@ def digest(references, predictions):
 
 
 FAULTS = {
-    "poison": poison, "terminate": terminate, "terminate_later": lambda processes: terminate(processes, 7),
-    "watch": watch, "even": even,
-}  # fmt: skip
+    "poison": poison,
+    "terminate": terminate,
+    "terminate_later": lambda processes: terminate(processes, 7),
+    "watch": watch,
+    "even": even,
+}
 
 
 @contextlib.contextmanager

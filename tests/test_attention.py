@@ -40,8 +40,12 @@ def test_layers_by_name():
 
 def test_heads_by_name():
     assert [str(Heads.parse(t, 4)) for t in ("max", "mean", "2", "top3", "head 1")] == [
-        "max", "mean", "head 2", "top 3", "head 1",
-    ]  # fmt: skip
+        "max",
+        "mean",
+        "head 2",
+        "top 3",
+        "head 1",
+    ]
     with pytest.raises(ValueError, match="heads 0 to 3"):
         Heads.parse("4", 4)
     with pytest.raises(ValueError, match="topK"):
@@ -139,8 +143,15 @@ def test_words_are_grouped_by_position():
     """Repeated words would collapse if they were merged by text."""
     pieces = ["a", " bl", "ue", " tree", " and", " a", " bl", "ue", " tree", "."]
     found = words_of(range(10), lambda ids: "".join(pieces[i] for i in ids))
-    assert found == [("a", [0]), ("blue", [1, 2]), ("tree", [3]), ("and", [4]), ("a", [5]), ("blue", [6, 7]),
-                     ("tree.", [8, 9])]  # fmt: skip
+    assert found == [
+        ("a", [0]),
+        ("blue", [1, 2]),
+        ("tree", [3]),
+        ("and", [4]),
+        ("a", [5]),
+        ("blue", [6, 7]),
+        ("tree.", [8, 9]),
+    ]
 
 
 def test_white_space_tokens_belong_to_the_next_word_and_empty_ones_to_none():

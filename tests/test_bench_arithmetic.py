@@ -72,9 +72,13 @@ def test_reading_of_a_llama():
     """transformers' own, of LLaVA's kind of decoder: gate, up and down in the MLP, nothing shared between heads."""
     transformers = runtime.import_guarded("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=3,
+        num_attention_heads=4,
         attn_implementation="eager",
-    )  # fmt: skip
+    )
     theirs = transformers.LlamaForCausalLM(config).eval()
     ours = arithmetic.Decoder(3, 64, VOCAB, 4 * 64**2 + 3 * 64 * 176)
     counted = count(lambda: theirs(input_ids=torch.zeros(1, 21, dtype=torch.long), logits_to_keep=1, use_cache=False))

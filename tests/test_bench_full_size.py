@@ -21,9 +21,25 @@ PARTS = ["feature cache", "training", "self-critical training", "inference", "at
 
 def test_the_small_form_runs_every_part(tmp_path):
     """Through the shell script, as a user types it."""
-    command = ["bash", "bench/full_size.sh", "--tiny", "--steps", "2", "--scst-steps", "1", "--images", "4",
-               "--workers", "1", "--device", "cpu", "--out", tmp_path / "found",
-               "--work", tmp_path / "work"]  # fmt: skip
+    command = [
+        "bash",
+        "bench/full_size.sh",
+        "--tiny",
+        "--steps",
+        "2",
+        "--scst-steps",
+        "1",
+        "--images",
+        "4",
+        "--workers",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "found",
+        "--work",
+        tmp_path / "work",
+    ]
     environment = {**bench.os.environ, "PYTHON": sys.executable}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -82,8 +98,12 @@ def test_flags_that_make_no_sense_are_refused(flags, message, capsys):
 def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, capsys):
     """The second command fails: the first one's rows are printed and written, and the exit code is 2."""
     part = {"count": 6, "seconds": 2.0, "host_gb": 1.0, "cuda_gb": 3.0}
-    usage = {"seconds": 9.0, "host_gb": 1.0, "cuda_gb": 4.0,
-             "work": [{"what": "cache", **part}, {"what": "train", **part}]}  # fmt: skip
+    usage = {
+        "seconds": 9.0,
+        "host_gb": 1.0,
+        "cuda_gb": 4.0,
+        "work": [{"what": "cache", **part}, {"what": "train", **part}],
+    }
 
     def run(self, title, *arguments):
         if title == "scst":
@@ -164,8 +184,12 @@ def test_a_script_that_is_not_there_is_named(tmp_path, capsys):
 
 
 def test_numbers_of_the_size_with_those_that_flags_give():
-    args = argparse.Namespace(**dict.fromkeys(("steps", "scst_steps", "images", "maps", "val_images", "infer_batch")),
-                              batch_size=7, workers=1, minutes=None)  # fmt: skip
+    args = argparse.Namespace(
+        **dict.fromkeys(("steps", "scst_steps", "images", "maps", "val_images", "infer_batch")),
+        batch_size=7,
+        workers=1,
+        minutes=None,
+    )
     numbers = bench.choose(args, TINY)
     assert numbers["batch_size"] == 7
     assert numbers["steps"] == TINY.steps

@@ -11,8 +11,13 @@ def test_two_processes_find_what_one_finds(capsys):
 
 
 def result(rate, loss=1.0, weight=0.0, caption="a"):
-    return {"captions/s": rate, "images/s": rate / 4, "losses": [loss], "captions": {"x": caption},
-            "adapter": {"w": torch.tensor([weight])}}  # fmt: skip
+    return {
+        "captions/s": rate,
+        "images/s": rate / 4,
+        "losses": [loss],
+        "captions": {"x": caption},
+        "adapter": {"w": torch.tensor([weight])},
+    }
 
 
 def compare(monkeypatch, tmp_path, found, repeats=1):

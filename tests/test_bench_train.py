@@ -44,6 +44,7 @@ def test_products_of_onednn_are_counted():
 
 
 def test_a_loop_of_transformers_without_our_lora_is_noticed(monkeypatch):
-    monkeypatch.setattr(bench.LoraConv1D, "forward", lambda self, x: self.base(x) + 0 * x @ self.lora.lora_A.T
-                        @ self.lora.lora_B.T)  # fmt: skip
+    monkeypatch.setattr(
+        bench.LoraConv1D, "forward", lambda self, x: self.base(x) + 0 * x @ self.lora.lora_A.T @ self.lora.lora_B.T
+    )
     assert bench.main(["--tiny", "--images", "2"]) == 1

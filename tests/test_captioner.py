@@ -411,8 +411,12 @@ def test_an_adapter_refuses_other_frozen_weights(captioner):
 
 def test_fingerprints_tell_apart_names_shapes_types_and_values():
     base = {"a": torch.arange(6.0)}
-    others = [{"b": torch.arange(6.0)}, {"a": torch.arange(6.0).view(2, 3)}, {"a": torch.arange(6.0).half()},
-              {"a": torch.tensor([0, 1, 2, 3, 4, 5.0000005])}]  # fmt: skip
+    others = [
+        {"b": torch.arange(6.0)},
+        {"a": torch.arange(6.0).view(2, 3)},
+        {"a": torch.arange(6.0).half()},
+        {"a": torch.tensor([0, 1, 2, 3, 4, 5.0000005])},
+    ]
     assert len({fingerprint(state) for state in [base, *others]}) == 5
     transposed = torch.arange(6.0).view(2, 3).T
     assert fingerprint({"a": transposed}) == fingerprint({"a": transposed.contiguous()})

@@ -25,9 +25,27 @@ ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, STEPS = 2, 3  # 12 images in batches of 4
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7, dtype=torch.int64)}
 SMALL = (
-    "--profile", "micro", "--device", "cpu", "--batch-size", "4", "--lora-rank", "4", "--val-images", "4",
-    "--beam-size", "2", "--max-new-tokens", "8", "--log-every", "1", "--save-every", "1", "--lora-dropout", "0.3",
-)  # fmt: skip
+    "--profile",
+    "micro",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "4",
+    "--lora-rank",
+    "4",
+    "--val-images",
+    "4",
+    "--beam-size",
+    "2",
+    "--max-new-tokens",
+    "8",
+    "--log-every",
+    "1",
+    "--save-every",
+    "1",
+    "--lora-dropout",
+    "0.3",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

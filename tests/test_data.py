@@ -78,9 +78,15 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     upright[0, 0], upright[0, 3] = 255, 128  # tells all eight orientations apart
     # How the camera stored the picture: the inverse of the turn that EXIF asks for.
     stored = {
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
-        6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
-    }[orientation]  # fmt: skip
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
@@ -304,11 +310,26 @@ def test_bytes_that_are_no_text_are_refused(split):
 
 TEXTS = ["a red dog runs on the green grass", "the dog doesn't see 12 red birds", "où est le café à l'été ?"] * 3
 ODD_TEXTS = [
-    "a red dog", " leading space", "trailing ", "  runs   of    spaces ", "\ttabs\nand\r\nnewlines\n\n", "",
-    "don't we'll I'VE they're he'd I'm it's 's", "2024 12th 3.14 1,000,000", "café où naïve Ångström", "e\u0301 ﬁ ™ ½",
-    "🐶 👩‍👩‍👧 🇫🇷", "一只红色的狗在跑", "العربية हिन्दी", "\x00\x01\x1f\x7f\x80\xa0\xad", "\u200b\u2028\ufeff\ufffd",
-    "#version: 0.2 # #", "a.b,c;(d)[e]{f}<g>|h|", "<|endoftext", "UPPER lower MiXed",
-]  # fmt: skip
+    "a red dog",
+    " leading space",
+    "trailing ",
+    "  runs   of    spaces ",
+    "\ttabs\nand\r\nnewlines\n\n",
+    "",
+    "don't we'll I'VE they're he'd I'm it's 's",
+    "2024 12th 3.14 1,000,000",
+    "café où naïve Ångström",
+    "e\u0301 ﬁ ™ ½",
+    "🐶 👩‍👩‍👧 🇫🇷",
+    "一只红色的狗在跑",
+    "العربية हिन्दी",
+    "\x00\x01\x1f\x7f\x80\xa0\xad",
+    "\u200b\u2028\ufeff\ufffd",
+    "#version: 0.2 # #",
+    "a.b,c;(d)[e]{f}<g>|h|",
+    "<|endoftext",
+    "UPPER lower MiXed",
+]
 
 
 @pytest.fixture(scope="module")
@@ -726,10 +747,18 @@ def damage_lost_key(folder):
 @pytest.mark.parametrize(
     "damage",
     [
-        damage_one_bit, damage_checksum, damage_shorter, damage_lost_features, damage_listing, damage_double_listing,
-        damage_lost_listing, damage_key, damage_key_syntax, damage_lost_key,
+        damage_one_bit,
+        damage_checksum,
+        damage_shorter,
+        damage_lost_features,
+        damage_listing,
+        damage_double_listing,
+        damage_lost_listing,
+        damage_key,
+        damage_key_syntax,
+        damage_lost_key,
     ],
-)  # fmt: skip
+)
 def test_damaged_or_stale_caches_are_rebuilt_with_a_warning(open_cache, paths, tmp_path, caplog, damage):
     open_cache(encode=Encoder())
     damage(cache_folder(tmp_path))

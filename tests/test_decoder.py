@@ -442,11 +442,7 @@ def test_misuse_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"n_layer": 0}, "n_layer must be positive"),
-        ({"n_head": 5}, "multiple of n_head 5"),
-    ],
+    ("options", "message"), [({"n_layer": 0}, "n_layer must be positive"), ({"n_head": 5}, "multiple of n_head 5")]
 )
 def test_impossible_shapes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

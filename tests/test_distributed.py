@@ -19,21 +19,56 @@ from distributed import ALONE
 from profiles import PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("--profile", "micro", "--device", "cpu", "--lora-rank", "4", "--val-images", "5", "--beam-size", "2",
-         "--max-new-tokens", "8", "--log-every", "1")  # fmt: skip
+SMALL = (
+    "--profile",
+    "micro",
+    "--device",
+    "cpu",
+    "--lora-rank",
+    "4",
+    "--val-images",
+    "5",
+    "--beam-size",
+    "2",
+    "--max-new-tokens",
+    "8",
+    "--log-every",
+    "1",
+)
 EXACT = (*SMALL, "--lora-dropout", "0")
 
 
 def launch(count, *command, timeout=300):
     """Run a script in several processes as `accelerate launch` does, one thread each; return what came of it."""
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
-                "--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", str(count))  # fmt: skip
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "--num_processes",
+        str(count),
+    )
     environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }  # fmt: skip
-    process = subprocess.Popen([sys.executable, *launcher, *map(str, command)], env=environment, cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    }
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *map(str, command)],
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -230,11 +265,29 @@ def assert_same_run(ours, theirs, loss=1e-5, weight=5e-5):
 CASES = {
     # 12 images in batches of 5, 5 and 2, the last with nothing for the third process
     "uneven": (*EXACT, "--batch-size", "5", "--epochs", "2"),
-    "accumulated": (*EXACT, "--batch-size", "4", "--accumulate", "2", "--epochs", "3", "--projector-epochs", "1",
-                    "--captions-per-image", "2", "--label-smoothing", "0.1", "--clip", "0.3", "--average-last", "2",
-                    "--lora-enable", "1,0,1"),
+    "accumulated": (
+        *EXACT,
+        "--batch-size",
+        "4",
+        "--accumulate",
+        "2",
+        "--epochs",
+        "3",
+        "--projector-epochs",
+        "1",
+        "--captions-per-image",
+        "2",
+        "--label-smoothing",
+        "0.1",
+        "--clip",
+        "0.3",
+        "--average-last",
+        "2",
+        "--lora-enable",
+        "1,0,1",
+    ),
     "single": (*EXACT, "--batch-size", "1", "--epochs", "1", "--cache-gb", "0.00001"),
-}  # fmt: skip
+}
 
 
 def test_three_processes_learn_what_one_learns(tmp_path):
@@ -258,9 +311,26 @@ def test_rewarded_training_draws_the_same_captions(tmp_path, draws, reward):
     start = tmp_path / "start"
     assert train(start, *EXACT, "--epochs", "1") == 0
     # 12 images in batches of 5, 5 and 2; the second batch of a step draws behind the first one
-    flags = (*SMALL[:4], *SMALL[6:], "--objective", "scst", "--draws", draws, "--samples", "3", "--batch-size", "5",
-             "--accumulate", "2", "--epochs", "2", "--patience", "0",
-             "--init-adapter", str(start / "last.safetensors"))  # fmt: skip
+    flags = (
+        *SMALL[:4],
+        *SMALL[6:],
+        "--objective",
+        "scst",
+        "--draws",
+        draws,
+        "--samples",
+        "3",
+        "--batch-size",
+        "5",
+        "--accumulate",
+        "2",
+        "--epochs",
+        "2",
+        "--patience",
+        "0",
+        "--init-adapter",
+        str(start / "last.safetensors"),
+    )
     assert train(tmp_path / "one", *flags, fault=reward) == 0
     train_together(3, tmp_path, (tmp_path / "three", flags, reward, 0))
     assert_same_run(tmp_path / "three", tmp_path / "one")
@@ -289,8 +359,14 @@ def test_two_go_on_with_what_one_began_and_with_dropout_resume_bit_for_bit(tmp_p
     assert train(tmp_path / "exact", *exact) == 0
     assert train(tmp_path / "begun", *exact, fault="terminate") == 4
     unbroken, broken, alone = (tmp_path / name for name in ("unbroken", "broken", "alone"))
-    train_together(2, tmp_path, (tmp_path / "begun", (*exact, "--resume"), None, 0), (unbroken, flags, None, 0),
-                   (broken, flags, "terminate", 4), (broken, (*flags, "--resume"), None, 0))  # fmt: skip
+    train_together(
+        2,
+        tmp_path,
+        (tmp_path / "begun", (*exact, "--resume"), None, 0),
+        (unbroken, flags, None, 0),
+        (broken, flags, "terminate", 4),
+        (broken, (*flags, "--resume"), None, 0),
+    )
     assert_same_run(tmp_path / "begun", tmp_path / "exact")
     found, wanted = (load_file(out / "last.safetensors") for out in (broken, unbroken))
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
@@ -333,10 +409,15 @@ def shell(tmp_path, listed, usable, *flags):
     for name, text in (("nvidia-smi", NVIDIA_SMI), ("python", PYTHON)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"),
-                   "LISTED": listed, "USABLE": usable}  # fmt: skip
-    result = subprocess.run(["bash", ROOT / "p2_train.sh", *flags], env=environment, capture_output=True, text=True,
-                            check=True)  # fmt: skip
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": str(tmp_path / "python"),
+        "LISTED": listed,
+        "USABLE": usable,
+    }
+    result = subprocess.run(
+        ["bash", ROOT / "p2_train.sh", *flags], env=environment, capture_output=True, text=True, check=True
+    )
     return result.stdout.splitlines()
 
 
@@ -349,8 +430,13 @@ def test_the_shell_script_starts_a_process_for_every_gpu(tmp_path):
 
 @pytest.mark.parametrize(
     ("listed", "usable", "flags"),
-    [("", "0", []), ("0", "1", []), ("0 1", "1", []), ("0 1", "2", ["--device", "cuda:1"]),
-     ("0 1", "2", ["--device=cpu"])],
-)  # fmt: skip
+    [
+        ("", "0", []),
+        ("0", "1", []),
+        ("0 1", "1", []),
+        ("0 1", "2", ["--device", "cuda:1"]),
+        ("0 1", "2", ["--device=cpu"]),
+    ],
+)
 def test_the_shell_script_starts_one_plain_process_otherwise(listed, usable, flags, tmp_path):
     assert shell(tmp_path, listed, usable, "--epochs", "4", *flags) == ["p2_train.py", "--epochs", "4", *flags]

@@ -130,9 +130,10 @@ def test_p1_is_the_whole_folder_of_llava_and_the_scorer(download, mirror):
     result = download("p1")
     assert result.returncode == 0, result.stderr
     assert {path.relative_to(download.root).as_posix() for path in download.root.rglob("*") if path.is_file()} == {
-        *(target for target in HUB if "llava" in target), "weights/ViT-B-32-quickgelu.openai.safetensors",
+        *(target for target in HUB if "llava" in target),
+        "weights/ViT-B-32-quickgelu.openai.safetensors",
         "weights/fetched.sha256",
-    }  # fmt: skip
+    }
 
 
 def test_what_has_no_checksum_is_said_and_compared_with_the_hubs_own(download, mirror):
@@ -558,8 +559,13 @@ def test_scripts_name_the_command_that_fetches_what_is_missing(
 
 def test_p2_train_sh_hands_its_flags_on_and_each_setting_has_its_own_run_folder():
     """It once forced --out runs/best, so that --setting 1 would have gone there too."""
-    result = subprocess.run(["bash", ROOT / "p2_train.sh", "--setting", "1"], env={**os.environ, "PYTHON": "echo"},
-                            capture_output=True, text=True, check=True)  # fmt: skip
+    result = subprocess.run(
+        ["bash", ROOT / "p2_train.sh", "--setting", "1"],
+        env={**os.environ, "PYTHON": "echo"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert result.stdout == "p2_train.py --setting 1\n"
 
 

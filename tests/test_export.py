@@ -35,8 +35,9 @@ def micro(tiny_profile):
 def make_adapter(path, lora, use_cls=True, layer=-1):
     """An adapter file with random LoRA and projector, as if trained."""
     profile = PROFILES["micro"]
-    config = CaptionerConfig(profile.encoder, profile.encoder_kwargs, profile.encoder_weights, use_cls, lora,
-                             encoder_layer=layer)  # fmt: skip
+    config = CaptionerConfig(
+        profile.encoder, profile.encoder_kwargs, profile.encoder_weights, use_cls, lora, encoder_layer=layer
+    )
     captioner = Captioner(config, build_decoder(profile.decoder, lora))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -107,10 +108,13 @@ def test_the_card_tells_training_and_validation(tmp_path):
     run = tmp_path / "run"
     make_adapter(run / "best.safetensors", LORAS["1"])
     described = {
-        "setting": "2", "git": "abc123", "trainable_parameters": 12345,
+        "setting": "2",
+        "git": "abc123",
+        "trainable_parameters": 12345,
         "train": {"epochs": 3, "batch_size": 4, "optimizer": "adam", "lr": 5e-5, "seed": 7},
-        "versions": {"torch": "9.9"}, "random_weights": False,
-    }  # fmt: skip
+        "versions": {"torch": "9.9"},
+        "random_weights": False,
+    }
     (run / "config.json").write_text(json.dumps(described))
     lines = [
         {"kind": "step", "loss": 1.0},

@@ -136,8 +136,14 @@ def test_the_scale_forgives_single_outliers_and_no_attention():
 @pytest.mark.parametrize("caption", ["a", "a $5 dog and a $6 cat", LONG], ids=["word", "dollars", "long"])
 def test_word_grids_of_any_shape_cut_nothing_off(tmp_path, texts, size, caption):
     words = tuple(caption.split())
-    item = explained(tmp_path / f"{'name' * 30}.png", size, words=words, hot=(1, 1), notes={"CLIPScore": "0.81"},
-                     image_mass=np.linspace(0, 1, len(words)))  # fmt: skip
+    item = explained(
+        tmp_path / f"{'name' * 30}.png",
+        size,
+        words=words,
+        hot=(1, 1),
+        notes={"CLIPScore": "0.81"},
+        image_mass=np.linspace(0, 1, len(words)),
+    )
     figures.word_grid(item, item.views[0], tmp_path / "out.png")
     assert_nothing_is_cut_off_or_run_together(texts)
     (found,) = ([text for text, _ in found] for found in texts.values())

@@ -98,11 +98,14 @@ def test_the_micro_world_carries_its_own_boxes(tiny_data):
 def test_coco_instances_are_found_by_their_categorys_name(tmp_path):
     text = write(tmp_path / "c.json", captions("A thing.", "Two dogs chase a bus, and a man."))
     instances = {
-        "images": [], "categories": [{"id": 18, "name": "dog"}, {"id": 6, "name": "bus"}, {"id": 1, "name": "person"}],
-        "annotations": [{"image_id": 1, "category_id": 18, "bbox": [0, 0, 10, 10]},
-                        {"image_id": 1, "category_id": 18, "bbox": [50, 0, 10, 10]},
-                        {"image_id": 1, "category_id": 6, "bbox": [20, 20, 30, 30]}],
-    }  # fmt: skip
+        "images": [],
+        "categories": [{"id": 18, "name": "dog"}, {"id": 6, "name": "bus"}, {"id": 1, "name": "person"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 18, "bbox": [0, 0, 10, 10]},
+            {"image_id": 1, "category_id": 18, "bbox": [50, 0, 10, 10]},
+            {"image_id": 1, "category_id": 6, "bbox": [20, 20, 30, 30]},
+        ],
+    }
     (sample,) = load_samples(text, tmp_path, write(tmp_path / "i.json", instances))
     assert sample.caption.startswith("Two dogs")
     assert {m.word: len(m.boxes) for m in sample.mentions} == {1: 2, 4: 1}
@@ -123,10 +126,11 @@ def test_bad_annotations_are_named(tmp_path):
 
 MENTIONED = {
     "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 40}],
-    "annotations": [{"id": 1, "image_id": 1, "caption": "a red bike",
-                     "mentions": [{"word": 2, "role": "noun", "objects": [7]}]}],
+    "annotations": [
+        {"id": 1, "image_id": 1, "caption": "a red bike", "mentions": [{"word": 2, "role": "noun", "objects": [7]}]}
+    ],
     "objects": [{"id": 7, "image_id": 1, "bbox": [1, 2, 3, 4]}],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

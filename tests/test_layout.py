@@ -14,8 +14,16 @@ MODULES = {
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("microworld/*.py"), *ROOT.glob("bench/*.py")])
 }
 HEAVY = {
-    "timm", "open_clip", "transformers", "torchvision", "pycocoevalcap", "matplotlib", "accelerate", "pyarrow", "ray",
-}  # fmt: skip
+    "timm",
+    "open_clip",
+    "transformers",
+    "torchvision",
+    "pycocoevalcap",
+    "matplotlib",
+    "accelerate",
+    "pyarrow",
+    "ray",
+}
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
 SCRIPTS = [name for name, source in SOURCES.items() if '__name__ == "__main__"' in source]
 ALLOWED = {  # siblings of the modules that others build on; what is not named here is free

@@ -107,8 +107,13 @@ def test_beams_answer_as_in_plain_generate(model, scenes):
     paths = list_images(scenes / "images" / "val")[:6]
     rows = [model.row(load_image(path), PROMPTS[1]) for path in paths]
     for row, tokens in zip(rows, model.generate(rows, num_beams=3, max_new_tokens=30), strict=True):
-        plain = model.model.generate(input_ids=row.input_ids[None], pixel_values=row.pixel_values, num_beams=3,
-                                     do_sample=False, max_new_tokens=30)  # fmt: skip
+        plain = model.model.generate(
+            input_ids=row.input_ids[None],
+            pixel_values=row.pixel_values,
+            num_beams=3,
+            do_sample=False,
+            max_new_tokens=30,
+        )
         assert [t for t in plain[0, len(row.input_ids) :].tolist() if t not in model.eos_ids] == tokens
 
 

@@ -11,15 +11,7 @@ from PIL import Image, ImageDraw
 from data import Tokenizer, load_split
 from llava import PROMPTS
 from microworld.instructions import KEY_OBJECTS, SHORT, conversation
-from microworld.scenes import (
-    SIZE,
-    generate,
-    held_out,
-    main,
-    make_image,
-    make_scene,
-    render,
-)
+from microworld.scenes import SIZE, generate, held_out, main, make_image, make_scene, render
 from microworld.things import COLOURS, KINDS, PLACES, Pen
 
 MANY = 500

@@ -25,9 +25,23 @@ from profiles import PROFILES
 
 EPOCHS, STEPS = 2, 3  # 12 images in batches of 4
 SMALL = (
-    "--profile", "micro", "--device", "cpu", "--batch-size", "4", "--lora-rank", "4", "--val-images", "4",
-    "--beam-size", "2", "--max-new-tokens", "8", "--log-every", "1",
-)  # fmt: skip
+    "--profile",
+    "micro",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "4",
+    "--lora-rank",
+    "4",
+    "--val-images",
+    "4",
+    "--beam-size",
+    "2",
+    "--max-new-tokens",
+    "8",
+    "--log-every",
+    "1",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -221,8 +235,16 @@ def test_the_blind_baseline_trains_and_says_so(run, tmp_path, no_scoring):
     assert blind != seeing  # the first batch shows the same images with other captions
 
 
-@pytest.mark.parametrize("flags", [("--no-cls",), ("--lora-enable", "1,0,1"), ("--accumulate", "2"),
-                                   ("--captions-per-image", "2"), ("--precision", "bf16")])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--no-cls",),
+        ("--lora-enable", "1,0,1"),
+        ("--accumulate", "2"),
+        ("--captions-per-image", "2"),
+        ("--precision", "bf16"),
+    ],
+)
 def test_options_train(flags, tmp_path, no_scoring):
     assert train(tmp_path / "run", *flags, "--epochs", 1) == 0
     steps = 2 if flags[0] == "--accumulate" else STEPS
@@ -231,9 +253,15 @@ def test_options_train(flags, tmp_path, no_scoring):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(("--epochs", "0"), "--epochs 0"), (("--lr", "-1"), "--lr -1"), (("--label-smoothing", "1"), "--label-smoothing"),
-     (("--lora-rank", "0"), "--lora-rank"), (("--data", "nowhere"), "nowhere"), (("--device", "cuda:99"), "cuda:99")],
-)  # fmt: skip
+    [
+        (("--epochs", "0"), "--epochs 0"),
+        (("--lr", "-1"), "--lr -1"),
+        (("--label-smoothing", "1"), "--label-smoothing"),
+        (("--lora-rank", "0"), "--lora-rank"),
+        (("--data", "nowhere"), "nowhere"),
+        (("--device", "cuda:99"), "cuda:99"),
+    ],
+)
 def test_bad_flags_are_refused_by_name(flags, message, tmp_path, capsys):
     assert train(tmp_path / "run", *flags) == 2
     assert message in capsys.readouterr().err
@@ -276,8 +304,26 @@ def test_a_few_pictures_are_learned_by_heart_and_captioned_word_for_word(tiny_da
         (folder / f"{split}.json").write_text(json.dumps(rows))
 
     out = tmp_path / "run"
-    assert train(out, "--data", folder, "--epochs", 5, "--lr", "5e-3", "--lora-dropout", 0, "--lora-rank", 16,
-                 "--lora-alpha", 16, "--max-new-tokens", 20) == 0  # fmt: skip
+    assert (
+        train(
+            out,
+            "--data",
+            folder,
+            "--epochs",
+            5,
+            "--lr",
+            "5e-3",
+            "--lora-dropout",
+            0,
+            "--lora-rank",
+            16,
+            "--lora-alpha",
+            16,
+            "--max-new-tokens",
+            20,
+        )
+        == 0
+    )
     losses = [r["train_loss"] for r in records(out, "epoch")]
     assert losses[-1] < losses[0] / 2
     pred = tmp_path / "pred.json"
@@ -384,8 +430,15 @@ def test_odd_pictures_are_captioned(run, tmp_path):
     Image.new("RGB", (900, 3)).save(folder / "stripe.png")
     assert infer(folder, tmp_path / "pred.json", run / "last.safetensors") == 0
     assert set(json.loads((tmp_path / "pred.json").read_text())) == {
-        "cmyk", "grey", "bits", "palette", "sixteen", "turned", "dot", "stripe"
-    }  # fmt: skip
+        "cmyk",
+        "grey",
+        "bits",
+        "palette",
+        "sixteen",
+        "turned",
+        "dot",
+        "stripe",
+    }
 
 
 def test_a_broken_picture_is_named_and_spares_the_others(run, tiny_data, tmp_path, capfd, caplog):
@@ -410,8 +463,11 @@ def test_folders_without_plain_pictures_are_refused(run, tmp_path, capsys):
     twins.mkdir()
     for name in ("a.jpg", "a.png"):
         Image.new("RGB", (8, 8)).save(twins / name)
-    for folder, message in ((tmp_path / "gone", "no such folder"), (tmp_path / "empty", "no image here"),
-                            (twins, "a.jpg and a.png")):  # fmt: skip
+    for folder, message in (
+        (tmp_path / "gone", "no such folder"),
+        (tmp_path / "empty", "no image here"),
+        (twins, "a.jpg and a.png"),
+    ):
         assert infer(folder, tmp_path / "pred.json", run / "last.safetensors") == 2
         error = capsys.readouterr().err
         assert message in error

@@ -14,9 +14,21 @@ import runtime
 from profiles import PROFILES
 
 TRAIN = (
-    "--device", "cpu", "--batch-size", "4", "--lora-rank", "4", "--val-images", "2", "--beam-size", "2",
-    "--max-new-tokens", "8", "--epochs", "1",
-)  # fmt: skip
+    "--device",
+    "cpu",
+    "--batch-size",
+    "4",
+    "--lora-rank",
+    "4",
+    "--val-images",
+    "2",
+    "--beam-size",
+    "2",
+    "--max-new-tokens",
+    "8",
+    "--epochs",
+    "1",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,8 +60,23 @@ def images(tiny_data, tmp_path):
 
 
 def explain(model, images, out, adapter, *flags):
-    return p3_attention.main(["--model", model, "--images", *map(str, images), "--out", str(out), "--profile", "micro",
-                              "--device", "cpu", "--adapter", str(adapter), *map(str, flags)])  # fmt: skip
+    return p3_attention.main(
+        [
+            "--model",
+            model,
+            "--images",
+            *map(str, images),
+            "--out",
+            str(out),
+            "--profile",
+            "micro",
+            "--device",
+            "cpu",
+            "--adapter",
+            str(adapter),
+            *map(str, flags),
+        ]
+    )
 
 
 @pytest.mark.parametrize("model", ["p1", "p2"])
@@ -77,8 +104,24 @@ def test_flags_choose_layers_heads_and_method(images, tmp_path, adapter):
     one = sorted(images.iterdir())[:1]
     text = ("--caption", "A red ball.")
     assert explain("p2", one, tmp_path / "a", adapter, *text, "--method", "raw", "--layers", 1, "--heads", 0) == 0
-    assert explain("p2", one, tmp_path / "b", adapter, *text, "--method", "relative", "--heads", "max", "--row", "own",
-                   "--relative-to", "generic") == 0  # fmt: skip
+    assert (
+        explain(
+            "p2",
+            one,
+            tmp_path / "b",
+            adapter,
+            *text,
+            "--method",
+            "relative",
+            "--heads",
+            "max",
+            "--row",
+            "own",
+            "--relative-to",
+            "generic",
+        )
+        == 0
+    )
     a, b = (np.load(tmp_path / x / f"{one[0].stem}.npz") for x in "ab")
     assert (str(a["method"]), a["layers"].tolist(), str(a["heads"])) == ("raw", [1], "head 0")
     assert (str(b["method"]), str(b["heads"]), str(b["row"])) == ("relative", "max", "own")

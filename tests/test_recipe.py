@@ -16,8 +16,24 @@ from decoder import LoraConfig, build_decoder
 from profiles import PROFILES
 from training import TrainConfig
 
-SMALL = ("--profile", "micro", "--device", "cpu", "--batch-size", "4", "--lora-rank", "4", "--val-images", "4",
-         "--beam-size", "2", "--max-new-tokens", "8", "--log-every", "1")  # fmt: skip
+SMALL = (
+    "--profile",
+    "micro",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "4",
+    "--lora-rank",
+    "4",
+    "--val-images",
+    "4",
+    "--beam-size",
+    "2",
+    "--max-new-tokens",
+    "8",
+    "--log-every",
+    "1",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -74,8 +90,11 @@ def test_lora_that_waited_begins_without_the_momentum_of_the_wait(tmp_path):
 def test_the_projector_has_a_learning_rate_of_its_own(tmp_path, monkeypatch):
     seen = []
     step = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step",
-                        lambda self, *a, **k: (seen.append([g["lr"] for g in self.param_groups]), step(self, *a, **k)))
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, *a, **k: (seen.append([g["lr"] for g in self.param_groups]), step(self, *a, **k)),
+    )
     flags = ("--epochs", 1, "--lr", 0.001, "--projector-lr", 0.004, "--schedule", "constant", "--warmup", 0)
     assert train(tmp_path / "run", *flags) == 0
     assert set(map(tuple, seen)) == {(0.001, 0.004)}
@@ -150,11 +169,17 @@ def test_rank_stabilised_lora_scales_by_alpha_over_the_root_of_the_rank():
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(("--projector-epochs", "9"), "--projector-epochs 9"), (("--average-last", "-1"), "--average-last -1"),
-     (("--patience", "-1"), "--patience -1"), (("--encoder-layer", "0"), "--encoder-layer 0"),
-     (("--encoder-layer", "-9"), "--encoder-layer -9"), (("--temperature", "0"), "--temperature 0"),
-     (("--clip-reward", "-1"), "--clip-reward -1"), (("--xe-weight", "-1"), "--xe-weight -1")],
-)  # fmt: skip
+    [
+        (("--projector-epochs", "9"), "--projector-epochs 9"),
+        (("--average-last", "-1"), "--average-last -1"),
+        (("--patience", "-1"), "--patience -1"),
+        (("--encoder-layer", "0"), "--encoder-layer 0"),
+        (("--encoder-layer", "-9"), "--encoder-layer -9"),
+        (("--temperature", "0"), "--temperature 0"),
+        (("--clip-reward", "-1"), "--clip-reward -1"),
+        (("--xe-weight", "-1"), "--xe-weight -1"),
+    ],
+)
 def test_numbers_out_of_range_are_refused_by_flag(flags, message, tmp_path, capsys):
     assert train(tmp_path / "run", "--epochs", 2, *flags) == 2
     assert message in capsys.readouterr().err

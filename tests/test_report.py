@@ -28,11 +28,28 @@ def png(colour="red", size=(40, 30)):
 def write_run(folder, setting="1", epochs=2, done=2, cider=1.25, profile="micro", **train):
     folder.mkdir(parents=True)
     numbers = {"epochs": epochs, "batch_size": 8, "lr": 0.001, "lora_rank": 4, "lora_alpha": 4.0, "seed": 0, **train}
-    config = {"setting": setting, "profile": profile, "train": numbers, "captioner": {"encoder": NAUGHTY},
-              "trainable_parameters": 1234, "device": "cpu", "versions": {"torch": "2.13.0"}}  # fmt: skip
+    config = {
+        "setting": setting,
+        "profile": profile,
+        "train": numbers,
+        "captioner": {"encoder": NAUGHTY},
+        "trainable_parameters": 1234,
+        "device": "cpu",
+        "versions": {"torch": "2.13.0"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    lines = [{"kind": "epoch", "epoch": e, "step": 10 * e, "train_loss": 1.0, "val_loss": 1.1, "val_cider": e / 10,
-              "seconds": 30.0 * e} for e in range(1, done + 1)]  # fmt: skip
+    lines = [
+        {
+            "kind": "epoch",
+            "epoch": e,
+            "step": 10 * e,
+            "train_loss": 1.0,
+            "val_loss": 1.1,
+            "val_cider": e / 10,
+            "seconds": 30.0 * e,
+        }
+        for e in range(1, done + 1)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "best.safetensors").write_bytes(b"")
     scores = {"CIDEr": cider, "CLIPScore": 1.5, "images": 9, "device": "cpu"}
@@ -90,8 +107,14 @@ def test_settings_of_several_seeds_are_averaged(root, tmp_path):
 
 def test_missing_parts_are_named_with_the_command_that_makes_them(root, tmp_path):
     page = make(root, tmp_path)
-    for what in ("captions and scores of both prompts", "--best-worst", "--grounding", "make settings",
-                 "--objective scst", "make ablation"):  # fmt: skip
+    for what in (
+        "captions and scores of both prompts",
+        "--best-worst",
+        "--grounding",
+        "make settings",
+        "--objective scst",
+        "make ablation",
+    ):
         assert what in page, what
 
 
@@ -114,13 +137,15 @@ def test_a_complete_part_is_not_called_missing(root, tmp_path):
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
-    [(lambda f: (f / "config.json").write_text("{"), "half-written"),
-     (lambda f: (f / "config.json").write_text('{"setting": "1"}'), "another version"),
-     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-     (lambda f: (f / "metrics.jsonl").write_text('{"kind": "epo'), "half-written"),
-     (lambda f: (f / "val_scores.json").write_text("[]"), "no JSON object"),
-     (lambda f: (f / "best.safetensors").unlink(), "best.safetensors is missing")],
-)  # fmt: skip
+    [
+        (lambda f: (f / "config.json").write_text("{"), "half-written"),
+        (lambda f: (f / "config.json").write_text('{"setting": "1"}'), "another version"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (lambda f: (f / "metrics.jsonl").write_text('{"kind": "epo'), "half-written"),
+        (lambda f: (f / "val_scores.json").write_text("[]"), "no JSON object"),
+        (lambda f: (f / "best.safetensors").unlink(), "best.safetensors is missing"),
+    ],
+)
 def test_a_run_that_cannot_be_trusted_is_named_and_left_out(spoil, reason, root, tmp_path):
     spoil(write_run(root / "odd", cider=9.87654))
     page = make(root, tmp_path)
@@ -196,8 +221,10 @@ def test_rewards_stand_beside_what_they_began_with_and_people(root, tmp_path):
         write_run(root / "settings" / name, setting="best", cider=before, seed=seed)
         tuned = write_run(root / "rewards" / "cider" / str(seed), cider=after, seed=seed, objective="scst")
         scores = json.loads((tuned / "val_scores.json").read_text())
-        scores |= {"captions": {"mean_length": 9.0, "repeated_2": 0.25},
-                   "references": {"mean_length": 9.5, "repeated_2": 0.05}}  # fmt: skip
+        scores |= {
+            "captions": {"mean_length": 9.0, "repeated_2": 0.25},
+            "references": {"mean_length": 9.5, "repeated_2": 0.05},
+        }
         (tuned / "val_scores.json").write_text(json.dumps(scores))
     page = make(root, tmp_path)
     with (tmp_path / "report_files" / "p2_rewards.csv").open() as file:

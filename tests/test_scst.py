@@ -184,8 +184,22 @@ def test_with_equal_weights_the_loss_is_cross_entropys(captioner, tokenizer):
 
 # ---------------------------------------------------------------------------------------------------------- training
 
-SMALL = ("--profile", "micro", "--device", "cpu", "--batch-size", "4", "--val-images", "4", "--beam-size", "2",
-         "--max-new-tokens", "8", "--log-every", "1")  # fmt: skip
+SMALL = (
+    "--profile",
+    "micro",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "4",
+    "--val-images",
+    "4",
+    "--beam-size",
+    "2",
+    "--max-new-tokens",
+    "8",
+    "--log-every",
+    "1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +211,9 @@ def begun(tmp_path_factory):
 
 
 def tune(out, adapter, *flags):
-    return p2_train.main([*SMALL, "--objective", "scst", "--samples", "3", "--init-adapter", str(adapter), "--out",
-                          str(out), *flags])  # fmt: skip
+    return p2_train.main(
+        [*SMALL, "--objective", "scst", "--samples", "3", "--init-adapter", str(adapter), "--out", str(out), *flags]
+    )
 
 
 def epochs(out):

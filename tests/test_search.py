@@ -83,9 +83,15 @@ def two_models(pull: float):
     transformers = import_guarded("transformers")
     torch.manual_seed(3)
     config = transformers.GPT2Config(
-        vocab_size=TINY.vocab_size, n_positions=TINY.n_positions, n_embd=TINY.n_embd, n_layer=TINY.n_layer,
-        n_head=TINY.n_head, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS,
-    )  # fmt: skip
+        vocab_size=TINY.vocab_size,
+        n_positions=TINY.n_positions,
+        n_embd=TINY.n_embd,
+        n_layer=TINY.n_layer,
+        n_head=TINY.n_head,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
     theirs = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():  # far from its own initialisation, which repeats one word for ever
         for parameter in theirs.parameters():
@@ -102,9 +108,14 @@ def transformers_captions(model, prefix: torch.Tensor, beams: int, penalty: floa
     bos = model.transformer.wte(torch.full((prefix.shape[0], 1), EOS))
     embeddings = torch.cat((prefix, bos), 1)
     out = model.generate(
-        inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2]), num_beams=beams, do_sample=False,
-        max_new_tokens=length, length_penalty=penalty, early_stopping=False,
-    )  # fmt: skip
+        inputs_embeds=embeddings,
+        attention_mask=torch.ones(embeddings.shape[:2]),
+        num_beams=beams,
+        do_sample=False,
+        max_new_tokens=length,
+        length_penalty=penalty,
+        early_stopping=False,
+    )
     return [row[: row.index(EOS)] if EOS in row else row for row in out.tolist()]
 
 
@@ -162,6 +173,7 @@ def test_all_captions_of_a_wide_beam_are_the_best_ones_in_order():
     model = TableModel(vocab=4, rows=2, depth=3, sharpness=1.5)
     finished = beam_search(model.step([0, 1]), 2, EOS, EOS, 3**3 * 4, 4, length_penalty=1.0).finished
     for row, captions in enumerate(finished):
+
         def score(caption, row=row):
             tokens = (*caption, EOS)[:4]
             log_probs = (model.logits(row, tokens[:i]).log_softmax(-1)[t].item() for i, t in enumerate(tokens))
@@ -372,10 +384,12 @@ def test_images_that_leave_the_batch_keep_their_captions(beams):
         sizes.append(len(tokens))
         fed.append(tokens)
         slots = torch.cat(fed, 1)
-        return torch.stack([
-            torch.stack([model.logits(row, tuple(own[seen].tolist())[1:]) for seen in mask])
-            for row, own, mask in zip(rows, slots, ancestors, strict=True)
-        ])  # fmt: skip
+        return torch.stack(
+            [
+                torch.stack([model.logits(row, tuple(own[seen].tolist())[1:]) for seen in mask])
+                for row, own, mask in zip(rows, slots, ancestors, strict=True)
+            ]
+        )
 
     def keep(places: torch.Tensor) -> None:
         fed[:] = [tokens[places] for tokens in fed]

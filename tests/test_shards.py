@@ -129,8 +129,12 @@ def test_braces():
     assert list(expand_braces("{8..10}")) == ["8", "9", "10"]
     assert list(expand_braces("plain.tar")) == ["plain.tar"]
     assert list(expand_braces("{x}.tar")) == ["{x}.tar"]
-    for text, message in (("{3..1}", "backwards"), ("{a..c}", "two numbers"), ("{0..999999999}", "a digit too many"),
-                          ("{0..9999}{0..9999}", "a digit too many")):  # fmt: skip
+    for text, message in (
+        ("{3..1}", "backwards"),
+        ("{a..c}", "two numbers"),
+        ("{0..999999999}", "a digit too many"),
+        ("{0..9999}{0..9999}", "a digit too many"),
+    ):
         with pytest.raises(ValueError, match=message):
             list(expand_braces(text))
 
@@ -159,8 +163,15 @@ def test_shards_of_one_name_in_two_folders_get_two_names(tmp_path):
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 def test_a_tar_gives_its_images_and_says_what_else_it_holds(tmp_path, mode):
-    files = [("./in/a.b.PNG", picture(1)), ("in/a.txt", b"1"), ("in/._a.png", b"mac"), ("link.jpg", None),
-             ("seg.mask.png", picture(2)), ("bad.jpg", b"no picture"), ("x" * 150 + ".png", picture(3))]  # fmt: skip
+    files = [
+        ("./in/a.b.PNG", picture(1)),
+        ("in/a.txt", b"1"),
+        ("in/._a.png", b"mac"),
+        ("link.jpg", None),
+        ("seg.mask.png", picture(2)),
+        ("bad.jpg", b"no picture"),
+        ("x" * 150 + ".png", picture(3)),
+    ]
     path, found = write_tar(tmp_path / "t.tar", files, mode), Findings()
     entries = list(TarShard(path, "t").entries(found))
     assert [entry.key for entry in entries] == ["in/a.b", "link", "seg.mask", "bad", "x" * 150]
@@ -238,8 +249,17 @@ def test_a_list_is_cut_into_shards_of_lines(tmp_path):
 
 def test_a_jsonl_list_names_keys_and_its_bad_lines_are_named(tmp_path):
     (tmp_path / "p.png").write_bytes(picture(9))
-    lines = ['{"image": "p.png", "key": "own"}', '{"image": "p.png"}', "{", '{"key": "x"}', '{"image": ""}',
-             '{"image": "a\\u0000b"}', '{"image": "\\ud800.png"}', '{"image": "p.png", "key": 3}', "[]"]  # fmt: skip
+    lines = [
+        '{"image": "p.png", "key": "own"}',
+        '{"image": "p.png"}',
+        "{",
+        '{"key": "x"}',
+        '{"image": ""}',
+        '{"image": "a\\u0000b"}',
+        '{"image": "\\ud800.png"}',
+        '{"image": "p.png", "key": 3}',
+        "[]",
+    ]
     (tmp_path / "l.jsonl").write_text("\n".join(lines))
     entries = list(Source(tmp_path / "l.jsonl").shards(tmp_path)[0].entries(Findings()))
     assert [entry.key for entry in entries[:2]] == ["own", "p"]
@@ -298,8 +318,15 @@ def test_every_key_has_one_result_and_the_manifest_says_so(tars, tmp_path, form)
     assert run(tars, out) == 0
     assert results(out) == EXPECTED
     said = manifest(out)
-    assert said["totals"] == {"shards": 3, "images": 16, "captioned": 16, "unreadable": 0, "duplicates": 0, "others": 0,
-                              "damaged": 0}  # fmt: skip
+    assert said["totals"] == {
+        "shards": 3,
+        "images": 16,
+        "captioned": 16,
+        "unreadable": 0,
+        "duplicates": 0,
+        "others": 0,
+        "damaged": 0,
+    }
     assert said["exactly_one_result_for_each_key"] is True
     assert said["keys"] == 16
     assert said["run"]["model"] == "m"
@@ -391,8 +418,15 @@ def test_bad_input_is_named_counted_and_spares_the_rest(tmp_path, caplog):
     expected = {f"{k:03d}": f"level {k}" for k in range(7)} | {"bad": "level 7"}
     assert results(tmp_path / "out.jsonl") == expected
     said = manifest(tmp_path / "out.jsonl")
-    assert said["totals"] == {"shards": 4, "images": 11, "captioned": 8, "unreadable": 1, "duplicates": 2, "others": 1,
-                              "damaged": 2}  # fmt: skip
+    assert said["totals"] == {
+        "shards": 4,
+        "images": 11,
+        "captioned": 8,
+        "unreadable": 1,
+        "duplicates": 2,
+        "others": 1,
+        "damaged": 2,
+    }
     assert said["keys"] == len(expected)
     first, second, third, fourth = said["shards"]
     for shard in said["shards"]:
@@ -402,9 +436,14 @@ def test_bad_input_is_named_counted_and_spares_the_rest(tmp_path, caplog):
     assert second["part_sha256"] == parts.sha256_of(tmp_path / "out.jsonl" / "1.jsonl")
     assert "unexpected end of data" in third["damage"]
     assert fourth["damage"]
-    for text in ("001.png: another entry before it has the key 001", "bad.png: the file is of no known",
-                 "2.tar: damaged", "3.tar: damaged", "1 keys have a caption in an earlier shard, which stays: 002",
-                 "1 images cannot be read, 2 have another's key, 2 shards are damaged"):  # fmt: skip
+    for text in (
+        "001.png: another entry before it has the key 001",
+        "bad.png: the file is of no known",
+        "2.tar: damaged",
+        "3.tar: damaged",
+        "1 keys have a caption in an earlier shard, which stays: 002",
+        "1 images cannot be read, 2 have another's key, 2 shards are damaged",
+    ):
         assert text in caplog.text
 
 
@@ -633,8 +672,21 @@ def adapter(tmp_path_factory, tiny_profile):
 
 
 def flags(profile, adapter):
-    return [profile.decoder, "--adapter", str(adapter), "--tokenizer", profile.tokenizer, "--device", "cpu",
-            "--beam-size", "2", "--max-new-tokens", "8", "--batch-size", "2"]  # fmt: skip
+    return [
+        profile.decoder,
+        "--adapter",
+        str(adapter),
+        "--tokenizer",
+        profile.tokenizer,
+        "--device",
+        "cpu",
+        "--beam-size",
+        "2",
+        "--max-new-tokens",
+        "8",
+        "--batch-size",
+        "2",
+    ]
 
 
 def test_p2_infer_captions_tars_as_the_folder_that_they_were_made_of(tmp_path, tiny_data, tiny_profile, adapter):
@@ -701,9 +753,7 @@ def launch(script, processes, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(script)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [*command, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([*command, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_processes_share_the_shards_and_three_finish_what_killed_ones_began(tmp_path):

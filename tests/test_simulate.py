@@ -126,9 +126,13 @@ def test_other_assumptions_give_other_tables(quick, capsys):
 def rehearsal(path, **changes):
     """A file as bench/full_size.sh writes one on a GPU."""
     found = {
-        "tiny": False, "machine": "a GPU", "matrix_rates": {"fp32": 5e13, "bf16": 6e14}, "copy_rate": 3e12,
-        "rows": [{"part": "inference", "a second": 250.0}], **changes,
-    }  # fmt: skip
+        "tiny": False,
+        "machine": "a GPU",
+        "matrix_rates": {"fp32": 5e13, "bf16": 6e14},
+        "copy_rate": 3e12,
+        "rows": [{"part": "inference", "a second": 250.0}],
+        **changes,
+    }
     path.write_text(json.dumps(found))
     return str(path)
 

@@ -95,7 +95,9 @@ def test_nothing_in_the_suite_unpickles_by_itself():
     root = Path(__file__).resolve().parent.parent
     sources = {path.name: path.read_text() for path in [*root.glob("*.py"), *root.glob("microworld/*.py")]}
     calls = [
-        (name, line.strip()) for name, text in sources.items() for line in text.splitlines()
+        (name, line.strip())
+        for name, text in sources.items()
+        for line in text.splitlines()
         if any(call in line for call in ("torch.load(", "pickle.load", "np.load(", "allow_pickle", "trust_remote_code"))
-    ]  # fmt: skip
+    ]
     assert calls == [("decoder.py", 'state = torch.load(file, map_location="cpu", weights_only=True)')]

@@ -37,8 +37,15 @@ class Recorder:
 def leave_run(folder):
     folder.mkdir(parents=True, exist_ok=True)
     train = {"epochs": 1, "batch_size": 8, "lr": 0.1, "lora_rank": 4, "lora_alpha": 4, "seed": 0}
-    config = {"setting": "1", "profile": "micro", "train": train, "captioner": {}, "trainable_parameters": 1,
-              "device": "cpu", "versions": {}}  # fmt: skip
+    config = {
+        "setting": "1",
+        "profile": "micro",
+        "train": train,
+        "captioner": {},
+        "trainable_parameters": 1,
+        "device": "cpu",
+        "versions": {},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text('{"kind": "epoch", "epoch": 1, "step": 1}\n')
     (folder / "best.safetensors").touch()
@@ -124,9 +131,13 @@ def test_rewards_tune_the_setting_best_of_the_same_seed_by_the_same_rule(tmp_pat
 
 @pytest.mark.parametrize(
     "flags",
-    [("rewards", "--only", "bleu"), ("settings", "--only", "9"), ("ablation", "--seeds", "0"),
-     ("ablation", "--only", "x")],
-)  # fmt: skip
+    [
+        ("rewards", "--only", "bleu"),
+        ("settings", "--only", "9"),
+        ("ablation", "--seeds", "0"),
+        ("ablation", "--only", "x"),
+    ],
+)
 def test_names_and_numbers_that_do_not_exist_are_refused(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(studies, "Runner", Recorder)
     assert studies.main([*flags, "--out", str(tmp_path)]) == 2

@@ -11,8 +11,26 @@ import p2_train
 from profiles import PROFILES
 from trackers import Trackers, flat
 
-FLAGS = ("--profile", "micro", "--device", "cpu", "--batch-size", "4", "--lora-rank", "4", "--val-images", "4",
-         "--beam-size", "1", "--max-new-tokens", "4", "--log-every", "1", "--epochs", "1")  # fmt: skip
+FLAGS = (
+    "--profile",
+    "micro",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "4",
+    "--lora-rank",
+    "4",
+    "--val-images",
+    "4",
+    "--beam-size",
+    "1",
+    "--max-new-tokens",
+    "4",
+    "--log-every",
+    "1",
+    "--epochs",
+    "1",
+)
 
 
 @pytest.fixture
@@ -116,8 +134,13 @@ def test_tensorboard_shows_the_numbers_of_a_resumed_run_too(micro, tmp_path):
 
 def test_a_config_is_flat_for_a_tracker():
     config = {"train": {"lr": 0.1, "lora": {"rank": 4}}, "lora_enable": (True, False), "git": None, "cls": True}
-    assert flat(config) == {"train.lr": 0.1, "train.lora.rank": 4, "lora_enable": "[true, false]", "git": "null",
-                            "cls": True}  # fmt: skip
+    assert flat(config) == {
+        "train.lr": 0.1,
+        "train.lora.rank": 4,
+        "lora_enable": "[true, false]",
+        "git": "null",
+        "cls": True,
+    }
 
 
 def test_trackers_hand_on_numbers_only(tracking, tmp_path, monkeypatch):

@@ -52,8 +52,9 @@ class Browser:
         return self.post("/goog/cdp/execute", cmd=command, params=parameters)
 
     def open(self, page, width=1200, height=900, dark=False, fragment=""):
-        self.devtools("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                      mobile=False)  # fmt: skip
+        self.devtools(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         still = {"name": "prefers-reduced-motion", "value": "reduce"}  # pictures must not catch a transition halfway
         self.devtools("Emulation.setEmulatedMedia", features=[scheme, still])
@@ -87,9 +88,13 @@ class Browser:
         return self.run("document.querySelector(arguments[0]).textContent", selector)
 
     def choose(self, name, value):
-        self.run("""(([name, value]) => { const field = document.querySelector(`[name=${name}]`);
+        self.run(
+            """(([name, value]) => { const field = document.querySelector(`[name=${name}]`);
             if (field.type === "checkbox") field.checked = value; else field.value = value;
-            field.dispatchEvent(new Event("change")); })(arguments)""", name, value)  # fmt: skip
+            field.dispatchEvent(new Event("change")); })(arguments)""",
+            name,
+            value,
+        )
 
     def options(self, name):
         return self.run("[...document.querySelector(`[name=${arguments[0]}]`).options].map(o => o.value)", name)
@@ -224,10 +229,15 @@ def test_a_failed_page_leaves_the_old_one(tmp_path):
 @needs_browser
 @pytest.mark.parametrize(
     ("size", "window", "hot"),
-    [((120, 80), (0, 0, 120, 80), (1, 4)), ((80, 120), (0, 0, 80, 120), (3, 0)), ((90, 90), (0, 0, 90, 90), (0, 5)),
-     ((160, 80), (40, 0, 120, 80), (2, 1)), ((80, 160), (0, 30, 80, 130), (2, 1))],
+    [
+        ((120, 80), (0, 0, 120, 80), (1, 4)),
+        ((80, 120), (0, 0, 80, 120), (3, 0)),
+        ((90, 90), (0, 0, 90, 90), (0, 5)),
+        ((160, 80), (40, 0, 120, 80), (2, 1)),
+        ((80, 160), (0, 30, 80, 130), (2, 1)),
+    ],
     ids=["landscape", "portrait", "square", "cropped sides", "cropped top"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("smooth", [True, False], ids=["smooth", "cells"])
 def test_a_planted_patch_lights_up_at_its_place_of_the_image(browser, tmp_path, size, window, hot, smooth):
     item = explained(tmp_path / "a.png", size, window, hot)
@@ -284,8 +294,16 @@ def test_words_by_keyboard(browser, plain_page):
     focused = "document.activeElement.textContent"
     browser.press("tab")
     assert browser.run(focused) == "plain image"
-    for key, word in [("right", "a"), ("right", "dog"), ("left", "a"), ("end", "runs"), ("right", "runs"),
-                      ("home", "plain image"), ("left", "plain image"), ("end", "runs")]:  # fmt: skip
+    for key, word in [
+        ("right", "a"),
+        ("right", "dog"),
+        ("left", "a"),
+        ("end", "runs"),
+        ("right", "runs"),
+        ("home", "plain image"),
+        ("left", "plain image"),
+        ("end", "runs"),
+    ]:
         browser.press(key)
         assert browser.run(focused) == word
         assert browser.text("[aria-pressed=true]") == word
@@ -328,7 +346,10 @@ def test_only_combinations_that_exist_are_offered_and_what_is_chosen_stays(brows
     browser.choose("method", "grad")
     assert browser.options("layers") == ["all", "2"]
     assert browser.run("['method', 'layers', 'heads'].map(n => document.querySelector(`[name=${n}]`).value)") == [
-        "grad", "all", "top"]  # fmt: skip
+        "grad",
+        "all",
+        "top",
+    ]
     assert browser.text("[aria-pressed=true]") == "dog"
 
 
@@ -366,8 +387,11 @@ def test_light_and_dark_are_readable(browser, plain_page):
         (page,) = browser.run("[getComputedStyle(document.body).backgroundColor]")
         assert (luminance(page) < 0.1) == dark
         card = browser.run(colours, "article")[1]
-        for text, ground in [browser.run(colours, "[aria-pressed=true]"), (browser.run(colours, "h2")[0], card),
-                             (browser.run(colours, ".status")[0], card)]:  # fmt: skip
+        for text, ground in [
+            browser.run(colours, "[aria-pressed=true]"),
+            (browser.run(colours, "h2")[0], card),
+            (browser.run(colours, ".status")[0], card),
+        ]:
             low, high = sorted((luminance(text), luminance(ground)))
             assert (high + 0.05) / (low + 0.05) >= 4.5, (dark, text, ground)  # WCAG 2.2, AA
         assert browser.log() == []

@@ -27,9 +27,13 @@ class Jobs:
 
     def __enter__(self):
         self.server = subprocess.Popen(
-            [sys.executable, __file__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
+        )
         return self
 
     def __exit__(self, *exception):
@@ -38,8 +42,13 @@ class Jobs:
 
     def start(self, script, argv, log, largest_file=None):
         """Start ``script`` with ``argv``, its words going to the file ``log``; return the process id."""
-        job = {"script": script, "argv": [str(word) for word in argv], "log": str(log), "profile": self.profile,
-               "largest_file": largest_file}  # fmt: skip
+        job = {
+            "script": script,
+            "argv": [str(word) for word in argv],
+            "log": str(log),
+            "profile": self.profile,
+            "largest_file": largest_file,
+        }
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())

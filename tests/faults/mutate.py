@@ -11,16 +11,18 @@ def damaged_bytes(content, rng):
     """Return ``content`` with one random damage."""
     place, length = rng.randrange(len(content)), rng.choice((1, 2, 8, 64, 512))
     noise = bytes(rng.randrange(256) for _ in range(length))
-    return rng.choice((
-        lambda: content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1 :],
-        lambda: content[:place] + noise + content[place + length :],
-        lambda: content[:place] + noise + content[place:],
-        lambda: content[:place] + content[place + length :],
-        lambda: content[:place] + bytes(length) + content[place + length :],
-        lambda: content[:place],
-        lambda: content[:place] + content[max(0, place - length) :],
-        lambda: content + noise,
-    ))()  # fmt: skip
+    return rng.choice(
+        (
+            lambda: content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1 :],
+            lambda: content[:place] + noise + content[place + length :],
+            lambda: content[:place] + noise + content[place:],
+            lambda: content[:place] + content[place + length :],
+            lambda: content[:place] + bytes(length) + content[place + length :],
+            lambda: content[:place],
+            lambda: content[:place] + content[max(0, place - length) :],
+            lambda: content + noise,
+        )
+    )()
 
 
 def damaged_json(content, rng):

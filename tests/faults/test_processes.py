@@ -21,9 +21,27 @@ from captioner import read_adapter
 
 SAVE_EVERY = 2
 TRAIN = (
-    "--profile", "micro", "--device", "cpu", "--batch-size", "2", "--epochs", "3", "--lora-rank", "4",
-    "--val-images", "4", "--beam-size", "2", "--max-new-tokens", "8", "--log-every", "1", "--save-every", SAVE_EVERY,
-)  # fmt: skip
+    "--profile",
+    "micro",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "2",
+    "--epochs",
+    "3",
+    "--lora-rank",
+    "4",
+    "--val-images",
+    "4",
+    "--beam-size",
+    "2",
+    "--max-new-tokens",
+    "8",
+    "--log-every",
+    "1",
+    "--save-every",
+    SAVE_EVERY,
+)
 INFER = ("--profile", "micro", "--device", "cpu", "--beam-size", "2", "--max-new-tokens", "12", "--batch-size", "4")
 SIZES = [pytest.param(3, id="small"), pytest.param(50, id="campaign", marks=pytest.mark.faults)]
 FEW = [pytest.param(1, id="small"), pytest.param(10, id="campaign", marks=pytest.mark.faults)]
@@ -241,8 +259,10 @@ def test_of_two_writers_one_is_refused(jobs, unbroken, captioned, tiny_profile, 
     with Jobs(tiny_profile) as others:
         for number in range(count):
             run, out = tmp_path / f"run{number}", tmp_path / f"out{number}.json"
-            for name, script, words, lasts in (("training", "p2_train", train_argv(run), unbroken[1]),
-                                               ("inference", "p2_infer", argv(out), seconds)):  # fmt: skip
+            for name, script, words, lasts in (
+                ("training", "p2_train", train_argv(run), unbroken[1]),
+                ("inference", "p2_infer", argv(out), seconds),
+            ):
                 jobs.start(script, words, tmp_path / "log")
                 time.sleep(rng.uniform(0, 0.3) * lasts)
                 codes = sorted([others.run(script, words, tmp_path / "log")[0], jobs.wait()])
