@@ -34,9 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 
-import cocometrics
-import ptb
-from annotations import (
+from captioning.cli import BAD_INPUT, PARTIAL, FlagParser, command, pick_device, setup_logging, write_json, write_text
+from captioning.data.annotations import (
     Annotations,
     check_keys,
     find_images,
@@ -46,9 +45,14 @@ from annotations import (
     shared_images,
     some,
 )
-from cider import DocumentFrequencies, cider_d
-from clipcache import cached_image_features
-from clipscore import (
+from captioning.profiles import PROFILES
+from captioning.scoring import coco_metrics as cocometrics
+from captioning.scoring import ptb
+from captioning.scoring.cache import ReferenceSide, cached_reference_side, make_reference_side
+from captioning.scoring.caption_stats import caption_statistics
+from captioning.scoring.cider import DocumentFrequencies, cider_d
+from captioning.scoring.clip_cache import cached_image_features
+from captioning.scoring.clipscore import (
     PRECISIONS,
     ClipScorer,
     clip_scores,
@@ -58,11 +62,7 @@ from clipscore import (
     ref_clip_scores,
     text_features,
 )
-from profiles import PROFILES
-from refcache import ReferenceSide, cached_reference_side, make_reference_side
-from runtime import BAD_INPUT, PARTIAL, FlagParser, command, pick_device, setup_logging, write_json, write_text
-from significance import CONFIDENCE, Comparison, bootstrap_interval, compare
-from wording import caption_statistics
+from captioning.scoring.significance import CONFIDENCE, Comparison, bootstrap_interval, compare
 
 __all__ = [
     "Annotations",
@@ -547,7 +547,7 @@ def _write(args: argparse.Namespace, evaluator: Evaluator, result: Evaluation, p
     elif args.per_image:
         write_json(args.per_image, ranking)
     if args.html:
-        import gallery
+        from captioning.scoring import gallery
 
         references, lines = evaluator.annotations.references, result.lines(images=False)
         write_text(args.html, gallery.page(ranking, references, evaluator.paths, lines, result.origin(), args.seed))

@@ -221,12 +221,12 @@ fetch_part() {
   done 3<"$scratch/rows"
 }
 
-prepare() { "$PYTHON" "$here/data_prep.py" "$@"; }
+prepare() { PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m captioning.data.hw3_dataset "$@"; }
 
 need_python() { # before gigabytes are fetched
   "$PYTHON" -c 'import importlib.util as u, sys
 sys.exit(", ".join(n for n in ("torch", "PIL", "numpy", "tokenizers", "tqdm") if not u.find_spec(n)) or None)' ||
-    fail "PYTHON=$PYTHON can't run data_prep.py; run: pip install -r requirements.txt"
+    fail "PYTHON=$PYTHON can't prepare data; run: pip install -r requirements.txt"
 }
 
 fetch_data() {

@@ -15,13 +15,13 @@ from typing import Any
 from PIL import Image
 
 import evaluate
-import inference
-import runtime
-from data import list_images, load_image
-from inference import PredictionLog, caption_images, find_workers
-from llava import DTYPES, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
-from parts import sha256_of
-from profiles import PROFILES
+from captioning import cli as runtime
+from captioning.data.feature_cache import list_images, load_image
+from captioning.inference import folder as inference
+from captioning.inference.folder import PredictionLog, caption_images, find_workers
+from captioning.models.llava import DTYPES, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
+from captioning.profiles import PROFILES
+from captioning.scale.results import sha256_of
 
 log = logging.getLogger(__name__)
 

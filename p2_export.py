@@ -16,11 +16,12 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-import data
-import runtime
-from captioner import PREPROCESSING, CaptionerConfig, fingerprint, read_adapter
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.models.captioner import PREPROCESSING, CaptionerConfig, read_adapter
+from captioning.profiles import PROFILES
+from captioning.tensors import fingerprint
 from decoder import Decoder, build_decoder, gpt2_state_dict, load_lora_state_dict, merge_lora
-from profiles import PROFILES
 
 log = logging.getLogger(__name__)
 

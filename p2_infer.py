@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-import data
-import generation
-import runtime
-from captioner import Captioner, load_captioner, read_adapter
-from inference import (
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.inference import encode as generation
+from captioning.inference.folder import (
     Job,
     PredictionLog,
     add_flags,
@@ -26,7 +25,8 @@ from inference import (
     find_workers,
     is_small,
 )
-from profiles import PROFILES
+from captioning.models.captioner import Captioner, load_captioner, read_adapter
+from captioning.profiles import PROFILES
 
 
 def build_parser() -> Any:

@@ -23,22 +23,22 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-import checkpoints
-import data
-import distributed
 import evaluate
-import generation
-import runtime
-from captioner import RANDOM, Captioner, CaptionerConfig, preprocessing_by_name, read_adapter
+from captioning import cli as runtime
+from captioning import distributed
+from captioning import tensors as checkpoints
+from captioning.data import feature_cache as data
+from captioning.distributed import Processes
+from captioning.files import read_json
+from captioning.inference import encode as generation
+from captioning.models.adapter import adopted, start_from
+from captioning.models.captioner import RANDOM, Captioner, CaptionerConfig, preprocessing_by_name, read_adapter
+from captioning.profiles import PROFILES, downloaded_encoder
+from captioning.training.scst import ScstTrainer
+from captioning.training.trackers import CHOICES as TRACKERS
+from captioning.training.trackers import Trackers
+from captioning.training.trainer import CHOICES, SCST_NUMBERS, SETTINGS, Split, TrainConfig, Trainer
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_state_dict
-from distributed import Processes
-from initial import adopted, start_from
-from profiles import PROFILES, downloaded_encoder
-from scst import ScstTrainer
-from strictjson import read_json
-from trackers import CHOICES as TRACKERS
-from trackers import Trackers
-from training import CHOICES, SCST_NUMBERS, SETTINGS, Split, TrainConfig, Trainer
 
 log = logging.getLogger(__name__)
 

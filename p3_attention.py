@@ -22,14 +22,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
-import figures
-import grounding
-import runtime
-import viewer
-from attention import METHODS, ROWS, Explained, Heads, Look, parse_layers
-from captioner import load_captioner
-from explain import (
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.files import read_json
+from captioning.maps import figures, grounding, viewer
+from captioning.maps.attention import METHODS, ROWS, Explained, Heads, Look, parse_layers
+from captioning.maps.explainers import (
     DEFAULTS,
     REPORT,
     Explainer,
@@ -41,9 +39,9 @@ from explain import (
     read,
     shown_looks,
 )
-from llava import DTYPES, PROMPTS, check_prompt, load_llava, pick_dtype
-from profiles import PROFILES
-from strictjson import read_json
+from captioning.models.captioner import load_captioner
+from captioning.models.llava import DTYPES, PROMPTS, check_prompt, load_llava, pick_dtype
+from captioning.profiles import PROFILES
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ import logging
 import sys
 from pathlib import Path
 
-import chapters
-import reporting
-import runtime
-import studychapters
-from profiles import ROOT
-from reporting import Text
-from runs import Run, find_runs
+from captioning import cli as runtime
+from captioning.profiles import ROOT
+from captioning.report import document as reporting
+from captioning.report import sections as chapters
+from captioning.report import study_sections as studychapters
+from captioning.report.document import Text
+from captioning.training.run_folder import Run, find_runs
 
 log = logging.getLogger(__name__)
 

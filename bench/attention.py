@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-import data
-import runtime
-from attention import Look
 from bench.common import add_common_flags, in_turn, peak_memory, report
-from captioner import Captioner, CaptionerConfig
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.maps.attention import Look
+from captioning.maps.explainers import DEFAULTS, Explainer, P1Explainer, P2Explainer, read
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.models.llava import PROMPTS, load_llava
+from captioning.profiles import PROFILES
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder
-from explain import DEFAULTS, Explainer, P1Explainer, P2Explainer, read
-from llava import PROMPTS, load_llava
 from microworld.scenes import generate
-from profiles import PROFILES
 
 
 def build_parser() -> argparse.ArgumentParser:

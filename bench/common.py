@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-import runtime
-from packing import PackedLinear, can_pack
+from captioning import cli as runtime
+from captioning.models.inference_weights import PackedLinear, can_pack
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 

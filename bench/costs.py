@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-import data
-import runtime
 from bench.common import CLOCKS, add_clock, in_turn, machine
 from bench.photographs import convert
 from bench.stand_ins import BEAMS, FULL, TINY, TOKENS, Size, write_tokenizer
-from captioner import RANDOM, Captioner, CaptionerConfig
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.inference.encode import caption_features, prepare
+from captioning.models.captioner import RANDOM, Captioner, CaptionerConfig
+from captioning.profiles import PROFILES
 from decoder import Decoder, LoraConfig
-from generation import caption_features, prepare
 from microworld.scenes import generate
-from profiles import PROFILES
 
 CPU = torch.device("cpu")
 PHONE = (4000, 3000)  # pixels of a telephone's photograph

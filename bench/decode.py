@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-import runtime
-import search
 from bench.common import CLOCKS, Floor, add_clock, add_common_flags, in_turn, peak_memory, report, timed
-from captioner import SharedPrefix
+from captioning import cli as runtime
+from captioning.inference import search
+from captioning.inference.encode import autocast
+from captioning.models.captioner import SharedPrefix
+from captioning.models.inference_weights import prepare_decoder
 from decoder import Decoder, DecoderConfig, gpt2_state_dict
-from generation import autocast
-from packing import prepare_decoder
 
 BEAMS = 5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

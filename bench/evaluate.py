@@ -27,16 +27,16 @@ from typing import Any
 
 import torch
 
-import cocometrics
-import ptb
-from annotations import Annotations, find_images, load_annotations, load_references
 from bench.common import in_turn, peak_memory, report
-from cider import cider_d
-from clipscore import ClipScorer, clip_scores
+from captioning.cli import FlagParser, command, import_guarded
+from captioning.data.annotations import Annotations, find_images, load_annotations, load_references
+from captioning.profiles import PROFILES, ROOT
+from captioning.scoring import coco_metrics as cocometrics
+from captioning.scoring import ptb
+from captioning.scoring.cider import cider_d
+from captioning.scoring.clipscore import ClipScorer, clip_scores
 from evaluate import Evaluator
 from microworld.scenes import generate, make_scene
-from profiles import PROFILES, ROOT
-from runtime import FlagParser, command, import_guarded
 
 IMAGES, REFERENCES = 2000, 5
 TOLERANCE = 1e-5  # of scores: batches are summed in another order than single images

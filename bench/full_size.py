@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
-import data
-import runtime
 from bench import photographs
 from bench.common import Floor, machine, markdown
 from bench.stand_ins import BEAMS, FULL, SAMPLES, TINY, TOKENS, Size, write_decoder, write_tokenizer
-from profiles import ROOT
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.profiles import ROOT
 
 MINUTES = 8.0  # that a rehearsal may take on a GPU
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-import runtime
 from bench.common import add_common_flags, in_turn, peak_memory, report
-from data import list_images, load_image
-from inference import Halving, read_ahead
-from llava import DTYPES, PROMPTS, TEMPLATE, Llava, load_llava, pick_dtype
+from captioning import cli as runtime
+from captioning.data.feature_cache import list_images, load_image
+from captioning.inference.folder import Halving, read_ahead
+from captioning.models.llava import DTYPES, PROMPTS, TEMPLATE, Llava, load_llava, pick_dtype
+from captioning.profiles import PROFILES
 from microworld.scenes import generate
-from profiles import PROFILES
 
 
 def build_parser() -> argparse.ArgumentParser:

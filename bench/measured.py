@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-import runtime
+from captioning import cli as runtime
 
 GB = 1e9
 

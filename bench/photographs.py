@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import runtime
+from captioning import cli as runtime
 
 SIZE = (640, 480)
 AMPLITUDE, QUALITY = 34.0, 91

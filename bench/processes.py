@@ -26,17 +26,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-import data
-import distributed
-import generation
-import runtime
 from bench.common import add_common_flags, report
-from captioner import Captioner, CaptionerConfig
+from captioning import cli as runtime
+from captioning import distributed
+from captioning.data import feature_cache as data
+from captioning.distributed import Processes
+from captioning.inference import encode as generation
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.profiles import PROFILES
+from captioning.training.trainer import Split, TrainConfig, Trainer
 from decoder import build_decoder
-from distributed import Processes
 from microworld.scenes import generate
-from profiles import PROFILES
-from training import Split, TrainConfig, Trainer
 
 CAPTIONS = 5  # an image
 LOSS, WEIGHT = 1e-5, 5e-5  # how far losses and weights may differ: floats are added in another order

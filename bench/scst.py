@@ -12,10 +12,10 @@ import time
 import numpy as np
 import torch
 
-import runtime
-import scst
 from bench.common import add_common_flags, peak_memory, report
-from captioner import Captioner, CaptionerConfig
+from captioning import cli as runtime
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.training import scst
 from decoder import Decoder, DecoderConfig, LoraConfig
 
 ENCODER, EOS = "vit_large_patch14_clip_224", 50256

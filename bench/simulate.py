@@ -18,12 +18,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import runtime
 from bench import costmodel
 from bench.costmodel import Cluster
 from bench.study import GPUS, SOURCES, TABLES, Study, shard_rows, values
-from profiles import ROOT
-from strictjson import read_json
+from captioning import cli as runtime
+from captioning.files import read_json
+from captioning.profiles import ROOT
 
 DOCUMENT = ROOT / "docs" / "scale.md"
 TEMPLATE = Path(__file__).parent / "scale_template.md"

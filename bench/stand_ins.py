@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import data
-import runtime
 from bench import photographs
 from bench.arithmetic import Captioner, Vit, gpt2
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.profiles import PROFILES
 from decoder import Decoder, DecoderConfig, gpt2_state_dict
-from profiles import PROFILES
 
 BEAMS, TOKENS, SAMPLES = 5, 30, 5
 VOCABULARY = 50257

@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-import runtime
 from bench.common import report
-from captioner import Captioner, CaptionerConfig
+from captioning import cli as runtime
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.profiles import PROFILES, ROOT
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_state_dict
 from microworld.scenes import generate
-from profiles import PROFILES
 
-ROOT = Path(__file__).resolve().parent.parent
 MICRO = PROFILES["micro"]
 TINY_ENCODER = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16, "img_size": 48, "crop_pct": 1.0}
 TINY_DECODER = DecoderConfig(vocab_size=1024, n_positions=64, n_embd=64, n_layer=2, n_head=2)

@@ -24,15 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
-import runtime
 from bench.common import CLOCKS, Floor, add_clock, add_common_flags, in_turn, peak_memory, report
-from captioner import IGNORED, Captioner, CaptionerConfig
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.inference.encode import autocast, cached_features, product_dtype, read_pixels
+from captioning.models.captioner import IGNORED, Captioner, CaptionerConfig
+from captioning.profiles import PROFILES
+from captioning.training.trainer import TrainConfig, make_optimizer
 from decoder import Decoder, DecoderConfig, LoraConfig, cast_frozen, gpt2_state_dict
-from generation import autocast, cached_features, product_dtype, read_pixels
 from microworld.scenes import generate
-from profiles import PROFILES
-from training import TrainConfig, make_optimizer
 
 CAPTIONS = 5  # an image
 TOLERANCE = 1e-3  # the cache rounds features to float16

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import data
-import runtime
-from profiles import PROFILES, ROOT
-from training import SETTINGS
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.profiles import PROFILES, ROOT
+from captioning.training.trainer import SETTINGS
 
 SPLITS = ("val", "val_novel")
 SAMPLES = 9  # scenes on the contact sheet

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from llava import PROMPTS
+from captioning.models.llava import PROMPTS
 from microworld.captions import INVERSE, NUMBERS, RELATION_PHRASES, Caption, be, noun_phrase, place_phrase, verb_phrase
 from microworld.things import KINDS
 

@@ -34,12 +34,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import data
-import runtime
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.profiles import MICRO_WEIGHTS, PROFILES
 from decoder import Decoder, DecoderConfig, gpt2_state_dict, init_weights
 from microworld.scenes import SIZE, Scene, make_image, make_scene
 from microworld.things import COLOURS, KINDS
-from profiles import MICRO_WEIGHTS, PROFILES
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import runtime
-from data import PackedBatch
-from llava import TEMPLATE
+from captioning import cli as runtime
+from captioning.data.feature_cache import PackedBatch
+from captioning.models.llava import TEMPLATE
+from captioning.profiles import MICRO_WEIGHTS
 from microworld.instructions import conversation
 from microworld.pretrain import (
     CLIP_CONFIGS,
@@ -41,7 +42,6 @@ from microworld.pretrain import (
     write_record,
 )
 from microworld.scenes import make_scene
-from profiles import MICRO_WEIGHTS
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import runtime
+from captioning import cli as runtime
 from microworld.captions import INVERSE, Caption, write_captions
 from microworld.things import COLOURS, KINDS, PLACES, RGB, Kind, Pen, mix
 

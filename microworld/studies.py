@@ -15,12 +15,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import checkpoints
-import runtime
+from captioning import cli as runtime
+from captioning import tensors as checkpoints
+from captioning.profiles import PROFILES
+from captioning.training.run_folder import read_run
+from captioning.training.trainer import CHOICES, SCST_NUMBERS, SETTINGS
 from microworld.demo import BATCH, WIDTH_RATIO, Runner, scaled
-from profiles import PROFILES
-from runs import read_run
-from training import CHOICES, SCST_NUMBERS, SETTINGS
 
 DEVELOPMENT_SEED = 1  # of scenes that no reported number is measured on; the demo's have seed 0
 

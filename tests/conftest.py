@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS, VOCAB_SIZE
 
+from captioning.profiles import PROFILES, Profile
 from decoder import Decoder, DecoderConfig, gpt2_state_dict
 from microworld.scenes import generate
-from profiles import PROFILES, Profile
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-import distributed
 import evaluate
 import p2_train
-import runtime
-from captioner import Captioner
-from profiles import PROFILES, Profile
-from scst import CiderReward
-from training import Trainer
+from captioning import cli as runtime
+from captioning import distributed
+from captioning.models.captioner import Captioner
+from captioning.profiles import PROFILES, Profile
+from captioning.training.scst import CiderReward
+from captioning.training.trainer import Trainer
 
 
 def poison(processes):

@@ -11,11 +11,11 @@ import time
 import zipfile
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+from captioning.profiles import ROOT
+
 MANIFEST = ROOT / "hw3_download.tsv"
 
 

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from attention import Capture, Heads, Look, cell_centres, crop_window, parse_layers, token_maps, word_maps, words_of
+from captioning.maps.attention import (
+    Capture,
+    Heads,
+    Look,
+    cell_centres,
+    crop_window,
+    parse_layers,
+    token_maps,
+    word_maps,
+    words_of,
+)
 
 GRID = (3, 4)
 L, H, T, BEFORE, P = 3, 2, 5, 2, 12  # two positions before the patches, BOS behind them

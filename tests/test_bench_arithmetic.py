@@ -7,11 +7,11 @@ import torch
 from tiny import TINY_ENCODER
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
-import runtime
 from bench import arithmetic
 from bench.arithmetic import Vit, gpt2
-from captioner import Captioner, CaptionerConfig
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.models.captioner import Captioner, CaptionerConfig
 from decoder import Decoder, DecoderConfig, LoraConfig
 
 RANK, VOCAB, EOS = 4, 61, 60

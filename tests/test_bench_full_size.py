@@ -9,12 +9,12 @@ import sys
 import pytest
 from tiny import VOCAB_SIZE
 
-import data
 from bench import full_size as bench
 from bench import measured
 from bench.stand_ins import TINY, VOCABULARY, write_decoder, write_tokenizer
+from captioning.data import feature_cache as data
+from captioning.profiles import PROFILES, ROOT
 from decoder import build_decoder
-from profiles import PROFILES, ROOT
 
 PARTS = ["feature cache", "training", "self-critical training", "inference", "attention maps", "CIDEr, start included"]
 

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS
 from torch import nn
 
-import captioner as captioner_module
-import search
-import training
-from captioner import Captioner, CaptionerConfig, build_encoder, build_transform, fingerprint, read_adapter
-from data import pack_captions
+from captioning.cli import import_guarded
+from captioning.data.feature_cache import pack_captions
+from captioning.inference import search
+from captioning.models import captioner as captioner_module
+from captioning.models.captioner import Captioner, CaptionerConfig, build_encoder, build_transform, read_adapter
+from captioning.tensors import fingerprint
+from captioning.training import trainer as training
 from decoder import Decoder, DecoderConfig, LoraConfig
-from runtime import import_guarded
 
 VOCAB, EOS = 50, 49
 LORA = LoraConfig(rank=3, alpha=6.0, lm_head=True)

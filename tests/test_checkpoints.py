@@ -7,21 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import checkpoints
 import evaluate
 import p2_train
-import runtime
-import training
-from captioner import Captioner, read_adapter
-from profiles import PROFILES
+from captioning import cli as runtime
+from captioning import tensors as checkpoints
+from captioning.models.captioner import Captioner, read_adapter
+from captioning.profiles import PROFILES, ROOT
+from captioning.training import trainer as training
 
-ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, STEPS = 2, 3  # 12 images in batches of 4
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7, dtype=torch.int64)}
 SMALL = (
@@ -276,7 +274,10 @@ def test_only_two_states_are_kept_and_a_kill_between_renames_leaves_one(tmp_path
 def test_a_second_writer_is_refused_and_leftovers_go(unbroken, tmp_path, capsys):
     left = tmp_path / ".last.safetensors.abc.tmp"
     left.write_text("half")
-    code = f"import checkpoints; checkpoints.lock_folder(__import__('pathlib').Path({str(tmp_path)!r}))"
+    code = (
+        "from pathlib import Path; from captioning import tensors as checkpoints; "
+        f"checkpoints.lock_folder(Path({str(tmp_path)!r}))"
+    )
     with checkpoints.lock_folder(tmp_path):
         assert not left.exists()
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

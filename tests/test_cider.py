@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cider import DocumentFrequencies, cider_d
+from captioning.scoring.cider import DocumentFrequencies, cider_d
 
 WORDS = ["a", "the", "red", "dog", "cat", "on", "table", "runs", "x", "y", "z", "über"]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-import clipcache
-from clipcache import cached_image_features
+from captioning.scoring import clip_cache as clipcache
+from captioning.scoring.clip_cache import cached_image_features
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import cocometrics
-import ptb
+from captioning.scoring import coco_metrics as cocometrics
+from captioning.scoring import ptb
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 GOOD = {

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-import compiling
-import search
-from captioner import SharedPrefix
-from compiling import CompiledSteps, check_compiler
+from captioning.inference import search
+from captioning.models import step_functions as compiling
+from captioning.models.captioner import SharedPrefix
+from captioning.models.inference_weights import prepare_decoder
+from captioning.models.step_functions import CompiledSteps, check_compiler
 from decoder import Decoder, DecoderConfig
-from packing import prepare_decoder
 
 CONFIG = DecoderConfig(vocab_size=41, n_positions=40, n_embd=32, n_layer=2, n_head=2)
 PREFIX, TOKENS, EOS = 6, 9, 3

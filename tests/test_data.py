@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-from data import (
+from captioning.cli import import_guarded
+from captioning.data import feature_cache as data
+from captioning.data.feature_cache import (
     CaptionDataset,
     FeatureCache,
     Sample,
@@ -31,7 +32,6 @@ from data import (
     shuffle_captions,
     train_tokenizer,
 )
-from runtime import import_guarded
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import decoder as decoder_module
+from captioning.cli import import_guarded
 from decoder import (
     LINEARS,
     Decoder,
@@ -36,7 +37,6 @@ from decoder import (
     merge_lora,
     read_state_dict,
 )
-from runtime import import_guarded
 
 TINY = DecoderConfig(vocab_size=61, n_positions=48, n_embd=32, n_layer=3, n_head=4)
 LAYOUTS = {

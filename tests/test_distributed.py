@@ -5,20 +5,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import launched
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import distributed
 import evaluate
 import p2_train
-from distributed import ALONE
-from profiles import PROFILES
+from captioning import distributed
+from captioning.distributed import ALONE
+from captioning.profiles import PROFILES, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "--profile",
     "micro",
@@ -84,8 +82,8 @@ TOGETHER = """
 import math, os, sys
 from pathlib import Path
 import torch
-import distributed
-from data import FeatureCache
+from captioning import distributed
+from captioning.data.feature_cache import FeatureCache
 
 with distributed.join(torch.device("cpu")) as crew:
     rank, count = crew.rank, crew.count

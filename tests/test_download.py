@@ -1,4 +1,4 @@
-"""hw3_download.sh against a local mirror of the hub and of COCO, whole and broken in every way; data_prep.py."""
+"""hw3_download.sh against a local mirror of the hub and of COCO, whole and broken in every way; data/hw3_dataset.py."""
 
 import hashlib
 import io
@@ -18,13 +18,13 @@ import torch
 from mirror import MANIFEST, ROOT, Mirror, coco_files, manifest_rows, served_path, write_manifest
 from safetensors.torch import load_file, save
 
-import data
-import data_prep
 import p2_infer
 import p2_train
-import runtime
-from captioner import build_encoder
-from profiles import PROFILES
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.data import hw3_dataset as data_prep
+from captioning.models.captioner import build_encoder
+from captioning.profiles import PROFILES
 
 SCRIPT = ROOT / "hw3_download.sh"
 HUB = {target: served_path(source, rev) for _, target, source, rev, *_ in manifest_rows() if source.startswith("hf:")}
@@ -457,7 +457,7 @@ def test_too_few_images_and_a_foreign_zip_are_refused(annotations, tmp_path, cap
     assert "captions_train2017.json is missing or damaged" in capsys.readouterr().err
     assert data_prep.main(draw) == 2 and "draw needs --annotations" in capsys.readouterr().err
     assert data_prep.main(["images", "--base-url", "x", "--config", "y", *out]) == 2
-    assert "run data_prep.py draw first" in capsys.readouterr().err
+    assert "hw3_dataset draw` first" in capsys.readouterr().err
 
 
 def test_the_annotation_files_have_the_layout_of_the_contract(annotations, tmp_path):

@@ -20,13 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-import clipscore as clip_module
 import evaluate
-import ptb
-from annotations import find_images
-from runtime import BAD_INPUT, PARTIAL, import_guarded
+from captioning.cli import BAD_INPUT, PARTIAL, import_guarded
+from captioning.data.annotations import find_images
+from captioning.profiles import ROOT
+from captioning.scoring import clipscore as clip_module
+from captioning.scoring import ptb
 
-ROOT = Path(evaluate.__file__).parent
 COURSE_DATA = ROOT.parent / "shared" / "data" / "hw3_2023"
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="CIDEr's tokenizer needs Java")
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-from attention import Look, cell_centres, token_maps
-from captioner import Captioner, CaptionerConfig
+from captioning.data import feature_cache as data
+from captioning.maps.attention import Look, cell_centres, token_maps
+from captioning.maps.explainers import P1Explainer, P2Explainer, explain, many_looks, read, shown_looks
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.models.llava import PROMPTS, load_llava
+from captioning.profiles import PROFILES
 from decoder import LoraConfig, build_decoder
-from explain import P1Explainer, P2Explainer, explain, many_looks, read, shown_looks
-from llava import PROMPTS, load_llava
-from profiles import PROFILES
 
 CPU = torch.device("cpu")
 CAPTION = "A red ball lies on the road."

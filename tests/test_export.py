@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import generation
 import p2_export
 import p2_infer
-import runtime
-from captioner import Captioner, CaptionerConfig
-from data import Tokenizer
+from captioning import cli as runtime
+from captioning.data.feature_cache import Tokenizer
+from captioning.inference import encode as generation
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.profiles import PROFILES
 from decoder import LoraConfig, build_decoder
-from profiles import PROFILES
 
 TEXT = "a red cube above two blue balls"
 LORAS = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import figures
-from attention import Explained, View
+from captioning.maps import figures
+from captioning.maps.attention import Explained, View
 
 LONG = " ".join(["a", "remarkably", "well-lit", "$5", "photograph", "of"] * 5)
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import p1_llava_caption
 import p2_infer
-import runtime
-from captioner import Captioner, CaptionerConfig, build_encoder, build_transform
+from captioning import cli as runtime
+from captioning.models.captioner import Captioner, CaptionerConfig, build_encoder, build_transform
+from captioning.profiles import PROFILES
 from decoder import DecoderConfig, LoraConfig, build_decoder
 from microworld.scenes import generate
-from profiles import PROFILES
 
 CPU = torch.device("cpu")
 VIT = "vit_large_patch14_clip_224"

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-import gallery
+from captioning.scoring import gallery
 
 EVIL = '<script>alert("x")</script> & "quotes" \'too\''
 

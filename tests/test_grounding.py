@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from grounding import Score, baselines, centre_in, coverage, load_samples
+from captioning.maps.grounding import Score, baselines, centre_in, coverage, load_samples
 
 WINDOW, GRID = (0.0, 0.0, 80.0, 60.0), (6, 8)  # cells of 10 pixels
 

@@ -6,18 +6,17 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-import runtime
-import sidefile
-from inference import Halving, PredictionLog, Workers, caption_images, read_ahead
+from captioning import cli as runtime
+from captioning.inference import append_log as sidefile
+from captioning.inference.folder import Halving, PredictionLog, Workers, caption_images, read_ahead
+from captioning.profiles import ROOT
 
 RUN = {"model": "m", "beams": (1, 2)}
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -172,7 +171,10 @@ def test_a_run_that_fails_at_its_start_leaves_no_trace(tmp_path):
 
 
 def test_two_writers_do_not_mix(tmp_path):
-    code = f"from pathlib import Path; from inference import *; PredictionLog(Path({str(tmp_path / 'o.json')!r}), {{}})"
+    code = (
+        "from pathlib import Path; from captioning.inference.folder import *; "
+        f"PredictionLog(Path({str(tmp_path / 'o.json')!r}), {{}})"
+    )
     with PredictionLog(tmp_path / "o.json", RUN):
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "another run is writing it" in result.stderr
@@ -226,7 +228,7 @@ def test_one_image_that_does_not_fit_is_an_error_with_a_remedy():
 SHARED = """
 import sys
 from pathlib import Path
-from inference import PredictionLog, caption_images, find_workers
+from captioning.inference.folder import PredictionLog, caption_images, find_workers
 images = sorted(Path(sys.argv[1]).iterdir())
 with PredictionLog(Path(sys.argv[2]), {"model": "m"}, workers=find_workers()) as log:
     caption_images(log, images, lambda image: image.getpixel((0, 0))[0], lambda ls: [f"level {l}" for l in ls], 2)

@@ -4,14 +4,16 @@ import ast
 import importlib
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from captioning.profiles import ROOT
+
+FOLDERS = ("captioning/**", "microworld", "bench/**")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("microworld/*.py"), *ROOT.glob("bench/*.py")])
+    for pattern in ("*.py", *(f"{folder}/*.py" for folder in FOLDERS))
+    for path in sorted(ROOT.glob(pattern))
 }
 HEAVY = {
     "timm",
@@ -26,70 +28,21 @@ HEAVY = {
 }
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
 SCRIPTS = [name for name, source in SOURCES.items() if '__name__ == "__main__"' in source]
-ALLOWED = {  # siblings of the modules that others build on; what is not named here is free
-    "decoder": set(),
-    "search": set(),
-    "profiles": set(),
-    "runtime": set(),
-    "strictjson": set(),
-    "checkpoints": {"runtime"},
-    "distributed": {"runtime"},
-    "trackers": {"runtime"},
-    "data": {"distributed", "runtime", "strictjson"},
-    "captioner": {"checkpoints", "decoder", "runtime"},
-    "packing": {"decoder"},
-    "compiling": {"decoder"},
-    "ptb": set(),
-    "cider": set(),
-    "wording": set(),
-    "significance": set(),
-    "runs": set(),
-    "initial": {"captioner"},
-    "reporting": {"runtime"},
-    "chapters": {"llava", "reporting", "runs"},
-    "studychapters": {"chapters", "reporting", "runs"},
-    "gallery": set(),
-    "annotations": {"strictjson"},
-    "cocometrics": {"annotations", "ptb"},
-    "clipscore": {"annotations", "profiles", "runtime"},
-    "clipcache": {"clipscore", "runtime"},
-    "refcache": {"checkpoints", "cider"},
-    "evaluate": {
-        "annotations",
-        "cider",
-        "clipcache",
-        "clipscore",
-        "cocometrics",
-        "gallery",
-        "profiles",
-        "ptb",
-        "refcache",
-        "runtime",
-        "significance",
-        "wording",
-    },
-    "attention": set(),
-    "explain": {"attention", "captioner", "data", "generation", "llava", "runtime"},
-    "figures": {"attention", "data", "runtime"},
-    "grounding": {"attention", "data", "explain", "strictjson"},
-    "viewer": {"attention", "data", "figures", "runtime"},
-    "generation": {"captioner", "compiling", "data", "decoder", "distributed", "packing", "runtime", "search"},
-    "inference": {"data", "engine_ray", "parts", "runtime", "shards", "sidefile"},
-    "shards": {"data", "runtime", "strictjson"},
-    "parts": {"runtime", "shards", "sidefile", "strictjson"},
-    "engine_ray": {"inference", "parts", "runtime", "shards"},
-    "sidefile": {"strictjson"},
-    "data_prep": {"data", "runtime"},
-    "llava": {"runtime"},
-    "microworld.things": set(),
-    "microworld.captions": {"microworld.scenes"},
-    "microworld.scenes": {"runtime", "microworld.captions", "microworld.things"},
+ROOT_SCRIPTS = [name for name in SCRIPTS if "." not in name]
+# A subpackage may also use the modules directly in captioning/, and its own; `decoder` counts as one.
+MAY_IMPORT = {
+    "kernels": set(),
+    "data": set(),
+    "models": {"decoder", "kernels"},
+    "inference": {"models", "decoder", "data"},
+    "scoring": {"data"},
+    "training": {"inference", "data", "models", "scoring", "decoder"},
+    "maps": {"inference", "data", "models"},
+    "scale": {"inference", "data"},
+    "report": {"training.run_folder", "models.llava"},
 }
-# Scripts are no libraries otherwise.
-MAY_USE_SCRIPTS = {
-    name: {"evaluate"} for name in ("training", "scst", "p2_train", "p1_llava_caption", "bench.evaluate")
-}
-MAY_USE_ALL = {"report"}
+SHARED = {"tensors": {"files"}, "distributed": {"cli", "imports"}, "cli": {"files"}}  # others of them import none
+DECODER = {"captioning.kernels", "captioning.tensors", "captioning.messages"}
 
 
 def imported(nodes):
@@ -120,33 +73,84 @@ def run_at_import(node):
             yield from run_at_import(child)
 
 
+def unit(name):
+    """What the import rules call a module: a subpackage, a module directly in captioning/, or itself."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "captioning" and len(parts) > 1 else parts[0]
+
+
+def within(name, places):
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def is_shared(name):
+    return name.startswith("captioning.") and unit(name) not in MAY_IMPORT
+
+
 def test_the_walk_finds_the_modules_and_their_imports():
-    assert {"decoder", "captioner", "p2_train", "p2_infer", "evaluate", "microworld.scenes"} <= MODULES.keys()
-    assert {"decoder", "runtime"} <= siblings("captioner")
+    assert {"decoder", "captioning.models.captioner", "p2_train", "evaluate", "microworld.scenes"} <= MODULES.keys()
+    assert {"decoder", "captioning.tensors"} <= siblings("captioning.models.captioner")
     assert {"evaluate", "microworld.scenes", "p2_infer", "p2_train"} <= set(SCRIPTS)
 
 
-@pytest.mark.parametrize("name", ALLOWED)
-def test_shared_modules_import_only_the_siblings_that_they_may(name):
-    assert siblings(name) <= ALLOWED[name]
+@pytest.mark.parametrize("name", [name for name in MODULES if unit(name) in MAY_IMPORT])
+def test_subpackages_import_only_what_they_may(name):
+    places = [p if p == "decoder" else f"captioning.{p}" for p in (*MAY_IMPORT[unit(name)], unit(name))]
+    strangers = {other for other in siblings(name) if not within(other, places)} - {"captioning"}
+    if unit(name) != "kernels":
+        strangers = {other for other in strangers if not is_shared(other)}
+    assert not strangers
 
 
-@pytest.mark.parametrize("name", ["decoder", "search"])
-def test_decoder_and_search_know_no_model_library_and_no_pictures(name):
-    top = {module.split(".")[0] for module in imported(ast.walk(parse(name)))}
-    assert not top & (HEAVY | {"PIL"})
+@pytest.mark.parametrize("name", [name for name in MODULES if is_shared(name)])
+def test_shared_modules_import_each_other_downwards_only(name):
+    assert siblings(name) <= {f"captioning.{other}" for other in SHARED.get(unit(name), ())} | {"captioning"}
+
+
+def test_the_decoder_imports_kernels_tensors_and_messages():
+    assert all(within(other, DECODER | {"captioning"}) for other in siblings("decoder"))
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_scripts_are_not_imported_by_each_other(name):
-    if name not in MAY_USE_ALL:
-        worlds = {script for script in SCRIPTS if script.startswith("microworld.")}  # generators, used as libraries
-        assert siblings(name) & set(SCRIPTS) <= worlds | MAY_USE_SCRIPTS.get(name, set())
+def test_nothing_imports_a_script(name):
+    """A script of the micro world or of bench may be used as a library there; the suite's own never are."""
+    scripts = set(ROOT_SCRIPTS) if not name.startswith("captioning") else set(SCRIPTS)
+    assert not siblings(name) & scripts
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(("bench", "microworld"))])
-def test_the_suite_does_not_depend_on_the_micro_world(name):
-    assert not {sibling for sibling in siblings(name) if sibling.startswith("microworld")} or name in MAY_USE_ALL
+def test_the_suite_does_not_depend_on_micro_world_and_benchmarks(name):
+    assert not {other for other in siblings(name) if other.startswith(("microworld", "bench"))}
+
+
+def test_imports_run_in_no_circle():
+    graph = {name: siblings(name) - {name} for name in MODULES}
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, " imports ".join([*open_[open_.index(name) :], name])
+        if name not in done:
+            open_.append(name)
+            for other in sorted(graph[name]):
+                visit(other)
+            done.add(open_.pop())
+
+    for name in MODULES:
+        visit(name)
+
+
+def test_the_root_shows_what_a_user_runs():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    root = {name.split("/")[0] for name in tracked}
+    assert len(root) <= 26 and len([name for name in root if name.endswith(".py")]) <= 9
+
+
+@pytest.mark.parametrize("name", ["decoder", "captioning.inference.search"])
+def test_decoder_and_search_know_no_model_library_and_no_pictures(name):
+    top = {module.split(".")[0] for module in imported(ast.walk(parse(name)))}
+    assert not top & (HEAVY | {"PIL"})
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -195,8 +199,15 @@ def test_both_spellings_of_every_option_work(name):
             assert dashed == underscored
 
 
-def test_runtime_does_not_become_utils():
-    assert len(SOURCES["runtime"].splitlines()) <= 170
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_stay_short_enough_to_read(name):
+    lengths = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(parse(name))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert len(SOURCES[name].splitlines()) <= 650
+    assert not {function: lines for function, lines in lengths.items() if lines > 60}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import llava
 import p1_llava_caption
-import runtime
 from bench import llava as bench_llava
-from data import list_images, load_image
-from inference import Halving
-from llava import PROMPTS, TEMPLATE, load_llava
+from captioning import cli as runtime
+from captioning.data.feature_cache import list_images, load_image
+from captioning.inference.folder import Halving
+from captioning.models import llava
+from captioning.models.llava import PROMPTS, TEMPLATE, load_llava
+from captioning.profiles import PROFILES
 from microworld.scenes import generate
-from profiles import PROFILES
 
 MICRO = PROFILES["micro"].llava
 CPU = torch.device("cpu")

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import data
 import evaluate
-import generation
 import p2_infer
 import p2_train
-import training
-from captioner import Captioner, load_captioner, read_adapter
-from profiles import PROFILES
+from captioning.data import feature_cache as data
+from captioning.inference import encode as generation
+from captioning.models.captioner import Captioner, load_captioner, read_adapter
+from captioning.profiles import PROFILES
+from captioning.training import trainer as training
 
 EPOCHS, STEPS = 2, 3  # 12 images in batches of 4
 SMALL = (

@@ -10,8 +10,8 @@ from PIL import Image
 
 import p2_train
 import p3_attention
-import runtime
-from profiles import PROFILES
+from captioning import cli as runtime
+from captioning.profiles import PROFILES
 
 TRAIN = (
     "--device",

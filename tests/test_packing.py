@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS
 
-import search
-from captioner import SharedPrefix, build_encoder
+from captioning.inference import search
+from captioning.models.captioner import SharedPrefix, build_encoder
+from captioning.models.inference_weights import PackedLinear, can_pack, prepare_decoder, prepare_linears
 from decoder import Decoder, DecoderConfig, LoraConfig, merge_lora
-from packing import PackedLinear, can_pack, prepare_decoder, prepare_linears
 
 CONFIG = DecoderConfig(vocab_size=53, n_positions=64, n_embd=64, n_layer=2, n_head=2)
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_a_prepared_decoder_says_the_same(decoder, dtype, own_head):
 
 
 def test_where_nothing_can_be_packed_weights_are_cast_and_the_embeddings_stay(decoder, monkeypatch):
-    monkeypatch.setattr("packing.can_pack", lambda device, dtype: False)
+    monkeypatch.setattr("captioning.models.inference_weights.can_pack", lambda device, dtype: False)
     decoder.lm_head = None
     logits, _ = logits_and_captions(decoder, torch.bfloat16)
     prepared = prepare_decoder(copy.deepcopy(decoder), torch.bfloat16)

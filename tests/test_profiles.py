@@ -1,6 +1,6 @@
 """profiles.py: names and paths, and nothing that a missing file would hide."""
 
-from profiles import downloaded_encoder, first_there
+from captioning.profiles import downloaded_encoder, first_there
 
 
 def test_the_courses_own_decoder_is_taken_where_it_is_the_one_there(tmp_path, monkeypatch):

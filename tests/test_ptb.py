@@ -5,14 +5,13 @@ import random
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
-import cocometrics
-import ptb
+from captioning.profiles import ROOT
+from captioning.scoring import coco_metrics as cocometrics
+from captioning.scoring import ptb
 
-ROOT = Path(ptb.__file__).parent
 ANSWERS = ROOT / "tests" / "data" / "ptb.json"  # written by `python -m tests.test_ptb` from the Java tokenizer
 COURSE_DATA = ROOT.parent / "shared" / "data" / "hw3_2023"
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="compares with the Java tokenizer")

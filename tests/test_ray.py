@@ -12,12 +12,12 @@ import pytest
 import test_shards
 from test_shards import adapter, contents, flags, pictures, renamed, results, write_tar  # noqa: F401 - a fixture
 
-import engine_ray
-import inference
 import p2_infer
-import parts
-import runtime
-from shards import Source
+from captioning import cli as runtime
+from captioning.inference import folder as inference
+from captioning.scale import ray_engine as engine_ray
+from captioning.scale import results as parts
+from captioning.scale.sources import Source
 
 SHARDS, IMAGES = 6, 8  # of a shard
 

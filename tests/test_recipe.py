@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import checkpoints
 import evaluate
-import generation
 import p2_train
-from captioner import Captioner, CaptionerConfig, load_captioner, read_adapter
+from captioning import tensors as checkpoints
+from captioning.inference import encode as generation
+from captioning.models.captioner import Captioner, CaptionerConfig, load_captioner, read_adapter
+from captioning.profiles import PROFILES
+from captioning.training.trainer import TrainConfig
 from decoder import LoraConfig, build_decoder
-from profiles import PROFILES
-from training import TrainConfig
 
 SMALL = (
     "--profile",

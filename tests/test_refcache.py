@@ -5,10 +5,10 @@ import logging
 import numpy as np
 import pytest
 
-import refcache
-from checkpoints import read_tensors, write_tensors
-from cider import DocumentFrequencies, cider_d
-from refcache import cached_reference_side, make_reference_side
+from captioning.scoring import cache as refcache
+from captioning.scoring.cache import cached_reference_side, make_reference_side
+from captioning.scoring.cider import DocumentFrequencies, cider_d
+from captioning.tensors import read_tensors, write_tensors
 
 REFERENCES = {
     "a": ["A red ball.", "the ball is red", "a ball"],

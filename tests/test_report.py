@@ -10,10 +10,10 @@ import re
 import pytest
 from PIL import Image
 
-import chapters
 import report
-import reporting
-import runs
+from captioning.report import document as reporting
+from captioning.report import sections as chapters
+from captioning.training import run_folder as runs
 from microworld import studies
 
 NAUGHTY = '<script>alert("x")</script> & "quotes"'

@@ -5,12 +5,12 @@ import os
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import runtime
+from captioning import cli as runtime
+from captioning.profiles import ROOT
 
 
 def test_atomic_path_replaces_the_old_file_and_leaves_nothing_else(tmp_path):
@@ -105,9 +105,8 @@ def test_import_guarded_still_registers_operators_that_exist(fake_torchvision, m
 
 
 def test_the_real_libraries_import_in_a_fresh_interpreter():
-    code = "import runtime; print([runtime.import_guarded(n).__name__ for n in ('timm', 'open_clip')])"
-    root = Path(runtime.__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    code = "from captioning import cli as runtime; print([runtime.import_guarded(n).__name__ for n in ('timm', 'open_clip')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "['timm', 'open_clip']\n", done.stderr
 
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import evaluate
-import generation
 import p2_train
-import runs
-import scst
-import training
-from captioner import Captioner, CaptionerConfig
+from captioning.data import feature_cache as data
+from captioning.distributed import ALONE
+from captioning.inference import encode as generation
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.profiles import MICRO_WEIGHTS, PROFILES
+from captioning.training import run_folder as runs
+from captioning.training import scst
+from captioning.training import trainer as training
 from decoder import LoraConfig, build_decoder
-from distributed import ALONE
-from profiles import MICRO_WEIGHTS, PROFILES
 
 EOS = 0
 

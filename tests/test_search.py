@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from captioning.cli import import_guarded
+from captioning.inference.search import SearchResult, Step, beam_search, greedy, sample
 from decoder import Decoder, DecoderConfig, build_decoder
-from runtime import import_guarded
-from search import SearchResult, Step, beam_search, greedy, sample
 
 EOS = 0
 TINY = DecoderConfig(vocab_size=37, n_positions=48, n_embd=32, n_layer=2, n_head=4)

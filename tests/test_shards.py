@@ -20,21 +20,21 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import inference
 import p1_llava_caption
 import p2_infer
-import parts
-import runtime
-import shards
-import sidefile
 from bench import stream
-from captioner import Captioner, CaptionerConfig
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.inference import append_log as sidefile
+from captioning.inference import folder as inference
+from captioning.inference.folder import Job, caption_source
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.profiles import ROOT
+from captioning.scale import results as parts
+from captioning.scale import sources as shards
+from captioning.scale.sources import Findings, Source, TarShard, expand_braces, find_tars
 from decoder import LoraConfig, build_decoder
-from inference import Job, caption_source
-from shards import Findings, Source, TarShard, expand_braces, find_tars
 
-ROOT = Path(__file__).resolve().parent.parent
 RUN = {"model": "m"}
 
 
@@ -617,7 +617,7 @@ def test_two_runs_do_not_mix(tars, tmp_path):
     out = tmp_path / "out.jsonl"
     run(tars, out)
     held = sidefile.lock(out / "_state" / "lock")
-    code = f"from sidefile import lock; from pathlib import Path; lock(Path({str(out / '_state' / 'lock')!r}))"
+    code = f"from captioning.inference.append_log import lock; from pathlib import Path; lock(Path({str(out / '_state' / 'lock')!r}))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     held.close()
     assert "another run is writing it" in result.stderr

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from significance import Comparison, bootstrap_interval, compare
+from captioning.scoring.significance import Comparison, bootstrap_interval, compare
 
 
 def test_the_interval_has_the_width_that_theory_gives():
@@ -25,7 +25,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 
 
 def test_draws_in_blocks_are_as_good_as_at_once(monkeypatch):
-    import significance
+    from captioning.scoring import significance
 
     scores = np.arange(100.0)
     whole = bootstrap_interval(scores, 2000)

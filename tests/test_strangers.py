@@ -3,18 +3,17 @@
 import os
 import pickle
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoints
-from captioner import build_encoder, read_adapter
-from clipscore import ClipScorer
+from captioning import tensors as checkpoints
+from captioning.models.captioner import build_encoder, read_adapter
+from captioning.models.llava import load_llava
+from captioning.profiles import MICRO_WEIGHTS, PROFILES, ROOT
+from captioning.scoring.clipscore import ClipScorer
 from decoder import read_state_dict
-from llava import load_llava
-from profiles import MICRO_WEIGHTS, PROFILES
 
 CPU = torch.device("cpu")
 
@@ -92,8 +91,8 @@ def test_no_pickle_is_executed(load, form, tmp_path):
 
 def test_nothing_in_the_suite_unpickles_by_itself():
     """New code that loads weights must go through read_state_dict or safetensors."""
-    root = Path(__file__).resolve().parent.parent
-    sources = {path.name: path.read_text() for path in [*root.glob("*.py"), *root.glob("microworld/*.py")]}
+    folders = [*ROOT.glob("*.py"), *ROOT.glob("captioning/**/*.py"), *ROOT.glob("microworld/*.py")]
+    sources = {path.name: path.read_text() for path in folders}
     calls = [
         (name, line.strip())
         for name, text in sources.items()

@@ -2,8 +2,8 @@
 
 import pytest
 
-import strictjson
-from strictjson import parse_json, read_json
+from captioning import files as strictjson
+from captioning.files import parse_json, read_json
 
 
 def write(tmp_path, content):

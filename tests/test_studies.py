@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-import checkpoints
+from captioning import tensors as checkpoints
+from captioning.training.trainer import SCST_NUMBERS, SETTINGS, TrainConfig
 from microworld import studies
 from p2_train import build_parser, resolve_config
-from training import SCST_NUMBERS, SETTINGS, TrainConfig
 
 
 class Recorder:

@@ -8,8 +8,8 @@ import torch
 
 import evaluate
 import p2_train
-from profiles import PROFILES
-from trackers import Trackers, flat
+from captioning.profiles import PROFILES
+from captioning.training.trackers import Trackers, flat
 
 FLAGS = (
     "--profile",

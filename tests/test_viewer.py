@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import viewer
-from attention import Explained, View
+from captioning.maps import viewer
+from captioning.maps.attention import Explained, View
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 import evaluate
-import runtime
-from captioner import Captioner, CaptionerConfig, build_encoder, build_transform, load_captioner
+from captioning import cli as runtime
+from captioning.data import feature_cache as data
+from captioning.models.captioner import Captioner, CaptionerConfig, build_encoder, build_transform, load_captioner
+from captioning.profiles import MICRO_WEIGHTS, PROFILES
 from decoder import LoraConfig, build_decoder
 from microworld import pretrain, pretrain_llava
 from microworld.scenes import make_image
-from profiles import MICRO_WEIGHTS, PROFILES
 
 MICRO = PROFILES["micro"]
 MODELS = ("decoder", "encoder", "scorer", "llava")

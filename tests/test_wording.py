@@ -2,7 +2,7 @@
 
 import pytest
 
-from wording import caption_statistics
+from captioning.scoring.caption_stats import caption_statistics
 
 CAPTIONS = ["a red dog", "a red dog and a red cat", "", "a cat"]
 

@@ -16,7 +16,7 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from captioning.profiles import ROOT
 
 
 class Jobs:
@@ -84,7 +84,7 @@ def work(job):
     """Be the job: run the script's own ``main`` and return its exit code."""
     if job["largest_file"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], job["largest_file"]))
-    from profiles import PROFILES, Profile
+    from captioning.profiles import PROFILES, Profile
 
     PROFILES["micro"] = Profile(**job["profile"])
     return importlib.import_module(job["script"]).main(job["argv"])
@@ -95,7 +95,7 @@ def serve():
     os.environ["PATH"] = ""  # without Java the tokenizer is Python's own: no process of another program outlives a kill
     import p2_infer  # noqa: F401 - imported for the jobs to come
     import p2_train  # noqa: F401
-    import runtime
+    from captioning import cli as runtime
 
     runtime.import_guarded("timm.data")
     for line in iter(sys.stdin.readline, ""):

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from mutate import damaged_bytes, damaged_json
 from PIL import Image
 
-import annotations
-import checkpoints
-import data
-import grounding
 import p3_attention
-from captioner import Captioner, CaptionerConfig, fingerprint, load_captioner
+from captioning import tensors as checkpoints
+from captioning.data import annotations
+from captioning.data import feature_cache as data
+from captioning.inference.folder import PredictionLog
+from captioning.maps import grounding
+from captioning.models.captioner import Captioner, CaptionerConfig, load_captioner
+from captioning.tensors import fingerprint
 from decoder import LoraConfig, build_decoder, read_state_dict
-from inference import PredictionLog
 from microworld.scenes import generate
 
 COUNTS = [pytest.param(8, id="small"), pytest.param(100, id="campaign", marks=pytest.mark.faults)]

@@ -15,9 +15,9 @@ import pytest
 import torch
 from jobs import Jobs, kill_after
 
-import checkpoints
-import runtime
-from captioner import read_adapter
+from captioning import cli as runtime
+from captioning import tensors as checkpoints
+from captioning.models.captioner import read_adapter
 
 SAVE_EVERY = 2
 TRAIN = (

@@ -1,0 +1,1 @@
+"""From files to tensors: images, annotations, tokens, batches, cached features."""

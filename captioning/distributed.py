@@ -1,0 +1,162 @@
+"""The processes that share a run, as ``accelerate launch`` starts them, and the few things that they do together.
+
+A script that was started plainly is alone: ``ALONE`` does the same things by itself, at once, and joins nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from captioning import cli as runtime
+
+T = TypeVar("T")
+R = TypeVar("R")
+PATIENCE = timedelta(days=30)  # one may work while the others wait; a process that dies is the launcher's business
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run and which of them this one is; every method is called by all of them, in one order.
+
+    As a context manager it parts from the others at the end: no process goes before all have come so far.
+
+    Attributes:
+        rank: number of this process, from 0 on.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+    _talk: Any = field(default=None, repr=False, compare=False)  # a group for what lies in main memory
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.count > 1 and kind is None:
+            self.wait()
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this process's part of ``items``, every ``count``-th of them: nothing where there are too few."""
+        return items[self.rank :: self.count]
+
+    def wait(self) -> None:
+        """Return when all have come here."""
+        if self.count > 1:
+            self._meet(dist.barrier, group=self._talk)
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank, in every process; tensors must lie in main memory."""
+        found = [value] * self.count
+        if self.count > 1:
+            self._meet(dist.all_gather_object, found, value, group=self._talk)
+        return found
+
+    def spread(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """Return ``function`` of every item, in order and in every process, each computed by one process."""
+        parts = self.gather(self.together(lambda: [function(item) for item in self.share(items)]))
+        return [parts[i % self.count][i // self.count] for i in range(len(items))]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do ``work`` in every process and return this one's result; where it fails in one, all of them end.
+
+        Raises:
+            ValueError, OSError: what ``work`` raised, in the first process where it did; the others exit in silence.
+        """
+        if self.count == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except (ValueError, OSError) as caught:
+            error = caught
+        failed = [rank for rank, bad in enumerate(self.gather(error is not None)) if bad]
+        if error is not None and failed[0] == self.rank:
+            raise error
+        if failed:
+            raise SystemExit(runtime.BAD_INPUT)
+        return result
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """Do ``work`` in the first process alone and return its result in all; errors as ``together``."""
+        results = [self.together(work if self.first else lambda: None)]
+        if self.count > 1:
+            self._meet(dist.broadcast_object_list, results, src=0, group=self._talk)
+        return results[0]
+
+    def total(self, *values: float) -> list[float]:
+        """Return the sum over all processes of each value; what is no number in one is none in the sum."""
+        if self.count == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        self._meet(dist.all_reduce, sums, group=self._talk)
+        return sums.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process."""
+        return self.total(float(flag))[0] > 0
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace every gradient by its sum over all processes, in one exchange; None counts as zeros."""
+        if self.count == 1:
+            return
+        parameters = list(parameters)
+        parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        sums = flat if flat.device.type in ("cpu", "cuda") else flat.cpu()  # what the group of all can exchange
+        self._meet(dist.all_reduce, sums)
+        for parameter, summed in zip(parameters, sums.to(flat.device).split([p.numel() for p in parts]), strict=True):
+            parameter.grad = summed.view_as(parameter)
+
+    def check_same(self, what: str, value: Any) -> None:
+        """Raise ValueError where ``value``, plain data, is not the same in all processes."""
+        own = hashlib.sha256(repr(value).encode()).hexdigest()  # it may be large
+        others = [rank for rank, digest in enumerate(self.gather(own)) if digest != own]
+        if others:
+            raise ValueError(
+                f"{what} differ between process {self.rank} and process {others[0]}; give all machines "
+                "the same files and the same command"
+            )
+
+    @staticmethod
+    def _meet(collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        try:
+            collective(*args, **kwargs)
+        except RuntimeError as error:
+            raise ConnectionError("another process of this run has ended; what it said tells why") from error
+
+
+ALONE = Processes()
+
+
+def join(device: torch.device) -> Processes:
+    """Join the processes that ``accelerate launch`` (or torchrun) started beside this one; ``ALONE`` without it.
+
+    Args:
+        device: where this process computes; on CUDA gradients travel by NCCL, else by gloo.
+
+    Raises:
+        ValueError: the launcher's processes could not be joined.
+    """
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return ALONE
+    state = runtime.import_guarded("accelerate").PartialState(cpu=device.type != "cuda", timeout=PATIENCE)
+    if state.num_processes != count:  # accelerate falls back to one process in silence
+        raise ValueError(f"{count} processes were launched and accelerate joins {state.num_processes}")
+    return Processes(state.process_index, count, dist.new_group(backend="gloo", timeout=PATIENCE))

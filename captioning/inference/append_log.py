@@ -1,0 +1,124 @@
+"""Captions kept as they come: an append-only file of JSON lines with checksums, which one process at a time writes."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import logging
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from captioning.files import parse_json
+
+log = logging.getLogger(__name__)
+
+
+class HeldError(ValueError):
+    """Another process holds the lock."""
+
+
+def lock(path: Path) -> io.FileIO:
+    """Open ``path`` to append to it, and lock it until it is closed or the process ends.
+
+    Raises:
+        HeldError: another process holds it.
+    """
+    while True:
+        file = path.open("a+b", buffering=0)  # what a full disk refuses must not wait in a buffer
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise HeldError(f"{path}: another run is writing it; wait for it, or name another") from error
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # its run finished and removed it between our open and our lock
+
+
+class SideFile:
+    """A header, then one caption a line. A line that is torn or damaged is passed over by :func:`read`.
+
+    Args:
+        path: the file, made where it is missing.
+
+    Raises:
+        HeldError: another process writes it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = lock(path)
+
+    def begin(self, header: dict[str, Any]) -> None:
+        """Cut a torn line off the end, and write ``header`` as the first line of a new file."""
+        self._file.seek(0)
+        text = self._file.read()
+        self._file.truncate(text.rfind(b"\n") + 1)
+        if b"\n" not in text:
+            self._write(header)
+
+    def clear(self) -> None:
+        """Drop all that is in it."""
+        self._file.truncate(0)
+
+    def add(self, captions: dict[str, str]) -> None:
+        """Keep the captions of a batch, ``{image: caption}``. Raises OSError, naming the file, where that fails."""
+        self._write(
+            *(
+                {"image": image, "caption": caption, "check": check(image, caption)}
+                for image, caption in captions.items()
+            )
+        )
+
+    def close(self) -> None:
+        """Give the file and its lock back."""
+        self._file.close()
+
+    def _write(self, *records: dict[str, Any]) -> None:
+        left = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: cannot be written ({error}); the captions so far are kept in it, so make room "
+                "and run the same command again"
+            ) from error
+
+
+def read(path: Path, overwrite: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a side file's header and captions; a line that is none of ours is passed over.
+
+    Raises:
+        ValueError: the header is damaged; with ``overwrite`` that is a warning, and nothing is returned.
+    """
+    first, *others = path.read_bytes().split(b"\n")[:-1] or [b"{}"]
+    try:
+        header = dict(parse_json(first.decode()))
+    except (ValueError, TypeError) as error:
+        if overwrite:
+            log.warning("%s: damaged (%s); beginning anew", path, error)
+            return {}, {}
+        raise ValueError(f"{path}: damaged ({error}); remove it, or give --overwrite") from error
+    kept = [caption for caption in map(_caption_of, others) if caption]
+    if len(kept) < len(others):
+        log.warning("%s: %d lines are damaged; their images are captioned again", path, len(others) - len(kept))
+    return header, dict(kept)
+
+
+def check(image: str, caption: str) -> int:
+    """Return the checksum of a line."""
+    return zlib.crc32(json.dumps([image, caption]).encode())
+
+
+def _caption_of(line: bytes) -> tuple[str, str] | None:
+    """Return image and caption of a line, or None where its checksum is wrong."""
+    try:
+        record = parse_json(line.decode())
+        image, caption = record["image"], record["caption"]
+        return (image, caption) if record["check"] == check(image, caption) else None
+    except (ValueError, KeyError, TypeError):
+        return None

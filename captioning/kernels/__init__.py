@@ -1,0 +1,1 @@
+"""Fused kernels that torch has and its modules do not use."""

@@ -1,0 +1,1 @@
+"""Which pixels each word looked at."""

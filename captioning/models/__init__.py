@@ -1,0 +1,1 @@
+"""The captioner (encoder, projector, decoder) and LLaVA."""

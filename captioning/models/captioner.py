@@ -1,0 +1,436 @@
+"""The captioner: frozen timm encoder, linear projector, GPT-2 with LoRA; its freeze policy and its adapter file.
+
+The sequence is ``[projected image tokens | BOS caption EOS]`` with one shared position index and causal attention.
+Causality makes the image part independent of the caption, and both uses here rest on that: in training all captions of
+an image follow one prefix, each seeing the prefix and itself, positions restarting after the prefix
+(`Captioner.loss`); in search the prefix's keys and values are computed once for all beams (`Captioner.step_function`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from captioning import cli as runtime
+from captioning.tensors import fingerprint, read_tensors, write_tensors
+from decoder import (
+    Decoder,
+    LoraConfig,
+    Packing,
+    build_decoder,
+    gpt2_state_dict,
+    load_lora_state_dict,
+    lora_state_dict,
+    mark_trainable,
+    merge_lora,
+    read_state_dict,
+)
+
+IGNORED = -100  # target of padding, as cross_entropy has it
+RANDOM = "random"  # the one word that asks for an encoder without trained weights
+PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
+RANDOM_ENCODER_SEED = 20241127  # random encoders are the same in training and in inference
+
+
+@dataclass(frozen=True)
+class CaptionerConfig:
+    """What rebuilds a captioner around a decoder; stored in every adapter file.
+
+    Attributes:
+        encoder: timm model name.
+        encoder_kwargs: further arguments of ``timm.create_model``.
+        encoder_weights: local file, None for timm's own weights, or ``random``.
+        use_cls: whether the encoder's prefix tokens (CLS, registers) go to the decoder too.
+        encoder_layer: which layer feeds the projector: -1 is the last, after its norm; -2 the one before, and so on.
+        lora: the decoder's LoRA.
+        encoder_hash, decoder_hash: fingerprints of the frozen weights that the adapter was trained on.
+    """
+
+    encoder: str
+    encoder_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    encoder_weights: str | None = None
+    use_cls: bool = True
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    encoder_hash: str = ""
+    decoder_hash: str = ""
+    encoder_layer: int = -1
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CaptionerConfig:
+        """Rebuild the config from plain JSON values; raises ValueError for keys that it does not know."""
+        try:
+            values = dict(values)
+            lora = dict(values.pop("lora"))
+            for key in ("targets", "enable_lora"):
+                if lora.get(key) is not None:
+                    lora[key] = tuple(lora[key])
+            return cls(lora=LoraConfig(**lora), **values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the configuration of a captioner: {error}") from error
+
+
+def build_encoder(name: str, weights: str | None, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+    """Return the timm ViT ``name`` without its head, frozen and in eval mode.
+
+    Args:
+        name: any timm ViT; the pretrained tag may follow a dot.
+        weights: a local file in timm's or open_clip's layout, None for timm's pretrained weights from the hub, or
+            ``random``, which tests and shape checks ask for by name.
+        kwargs: further arguments of ``timm.create_model``, such as ``img_size``; those in PREPROCESSING override the
+            model's own preprocessing.
+
+    Raises:
+        ValueError: an unknown name, a model that is no ViT, or weights that do not fit or cannot be fetched.
+        FileNotFoundError: ``weights`` is not a file.
+    """
+    timm = runtime.import_guarded("timm")
+    kwargs = dict(kwargs or {})
+    if not timm.is_model(name.split(".")[0]):
+        close = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]) or "none alike"
+        raise ValueError(f"--encoder {name}: timm knows no such model (alike: {close})")
+    overlay: dict[str, Any] = {key: kwargs.pop(key) for key in PREPROCESSING if key in kwargs}
+    if "img_size" in kwargs:
+        overlay["input_size"] = (3, kwargs["img_size"], kwargs["img_size"])
+    if weights not in (None, RANDOM) and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"--encoder-weights {weights}: no such file; run `bash hw3_download.sh p2`, or name another"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_ENCODER_SEED)
+        try:
+            encoder = timm.create_model(
+                name, pretrained=weights is None, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs
+            )
+        except (RuntimeError, OSError, TypeError, ValueError) as error:
+            hint = "; run `bash hw3_download.sh p2`, or name a file with --encoder-weights" if weights is None else ""
+            raise ValueError(f"--encoder {name}: it could not be built ({_first_line(error)}){hint}") from error
+    if not hasattr(encoder, "num_prefix_tokens") or not hasattr(encoder.patch_embed, "grid_size"):
+        raise ValueError(f"--encoder {name}: not a vision transformer; choose one of timm's vit_* models")
+    if weights not in (None, RANDOM):
+        _load_encoder(encoder, name, weights)
+    return encoder.requires_grad_(False).eval()
+
+
+def _load_encoder(encoder: nn.Module, name: str, path: str) -> None:
+    """Fill a headless encoder from a local file; all its tensors and no others but the head's must be there.
+
+    timm itself loads headless models with strict=False, and leaves at random in silence whatever the file lacks.
+    """
+    state = read_state_dict(path)  # never timm's own reader, which would run a pickle's code
+    family = importlib.import_module(type(encoder).__module__)
+    rename = getattr(family, "checkpoint_filter_fn", lambda state, model: state)  # open_clip's names to timm's
+    try:
+        keys = encoder.load_state_dict(rename(state, encoder), strict=False)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"--encoder-weights {path}: they do not fit {name} ({_first_line(error)})") from error
+    extra = [key for key in keys.unexpected_keys if not key.startswith("head.")]
+    if keys.missing_keys or extra:
+        missing, more = (", ".join(sorted(part)[:5]) or "none" for part in (keys.missing_keys, extra))
+        raise ValueError(f"--encoder-weights {path}: they do not fit {name} (missing: {missing}; unexpected: {more})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def build_transform(encoder: nn.Module) -> Callable[[Any], torch.Tensor]:
+    """Return the encoder's own evaluation preprocessing: PIL image to (3, H, W) float tensor."""
+    timm_data = runtime.import_guarded("timm.data")
+    # The model, not its name: given a string, timm silently answers with ImageNet's mean, std and crop.
+    return timm_data.create_transform(**timm_data.resolve_model_data_config(encoder), is_training=False)
+
+
+def preprocessing_by_name(encoder: str) -> dict[str, Any]:
+    """Return the preprocessing that timm answers with when asked by name: not the model's own, but ImageNet's.
+
+    The report was trained like that; the values travel in the adapter's config, so inference has them too.
+    """
+    found = runtime.import_guarded("timm.data").resolve_data_config({}, model=encoder)
+    return {key: found[key] for key in PREPROCESSING}
+
+
+class Captioner(nn.Module):
+    """Frozen encoder, trained projector, GPT-2 with LoRA.
+
+    Args:
+        config: what the captioner is made of; empty fingerprints are filled in, given ones are checked.
+        decoder: the decoder, built with ``config.lora``.
+
+    Raises:
+        ValueError: the frozen weights are not the ones that ``config`` remembers.
+    """
+
+    def __init__(self, config: CaptionerConfig, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = build_encoder(config.encoder, config.encoder_weights, config.encoder_kwargs)
+        self.transform = build_transform(self.encoder)
+        self.decoder = decoder
+        depth = len(self.encoder.blocks)
+        if not -depth <= config.encoder_layer < 0:
+            raise ValueError(f"--encoder-layer {config.encoder_layer}: {config.encoder} has layers -1 to -{depth}")
+        self.n_patches = self.encoder.patch_embed.num_patches
+        self.skipped = 0 if config.use_cls else self.encoder.num_prefix_tokens
+        self.feature_shape = (self.encoder.num_prefix_tokens + self.n_patches, self.encoder.num_features)
+        self.n_prefix = self.feature_shape[0] - self.skipped
+        if self.n_prefix + 2 > decoder.config.n_positions:
+            raise ValueError(
+                f"--encoder {config.encoder}: {self.n_prefix} image tokens leave no room for a caption in the "
+                f"decoder's context of {decoder.config.n_positions}"
+            )
+        self.projector = nn.Linear(self.encoder.num_features, decoder.config.n_embd)
+        hashes = {
+            "encoder_hash": fingerprint(self.encoder.state_dict()),
+            "decoder_hash": fingerprint(gpt2_state_dict(decoder)),
+        }
+        for key, found in hashes.items():
+            wanted = getattr(config, key)
+            if wanted and wanted != found:
+                part = key.split("_")[0]
+                raise ValueError(f"the adapter was trained on another {part} (hash {wanted}, this one is {found})")
+        self.config = CaptionerConfig(**{**vars(config), **hashes})
+        mark_trainable(decoder)
+
+    def train(self, mode: bool = True) -> Captioner:
+        """Set the mode of projector and decoder; the frozen encoder stays in eval mode."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the trained parameters."""
+        return self.projector.weight.device
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by name: LoRA and projector, nothing else."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return all tokens of the encoder's last layer, after its norm: (B, 3, H, W) to (B, N, D).
+
+        With another ``encoder_layer`` they are that layer's, as LLaVA takes them: without the final norm.
+        """
+        if self.config.encoder_layer == -1:
+            return self.encoder.forward_features(pixels)
+        ((patches, prefix),) = self.encoder.forward_intermediates(
+            pixels,
+            indices=[self.config.encoder_layer],
+            norm=False,
+            output_fmt="NLC",
+            return_prefix_tokens=True,
+            intermediates_only=True,
+        )
+        return torch.cat([prefix, patches], 1)
+
+    def prefix(self, features: torch.Tensor) -> torch.Tensor:
+        """Project encoder tokens (B, N, D) to the decoder's width: (B, P, C)."""
+        return self.projector(features[:, self.skipped :])
+
+    def loss(self, features: torch.Tensor, batch: Any, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Return the mean next-token loss over all captions of the images; EOS is learned.
+
+        Args:
+            features: encoder tokens (B, N, D).
+            batch: ``data.PackedBatch`` of the images' captions, (B, S) each.
+            label_smoothing: share of the target spread over the vocabulary.
+        """
+        logits, targets = self._predictions(features, batch)
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+    def log_probs(self, features: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Return the log-probability of every target that is not padding, row by row: (n,)."""
+        logits, targets = self._predictions(features, batch)
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    def _predictions(self, features: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float32 logits (n, V) and targets (n,) of the n caption positions, row by row."""
+        hidden = self.decoder(*self._packed_sequence(features, batch), last=batch.inputs.shape[1])  # (B, S, C)
+        kept = batch.targets != IGNORED  # the wide output layer runs on caption positions only
+        return self.decoder.logits(hidden[kept]).float(), batch.targets[kept]
+
+    def _packed_sequence(
+        self, features: torch.Tensor, batch: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | Packing]:
+        """Return embeddings (B, P+S, C), positions (B, P+S) and mask of ``[prefix | captions]``."""
+        prefix = self.prefix(features)
+        count = prefix.shape[1]
+        x = torch.cat([prefix, self.decoder.embed(batch.inputs).to(prefix.dtype)], 1)
+        positions = batch.positions_behind(count)
+        if batch.slots is None:
+            return x, positions, batch.mask_behind(count)
+        return x, positions, Packing(count, batch.slots, batch.inputs.shape[1], lambda: batch.mask_behind(count))
+
+    @torch.no_grad()
+    def step_function(self, features: torch.Tensor, beam_size: int, max_new_tokens: int) -> SharedPrefix:
+        """Read the images (B, N, D) once and return the step function that ``search`` calls for each new token.
+
+        Raises:
+            ValueError: prefix and caption do not fit into the decoder's context.
+        """
+        return SharedPrefix(self.decoder, self.prefix(features), beam_size, max_new_tokens)
+
+    @property
+    def patch_columns(self) -> torch.Tensor:
+        """Which positions of the prefix are image patches: (n_patches,); a CLS token is none."""
+        first = self.n_prefix - self.n_patches
+        return torch.arange(first, self.n_prefix)
+
+    def attend(
+        self, features: torch.Tensor, tokens: Sequence[int], whole: bool = False
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Read one finished caption behind its image and return where it looked.
+
+        The image's rows take the fused path into the cache, and only the caption's rows the slow one, unless all are
+        wanted. Where gradients are on they flow from each row's logits to that row's weights, and to no other row's.
+
+        Args:
+            features: encoder tokens of one image, (1, N, D).
+            tokens: BOS and the T ids of the caption.
+            whole: return the rows of the whole sequence, S = P + T + 1.
+
+        Returns:
+            Attention weights (1, nh, T + 1 or S, S) of every layer, and the logits (T + 1, V) of the caption's rows.
+        """
+        ids = torch.tensor([list(tokens)], device=features.device)
+        count, total = self.n_prefix, self.n_prefix + len(tokens)
+        attentions: list[torch.Tensor] = []
+        prefix = self.prefix(features)
+        if whole:
+            x = torch.cat([prefix, self.decoder.embed(ids).to(prefix.dtype)], 1)
+            hidden = self.decoder(x, torch.arange(total), attentions=attentions)[:, count:]
+        else:
+            with torch.no_grad():
+                cache = self.decoder.new_cache(1, total)
+                self.decoder(prefix, torch.arange(count), cache=cache)
+            hidden = self.decoder(
+                self.decoder.embed(ids), torch.arange(count, total), cache=cache, attentions=attentions
+            )
+        return attentions, self.decoder.logits(hidden)[0]
+
+    def merge(self) -> Captioner:
+        """Fold LoRA into the decoder for inference, once and for all."""
+        merge_lora(self.decoder)
+        return self.eval()
+
+    # The adapter file: LoRA and projector tensors, and the config as JSON in the header.
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the adapter file."""
+        state = {f"decoder.{k}": v for k, v in lora_state_dict(self.decoder).items()}
+        state |= {f"projector.{k}": v for k, v in self.projector.state_dict().items()}
+        return state
+
+    def save_adapter(self, path: str | os.PathLike) -> None:
+        """Write LoRA, projector and config to ``path`` (safetensors), atomically."""
+        state = {k: v.float() for k, v in self.adapter_state().items()}
+        write_tensors(path, state, {"captioner": json.dumps(asdict(self.config))})
+
+    def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy an adapter's tensors; names and shapes must match exactly, or ValueError says which do not."""
+        wanted = self.adapter_state()
+        wrong = [
+            k for k in wanted.keys() & state.keys() if k.startswith("projector.") and wanted[k].shape != state[k].shape
+        ]
+        wrong += [k for k in wanted.keys() ^ state.keys() if k.startswith("projector.")]
+        wrong += [k for k in state if not k.startswith(("projector.", "decoder."))]
+        if wrong:
+            raise ValueError(f"the adapter does not fit this captioner: {', '.join(sorted(wrong))}")
+        load_lora_state_dict(self.decoder, _below(state, "decoder."))
+        self.projector.load_state_dict(_below(state, "projector."))
+
+
+class SharedPrefix:
+    """The step function that ``search`` calls for each new token, over projected images that are read once.
+
+    The cache holds the prefix once an image; beams lie behind it and see their own history by a mask.
+
+    Args:
+        decoder: LoRA is best merged.
+        prefix: projected image tokens (B, P, C).
+        beam_size: live beams an image.
+        max_new_tokens: longest caption.
+
+    Raises:
+        ValueError: prefix and caption do not fit into the decoder's context.
+    """
+
+    @torch.no_grad()
+    def __init__(self, decoder: Decoder, prefix: torch.Tensor, beam_size: int, max_new_tokens: int) -> None:
+        self.decoder, self.count = decoder, prefix.shape[1]
+        room = decoder.config.n_positions - self.count
+        if max_new_tokens > room:
+            raise ValueError(f"--max-new-tokens {max_new_tokens}: behind {self.count} image tokens only {room} fit")
+        self.cache = decoder.new_cache(len(prefix), self.count + beam_size * max_new_tokens)
+        decoder(prefix, torch.arange(self.count), cache=self.cache)
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, K, V) behind the newest tokens (B, K), each of which sees its ancestors (B, K, n)."""
+        position = torch.tensor([self.count + ancestors.shape[2] // tokens.shape[1] - 1])
+        mask = F.pad(ancestors, (self.count, 0), value=True)[:, None]  # (B, 1, K, P + slots)
+        hidden = self.decoder(self.decoder.embed(tokens), position, mask, self.cache)
+        return self.decoder.logits(hidden)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these images alone, by place in the batch (n,)."""
+        self.cache.keep(rows)
+
+
+def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def read_adapter(path: str | os.PathLike) -> tuple[CaptionerConfig, dict[str, torch.Tensor]]:
+    """Read an adapter file: its config and its tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or is not an adapter of this suite.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--adapter {path}: no such file; train one with p2_train.py, or name another")
+    try:
+        state, metadata = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"--adapter {error}") from error
+    if "captioner" not in metadata:
+        raise ValueError(f"--adapter {path}: no adapter of this suite (its header holds no captioner config)")
+    try:
+        return CaptionerConfig.from_dict(json.loads(metadata["captioner"])), state
+    except ValueError as error:  # bad JSON too
+        raise ValueError(f"--adapter {path}: {error}") from error
+
+
+def load_captioner(
+    adapter: Path, decoder: Path, encoder_weights: str | None, device: torch.device, fallback: str | None = None
+) -> Captioner:
+    """Rebuild a captioner from its adapter file, LoRA merged, ready to caption.
+
+    The encoder's weights are ``encoder_weights``, or the file that the adapter remembers, or where that is gone (an
+    adapter from another machine) ``fallback``; the adapter's fingerprint says whether they are the right ones.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, or adapter and decoder do not fit.
+    """
+    config, state = read_adapter(adapter)
+    remembered = config.encoder_weights
+    if not encoder_weights and remembered not in (None, RANDOM) and not Path(remembered).is_file():
+        encoder_weights = fallback
+    if encoder_weights:
+        config = replace(config, encoder_weights=encoder_weights)
+    try:
+        captioner = Captioner(config, build_decoder(decoder, config.lora))
+        captioner.load_adapter_state(state)
+    except ValueError as error:
+        raise ValueError(f"--adapter {adapter} with decoder {decoder}: {error}") from error
+    return captioner.to(device).merge()

@@ -1,0 +1,350 @@
+"""LLaVA 1.5 (Liu et al., arXiv 2304.08485 and 2310.03744) through transformers: prompts, loading, batched captions.
+
+A CLIP tower looks at the image, a projector turns its patches into tokens of a language model, and the language model
+answers a prompt. Whatever has that architecture loads: the full-size model and the micro one take the same path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+
+from captioning import cli as runtime
+
+log = logging.getLogger(__name__)
+
+TEMPLATE = "USER: <image>\n{} ASSISTANT:"  # LLaVA 1.5's conversation of one turn
+PROMPTS = {  # the report's two settings
+    1: "Briefly describe this image in a sentence. Thank you.",
+    2: "In one sentence, describe the key objects in the image and their state. For example, "
+    "'A red apple lies on a wooden table' or 'A dog sleeps peacefully on a couch.'",
+}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+ARCHITECTURE = "LlavaForConditionalGeneration"
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype for ``auto``, ``float16``, ``bfloat16`` or ``float32``; auto is float16 on an accelerator."""
+    return DTYPES[("float32" if device.type == "cpu" else "float16") if name == "auto" else name]
+
+
+@dataclass
+class Row:
+    """One image with its prompt, ready for a batch: token ids (T,) and pixels (1, 3, H, W).
+
+    ``past`` is what the language model made of all but the last id, keys and values (1, nh, T - 1, hs) by layer, once
+    it has been read; then it need not be read again.
+    """
+
+    input_ids: torch.Tensor
+    pixel_values: torch.Tensor
+    past: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
+class Llava:
+    """A LLaVA model and its processor.
+
+    Args:
+        model: a ``LlavaForConditionalGeneration`` in eval mode.
+        processor: its ``LlavaProcessor``, which says how many tokens an image takes.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        config = model.config
+        if processor.patch_size is None or processor.vision_feature_select_strategy is None:  # checkpoints before 2025
+            processor.patch_size = config.vision_config.patch_size
+            processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+            processor.num_additional_image_tokens = 1  # CLIP's CLS
+        self.eos_ids = set(_as_list(model.generation_config.eos_token_id))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.model.device
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that stands in the prompt for each patch."""
+        return self.model.config.image_token_id
+
+    def row(self, image: Image.Image, prompt: str) -> Row:
+        """Preprocess one RGB image and wrap ``prompt`` into the conversation template; safe to call from a thread."""
+        inputs = self.processor(images=image, text=TEMPLATE.format(prompt), return_tensors="pt")
+        return Row(inputs["input_ids"][0], inputs["pixel_values"])
+
+    def check_room(self, row: Row, max_new_tokens: int) -> None:
+        """Raise ValueError when ``row`` and ``max_new_tokens`` more tokens exceed the language model's context."""
+        context = self.model.config.text_config.max_position_embeddings
+        used = len(row.input_ids)
+        if used + max_new_tokens > context:
+            raise ValueError(
+                f"--prompt: image and prompt take {used} of the model's {context} tokens, which leaves no room for "
+                f"--max-new-tokens {max_new_tokens}; shorten the prompt or the answer"
+            )
+
+    @torch.no_grad()
+    def generate(
+        self, rows: Sequence[Row], num_beams: int = 1, max_new_tokens: int = 64, keep_past: bool = False
+    ) -> list[list[int]]:
+        """Return the answers' token ids, without specials, to rows of any lengths; greedy with one beam.
+
+        ``keep_past`` leaves what was read of the prompt in the row, when there is one row.
+        """
+        tokenizer = self.processor.tokenizer
+        ids = [row.input_ids for row in rows]
+        pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # the mask hides it
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")  # (B, T)
+        mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left")  # (B, T)
+        pixels = torch.cat([row.pixel_values for row in rows])  # (B, 3, H, W)
+        output = self.model.generate(
+            input_ids=input_ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            pixel_values=pixels.to(self.device, self.model.dtype),
+            generation_config=self._generation_config(num_beams, max_new_tokens, pad),
+        )
+        if keep_past and len(rows) == 1:
+            rows[0].past = _past(output.past_key_values, input_ids.shape[1] - 1)
+        return [self._until_end(answer) for answer in output.sequences[:, input_ids.shape[1] :].tolist()]
+
+    def attend(self, row: Row, tokens: Sequence[int], whole: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Read a finished answer behind its image and prompt in one pass and return where it looked.
+
+        Image and prompt take the fused path into a cache, if they have not yet been read, and only the answer's rows
+        the slow one, unless all are wanted.
+
+        Where gradients are on they flow from each row's logits to that row's weights, and to no other row's.
+
+        Args:
+            row: image and prompt.
+            tokens: the T ids of the answer.
+            whole: return the rows of the whole sequence of S tokens, not only the answer's.
+
+        Returns:
+            Attention weights (1, nh, T + 1 or S, S) of every layer of the language model, the first of the last T + 1
+            rows being the position that predicts the answer's first token, and the logits (T + 1, V) of those rows.
+        """
+        answer = torch.tensor(list(tokens), dtype=torch.long)
+        ids = torch.cat([row.input_ids, answer])[None].to(self.device)
+        pixels = row.pixel_values.to(self.device, self.model.dtype)
+        read = 0 if whole else len(row.input_ids) - 1
+        if not whole and row.past is None:
+            with torch.no_grad():
+                prompt = self.model(input_ids=ids[:, :read], pixel_values=pixels, use_cache=True, logits_to_keep=1)
+            row.past = _past(prompt.past_key_values, read)
+        inputs = {"pixel_values": pixels} if whole else {"past_key_values": _cache(row.past)}
+        with _capture(self.model) as attentions:
+            output = self.model(
+                input_ids=ids[:, read:], attention_mask=torch.ones_like(ids), logits_to_keep=len(tokens) + 1, **inputs
+            )
+        if len(attentions) != self.model.config.text_config.num_hidden_layers:
+            raise ValueError(
+                "the language model hands out no attention weights: its layers do not take transformers' "
+                "attention interface"
+            )
+        return attentions, output.logits[0]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return an answer as text, white space at its ends removed."""
+        return self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def _generation_config(self, num_beams: int, max_new_tokens: int, pad: int) -> Any:
+        """The checkpoint's own settings without those of sampling, which would warn that they have no effect."""
+        config = copy.deepcopy(self.model.generation_config)
+        config.update(
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_length=None,
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+        )
+        return config
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        end = next((n for n, token in enumerate(tokens) if token in self.eos_ids), len(tokens))
+        return tokens[:end]
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _past(cache: Any, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the first ``length`` keys and values of a cache by layer; its beams have one prompt in common."""
+    return [(layer.keys[:1, :, :length], layer.values[:1, :, :length]) for layer in cache.layers]
+
+
+def _cache(past: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """Return a cache of its own, which grows without touching ``past``."""
+    cache = runtime.import_guarded("transformers").DynamicCache()
+    for layer, (keys, values) in enumerate(past):
+        cache.update(keys, values, layer)
+    return cache
+
+
+def check_prompt(prompt: str) -> str:
+    """Return ``prompt``; ValueError when it is empty or brings an image placeholder of its own."""
+    if not prompt.strip():
+        raise ValueError("--prompt is empty; say what the model shall answer")
+    if "<image>" in prompt:
+        raise ValueError("--prompt: leave <image> out; it is put before the text, once")
+    return prompt
+
+
+def load_llava(
+    model: str, device: torch.device, dtype: torch.dtype, revision: str | None = None, load_in_4bit: bool = False
+) -> Llava:
+    """Load a LLaVA from a hub id or a folder that ``save_pretrained`` wrote.
+
+    Args:
+        model: hub id, such as ``llava-hf/llava-1.5-7b-hf``, or folder.
+        device: where it runs.
+        dtype: of the weights, and with 4 bits of the computation.
+        revision: branch, tag or commit of a hub id.
+        load_in_4bit: quantise the linear layers by bitsandbytes.
+
+    Raises:
+        FileNotFoundError: no such folder, or the hub can't be reached.
+        ValueError: another architecture, incomplete or damaged files, or bitsandbytes is missing.
+    """
+    transformers = runtime.import_guarded("transformers")
+    with _quiet(transformers):
+        _check_architecture(transformers, model, revision)
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    if load_in_4bit:
+        options["quantization_config"] = _four_bits(transformers, dtype)
+    if load_in_4bit or device.type != "cpu":
+        options["device_map"] = {"": str(device)}  # weights go there one by one: no second copy in host memory
+    architecture = getattr(transformers, ARCHITECTURE)
+    with _quiet(transformers):
+        try:
+            net, info = architecture.from_pretrained(model, output_loading_info=True, **options)
+            processor = transformers.AutoProcessor.from_pretrained(model, revision=revision)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"--model {model} does not fit into the memory of {device}: use --load-in-4bit") from error
+        except pickle.UnpicklingError as error:  # torch's own message says how to run its code
+            raise ValueError(
+                f"--model {model}: its weights are a damaged pickle, or one that wants to run code, which "
+                "is never done; take safetensors instead"
+            ) from error
+        except (OSError, EOFError, ValueError, RuntimeError, KeyError, *_safetensors_errors()) as error:
+            raise ValueError(f"--model {model}: {_one_line(error)}; {_remedy(model)}") from error
+    absent = sorted(info["missing_keys"]) + sorted(str(m) for m in info["mismatched_keys"])
+    if absent:  # transformers would go on with random numbers there
+        raise ValueError(
+            f"--model {model}: {len(absent)} weights are missing or misshapen, first {absent[0]}; " + _remedy(model)
+        )
+    return Llava(net.eval().requires_grad_(False), processor)
+
+
+def _check_architecture(transformers: Any, model: str, revision: str | None) -> None:
+    """Refuse what is no LLaVA before its weights are read."""
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise FileNotFoundError(f"--model {model}: the folder has no config.json; {_remedy(model)}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise FileNotFoundError(f"--model {model}: {_one_line(error)}; {_remedy(model)}") from error
+    if config.model_type != "llava":
+        found = ", ".join(config.architectures or [config.model_type])
+        raise ValueError(f"--model {model} is a {found}; this script runs {ARCHITECTURE} (LLaVA 1.5)")
+
+
+def _four_bits(transformers: Any, dtype: torch.dtype) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--load-in-4bit needs bitsandbytes: run pip install bitsandbytes, or leave the flag out")
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+
+
+def _remedy(model: str) -> str:
+    if Path(model).is_dir():
+        return "fetch it again with `bash hw3_download.sh p1`"
+    return "run `bash hw3_download.sh p1` where there is a network, or give a folder, or --profile micro"
+
+
+def _one_line(error: Exception, limit: int = 250) -> str:
+    """Return the first sentence: what follows it in transformers' messages is advice for other cases."""
+    return " ".join(str(error).split()).split(". ")[0][:limit].rstrip(".") or type(error).__name__
+
+
+def _safetensors_errors() -> tuple[type[Exception], ...]:
+    from safetensors import SafetensorError
+
+    return (SafetensorError,)
+
+
+CAPTURE = "softmax_that_shows_its_weights"
+
+
+@contextlib.contextmanager
+def _capture(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Let the language model's layers put the attention weights of the rows they compute into the list given.
+
+    transformers' own ``output_attentions`` returns nothing with SDPA. An attention function of our own, registered
+    beside theirs, does with a plain softmax what SDPA does in one kernel.
+    """
+    transformers = runtime.import_guarded("transformers")
+    kept: list[torch.Tensor] = []
+
+    def attend(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: None,
+        scaling: float,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
+        groups = query.shape[1] // key.shape[1]  # grouped-query attention shares keys among heads
+        key, value = (t.repeat_interleave(groups, 1).detach() for t in (key, value))  # (1, nh, S, hs)
+        scores = (query @ key.transpose(-2, -1)).float() * scaling  # (1, nh, R, S)
+        rows, total = scores.shape[-2:]
+        seen = torch.ones(rows, total, dtype=torch.bool, device=scores.device).tril(total - rows)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        if torch.is_grad_enabled():
+            weights.requires_grad_()
+        kept.append(weights)
+        return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register(CAPTURE, attend)
+    transformers.AttentionMaskInterface.register(CAPTURE, lambda *args, **kwargs: None)  # causal, one row: no mask
+    config = model.config.text_config
+    before = config._attn_implementation
+    config._attn_implementation = CAPTURE
+    try:
+        yield kept
+    finally:
+        config._attn_implementation = before
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Mute what loading says on missing weights and lost connections, which is told here, and its bar of shards."""
+    hub, ours = logging.getLogger("huggingface_hub"), transformers.utils.logging
+    levels = hub.level, ours.get_verbosity()
+    bars = ours.is_progress_bar_enabled()
+    hub.setLevel(logging.CRITICAL)
+    ours.set_verbosity_error()
+    ours.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hub.setLevel(levels[0])
+        ours.set_verbosity(levels[1])
+        if bars:
+            ours.enable_progress_bar()

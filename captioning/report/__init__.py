@@ -1,0 +1,1 @@
+"""The whole report as one HTML file."""

@@ -1,0 +1,220 @@
+"""A report as data (sections of text, tables and figures) and what it is written as: one HTML file, PNG, CSV, Markdown.
+
+The HTML needs no other file and no script. Whatever stands in it is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from captioning import cli as runtime
+
+Cell = str | int | float | None
+PIXELS = 1600  # the longer side of a picture inside the page; the file beside it has all of them
+UNKNOWN = "–"
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fbfbf9; --card: #fff; --ink: #1c1c1a; --soft: #5c5c57; --line: #d9d9d3;
+  --accent: #1f4e8c; --warn: #8a4b00; --warn-page: #fff6e5 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #151514; --card: #201f1e; --ink: #ebebe6; --soft: #a6a69f; --line: #3b3b38; --accent: #8fb8ee;
+    --warn: #f0c070; --warn-page: #2d2412 }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem }
+h2 { font-size: 1.25rem; margin: 2.75rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line) }
+p { max-width: 46rem; margin: .6rem 0; overflow-wrap: anywhere } a { color: var(--accent) }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: .2rem }
+.skip { position: absolute; left: -99rem }
+.skip:focus { left: 1rem; top: .5rem; background: var(--card); padding: .4rem }
+nav ol { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; list-style: none; padding: 0; margin: 1rem 0 0 }
+.world { border-left: .3rem solid var(--warn); background: var(--warn-page); padding: .5rem .8rem; max-width: none }
+.missing { border: 1px dashed var(--warn); border-radius: .4rem; padding: .5rem .8rem; color: var(--warn) }
+.missing code { color: var(--ink); overflow-wrap: anywhere }
+.scroll { overflow-x: auto; margin: .9rem 0; border: 1px solid var(--line); border-radius: .4rem;
+  background: var(--card) }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums }
+caption { caption-side: top; text-align: left; padding: .5rem; font-weight: 600 }
+th, td { padding: .3rem .5rem; text-align: left; border-top: 1px solid var(--line); vertical-align: top }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom }
+td.n, th.n { text-align: right } td.n { white-space: nowrap }
+figure { margin: 1.1rem 0; background: var(--card); border: 1px solid var(--line); border-radius: .4rem;
+  overflow: hidden }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff }
+figcaption { padding: .5rem .8rem; font-size: .88rem; color: var(--soft); border-top: 1px solid var(--line) }
+@media print {
+  :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --accent: #000;
+    --warn: #6b3a00; --warn-page: #fff }
+  body { max-width: none; padding: 0; font-size: 10pt } nav, .skip { display: none } .scroll { overflow: visible }
+  table { font-size: 7pt } th, td { padding: .15rem .2rem } td.n, th.n { white-space: normal }
+  h2, caption { break-after: avoid } figure, tr { break-inside: avoid } figure img { max-height: 22cm }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; with ``world`` it is set off, since it says where numbers come from."""
+
+    text: str
+    world: bool = False
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part that is not there, and the command that makes it."""
+
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under columns; floats are shown with four digits, and written to the CSV with all of them."""
+
+    name: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        bad = [row for row in self.rows if len(row) != len(self.columns)]
+        assert not bad, f"table {self.name}: {len(self.columns)} columns, a row of {len(bad[0])}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A PNG with words for those who cannot see it."""
+
+    name: str
+    png: bytes
+    alt: str
+    caption: str
+
+
+Block = Text | Missing | Table | Figure
+
+
+@dataclass
+class Section:
+    """A heading and what stands below it."""
+
+    title: str
+    blocks: list[Block] = field(default_factory=list)
+
+
+def shown(cell: Cell) -> str:
+    """A cell as people read it."""
+    if cell is None:
+        return UNKNOWN
+    if isinstance(cell, float):
+        return f"{cell:.4f}" if abs(cell) < 100 else f"{cell:,.0f}"
+    return f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def page(title: str, head: Sequence[Block], sections: Sequence[Section]) -> str:
+    """Return the HTML file as text."""
+    names = [re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-") for section in sections]
+    links = "".join(
+        f'<li><a href="#{name}">{html.escape(s.title)}</a></li>' for name, s in zip(names, sections, strict=True)
+    )
+    body = "".join(
+        f'<section aria-labelledby="{name}"><h2 id="{name}">{html.escape(s.title)}</h2>\n'
+        + "".join(map(_html, s.blocks))
+        + "</section>\n"
+        for name, s in zip(names, sections, strict=True)
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        f'<a class="skip" href="#content">Skip to the content</a><header><h1>{html.escape(title)}</h1>\n'
+        + "".join(map(_html, head))
+        + f'<nav aria-label="Sections"><ol>{links}</ol></nav></header>\n<main id="content">{body}'
+        "</main></body></html>\n"
+    )
+
+
+def write(title: str, head: Sequence[Block], sections: Sequence[Section], out: str | os.PathLike) -> Path:
+    """Write the page to ``out`` and every table and figure into ``<stem>_files`` beside it; return that folder."""
+    out = Path(out)
+    parts = out.with_name(f"{out.stem}_files")
+    for section in sections:
+        for block in section.blocks:
+            if isinstance(block, Table):
+                runtime.write_text(parts / f"{block.name}.csv", csv_text(block))
+                runtime.write_text(parts / f"{block.name}.md", markdown(block))
+            elif isinstance(block, Figure):
+                with runtime.atomic_path(parts / f"{block.name}.png") as temporary:
+                    temporary.write_bytes(block.png)
+    runtime.write_text(out, page(title, head, sections))
+    return parts
+
+
+def csv_text(table: Table) -> str:
+    """Return a table as CSV, every digit kept, nothing where nothing is known."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows(["" if cell is None else cell for cell in row] for row in table.rows)
+    return text.getvalue()
+
+
+def markdown(table: Table) -> str:
+    """Return a table as Markdown under its caption."""
+    lines = [table.caption, "", "| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    lines += ["| " + " | ".join(shown(c).replace("|", "\\|") for c in row) + " |" for row in table.rows]
+    return "\n".join(lines) + "\n"
+
+
+def _html(block: Block) -> str:
+    if isinstance(block, Text):
+        return f"<p{' class=world' if block.world else ''}>{html.escape(block.text)}</p>\n"
+    if isinstance(block, Missing):
+        return f'<p class="missing">Missing: {html.escape(block.what)}. <code>{html.escape(block.remedy)}</code></p>\n'
+    if isinstance(block, Figure):
+        alt, said = html.escape(block.alt), html.escape(block.caption)
+        return f'<figure><img alt="{alt}" src="{_data_url(block.png)}"><figcaption>{said}</figcaption></figure>\n'
+    return _table(block)
+
+
+def _table(table: Table) -> str:
+    numeric = [any(isinstance(row[i], int | float) for row in table.rows) for i in range(len(table.columns))]
+    kinds = [' class="n"' if number else "" for number in numeric]
+    head = "".join(f'<th scope="col"{kind}>{html.escape(c)}</th>' for kind, c in zip(kinds, table.columns, strict=True))
+    rows = "".join(
+        "<tr>" + "".join(f"<td{k}>{html.escape(shown(c))}</td>" for k, c in zip(kinds, row, strict=True)) + "</tr>\n"
+        for row in table.rows
+    )
+    name = html.escape(table.caption)
+    return (  # a wide table scrolls on its own, so it must take the keyboard's focus
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table><caption>{name}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>\n"
+    )
+
+
+def _data_url(png: bytes) -> str:
+    """A picture for the page, no side over ``PIXELS``; JPEG where that is shorter."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(png)) as image:
+        if max(image.size) > PIXELS:
+            image.thumbnail((PIXELS, PIXELS))
+            content = io.BytesIO()
+            image.save(content, "PNG")
+            png = content.getvalue()
+        small = io.BytesIO()
+        image.convert("RGB").save(small, "JPEG", quality=86)
+    kind, content = min((("png", png), ("jpeg", small.getvalue())), key=lambda pair: len(pair[1]))
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,1 @@
+"""Millions of images: shards in, parts and a manifest out."""

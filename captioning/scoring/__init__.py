@@ -1,0 +1,1 @@
+"""Scores of captions: CIDEr, CLIPScore and COCO's others."""

@@ -1,0 +1,1 @@
+"""Teaching the captioner: settings, trainer, rewards, run folders."""

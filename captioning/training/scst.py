@@ -1,0 +1,326 @@
+"""Self-critical sequence training: a captioner's own captions, rewarded by CIDEr-D (Rennie et al., arXiv 1612.00563).
+
+Several captions of an image are drawn behind one shared prefix. Each is rewarded by its CIDEr-D on token ids, with the
+document frequencies of the training references, and its advantage is its reward less the mean of the image's other
+captions (Luo, arXiv 2003.09971), so no greedy pass is needed. They are those of a beam search (Cornia et al., arXiv
+1912.08226), which teaches what inference will find, or samples. ``clip_reward`` mixes CLIPScore in (Cho et al., arXiv
+2205.13115).
+
+Three guards against what rewards invite: EOS is a token of captions and references, so that an ending in the middle of
+a phrase costs n-grams; a caption that repeats more bigrams than most references of its image earns nothing; and one
+that is shorter than its references is damped by BLEU's brevity penalty (Papineni et al. 2002), since CIDEr-D hardly
+minds a missing word or two, and CLIPScore not at all. ``xe_weight`` keeps cross-entropy in the loss (Paulus et al.,
+arXiv 1705.04304), which holds wording near people's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+import evaluate
+from captioning.data import feature_cache as data
+from captioning.distributed import ALONE, Processes
+from captioning.inference import encode as generation
+from captioning.inference import search
+from captioning.models.captioner import Captioner
+from captioning.scoring.caption_stats import caption_statistics
+from captioning.scoring.cider import DocumentFrequencies, cider_d
+from captioning.scoring.clipscore import CLIPSCORE_WEIGHT, ClipScorer, image_features, text_features
+from captioning.training.trainer import Trainer, count_targets
+
+
+class CiderReward:
+    """CIDEr-D of token ids against an image's training captions, guarded against repetition and brevity.
+
+    Args:
+        captions: by image, its captions as token ids without EOS.
+        eos: id that ends every finished caption, and counts as a token.
+        brevity: exponent of the brevity penalty; 0 leaves it out.
+    """
+
+    def __init__(self, captions: Sequence[Sequence[Sequence[int]]], eos: int, brevity: float = 1.0) -> None:
+        self.brevity = brevity
+        self.references = [[(*caption, eos) for caption in group] for group in captions]
+        self.frequencies = DocumentFrequencies(self.references)
+        self.usual_repeats = [median(map(repeats, group)) for group in self.references]
+        self.mean_lengths = np.array([np.mean([len(c) for c in group]) for group in self.references])
+
+    def __call__(
+        self, images: Sequence[int], samples: Sequence[Sequence[int]], more: np.ndarray | float = 0.0
+    ) -> np.ndarray:
+        """Return the rewards (n,) of ``samples``, which hold EOS where they are finished; ``images`` says of what.
+
+        ``more`` (n,) is reward of another kind, which the guards hold for as well.
+        """
+        earned = (self.cider(images, samples) + more) * self.penalty(images, samples)
+        return np.where(self.excessive(images, samples), 0.0, earned)
+
+    def cider(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return the plain CIDEr-D (n,)."""
+        return cider_d([self.references[i] for i in images], samples, self.frequencies)
+
+    def excessive(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return which samples repeat more bigrams than most references of their image: (n,), booleans."""
+        return np.array([repeats(s) > self.usual_repeats[i] for i, s in zip(images, samples, strict=True)])
+
+    def penalty(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return BLEU's brevity penalty against the references' mean length, to the power ``brevity``: (n,)."""
+        lengths = np.array([len(s) for s in samples])
+        return np.exp(self.brevity * np.minimum(0, 1 - self.mean_lengths[list(images)] / np.maximum(lengths, 1)))
+
+
+class ClipReward:
+    """CLIPScore of texts against training images, whose features are computed once, a part by each process."""
+
+    def __init__(self, scorer: ClipScorer, paths: Sequence[Any], processes: Processes = ALONE) -> None:
+        self.scorer = scorer
+        size = -(-len(paths) // processes.count)
+        parts = [paths[start : start + size] for start in range(0, len(paths), size)]
+        self.images = torch.cat(processes.spread(lambda part: image_features(scorer, part), parts))
+
+    def __call__(self, images: Sequence[int], texts: Sequence[str]) -> np.ndarray:
+        """Return ``2.5 * max(cos, 0)`` of each text with the image of the same place: (n,)."""
+        cosines = (self.images[list(images)] * text_features(self.scorer, texts)).sum(-1)
+        return (CLIPSCORE_WEIGHT * cosines.clamp(min=0)).numpy()
+
+
+def repeats(tokens: Sequence[int]) -> int:
+    """How many bigrams of ``tokens`` have stood in it before."""
+    return max(len(tokens) - 1, 0) - len(set(pairwise(tokens)))
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """Return rewards (B, K) less the mean of the other K - 1 samples of the image."""
+    count = rewards.shape[1]
+    return rewards - (rewards.sum(1, keepdims=True) - rewards) / (count - 1)
+
+
+def draw(
+    captioner: Captioner,
+    tokenizer: data.Tokenizer,
+    features: torch.Tensor,
+    count: int,
+    longest: int,
+    temperature: float,
+    generator: torch.Generator,
+    places: Sequence[int] | None = None,
+    images: int | None = None,
+) -> list[list[list[int]]]:
+    """Draw ``count`` captions of each of B images behind one prefix: ``[image][sample]`` token ids.
+
+    A sample that ended has EOS as its last token; one that was cut at ``longest`` tokens has not.
+
+    With ``places`` the B images are those of a batch of so many ``images``, and they get the very samples that they
+    get when the whole batch is drawn at once.
+    """
+    step = own_history(captioner.step_function(features, count, longest), count, tokenizer.vocab_size)
+    eos, images = tokenizer.eos_id, images or len(features)
+    places = range(images) if places is None else places
+    if len(places) < images:
+        own = torch.tensor([place * count + k for place in places for k in range(count)], device=features.device)
+        step = among_others(step, own, images * count, eos)
+    found = search.sample(step, images * count, eos, eos, generator, temperature, None, 1.0, longest, features.device)
+    return [ended(found.tokens[place * count : (place + 1) * count], eos, longest) for place in places]
+
+
+def beams(
+    captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tensor, count: int, longest: int
+) -> list[list[list[int]]]:
+    """Return the captions of a beam search in place of ``draw``'s (Cornia et al., arXiv 1912.08226)."""
+    eos, read_on = tokenizer.eos_id, captioner.step_function(features, count, longest)
+    step = generation.within_vocabulary(read_on, tokenizer.vocab_size)
+    found = search.beam_search(step, len(features), eos, eos, count, longest, device=features.device, keep=read_on.keep)
+    return [ended(captions, eos, longest) for captions in found.finished]
+
+
+def ended(captions: Sequence[list[int]], eos: int, longest: int) -> list[list[int]]:
+    """Give every caption its EOS back, but for those that were cut at ``longest`` tokens."""
+    return [tokens if len(tokens) == longest else [*tokens, eos] for tokens in captions]
+
+
+def among_others(step: Callable, own: torch.Tensor, rows: int, eos: int) -> Callable:
+    """Make of a step function for the rows ``own`` one for all ``rows`` of a batch, of which the others end at once.
+
+    A process that holds a part of a batch so takes from the generator what one takes that holds all of it.
+    """
+
+    def whole(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        logits = step(tokens[own], ancestors[own])  # (n, 1, V)
+        every = logits.new_full((rows, *logits.shape[1:]), -math.inf)
+        every[..., eos] = 0.0
+        every[own] = logits
+        return every
+
+    return whole
+
+
+def own_history(step: Callable, count: int, vocab_size: int) -> Callable:
+    """Make of a step function for B images of ``count`` beams one for B * count rows that never branch."""
+
+    def single(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        own = torch.eye(count, dtype=torch.bool, device=tokens.device).repeat(1, ancestors.shape[2])  # (K, K t)
+        logits = step(tokens.view(-1, count), own.expand(len(tokens) // count, -1, -1))
+        return logits[..., :vocab_size].reshape(len(tokens), 1, -1)
+
+    return single
+
+
+def weighted_loss(
+    captioner: Captioner,
+    features: torch.Tensor,
+    captions: Sequence[Sequence[Sequence[int]]],
+    weights: Sequence[Sequence[float]],
+    eos: int,
+) -> torch.Tensor:
+    """Return minus the sum over all captions of weight * log-probability, all of an image behind one prefix.
+
+    Where weights are advantages, its gradient is REINFORCE's; where they are 1, that of the summed cross-entropy.
+
+    Args:
+        captioner: in eval mode, so that it gives the tokens the probabilities that they were drawn with.
+        features: encoder tokens (B, N, D).
+        captions: ``[image][caption]`` token ids, with EOS where it counts: not behind a sample that was cut.
+        weights: ``[image][caption]``.
+        eos: id of EOS.
+    """
+    bare = [[c[:-1] if c[-1] == eos else c for c in group] for group in captions]
+    of_tokens: list[float] = []
+    for group, row in zip(captions, weights, strict=True):
+        for caption, weight in zip(group, row, strict=True):
+            cut = caption[-1] != eos  # packing adds an EOS that nobody drew: it gets no weight
+            of_tokens += [weight] * len(caption) + [0.0] * cut
+    batch = data.pack_captions(bare, eos, pad_to_multiple=8).to(features.device)
+    log_probs = captioner.log_probs(features, batch)
+    return -(torch.tensor(of_tokens, dtype=torch.float32, device=features.device) * log_probs).sum()
+
+
+class ScstTrainer(Trainer):
+    """Tunes a trained captioner for its reward; epoch 0 in the metrics is the captioner that it began with."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.reward = CiderReward(self.train_split.captions, self.tokenizer.eos_id, self.config.brevity)
+        self.generator = torch.Generator(self.device)
+        self.scorer: ClipScorer | None = None
+        self.clip_reward: ClipReward | None = None
+        self.rewards: list[float] = []
+        self.drawn: tuple[int, int] | None = None  # of the batch before in this step: images, tokens of the longest
+
+    def use_clip(self, scorer: ClipScorer) -> None:
+        """Log CLIPScore in validation, and mix it into the reward where the config gives it a weight."""
+        self.scorer = scorer
+        if self.config.clip_reward:
+            self.clip_reward = ClipReward(scorer, [s.path for s in self.train_split.samples], self.processes)
+
+    def run(self) -> dict[str, Any]:
+        """Measure the captioner as it comes, which is the best so far, then train."""
+        if not self.criterion:  # nothing was kept yet: a run resumed at epoch 0 has been measured
+            self.sanity_check()
+            self.keep({"kind": "epoch", "epoch": 0, "step": 0, **self.validate()})
+        return super().run()
+
+    def train_epoch(self, bar: Any) -> float:
+        """Train one epoch and return its mean loss."""
+        self.rewards = []
+        return super().train_epoch(bar)
+
+    def train_step(self, batches: list[list[int]]) -> float:
+        """Take one optimiser step; what it draws depends on its number and on each image's place in it alone.
+
+        So a resumed run draws the same, and so do several processes.
+        """
+        self.generator.manual_seed(self.config.seed * 1_000_000 + self.step)
+        self.drawn = None
+        return super().train_step(batches)
+
+    def batch_loss(self, indices: list[int]) -> torch.Tensor:
+        """Draw, reward, and return this process's part of the loss of one batch of images.
+
+        Policy loss and cross-entropy are means over all tokens of the batch, drawn ones and those of references.
+        """
+        self.captioner.eval()  # no dropout: probabilities must be those of the draw
+        self.catch_up()
+        eos, places = self.tokenizer.eos_id, self.processes.share(range(len(indices)))
+        own = [indices[place] for place in places]
+        features = self.train_split.features.gather(own).float().to(self.device) if own else None
+        samples = self.draw(features, places, len(indices)) if own else []
+        rewards = self.score(own, samples) if own else np.zeros((0, self.config.samples))
+        lengths = [len(sample) for group in samples for sample in group]
+        self.drawn = len(indices), max(lengths, default=0)
+        all_drawn, all_reward = self.processes.total(sum(lengths), float(rewards.sum()))
+        self.rewards.append(all_reward / (len(indices) * self.config.samples))
+        if features is None:
+            return torch.zeros((), device=self.device)
+        weights = (advantages(rewards) / all_drawn).tolist()
+        if self.config.xe_weight:
+            shown = [self.dataset[i][1] for i in indices]
+            weight = self.config.xe_weight / count_targets(shown)
+            for group, row, place in zip(samples, weights, places, strict=True):
+                group += [[*caption, eos] for caption in shown[place]]
+                row += [weight] * len(shown[place])
+        with generation.autocast(self.device, self.config.precision):
+            return weighted_loss(self.captioner, features, samples, weights, eos)
+
+    def draw(self, features: torch.Tensor, places: Sequence[int], images: int) -> list[list[list[int]]]:
+        """Return captions of the images that have these places in a batch, ``[image][caption]``."""
+        config = self.config
+        common = (self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens)
+        with generation.autocast(self.device, config.precision):
+            if config.draws == "beam":
+                return beams(*common)
+            return draw(*common, config.temperature, self.generator, places, images)
+
+    def catch_up(self) -> None:
+        """Bring the generator to where a lone process has it behind the batches of this step drawn so far.
+
+        It draws for the rows of all images until the last one ends, and that may be another process's.
+        """
+        if self.drawn is None or self.processes.count == 1 or self.config.draws == "beam":
+            return
+        images, length = self.drawn
+        rows = torch.ones(images * self.config.samples, self.tokenizer.vocab_size, device=self.device)
+        for _ in range(length, max(self.processes.gather(length))):
+            torch.multinomial(rows, 1, generator=self.generator)
+
+    def score(self, indices: Sequence[int], samples: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+        """Return the rewards (B, K)."""
+        images = np.repeat(indices, self.config.samples).tolist()
+        flat = [sample for group in samples for sample in group]
+        more: np.ndarray | float = 0.0
+        if self.clip_reward is not None:
+            texts = [self.tokenizer.decode(sample) for sample in flat]
+            more = self.config.clip_reward * self.clip_reward(images, texts)
+        return self.reward(images, flat, more).reshape(len(samples), -1)
+
+    def measure(self, predictions: dict[str, str]) -> dict[str, float]:
+        """Return CIDEr by beam and by greedy search, CLIPScore, and what the captions are like."""
+        record = super().measure(predictions)
+        greedy = self.captions(len(predictions), beam_size=1)
+        record |= self.processes.from_first(lambda: self.describe(predictions, greedy, "val_cider" in record))
+        if self.rewards:
+            record["reward"] = sum(self.rewards) / len(self.rewards)
+        return record
+
+    def describe(self, beam: dict[str, str], greedy: dict[str, str], cider: bool) -> dict[str, float]:
+        """Return the scores of validation captions, and what they and the references are like."""
+        record, shown = {}, self.val_split.samples[: len(beam)]
+        references = {s.path.stem: list(s.captions) for s in shown}
+        if cider:
+            record["greedy_cider"] = evaluate.cider(references, greedy)[0]
+        if self.scorer is not None:
+            scores = evaluate.clipscore(self.scorer, {s.path.stem: s.path for s in shown}, beam)
+            record["clipscore"] = sum(scores.values()) / len(beam)
+        words = evaluate.ptb_tokenize(
+            {"beam": list(beam.values()), "references": [c for group in references.values() for c in group]}
+        )
+        for prefix, captions in (("", words["beam"]), ("reference_", words["references"])):
+            statistics = caption_statistics(captions)
+            record |= {f"{prefix}length": statistics["mean_length"], f"{prefix}repeated_2": statistics["repeated_2"]}
+        return record
