@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py launches in several processes: a JSON file says which training runs to make."""
+"""What training/test_distributed.py launches in several processes: a JSON file says which training runs to make."""
 
 import contextlib
 import json

@@ -617,7 +617,8 @@ def test_two_runs_do_not_mix(tars, tmp_path):
     out = tmp_path / "out.jsonl"
     run(tars, out)
     held = sidefile.lock(out / "_state" / "lock")
-    code = f"from captioning.inference.append_log import lock; from pathlib import Path; lock(Path({str(out / '_state' / 'lock')!r}))"
+    held_by_us = str(out / "_state" / "lock")
+    code = f"import pathlib; from captioning.inference.append_log import lock; lock(pathlib.Path({held_by_us!r}))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     held.close()
     assert "another run is writing it" in result.stderr

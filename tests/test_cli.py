@@ -105,7 +105,8 @@ def test_import_guarded_still_registers_operators_that_exist(fake_torchvision, m
 
 
 def test_the_real_libraries_import_in_a_fresh_interpreter():
-    code = "from captioning import cli as runtime; print([runtime.import_guarded(n).__name__ for n in ('timm', 'open_clip')])"
+    names = "('timm', 'open_clip')"
+    code = f"from captioning import cli as runtime; print([runtime.import_guarded(n).__name__ for n in {names}])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "['timm', 'open_clip']\n", done.stderr
 

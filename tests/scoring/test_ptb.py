@@ -12,11 +12,11 @@ from captioning.profiles import ROOT
 from captioning.scoring import coco_metrics as cocometrics
 from captioning.scoring import ptb
 
-ANSWERS = ROOT / "tests" / "data" / "ptb.json"  # written by `python -m tests.test_ptb` from the Java tokenizer
+ANSWERS = ROOT / "tests" / "fixtures" / "ptb.json"  # by `python -m tests.scoring.test_ptb`, from Java
 COURSE_DATA = ROOT.parent / "shared" / "data" / "hw3_2023"
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="compares with the Java tokenizer")
 
-STRESS = (ROOT / "tests" / "data" / "ptb_stress.txt").read_text(encoding="utf-8").splitlines()
+STRESS = (ROOT / "tests" / "fixtures" / "ptb_stress.txt").read_text(encoding="utf-8").splitlines()
 
 
 def unescaped(line):
@@ -49,7 +49,7 @@ def differences(captions):
 def test_the_stress_list_as_java_answered():
     """The one test of the rules that needs no Java."""
     answers = json.loads(ANSWERS.read_text(encoding="utf-8"))
-    assert list(answers) == list(dict.fromkeys(stress_captions())), "run python -m tests.test_ptb where Java is"
+    assert list(answers) == list(dict.fromkeys(stress_captions())), "run python -m tests.scoring.test_ptb where Java is"
     assert dict(zip(answers, ptb.tokenize(answers), strict=True)) == answers
 
 
