@@ -14,22 +14,27 @@ from typing import Any
 
 from PIL import Image
 
-import evaluate
-from captioning import cli as runtime
-from captioning.data.feature_cache import list_images, load_image
-from captioning.inference import folder as inference
-from captioning.inference.folder import PredictionLog, caption_images, find_workers
+from captioning.cli import PARTIAL, FlagParser, command, setup_logging
+from captioning.data.annotations import load_annotations
+from captioning.data.images import list_images, load_image
+from captioning.device import pick_device
+from captioning.files import sha256_of, write_json
+from captioning.inference.batches import Job
+from captioning.inference.folder import PredictionLog, caption_images
 from captioning.models.llava import DTYPES, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
 from captioning.profiles import PROFILES
-from captioning.scale.results import sha256_of
+from captioning.scale.pipeline import add_flags, add_images_and_results, caption_source, is_small
+from captioning.scoring import evaluator
+from captioning.scoring.clipscore import ClipScorer
+from captioning.workers import find_workers
 
 log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(description=__doc__)
-    inference.add_images_and_results(parser)
+    parser = FlagParser(description=__doc__)
+    add_images_and_results(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--setting", type=int, choices=sorted(PROMPTS), default=1, help="prompt of the report")
     which.add_argument("--prompt", help="any other text, put into USER: <image>\\nTEXT ASSISTANT:")
@@ -52,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
-    inference.add_flags(parser)
+    add_flags(parser)
     return parser
 
 
@@ -88,7 +93,7 @@ def open_job(prompt: str, out: Path, args: argparse.Namespace) -> PromptJob:
     return PromptJob(prompt, PredictionLog(out, run, args.overwrite, find_workers()))
 
 
-def job_of(model: Llava, prompt: str, args: argparse.Namespace) -> inference.Job:
+def job_of(model: Llava, prompt: str, args: argparse.Namespace) -> Job:
     """Return what the model does to images behind a prompt."""
 
     def prepare(image: Any) -> Any:
@@ -97,7 +102,7 @@ def job_of(model: Llava, prompt: str, args: argparse.Namespace) -> inference.Job
     def caption(rows: list[Any]) -> list[str]:
         return [model.text(tokens) for tokens in model.generate(rows, args.num_beams, args.max_new_tokens)]
 
-    return inference.Job(prepare, caption)
+    return Job(prepare, caption)
 
 
 def run_job(model: Llava, job: PromptJob, paths: list[Path], args: argparse.Namespace) -> None:
@@ -108,14 +113,14 @@ def run_job(model: Llava, job: PromptJob, paths: list[Path], args: argparse.Name
 
 def load_model(args: argparse.Namespace) -> Llava:
     """Load the model that the command line names."""
-    device = runtime.pick_device(args.device)
+    device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     return load_llava(args.model or PROFILES[args.profile].llava, device, dtype, args.revision, args.load_in_4bit)
 
 
-def load_job(args: argparse.Namespace) -> inference.Job:
+def load_job(args: argparse.Namespace) -> Job:
     """Load the model; return what it does to images. An image's size does not change how many tokens it has."""
-    runtime.setup_logging(args.verbose)  # in another machine's process too
+    setup_logging(args.verbose)  # in another machine's process too
     model, (prompt, _) = load_model(args), *prompts(args).values()
     model.check_room(model.row(Image.new("RGB", (336, 336)), prompt), args.max_new_tokens)
     return job_of(model, prompt, args)
@@ -134,7 +139,7 @@ def caption_many(args: argparse.Namespace) -> int:
         raise ValueError("--compare: scores one JSON of a folder's images; leave it out for lists, tars and parts")
     run = describe_run(args.prompt or PROMPTS[args.setting], args)
     run["weights_sha256"] = weights_hash(run["model"])
-    return inference.caption_source(args, run, functools.partial(load_job, args), args.overwrite)
+    return caption_source(args, run, functools.partial(load_job, args), args.overwrite)
 
 
 def check_room(model: Llava, jobs: list[PromptJob], paths: list[Path], max_new_tokens: int) -> None:
@@ -152,12 +157,12 @@ def check_room(model: Llava, jobs: list[PromptJob], paths: list[Path], max_new_t
 def compare(captions: dict[str, dict[str, str]], args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Score the captions of every setting; return the scores and the report's table as text."""
     profile = PROFILES[args.profile]
-    scorer = evaluate.ClipScorer(profile.clip_model, profile.clip_weights, runtime.pick_device(args.device))
-    annotations = evaluate.load_annotations(args.annotation_file)
+    scorer = ClipScorer(profile.clip_model, profile.clip_weights, pick_device(args.device))
+    annotations = load_annotations(args.annotation_file)
     scores: dict[str, Any] = {}
     lines = [f"{'setting':<9}{'images':>7}{'CIDEr':>9}{'CLIPScore':>11}{'words':>8}"]
     for setting, predictions in captions.items():
-        result = evaluate.evaluate_predictions(
+        result = evaluator.evaluate_predictions(
             predictions, annotations, ("cider", "clipscore"), args.img_dir, lambda: scorer
         )
         if result.errors:
@@ -187,17 +192,17 @@ def check_args(args: argparse.Namespace) -> None:
     if args.compare != (args.annotation_file is not None):
         raise ValueError("--compare and --annotation-file go together: the table needs references")
     if args.compare:
-        evaluate.load_annotations(args.annotation_file)
+        load_annotations(args.annotation_file)
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Caption images; return 0, or 3 (``PARTIAL``) where an image could not be read."""
     args = build_parser().parse_args(argv)
-    runtime.setup_logging(args.verbose)
+    setup_logging(args.verbose)
     check_args(args)
-    runtime.pick_device(args.device)  # refuses a wrong one before anything is opened
-    if not inference.is_small(args):
+    pick_device(args.device)  # refuses a wrong one before anything is opened
+    if not is_small(args):
         return caption_many(args)
     paths = list_images(args.img_dir)
     with contextlib.ExitStack() as stack:
@@ -211,9 +216,9 @@ def main(argv: list[str] | None = None) -> int:
         captions = {name: job.log.finish(paths) for name, job in jobs.items()}
     if args.compare and find_workers().rank == 0:
         scores, table = compare(captions, args)
-        runtime.write_json(args.out, scores)
+        write_json(args.out, scores)
         print(table)
-    return runtime.PARTIAL if any(len(c) < len(paths) for c in captions.values()) else 0
+    return PARTIAL if any(len(c) < len(paths) for c in captions.values()) else 0
 
 
 if __name__ == "__main__":

@@ -6,88 +6,23 @@ transformers' GPT2LMHeadModel.from_pretrained loads, its tokenizer, the projecto
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
-from captioning.models.captioner import PREPROCESSING, CaptionerConfig, read_adapter
+from captioning.cli import FlagParser, command, setup_logging
+from captioning.files import atomic_path, write_text
+from captioning.models.export import describe_training, load_decoder, make_cards, write_gpt2
 from captioning.profiles import PROFILES
-from captioning.tensors import fingerprint
-from decoder import Decoder, build_decoder, gpt2_state_dict, load_lora_state_dict, merge_lora
 
 log = logging.getLogger(__name__)
-
-CARD = """---
-base_model: openai-community/gpt2
-library_name: {library}
-pipeline_tag: image-to-text
-tags: [image-captioning, gpt2, lora, clip]
----
-
-# Image captioning: {title}
-
-{what}
-
-| part | what |
-|---|---|
-| encoder (frozen) | timm `{config.encoder}`, {tokens}; fingerprint `{config.encoder_hash}` |
-| decoder (frozen) | GPT-2, {decoder}; fingerprint `{config.decoder_hash}` |
-| trained | LoRA {lora}, and a linear projector {projector} |
-| training | {training} |
-| validation | {validation} |
-
-The captioner sees what its training data showed and describes the rest in those words; it has been measured on nothing
-but what stands above.
-
-{use}
-"""
-
-ADAPTER_USE = """## Use
-
-```
-python p2_infer.py IMG_DIR OUT.json DECODER --adapter adapter.safetensors
-```
-
-`adapter.safetensors` holds the trained tensors, and in its header the configuration that rebuilds everything else. The
-fingerprints are checked: with another encoder or decoder it does not load."""
-
-GPT2_USE = """## Use
-
-```python
-import timm
-import torch
-from PIL import Image
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, GPT2LMHeadModel
-
-folder, image = ".", Image.open("image.jpg").convert("RGB")
-encoder = timm.create_model({encoder}).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder), is_training=False)
-model, tokenizer = GPT2LMHeadModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-projector = load_file(f"{{folder}}/projector.safetensors")
-with torch.inference_mode():
-    pixels = transform(image)[None]
-    tokens = {encode}[:, {skipped}]
-    prefix = tokens @ projector["weight"].T + projector["bias"]
-    begin = model.get_input_embeddings()(torch.tensor([[tokenizer.bos_token_id]]))
-    embeddings = torch.cat([prefix, begin], 1)
-    mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
-    ids = model.generate(inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=30, do_sample=False)
-print(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
-```"""
 
 
 def build_parser() -> Any:
     """Return the command line."""
-    parser = runtime.FlagParser(description=__doc__)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; OUT/adapter and OUT/gpt2 must not exist")
     parser.add_argument(
         "--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="what p2_train.py wrote"
@@ -99,141 +34,11 @@ def build_parser() -> Any:
     return parser
 
 
-def load_decoder(adapter: Path, source: str | Path) -> tuple[CaptionerConfig, Decoder, dict[str, Any]]:
-    """Return the adapter's configuration, its decoder with LoRA merged, and the projector's tensors.
-
-    The projector's ``weight`` is (decoder width, encoder width) and its ``bias`` (decoder width,).
-
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, or the adapter was trained on another decoder.
-    """
-    config, state = read_adapter(adapter)
-    decoder = build_decoder(source, config.lora)
-    found = fingerprint(gpt2_state_dict(decoder))
-    if config.decoder_hash != found:
-        raise ValueError(
-            f"--adapter {adapter} was trained on another decoder than --decoder {source} "
-            f"(hash {config.decoder_hash}, this one is {found})"
-        )
-    parts: dict[str, dict[str, Any]] = {"decoder": {}, "projector": {}}
-    for key, tensor in state.items():
-        part, _, name = key.partition(".")
-        if part not in parts:
-            raise ValueError(f"--adapter {adapter}: holds {key}, which is no part of a captioner")
-        parts[part][name] = tensor
-    load_lora_state_dict(decoder, parts["decoder"])
-    merge_lora(decoder)
-    return config, decoder, parts["projector"]
-
-
-def write_gpt2(out: Path, decoder: Decoder, projector: dict[str, Any], tokenizer_folder: Path) -> None:
-    """Write the merged decoder, the projector and the tokenizer in Hugging Face layout."""
-    transformers = runtime.import_guarded("transformers")
-    tokenizer = data.Tokenizer(tokenizer_folder)
-    c = decoder.config
-    state = {
-        key if key == "lm_head.weight" else f"transformer.{key}": tensor
-        for key, tensor in gpt2_state_dict(decoder, untied=True).items()
-    }
-    config = transformers.GPT2Config(
-        vocab_size=c.vocab_size,
-        n_positions=c.n_positions,
-        n_embd=c.n_embd,
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        layer_norm_epsilon=c.layer_norm_epsilon,
-        tie_word_embeddings="lm_head.weight" not in state,
-        bos_token_id=tokenizer.eos_id,
-        eos_token_id=tokenizer.eos_id,
-        architectures=["GPT2LMHeadModel"],
-    )
-    runtime.write_text(out / "config.json", config.to_json_string())
-    for name, tensors in (("model", state), ("projector", projector)):
-        with runtime.atomic_path(out / f"{name}.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), data.END_OF_TEXT)
-    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.n_positions, "add_prefix_space": False}
-    runtime.write_json(out / "tokenizer_config.json", settings | special)
-    for theirs, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
-        with runtime.atomic_path(out / theirs) as temporary:
-            shutil.copyfile(Path(tokenizer_folder) / ours, temporary)
-
-
-def describe_training(run: Path) -> dict[str, str]:
-    """Return what the run folder beside an adapter tells of its training and its validation, for the card."""
-    told = {"training": "not recorded beside the adapter", "validation": "not recorded beside the adapter"}
-    if (run / "config.json").is_file():
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        shown = ("epochs", "batch_size", "optimizer", "lr", "seed")
-        numbers = ", ".join(f"{key} {config['train'][key]}" for key in shown)
-        told["training"] = f"setting {config['setting']}: {numbers}; {config['trainable_parameters']:,} parameters"
-        told["training"] += f"; revision {config['git']}, torch {config['versions']['torch']}"
-        told["training"] += "; random encoder, a check of shapes only" if config["random_weights"] else ""
-    if (run / "metrics.jsonl").is_file():
-        lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        best = [line for line in lines if line["kind"] == "epoch" and line["best"]]
-        if best:
-            scores = {key: best[-1].get(f"val_{key}") for key in ("cider", "loss")}
-            shown = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if value is not None)
-            told["validation"] = f"epoch {best[-1]['epoch']}: {shown}, on {best[-1]['val_images']} validation images"
-    return told
-
-
-def make_cards(
-    config: CaptionerConfig, decoder: Decoder, projector: dict[str, Any], told: dict[str, str]
-) -> dict[str, str]:
-    """Return the model cards of both folders, by folder name."""
-    lora, shape = asdict(config.lora), decoder.config
-    parts = {
-        "config": config,
-        "tokens": f"{'all' if config.use_cls else 'the patch'} tokens of "
-        f"{'the last layer' if config.encoder_layer == -1 else f'layer {config.encoder_layer}'}",
-        "decoder": f"{shape.n_layer} layers of {shape.n_embd}, {shape.vocab_size:,} tokens",
-        "lora": ", ".join(f"{key} {_plain(value)}" for key, value in lora.items() if value is not None),
-        "projector": " to ".join(str(size) for size in reversed(projector["weight"].shape)),
-        **told,
-    }
-    overlay = {key: value for key, value in config.encoder_kwargs.items() if key in PREPROCESSING}
-    kwargs = {key: value for key, value in config.encoder_kwargs.items() if key not in PREPROCESSING}
-    kwargs |= {"pretrained_cfg_overlay": overlay} if overlay else {}
-    call = [repr(config.encoder), "pretrained=True", "num_classes=0", *(f"{k}={v!r}" for k, v in kwargs.items())]
-    encode = (
-        "encoder.forward_features(pixels)"
-        if config.encoder_layer == -1
-        else (
-            f"torch.cat(encoder.forward_intermediates(pixels, indices=[{config.encoder_layer}], norm=False, "
-            'output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)[0][::-1], 1)'
-        )
-    )
-    skipped = ":" if config.use_cls else "encoder.num_prefix_tokens :"
-    use = GPT2_USE.format(encoder=", ".join(call), skipped=skipped, encode=encode)
-    return {
-        "adapter": CARD.format(
-            library="safetensors",
-            title="LoRA adapter",
-            use=ADAPTER_USE,
-            **parts,
-            what="LoRA and projector that make a GPT-2 caption the images that a frozen CLIP encoder sees.",
-        ),
-        "gpt2": CARD.format(
-            library="transformers",
-            title="GPT-2 with LoRA merged in",
-            use=use,
-            **parts,
-            what="A GPT-2 that continues projected image tokens with a caption. LoRA is part of its weights.",
-        ),
-    }
-
-
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Export; return 0."""
     args = build_parser().parse_args(argv)
-    runtime.setup_logging(args.verbose)
+    setup_logging(args.verbose)
     profile = PROFILES[args.profile]
     folders = {name: args.out / name for name in ("adapter", "gpt2")}
     for folder in folders.values():
@@ -241,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{folder}: exists already; name another OUT, or remove it")
     config, decoder, projector = load_decoder(args.adapter, args.decoder or profile.decoder)
     write_gpt2(folders["gpt2"], decoder, projector, Path(args.tokenizer or profile.tokenizer))
-    with runtime.atomic_path(folders["adapter"] / "adapter.safetensors") as temporary:
+    with atomic_path(folders["adapter"] / "adapter.safetensors") as temporary:
         shutil.copyfile(args.adapter, temporary)
     for name, card in make_cards(config, decoder, projector, describe_training(args.adapter.parent)).items():
-        runtime.write_text(folders[name] / "README.md", card)
+        write_text(folders[name] / "README.md", card)
         print(folders[name])
     return 0
 

@@ -12,26 +12,25 @@ from typing import Any
 
 import torch
 
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
-from captioning.inference import encode as generation
-from captioning.inference.folder import (
-    Job,
-    PredictionLog,
-    add_flags,
-    add_images_and_results,
-    caption_images,
-    caption_source,
-    find_workers,
-    is_small,
-)
-from captioning.models.captioner import Captioner, load_captioner, read_adapter
+from captioning.cli import PARTIAL, FlagParser, command, setup_logging
+from captioning.data.images import DRAFT_FACTOR, list_images
+from captioning.data.tokenizer import Tokenizer
+from captioning.device import autocast, pick_device
+from captioning.inference.batches import Job
+from captioning.inference.captions import caption_features, check_vocabulary, compile_steps
+from captioning.inference.encode import Encoded, Encoder, draft_side
+from captioning.inference.folder import PredictionLog, caption_images
+from captioning.models.adapter import load_captioner, read_adapter
+from captioning.models.captioner import Captioner
+from captioning.models.inference_weights import prepare
 from captioning.profiles import PROFILES
+from captioning.scale.pipeline import add_flags, add_images_and_results, caption_source, is_small
+from captioning.workers import find_workers
 
 
 def build_parser() -> Any:
     """Return the command line."""
-    parser = runtime.FlagParser(description=__doc__)
+    parser = FlagParser(description=__doc__)
     add_images_and_results(parser)
     parser.add_argument("decoder", type=Path, metavar="DECODER", help="GPT-2 state dict (.bin, .pt or .safetensors)")
     parser.add_argument(
@@ -48,7 +47,7 @@ def build_parser() -> Any:
         "--jpeg-draft",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help=f"decode big JPEGs smaller, to no less than {data.DRAFT_FACTOR} times the model's size: "
+        help=f"decode big JPEGs smaller, to no less than {DRAFT_FACTOR} times the model's size: "
         "sooner, and a caption in many may change",
     )
     parser.add_argument(
@@ -69,18 +68,18 @@ def build_parser() -> Any:
 
 
 def caption_function(
-    captioner: Captioner, tokenizer: data.Tokenizer, encoder: generation.Encoder, args: Any
+    captioner: Captioner, tokenizer: Tokenizer, encoder: Encoder, args: Any
 ) -> Callable[[list], list[str]]:
     """Return what makes captions of a list of encoded images."""
     steps = None
     if args.compile:
-        with generation.autocast(captioner.device, args.precision):
-            steps = generation.compile_steps(captioner, args.batch_size, args.beam_size, args.max_new_tokens)
+        with autocast(captioner.device, args.precision):
+            steps = compile_steps(captioner, args.batch_size, args.beam_size, args.max_new_tokens)
 
-    def caption(encoded: list[generation.Encoded]) -> list[str]:
-        with generation.autocast(captioner.device, args.precision):
+    def caption(encoded: list[Encoded]) -> list[str]:
+        with autocast(captioner.device, args.precision):
             features = encoder.gather(encoded)
-            return generation.caption_features(
+            return caption_features(
                 captioner, tokenizer, features, args.beam_size, args.max_new_tokens, args.length_penalty, steps
             )
 
@@ -107,15 +106,15 @@ def describe_models(args: Any) -> dict[str, Any]:
 
 def load_job(args: Any) -> Job:
     """Load the captioner; return what it does to images."""
-    runtime.setup_logging(args.verbose)  # in another machine's process too
-    device = runtime.pick_device(args.device)
-    tokenizer = data.Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
+    setup_logging(args.verbose)  # in another machine's process too
+    device = pick_device(args.device)
+    tokenizer = Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
     fallback = PROFILES[args.profile].encoder_weights
     captioner = load_captioner(args.adapter, args.decoder, args.encoder_weights, device, fallback)
-    generation.check_vocabulary(tokenizer, captioner.decoder)
-    generation.prepare(captioner, args.precision, pack=not args.compile)
-    draft = generation.draft_side(captioner.transform) if args.jpeg_draft else None
-    encoder = generation.Encoder(captioner, args.precision)
+    check_vocabulary(tokenizer, captioner.decoder)
+    prepare(captioner, args.precision, pack=not args.compile)
+    draft = draft_side(captioner.transform) if args.jpeg_draft else None
+    encoder = Encoder(captioner, args.precision)
     caption = caption_function(captioner, tokenizer, encoder, args)
     if works_beside(device):
         return Job(captioner.transform, caption, draft, encoder.encode)
@@ -127,23 +126,23 @@ def works_beside(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Caption images; return 0, or 3 (``PARTIAL``) where an image could not be read."""
     args = build_parser().parse_args(argv)
-    runtime.setup_logging(args.verbose)
+    setup_logging(args.verbose)
     for name in ("batch_size", "beam_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not is_small(args):
         run = describe_run(args) | describe_models(args)
         return caption_source(args, run, functools.partial(load_job, args), args.overwrite)
-    paths = data.list_images(args.img_dir)
+    paths = list_images(args.img_dir)
     job = load_job(args)
     with PredictionLog(args.out, describe_run(args), overwrite=True, workers=find_workers()) as log_file:
         caption_images(log_file, paths, job.prepare, job.caption, args.batch_size, job.draft, job.begin)
         captions = log_file.finish(paths)
-    return runtime.PARTIAL if len(captions) < len(paths) else 0
+    return PARTIAL if len(captions) < len(paths) else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ python p3_attention.py --model p2 --grounding val.json --images DIR --out DIR   
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import logging
 import sys
@@ -22,9 +21,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
-from captioning.files import read_json
+from captioning.cli import PARTIAL, FlagParser, command, setup_logging
+from captioning.data.images import list_images, load_image
+from captioning.data.samples import load_annotations
+from captioning.data.tokenizer import Tokenizer
+from captioning.device import pick_device
+from captioning.files import atomic_path, read_json, write_csv
 from captioning.maps import figures, grounding, viewer
 from captioning.maps.attention import METHODS, ROWS, Explained, Heads, Look, parse_layers
 from captioning.maps.explainers import (
@@ -39,7 +41,7 @@ from captioning.maps.explainers import (
     read,
     shown_looks,
 )
-from captioning.models.captioner import load_captioner
+from captioning.models.adapter import load_captioner
 from captioning.models.llava import DTYPES, PROMPTS, check_prompt, load_llava, pick_dtype
 from captioning.profiles import PROFILES
 
@@ -60,7 +62,7 @@ def chosen_look(args: argparse.Namespace) -> Look:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(description=__doc__.split("\n\n")[0])
+    parser = FlagParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--model", choices=("p1", "p2"), required=True, help="p1: LLaVA; p2: the tuned captioner")
     add("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_FILE", help="images to explain")
@@ -111,7 +113,7 @@ def list_files(places: Sequence[Path]) -> list[Path]:
     for place in places:
         if not place.exists():
             raise FileNotFoundError(f"--images {place}: no such file or folder")
-        paths += data.list_images(place) if place.is_dir() else [place]
+        paths += list_images(place) if place.is_dir() else [place]
     stems = [path.stem for path in paths]
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice:
@@ -129,7 +131,7 @@ def load_explainer(args: argparse.Namespace, device: torch.device) -> Explainer:
     captioner = load_captioner(
         args.adapter, args.decoder or Path(profile.decoder), args.encoder_weights, device, profile.encoder_weights
     )
-    tokenizer = data.Tokenizer(args.tokenizer or profile.tokenizer)
+    tokenizer = Tokenizer(args.tokenizer or profile.tokenizer)
     return P2Explainer(captioner, tokenizer, args.beam_size or 5, args.max_new_tokens or 30)
 
 
@@ -143,7 +145,7 @@ def explain_images(
     look = chosen_look(args)
     for path in tqdm(paths, "explain", disable=None):
         try:
-            image = data.load_image(path)
+            image = load_image(path)
         except (ValueError, OSError) as error:
             log.error("not explained: %s", error)
             continue
@@ -187,7 +189,7 @@ def save_maps(out: Path, explained: Explained, reading: Reading, look: Look) -> 
         model=explained.model,
         image_mass=explained.image_mass,
     )
-    with runtime.atomic_path(out) as temporary:
+    with atomic_path(out) as temporary:
         temporary.write_bytes(content.getvalue())
 
 
@@ -206,7 +208,7 @@ def run_images(explainer: Explainer, paths: list[Path], args: argparse.Namespace
         viewer.write(items, args.out / "viewer.html", f"Which pixels each word looked at ({explainer.name.upper()})")
     work = ("explain", len(items), time.perf_counter() - started)  # what bench/measured.py collects
     log.info("%d images explained in %.1f s: %s", *work[1:], args.out, extra={"work": work})
-    return runtime.PARTIAL if len(items) < len(paths) else 0
+    return PARTIAL if len(items) < len(paths) else 0
 
 
 def run_best_worst(explainer: Explainer, paths: list[Path], args: argparse.Namespace) -> int:
@@ -216,7 +218,7 @@ def run_best_worst(explainer: Explainer, paths: list[Path], args: argparse.Names
     absent = [stem for stem in scores if stem not in by_stem]
     if absent:
         raise ValueError(f"--images: {len(absent)} images of {args.best_worst} are not there, first {absent[0]}")
-    references = {s.path.stem: s.captions for s in data.load_annotations(args.annotation_file, args.images[0])}
+    references = {s.path.stem: s.captions for s in load_annotations(args.annotation_file, args.images[0])}
     ranked = sorted(scores, key=lambda stem: scores[stem]["CLIPScore"])
     pairs = []
     for title, stem in (("Top-1", ranked[-1]), ("Last-1", ranked[0])):
@@ -225,7 +227,7 @@ def run_best_worst(explainer: Explainer, paths: list[Path], args: argparse.Names
         print(f"{title}: {by_stem[stem].name}  CLIPScore {row['CLIPScore']}  {row['caption']}")
         if not row["caption"].strip():
             continue  # nothing to explain; the pair is drawn all the same
-        image = data.load_image(by_stem[stem])
+        image = load_image(by_stem[stem])
         look = chosen_look(args)
         inputs = explainer.prepare(image)
         reading = read(explainer, inputs, explainer.tokens(row["caption"]), [look], args.relative_to)
@@ -292,15 +294,6 @@ def run_grounding(explainer: Explainer, args: argparse.Namespace) -> int:
     return 0
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of one set of keys, atomically."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    runtime.write_text(path, text.getvalue())
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Refuse flags that make no sense together before anything is loaded."""
     for name in ("beam_size", "max_new_tokens", "count"):
@@ -319,13 +312,13 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--caption is empty; give the words to explain")
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Explain captions; return 0, or 3 (``PARTIAL``) where an image could not be read."""
     args = build_parser().parse_args(argv)
-    runtime.setup_logging(args.verbose)
+    setup_logging(args.verbose)
     check_args(args)
-    device = runtime.pick_device(args.device)
+    device = pick_device(args.device)
     paths = list_files(args.images)
     if args.caption is not None and len(paths) != 1:
         raise ValueError(f"--caption explains one image, and --images names {len(paths)}")

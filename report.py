@@ -11,7 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-from captioning import cli as runtime
+from captioning.cli import FlagParser, command, setup_logging
 from captioning.profiles import ROOT
 from captioning.report import document as reporting
 from captioning.report import sections as chapters
@@ -37,7 +37,7 @@ PARTS = ("demo", "settings", "ablation", "rewards")  # that --run can make
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(description=__doc__)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--runs", type=Path, required=True, help="folder of run folders, such as the demo's")
     parser.add_argument("--out", type=Path, required=True, help="HTML file")
     parser.add_argument(
@@ -84,11 +84,11 @@ def make_missing(root: Path, parts: list[str]) -> None:
             studies.STUDIES[part](run, studies.build_parser().parse_args([part, "--out", str(out)]))
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Write the report; return 0."""
     args = build_parser().parse_args(argv)
-    runtime.setup_logging(args.verbose)
+    setup_logging(args.verbose)
     if args.run is not None:
         make_missing(args.runs, args.run or ["demo"])
     runs, omitted = find_runs(args.runs)

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from bench.common import add_common_flags, in_turn, peak_memory, report
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
+from captioning.cli import FlagParser, command
+from captioning.data.images import list_images, load_image
+from captioning.data.tokenizer import Tokenizer
+from captioning.device import pick_device
 from captioning.maps.attention import Look
 from captioning.maps.explainers import DEFAULTS, Explainer, P1Explainer, P2Explainer, read
 from captioning.models.captioner import Captioner, CaptionerConfig
@@ -31,7 +33,7 @@ from microworld.scenes import generate
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(prog="python -m bench.attention", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m bench.attention", description=__doc__.split("\n\n")[0])
     parser.add_argument("--count", type=int, default=20, help="images")
     add_common_flags(parser, repeats=5)
     parser.add_argument("--max-new-tokens", type=int, default=30, help="longest caption in tokens")
@@ -50,7 +52,7 @@ def captioner(full_size: bool, max_new_tokens: int, device: torch.device) -> P2E
         encoder_kwargs=profile.encoder_kwargs,
         lora=lora,
     )
-    tokenizer = data.Tokenizer(PROFILES["micro"].tokenizer)  # at full size a stand-in: any ids take the same time
+    tokenizer = Tokenizer(PROFILES["micro"].tokenizer)  # at full size a stand-in: any ids take the same time
     return P2Explainer(Captioner(config, decoder).to(device).merge(), tokenizer, 5, max_new_tokens)
 
 
@@ -62,7 +64,7 @@ def compare(explainer: Explainer, paths: list[Path], repeats: int, device: torch
 
     def caption(look: Look | None) -> None:
         for path in paths:
-            inputs = explainer.prepare(data.load_image(path))
+            inputs = explainer.prepare(load_image(path))
             tokens = explainer.caption([inputs])[0]
             if look and explainer.text(tokens).strip():
                 read(explainer, inputs, tokens, [look], "words").maps(look)
@@ -85,18 +87,18 @@ def compare(explainer: Explainer, paths: list[Path], repeats: int, device: torch
     ]
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark."""
     args = build_parser().parse_args(argv)
-    device = runtime.pick_device(args.device)
+    device = pick_device(args.device)
     explainers: list[Explainer] = [captioner(args.full_size, args.max_new_tokens, device)]
     if not args.full_size:
         llava = load_llava(PROFILES["micro"].llava, device, torch.float32)
         explainers.append(P1Explainer(llava, PROMPTS[1], 1, args.max_new_tokens))
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder), "val", args.count, seed=0, workers=1)
-        paths = data.list_images(Path(folder) / "images" / "val")
+        paths = list_images(Path(folder) / "images" / "val")
         rows = [row for e in explainers for row in compare(e, paths, args.repeats, device)]
     what = "ViT-L/14 and GPT-2 small, random weights" if args.full_size else "micro models"
     report(f"What maps cost: {what}", rows, device, args.out)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from captioning import cli as runtime
-from captioning.models.inference_weights import PackedLinear, can_pack
+from captioning.files import write_json, write_text
+from captioning.kernels.onednn import PackedLinear, can_pack
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -134,5 +134,5 @@ def report(title: str, rows: Sequence[dict[str, Any]], device: torch.device, out
     text = f"## {title}\n\n{machine(device)}\n\n{markdown(rows)}\n"
     print(text)
     if out:
-        runtime.write_text(out.with_suffix(".md"), text)
-        runtime.write_json(out.with_suffix(".json"), {"title": title, "machine": machine(device), "rows": list(rows)})
+        write_text(out.with_suffix(".md"), text)
+        write_json(out.with_suffix(".json"), {"title": title, "machine": machine(device), "rows": list(rows)})

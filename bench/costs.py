@@ -25,10 +25,15 @@ from PIL import Image
 from bench.common import CLOCKS, add_clock, in_turn, machine
 from bench.photographs import convert
 from bench.stand_ins import BEAMS, FULL, TINY, TOKENS, Size, write_tokenizer
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
-from captioning.inference.encode import caption_features, prepare
-from captioning.models.captioner import RANDOM, Captioner, CaptionerConfig
+from captioning.cli import FlagParser, command
+from captioning.data.images import list_images, load_image
+from captioning.data.tokenizer import Tokenizer
+from captioning.files import write_json
+from captioning.imports import import_guarded
+from captioning.inference.captions import caption_features
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.models.encoder import RANDOM
+from captioning.models.inference_weights import prepare
 from captioning.profiles import PROFILES
 from decoder import Decoder, LoraConfig
 from microworld.scenes import generate
@@ -39,7 +44,7 @@ PHONE = (4000, 3000)  # pixels of a telephone's photograph
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(prog="python -m bench.costs", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m bench.costs", description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, default=64, help="photographs read and decoded")
     parser.add_argument("--captions", type=int, default=4, help="images encoded and captioned, at once")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each, in turn")
@@ -53,13 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
 def draw(folder: Path, count: int, size: tuple[int, int]) -> tuple[list[Path], float]:
     """Draw ``count`` photographs; return their paths and mean bytes."""
     generate(folder, "train", count, seed=0, workers=1)
-    paths = data.list_images(folder / "images" / "train")
+    paths = list_images(folder / "images" / "train")
     return paths, convert(paths, 1, size)
 
 
 def picture_runs(paths: list[Path], phone: Path, transforms: dict[str, Callable], folder: Path) -> dict[str, Callable]:
     """Return what is timed of pictures, by name of the figure."""
-    loaded = [data.load_image(path) for path in paths]
+    loaded = [load_image(path) for path in paths]
     shard = folder / "shard.tar"
     with tarfile.open(shard, "w") as tar:
         for path in paths:
@@ -82,10 +87,10 @@ def picture_runs(paths: list[Path], phone: Path, transforms: dict[str, Callable]
             image.convert("RGB")
 
     runs: dict[str, Callable] = {
-        "decode_s": lambda: [data.load_image(path) for path in paths],
+        "decode_s": lambda: [load_image(path) for path in paths],
         "tar_read_s": read_shard,
         "write_s": write_lines,
-        "decode_phone_s": lambda: data.load_image(phone),
+        "decode_phone_s": lambda: load_image(phone),
         "decode_phone_draft_s": draft,
     }
     for name, transform in transforms.items():
@@ -93,7 +98,7 @@ def picture_runs(paths: list[Path], phone: Path, transforms: dict[str, Callable]
     return runs
 
 
-def model_runs(captioner: Captioner, tokenizer: data.Tokenizer, count: int) -> dict[str, Callable]:
+def model_runs(captioner: Captioner, tokenizer: Tokenizer, count: int) -> dict[str, Callable]:
     """Return what is timed of the models: ``count`` images encoded, and captioned from their features."""
     torch.manual_seed(0)
     pixels = torch.randn(count, 3, *captioner.encoder.patch_embed.img_size)
@@ -117,7 +122,7 @@ def build(size: Size) -> Captioner:
 
 def larger_transform(pixels: int) -> Callable:
     """Return CLIP's preprocessing to ``pixels`` a side, as LLaVA's vision tower takes it."""
-    return runtime.import_guarded("timm.data").create_transform(
+    return import_guarded("timm.data").create_transform(
         (3, pixels, pixels), interpolation="bicubic", crop_pct=1.0, is_training=False
     )
 
@@ -144,7 +149,7 @@ def measure(args: argparse.Namespace, size: Size, folder: Path) -> dict[str, Any
     }
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write the figures."""
     args = build_parser().parse_args(argv)
@@ -156,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in found.items():
         print(f"{name}: {value if isinstance(value, str) else format(value, '.4g')}")
     if args.out:
-        runtime.write_json(args.out, found)
+        write_json(args.out, found)
     return 0
 
 

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from bench.common import CLOCKS, Floor, add_clock, add_common_flags, in_turn, peak_memory, report, timed
-from captioning import cli as runtime
+from captioning.cli import FlagParser, command
+from captioning.device import autocast, pick_device
+from captioning.imports import import_guarded
 from captioning.inference import search
-from captioning.inference.encode import autocast
-from captioning.models.captioner import SharedPrefix
 from captioning.models.inference_weights import prepare_decoder
+from captioning.models.step_functions import SharedPrefix
 from decoder import Decoder, DecoderConfig, gpt2_state_dict
 
 BEAMS = 5
@@ -48,7 +49,7 @@ TINY = Size(DecoderConfig(vocab_size=41, n_positions=40, n_embd=32, n_layer=2, n
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(prog="python -m bench.decode", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m bench.decode", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--precision",
         nargs="+",
@@ -167,7 +168,7 @@ class PlainStep:
 
 def transformers_model(decoder: Decoder, size: Size) -> Any:
     """Return transformers' GPT-2 with the decoder's weights."""
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     c = size.config
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -232,11 +233,11 @@ def unequal(rivals: Rivals) -> list[str]:
     return [name for name, captions in rivals.captions.items() if captions != rivals.captions["ours"]]
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 where captions in float32 differ."""
     args = build_parser().parse_args(argv)
-    device = runtime.pick_device(args.device)
+    device = pick_device(args.device)
     if args.tiny:
         rivals = Rivals(TINY, args.batch_size, "fp32", device)
         different = unequal(rivals)

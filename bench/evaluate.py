@@ -28,14 +28,15 @@ from typing import Any
 import torch
 
 from bench.common import in_turn, peak_memory, report
-from captioning.cli import FlagParser, command, import_guarded
+from captioning.cli import FlagParser, command
 from captioning.data.annotations import Annotations, find_images, load_annotations, load_references
+from captioning.imports import import_guarded
 from captioning.profiles import PROFILES, ROOT
-from captioning.scoring import coco_metrics as cocometrics
 from captioning.scoring import ptb
 from captioning.scoring.cider import cider_d
 from captioning.scoring.clipscore import ClipScorer, clip_scores
-from evaluate import Evaluator
+from captioning.scoring.evaluator import Evaluator
+from captioning.scoring.tokenizers import ptb_java
 from microworld.scenes import generate, make_scene
 
 IMAGES, REFERENCES = 2000, 5
@@ -142,7 +143,7 @@ def tokenizer_duel(captions: Sequence[str], images: int) -> Duel:
         run = subprocess.run(start, input=json.dumps(captions), cwd=ROOT, capture_output=True, text=True, check=True)
         return json.loads(run.stdout)
 
-    sides = {"ptb-java": lambda: cocometrics.ptb_java(captions), "ptb": pure}
+    sides = {"ptb-java": lambda: ptb_java(captions), "ptb": pure}
     return Duel(f"tokenizer, {len(captions)} captions", images, sides, unequal)
 
 
@@ -155,8 +156,8 @@ def second_run_duel(scorer: ClipScorer, name: str, annotations: Annotations, ima
     predictions = {stem: references[stems[place - 1]][0] for place, stem in enumerate(stems)}
 
     def one_at_a_time(stems: Sequence[str]) -> list[float]:
-        tokens = cocometrics.ptb_java([caption for stem in stems for caption in references[stem]])
-        flat = iter(tokens + cocometrics.ptb_java([predictions[stem] for stem in stems]))
+        tokens = ptb_java([caption for stem in stems for caption in references[stem]])
+        flat = iter(tokens + ptb_java([predictions[stem] for stem in stems]))
         wanted = {stem: [next(flat) for _ in references[stem]] for stem in stems}
         scores = []
         for stem in stems:

@@ -30,8 +30,12 @@ import torch
 from bench import photographs
 from bench.common import Floor, machine, markdown
 from bench.stand_ins import BEAMS, FULL, SAMPLES, TINY, TOKENS, Size, write_decoder, write_tokenizer
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
+from captioning import cli
+from captioning.cli import FlagParser, setup_logging
+from captioning.data.images import list_images
+from captioning.data.samples import load_split
+from captioning.device import pick_device
+from captioning.files import write_json, write_text
 from captioning.profiles import ROOT
 
 MINUTES = 8.0  # that a rehearsal may take on a GPU
@@ -39,7 +43,7 @@ MINUTES = 8.0  # that a rehearsal may take on a GPU
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(prog="bench/full_size.sh", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="bench/full_size.sh", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--tiny", action="store_true", help="small models, few images")
     for name, text in (
@@ -84,7 +88,7 @@ def write_subset(source: Path, target: Path, images: int) -> None:
     chosen = content["images"][:images]
     ids = {image["id"] for image in chosen}
     captions = [a for a in content["annotations"] if a["image_id"] in ids]
-    runtime.write_json(target / "train.json", {"images": chosen, "annotations": captions}, indent=None)
+    write_json(target / "train.json", {"images": chosen, "annotations": captions}, indent=None)
     (target / "val.json").symlink_to(source.resolve() / "val.json")
     (target / "images").symlink_to(source.resolve() / "images")
 
@@ -172,12 +176,12 @@ def prepare(run: Rehearsal, size: Size, numbers: dict[str, int], workers: int) -
         workers,
     )
     folders = [source / "images" / split for split in counts] + [run.folder / "unseen" / "images" / "val"]
-    paths = [path for folder in folders for path in data.list_images(folder)]
+    paths = [path for folder in folders for path in list_images(folder)]
     bytes_an_image = photographs.convert(paths, workers, size.photograph)
     print(f"{len(paths)} photographs of {bytes_an_image / 1e3:.0f} kB")
     images = min(counts["train"], numbers["batch_size"] * numbers["scst_steps"])
     write_subset(source, run.folder / "rewarded", images)
-    samples = data.load_split(source, "train")
+    samples = load_split(source, "train")
     return sum(len(tokenizer.encode(c)) + 1 for s in samples for c in s.captions) / len(samples)
 
 
@@ -208,7 +212,7 @@ def commands(run: Rehearsal, size: Size, numbers: dict[str, int]) -> dict[str, l
         smaller = ["--decoder", decoder]
     adapter = ["--adapter", trained / "best.safetensors"]
     unseen, captions = folder / "unseen" / "images" / "val", folder / "captions.json"
-    shown = data.list_images(unseen)[: numbers["maps"]]
+    shown = list_images(unseen)[: numbers["maps"]]
     return {
         "train": ["p2_train.py", "--data", folder / "data", "--out", trained, *common, *smaller],
         "scst": [
@@ -465,20 +469,20 @@ def in_folder(work: Path | None, function: Callable[[Path], dict[str, Any]]) -> 
     return function(work.resolve())
 
 
-@runtime.command
+@cli.command
 def main(argv: list[str] | None = None) -> int:
     """Rehearse; return 0, or 2 where a part failed or the time was over."""
     args = build_parser().parse_args(argv)
-    runtime.setup_logging()
+    setup_logging()
     size = TINY if args.tiny else FULL
     choose(args, size)
-    device = runtime.pick_device(args.device)
+    device = pick_device(args.device)
     found = in_folder(args.work, lambda folder: rehearse(args, size, device, folder))
     text = as_text(found)
     print(f"\n{text}")
     if args.out:
-        runtime.write_text(args.out.with_suffix(".md"), text)
-        runtime.write_json(args.out.with_suffix(".json"), found)
+        write_text(args.out.with_suffix(".md"), text)
+        write_json(args.out.with_suffix(".json"), found)
     if found["failure"]:  # what was measured before is shown all the same
         raise ValueError(found["failure"])
     return 0

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from bench.common import add_common_flags, in_turn, peak_memory, report
-from captioning import cli as runtime
-from captioning.data.feature_cache import list_images, load_image
-from captioning.inference.folder import Halving, read_ahead
+from captioning.cli import FlagParser, command
+from captioning.data.images import list_images, load_image
+from captioning.device import pick_device
+from captioning.imports import import_guarded
+from captioning.inference.batches import Halving, read_ahead
 from captioning.models.llava import DTYPES, PROMPTS, TEMPLATE, Llava, load_llava, pick_dtype
 from captioning.profiles import PROFILES
 from microworld.scenes import generate
@@ -28,7 +30,7 @@ from microworld.scenes import generate
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(prog="python -m bench.llava", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m bench.llava", description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=Path, help="folder of images (default: micro scenes, drawn)")
     parser.add_argument("--count", type=int, default=100, help="how many of them")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once on our side")
@@ -42,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def random_llava(layers: int | None, dtype: torch.dtype, device: torch.device) -> Llava:
     """Return LLaVA-1.5-7B's architecture with random weights; the micro model's processor is fitted to its sizes."""
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     processor = transformers.AutoProcessor.from_pretrained(PROFILES["micro"].llava)
     config = transformers.LlavaConfig(
         image_token_index=processor.image_token_id,
@@ -115,11 +117,11 @@ def compare(model: Llava, paths: list[Path], setting: int, args: argparse.Namesp
     return row, differ
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 where tokens differ."""
     args = build_parser().parse_args(argv)
-    device = runtime.pick_device(args.device)
+    device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.full_size:
         model = random_llava(args.layers, dtype, device)

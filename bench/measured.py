@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 
-from captioning import cli as runtime
+from captioning.cli import FlagParser, command, setup_logging
+from captioning.files import write_json
 
 GB = 1e9
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(prog="python -m bench.measured", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m bench.measured", description=__doc__.split("\n\n")[0])
     parser.add_argument("usage", type=Path, metavar="USAGE.json", help="file of the results")
     parser.add_argument("script", type=Path, metavar="SCRIPT.py", help="what to run")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="its arguments")
@@ -90,13 +91,13 @@ def run_script(script: Path, arguments: list[str]) -> int:
     return 0
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
     args = build_parser().parse_args(argv)
     if not args.script.is_file():
         raise FileNotFoundError(f"{args.script}: no such script")
-    runtime.setup_logging()  # first, so that the script's own call finds its handler and leaves ours alone
+    setup_logging()  # first, so that the script's own call finds its handler and leaves ours alone
     peaks = Peaks()
     handler = WorkHandler(peaks)
     logging.getLogger().addHandler(handler)
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         "cuda_gb": None if last["cuda_gb"] is None else peaks.cuda,
         "work": handler.work,
     }
-    runtime.write_json(args.usage, usage)
+    write_json(args.usage, usage)
     return code
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from captioning import cli as runtime
+from captioning.files import atomic_path
 
 SIZE = (640, 480)
 AMPLITUDE, QUALITY = 34.0, 91
@@ -49,7 +49,7 @@ def _convert(job: tuple[int, Path], size: tuple[int, int]) -> int:
     seed, path = job
     with Image.open(path) as drawing:
         content = photograph(drawing, seed, size)
-    with runtime.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(content)
     return len(content)
 

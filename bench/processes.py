@@ -27,14 +27,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.common import add_common_flags, report
-from captioning import cli as runtime
-from captioning import distributed
-from captioning.data import feature_cache as data
+from captioning import cli, distributed
+from captioning.cli import FlagParser
+from captioning.data.samples import load_split
+from captioning.data.tokenizer import Tokenizer, encode_captions
+from captioning.device import pick_device, seed_everything
 from captioning.distributed import Processes
-from captioning.inference import encode as generation
+from captioning.files import write_json
+from captioning.inference.captions import caption_features
+from captioning.inference.encode import cached_features, read_pixels
 from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.models.inference_weights import prepare
 from captioning.profiles import PROFILES
-from captioning.training.trainer import Split, TrainConfig, Trainer
+from captioning.training.config import TrainConfig
+from captioning.training.trainer import Split, Trainer
 from decoder import build_decoder
 from microworld.scenes import generate
 
@@ -45,7 +51,7 @@ TINY = {"images": 10, "batch_size": 4, "beam_size": 2, "max_new_tokens": 6, "lor
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(prog="python -m bench.processes", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m bench.processes", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--processes",
         type=int,
@@ -84,14 +90,14 @@ class Job:
             lora_rank=args.lora_rank,
             epochs=1 + args.epochs,
         )
-        runtime.seed_everything(0)
-        self.tokenizer = data.Tokenizer(profile.tokenizer)
+        seed_everything(0)
+        self.tokenizer = Tokenizer(profile.tokenizer)
         shape = CaptionerConfig(profile.encoder, profile.encoder_kwargs, profile.encoder_weights, lora=config.lora())
         self.captioner = Captioner(shape, build_decoder(profile.decoder, config.lora())).to(device)
-        self.samples = data.load_split(self.folder, "train")
+        self.samples = load_split(self.folder, "train")
         self.paths = [sample.path for sample in self.samples]
-        features = generation.cached_features(self.captioner, self.paths, self.folder / "cache", processes=processes)
-        split = Split(self.samples, data.encode_captions(self.samples, self.tokenizer, 60), features)
+        features = cached_features(self.captioner, self.paths, self.folder / "cache", processes=processes)
+        split = Split(self.samples, encode_captions(self.samples, self.tokenizer, 60), features)
         self.trainer = Trainer(self.captioner, self.tokenizer, split, split, config, self.folder, processes)
         self.losses: list[float] = []
 
@@ -116,8 +122,8 @@ class Job:
         captions, own = {}, self.processes.share(self.paths)
         for start in range(0, len(own), self.args.batch_size):
             batch = own[start : start + self.args.batch_size]
-            pixels = generation.read_pixels(self.captioner.transform, batch).to(self.captioner.device)
-            texts = generation.caption_features(
+            pixels = read_pixels(self.captioner.transform, batch).to(self.captioner.device)
+            texts = caption_features(
                 self.captioner,
                 self.tokenizer,
                 self.captioner.encode(pixels),
@@ -132,13 +138,13 @@ class Job:
         warm_up = [self.timed(self.train, 0)]
         training = [self.timed(self.train, epoch) for epoch in range(1, 1 + self.args.epochs)] or warm_up
         adapter = {name: tensor.cpu() for name, tensor in self.captioner.adapter_state().items()}
-        generation.prepare(self.captioner.merge(), "fp32")
+        prepare(self.captioner.merge(), "fp32")
         captions = {k: v for part in self.processes.gather(self.infer()) for k, v in part.items()}  # warm-up too
         inference = [self.timed(self.infer) for _ in range(self.args.epochs)]
         if self.processes.first:
             count = len(self.paths)
             save_file(adapter, self.folder / "adapter.safetensors")
-            runtime.write_json(
+            write_json(
                 self.folder / "result.json",
                 {
                     "captions/s": CAPTIONS * count / median(training),
@@ -195,14 +201,14 @@ def compare(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]
     return rows, equal
 
 
-@runtime.command
+@cli.command
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 where results differ between numbers of processes."""
     args = build_parser().parse_args(argv)
     for name in ("images", "epochs", "batch_size", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    device = runtime.pick_device(args.device)
+    device = pick_device(args.device)
     torch.set_num_threads(1)
     if args.worker:
         with distributed.join(device) as processes:

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from bench.common import add_common_flags, peak_memory, report
-from captioning import cli as runtime
+from captioning.cli import FlagParser, command
+from captioning.device import pick_device
 from captioning.models.captioner import Captioner, CaptionerConfig
-from captioning.training import scst
+from captioning.training.rewards import CiderReward
+from captioning.training.scst import advantages, beams, weighted_loss
 from decoder import Decoder, DecoderConfig, LoraConfig
 
 ENCODER, EOS = "vit_large_patch14_clip_224", 50256
@@ -43,20 +45,20 @@ def references(images: int) -> list[list[list[int]]]:
 def measure(images: int, samples: int, repeats: int, device: torch.device) -> dict[str, float]:
     """Return the median seconds of each part of a step, after one step to warm up."""
     captioner, captions = make_captioner(device), references(10_000)
-    reward = scst.CiderReward(captions, EOS)
+    reward = CiderReward(captions, EOS)
     features = torch.randn(images, *captioner.feature_shape, device=device)
     times: dict[str, list[float]] = {"draw": [], "reward": [], "gradient": []}
     for _ in range(repeats + 1):
         marks = [time.perf_counter()]
-        drawn = scst.beams(captioner, Ids, features, samples, 30)
+        drawn = beams(captioner, Ids, features, samples, 30)
         marks.append(time.perf_counter())
         flat = [sample for group in drawn for sample in group]
         rewards = reward(np.repeat(np.arange(images), samples).tolist(), flat).reshape(images, samples)
         marks.append(time.perf_counter())
         people = [[[*caption, EOS] for caption in group] for group in captions[:images]]
-        weights = np.concatenate([scst.advantages(rewards), np.full((images, 5), 0.25)], 1)
+        weights = np.concatenate([advantages(rewards), np.full((images, 5), 0.25)], 1)
         both = [a + b for a, b in zip(drawn, people, strict=True)]
-        scst.weighted_loss(captioner, features, both, weights.tolist(), EOS).backward()
+        weighted_loss(captioner, features, both, weights.tolist(), EOS).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         marks.append(time.perf_counter())
@@ -65,10 +67,10 @@ def measure(images: int, samples: int, repeats: int, device: torch.device) -> di
     return {name: float(np.median(values[1:])) for name, values in times.items()}
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 where the reward takes 10 % of a step or more."""
-    parser = runtime.FlagParser(prog="python -m bench.scst", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m bench.scst", description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, default=4, help="images a step")
     parser.add_argument("--samples", type=int, default=5, help="captions an image: beams")
     add_common_flags(parser, repeats=3)
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("images", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
-    device = runtime.pick_device(args.device)
+    device = pick_device(args.device)
     parts = measure(args.images, args.samples, args.repeats, device)
     share = parts["reward"] / sum(parts.values())
     row = {"images": args.images, "samples an image": args.samples}

@@ -21,8 +21,8 @@ from typing import Any
 from bench import costmodel
 from bench.costmodel import Cluster
 from bench.study import GPUS, SOURCES, TABLES, Study, shard_rows, values
-from captioning import cli as runtime
-from captioning.files import read_json
+from captioning.cli import FlagParser, command
+from captioning.files import atomic_path, read_json, write_text
 from captioning.profiles import ROOT
 
 DOCUMENT = ROOT / "docs" / "scale.md"
@@ -33,7 +33,7 @@ REHEARSAL = Path(__file__).parent / "full_size.json"
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line; defaults of the assumptions stand in ``Cluster``."""
-    parser = runtime.FlagParser(prog="python -m bench.simulate", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m bench.simulate", description=__doc__.split("\n\n")[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help="write docs/scale.md and its pictures")
     what.add_argument("--check", action="store_true", help="compare docs/scale.md with what it would be")
@@ -165,12 +165,12 @@ def save(figure: Any, path: Path) -> None:
     """Write a picture, atomically."""
     from matplotlib import pyplot as plt
 
-    with runtime.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
     plt.close(figure)
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Print the tables, or write or check the document; return 1 where it is not what the script gives."""
     parser = build_parser()
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    runtime.write_text(DOCUMENT, text)
+    write_text(DOCUMENT, text)
     draw_rates(study, DOCUMENT.with_name("scale_rates.png"))
     draw_shards(shard_study, DOCUMENT.with_name("scale_shards.png"))
     print(DOCUMENT)

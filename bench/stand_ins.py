@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from bench import photographs
 from bench.arithmetic import Captioner, Vit, gpt2
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
+from captioning.data.tokenizer import END_OF_TEXT, Tokenizer
+from captioning.files import atomic_path, write_json, write_text
 from captioning.profiles import PROFILES
 from decoder import Decoder, DecoderConfig, gpt2_state_dict
 
@@ -55,7 +55,7 @@ TINY = Size(
 )
 
 
-def write_tokenizer(folder: Path) -> data.Tokenizer:
+def write_tokenizer(folder: Path) -> Tokenizer:
     """Write a stand-in for GPT-2's tokenizer files: 50257 entries, every one of which can be decoded.
 
     The micro world's merges come first. The rest join two entries of which the second begins with a space; texts are
@@ -63,7 +63,7 @@ def write_tokenizer(folder: Path) -> data.Tokenizer:
     """
     source = Path(PROFILES["micro"].tokenizer)
     vocabulary = json.loads((source / "encoder.json").read_text(encoding="utf-8"))
-    del vocabulary[data.END_OF_TEXT]
+    del vocabulary[END_OF_TEXT]
     merges = (source / "vocab.bpe").read_text(encoding="utf-8").splitlines()
     entries = list(vocabulary)
     for second in (entry for entry in entries if entry.startswith("Ġ")):
@@ -73,10 +73,10 @@ def write_tokenizer(folder: Path) -> data.Tokenizer:
             if first + second not in vocabulary:
                 vocabulary[first + second] = len(vocabulary)
                 merges.append(f"{first} {second}")
-    vocabulary[data.END_OF_TEXT] = len(vocabulary)
-    runtime.write_json(folder / "encoder.json", vocabulary, indent=None)
-    runtime.write_text(folder / "vocab.bpe", "\n".join(merges) + "\n")
-    return data.Tokenizer(folder)
+    vocabulary[END_OF_TEXT] = len(vocabulary)
+    write_json(folder / "encoder.json", vocabulary, indent=None)
+    write_text(folder / "vocab.bpe", "\n".join(merges) + "\n")
+    return Tokenizer(folder)
 
 
 def write_decoder(path: Path, config: DecoderConfig) -> None:
@@ -84,5 +84,5 @@ def write_decoder(path: Path, config: DecoderConfig) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         state = gpt2_state_dict(Decoder(config))
-    with runtime.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)

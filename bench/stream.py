@@ -23,7 +23,10 @@ import torch
 from safetensors.torch import save_file
 
 from bench.common import report
-from captioning import cli as runtime
+from captioning import cli
+from captioning.cli import FlagParser
+from captioning.files import write_text
+from captioning.imports import import_guarded
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import PROFILES, ROOT
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_state_dict
@@ -38,7 +41,7 @@ ROWS = 10  # of the curve in the table; --out has all of it
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(prog="python -m bench.stream", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m bench.stream", description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, default=200_000, help="in all; 8.5 kB of disk each")
     parser.add_argument("--per-tar", type=int, default=2000, help="images a tar")
     parser.add_argument("--distinct", type=int, default=64, help="different drawings among them")
@@ -89,7 +92,7 @@ def watch(command: list[str], state: Path, every: float, out: Path | None = None
     With ``out`` each point is written there as it comes, a line of JSON.
     """
     if out:
-        runtime.write_text(out, "")
+        write_text(out, "")
     curve: list[dict[str, float]] = []
     counted: dict[str, int] = {}
     began = time.monotonic()
@@ -134,7 +137,7 @@ def summarise(curve: list[dict[str, float]], images: int) -> list[dict[str, Any]
 
 def draw(curve: list[dict[str, float]], limit: float, path: Path) -> None:
     """Draw memory over images."""
-    figure = runtime.import_guarded("matplotlib.figure").Figure((6, 3), layout="constrained")
+    figure = import_guarded("matplotlib.figure").Figure((6, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot([point["images"] for point in curve], [point["resident MB"] for point in curve], marker=".", lw=1)
     axes.axhline(limit * 1e3, color="grey", ls="--", lw=1)
@@ -164,7 +167,7 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
     return int(peak > args.limit_gb * 1e3)
 
 
-@runtime.command
+@cli.command
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 where more memory was resident than allowed."""
     args = build_parser().parse_args(argv)

@@ -25,12 +25,16 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.common import CLOCKS, Floor, add_clock, add_common_flags, in_turn, peak_memory, report
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
-from captioning.inference.encode import autocast, cached_features, product_dtype, read_pixels
+from captioning.cli import FlagParser, command
+from captioning.data.batches import pack_captions
+from captioning.data.images import list_images
+from captioning.device import autocast, pick_device, product_dtype
+from captioning.imports import import_guarded
+from captioning.inference.encode import cached_features, read_pixels
 from captioning.models.captioner import IGNORED, Captioner, CaptionerConfig
 from captioning.profiles import PROFILES
-from captioning.training.trainer import TrainConfig, make_optimizer
+from captioning.training.config import TrainConfig
+from captioning.training.trainer import make_optimizer
 from decoder import Decoder, DecoderConfig, LoraConfig, cast_frozen, gpt2_state_dict
 from microworld.scenes import generate
 
@@ -46,7 +50,7 @@ FULL = (DecoderConfig(), PROFILES["full"].encoder, {})
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(prog="python -m bench.train", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m bench.train", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--precision",
         nargs="+",
@@ -76,7 +80,7 @@ class LoraConv1D(torch.nn.Module):
 
 def transformers_model(decoder: Decoder, eos: int) -> torch.nn.Module:
     """Return transformers' GPT-2 with the decoder's weights, frozen, and its LoRA, shared."""
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     c = decoder.config
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -130,7 +134,7 @@ class Rivals:
         self.captioner.train()
         self.theirs = transformers_model(decoder, self.eos).to(device)
         generate(folder, "train", images, seed=0, workers=1)
-        paths = data.list_images(folder / "images" / "train")
+        paths = list_images(folder / "images" / "train")
         self.pixels = read_pixels(self.captioner.transform, paths)
         self.features = cached_features(self.captioner, paths, folder / "cache")
         self.optimizer = make_optimizer(self.captioner, TrainConfig())
@@ -139,7 +143,7 @@ class Rivals:
         """Ours, of all images."""
         device = self.captioner.device
         features = self.features.gather(range(len(self.features))).float().to(device)
-        return self.captioner.loss(features, data.pack_captions(self.captions, self.eos, pad_to_multiple=8).to(device))
+        return self.captioner.loss(features, pack_captions(self.captions, self.eos, pad_to_multiple=8).to(device))
 
     def student_loss(self, start: int, count: int) -> torch.Tensor:
         """The script's, of ``count`` captions from number ``start`` on."""
@@ -251,11 +255,11 @@ def compare(rivals: Rivals, precision: str, args: argparse.Namespace, device: to
     ]
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 where losses or gradients in float32 differ by more than ``TOLERANCE``."""
     args = build_parser().parse_args(argv)
-    device = runtime.pick_device(args.device)
+    device = pick_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         rivals = Rivals(TINY if args.tiny else FULL, args.images, Path(folder), device)
         if args.tiny:

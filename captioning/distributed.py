@@ -16,10 +16,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from captioning import cli as runtime
+from captioning.cli import BAD_INPUT
+from captioning.imports import import_guarded
 
 T = TypeVar("T")
+
+
 R = TypeVar("R")
+
+
 PATIENCE = timedelta(days=30)  # one may work while the others wait; a process that dies is the launcher's business
 
 
@@ -89,7 +94,7 @@ class Processes:
         if error is not None and failed[0] == self.rank:
             raise error
         if failed:
-            raise SystemExit(runtime.BAD_INPUT)
+            raise SystemExit(BAD_INPUT)
         return result
 
     def from_first(self, work: Callable[[], T]) -> T:
@@ -156,7 +161,7 @@ def join(device: torch.device) -> Processes:
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
         return ALONE
-    state = runtime.import_guarded("accelerate").PartialState(cpu=device.type != "cuda", timeout=PATIENCE)
+    state = import_guarded("accelerate").PartialState(cpu=device.type != "cuda", timeout=PATIENCE)
     if state.num_processes != count:  # accelerate falls back to one process in silence
         raise ValueError(f"{count} processes were launched and accelerate joins {state.num_processes}")
     return Processes(state.process_index, count, dist.new_group(backend="gloo", timeout=PATIENCE))

@@ -1,14 +1,68 @@
-"""JSON that strangers wrote: one reader for all files, which refuses what Python's own takes in silence."""
+"""Reading strictly and writing atomically: JSON, CSV, text, checksums and locks of files."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import csv
+import fcntl
+import hashlib
+import io
 import json
 import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success flush it to disk and rename it, on failure remove it.
+
+    A reader sees the old file or the whole new one, never a part, whatever interrupts the writer.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for secrets; results are for everyone the user lets in
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> None:
+    """Write ``value`` to ``path`` as UTF-8 JSON, atomically."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of one set of keys, atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
 MAX_BYTES = 1 << 30  # COCO's largest instances file has half of it; parsed, a byte becomes about ten in memory
+
+
 _MARKS = {  # UTF-32's mark begins with UTF-16's, so the order matters
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -65,3 +119,39 @@ def _finite(text: str) -> float:
     if number in (float("inf"), float("-inf")):
         raise ValueError(f"{text:.40} is beyond floating point")
     return number
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class HeldError(ValueError):
+    """Another process holds the lock."""
+
+
+def lock(path: Path) -> io.FileIO:
+    """Open ``path`` to append to it, and lock it until it is closed or the process ends.
+
+    Raises:
+        HeldError: another process holds it.
+    """
+    while True:
+        file = path.open("a+b", buffering=0)  # what a full disk refuses must not wait in a buffer
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise HeldError(f"{path}: another run is writing it; wait for it, or name another") from error
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # its run finished and removed it between our open and our lock
+
+
+def is_text(value: Any) -> bool:
+    """Whether ``value`` is a string in valid Unicode."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # JSON can hold half of a character

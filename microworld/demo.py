@@ -18,10 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
+from captioning import cli
+from captioning.cli import FlagParser
+from captioning.data.images import load_image
+from captioning.data.samples import load_split
+from captioning.files import atomic_path, write_json
 from captioning.profiles import PROFILES, ROOT
-from captioning.training.trainer import SETTINGS
+from captioning.training.config import SETTINGS
 
 SPLITS = ("val", "val_novel")
 SAMPLES = 9  # scenes on the contact sheet
@@ -160,7 +163,7 @@ def zero_shot(run: Runner, out: Path) -> dict[str, Any]:
 def look(run: Runner, out: Path) -> None:
     """Draw where each word of five captions looked, for both models, and measure it against the boxes."""
     images = out / "data" / "images" / "val"
-    some = [sample.path for sample in data.load_split(out / "data", "val")[:EXPLAINED]]
+    some = [sample.path for sample in load_split(out / "data", "val")[:EXPLAINED]]
     flags = ("--profile", "micro", "--adapter", out / "lora" / "best.safetensors")
     for model, name in (("p1", "LLaVA"), ("p2", "the captioner")):
         folder = out / "attention" / model
@@ -208,14 +211,14 @@ def contact_sheet(out: Path, run_folder: Path) -> Path:
 
     per_image = json.loads((run_folder / "val_per_image.json").read_text(encoding="utf-8"))
     figure, axes = plt.subplots(3, SAMPLES // 3, figsize=(11, 12.6), layout="constrained")
-    for axis, sample in zip(axes.flat, data.load_split(out / "data", "val")[:SAMPLES], strict=True):
+    for axis, sample in zip(axes.flat, load_split(out / "data", "val")[:SAMPLES], strict=True):
         row = per_image[sample.path.stem]
-        axis.imshow(data.load_image(sample.path))
+        axis.imshow(load_image(sample.path))
         axis.set_title(textwrap.fill(row["caption"], 42), fontsize=10)
         axis.set_xlabel(f"CIDEr {row['CIDEr']:.2f}   CLIPScore {row['CLIPScore']:.2f}", fontsize=9, color="#555555")
         axis.set(xticks=[], yticks=[])
     path = out / "samples.png"
-    with runtime.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
     plt.close(figure)
     return path
@@ -238,7 +241,7 @@ def summary(out: Path, run: Runner, scores: dict[str, Any], sheet: Path) -> None
     print("\n" + "=" * 78 + "\nMicro world (generated drawings; never to be compared with full-size numbers)\n")
     print(table(scores) + "\n")
     captions = json.loads((out / "lora" / "val.json").read_text(encoding="utf-8"))
-    for sample in data.load_split(out / "data", "val")[:4]:
+    for sample in load_split(out / "data", "val")[:4]:
         print(f"{sample.path.name}  {captions[sample.path.stem]}\n{'':18}e.g. {sample.captions[0]}")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     train = run.seconds["train lora"]
@@ -257,10 +260,10 @@ def summary(out: Path, run: Runner, scores: dict[str, Any], sheet: Path) -> None
         print(f"{name:<11} {path}")
 
 
-@runtime.command
+@cli.command
 def main(argv: list[str] | None = None) -> int:
     """Run the demo."""
-    parser = runtime.FlagParser(prog="python -m microworld.demo", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m microworld.demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for data, run and results")
     parser.add_argument("--train", type=int, default=1700, help="training scenes")
     parser.add_argument("--val", type=int, default=300, help="validation scenes; half as many with novel pairs")
@@ -279,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         scores["blind"] = train_and_score(run, out, "blind", args.epochs, blind=True)
     scores |= zero_shot(run, out)
     look(run, out)
-    runtime.write_json(out / "scores.json", {"scores": scores, "seconds": run.seconds})
+    write_json(out / "scores.json", {"scores": scores, "seconds": run.seconds})
     run("report", "report.py", "--runs", out, "--out", out / "report.html")
     summary(out, run, scores, contact_sheet(out, out / "lora"))
     return 0

@@ -34,8 +34,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
+from captioning.cli import FlagParser, command, setup_logging
+from captioning.data import tokenizer as tokenizer_module
+from captioning.data.tokenizer import Tokenizer
+from captioning.device import pick_device, seed_everything
+from captioning.files import atomic_path, write_json
+from captioning.imports import import_guarded
 from captioning.profiles import MICRO_WEIGHTS, PROFILES
 from decoder import Decoder, DecoderConfig, gpt2_state_dict, init_weights
 from microworld.scenes import SIZE, Scene, make_image, make_scene
@@ -215,8 +219,8 @@ class PatchReadout(torch.nn.Module):
 
 def train_clip(name: str, recipe: Recipe, out: Path, device: torch.device, workers: int) -> None:
     """Pre-train the ``encoder`` or the ``scorer`` and write an open_clip folder with its tokenizer."""
-    open_clip = runtime.import_guarded("open_clip")
-    runtime.seed_everything(recipe.seed)
+    open_clip = import_guarded("open_clip")
+    seed_everything(recipe.seed)
     copy_clip_tokenizer(out)
     config = CLIP_CONFIGS[name]
     model = open_clip.CLIP(**config, output_dict=False).to(device)
@@ -314,7 +318,7 @@ def train_tokenizer(out: Path, recipe: Recipe) -> None:
     """
     texts = [t for captions in decoder_captions(recipe) for t in captions]
     texts += (Path(__file__).parent / "words.txt").read_text(encoding="utf-8").splitlines()
-    data.train_tokenizer(texts, VOCAB_SIZE, out)
+    tokenizer_module.train_tokenizer(texts, VOCAB_SIZE, out)
 
 
 def copy_clip_tokenizer(out: Path) -> None:
@@ -340,8 +344,8 @@ def decoder_captions(recipe: Recipe) -> list[list[str]]:
 
 def train_decoder(recipe: Recipe, out: Path, device: torch.device) -> None:
     """Pre-train the GPT-2 on streams of captions in random order, split by end-of-text, and write its weights."""
-    runtime.seed_everything(recipe.seed)
-    tokenizer = data.Tokenizer(out)
+    seed_everything(recipe.seed)
+    tokenizer = Tokenizer(out)
     eos = tokenizer.eos_id
     texts = [t for captions in decoder_captions(recipe) for t in captions]
     encoded = [[eos, *tokenizer.encode(t)] for t in texts]
@@ -372,7 +376,7 @@ def train_decoder(recipe: Recipe, out: Path, device: torch.device) -> None:
 
     optimise(list(decoder.parameters()), batches(), steps, recipe, loss_of, device, note)
     seconds = time.time() - start
-    with runtime.atomic_path(out / "decoder_model.safetensors") as temporary:
+    with atomic_path(out / "decoder_model.safetensors") as temporary:
         save_file({k: v.half().contiguous().cpu() for k, v in gpt2_state_dict(decoder).items()}, temporary)
     stream = torch.tensor([t for c in held_out for t in c])
     rows = stream[: len(stream) // (length + 1) * (length + 1)].view(-1, length + 1).to(device)
@@ -393,10 +397,10 @@ def text_loss(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
 def save_clip(model: Any, config: dict[str, Any], out: Path) -> None:
     """Write an open_clip ``local-dir:`` folder: config with preprocessing, fp16 weights."""
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
-    runtime.write_json(out / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
+    write_json(out / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
     state = {k: v.cpu() for k, v in model.state_dict().items()}
     state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in state.items()}
-    with runtime.atomic_path(out / "open_clip_model.safetensors") as temporary:
+    with atomic_path(out / "open_clip_model.safetensors") as temporary:
         save_file(state, temporary)
 
 
@@ -416,14 +420,14 @@ def write_record(
         "torch": torch.__version__,
         "metrics": {k: round(v, 4) for k, v in metrics.items()},
     }
-    runtime.write_json(out / "training.json", record)
+    write_json(out / "training.json", record)
     print(json.dumps(record["metrics"]))
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Command line of the pre-training."""
-    parser = runtime.FlagParser(prog="python -m microworld.pretrain", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m microworld.pretrain", description=__doc__.split("\n\n")[0])
     parser.add_argument("model", choices=(*MODELS, "all"), help="what to pre-train")
     parser.add_argument("--weights", type=Path, default=MICRO_WEIGHTS, help="folder of the results")
     parser.add_argument("--scenes", type=int, help="number of scenes instead of the recipe's")
@@ -432,8 +436,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes that draw")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
     args = parser.parse_args(argv)
-    runtime.setup_logging(args.verbose)
-    device = runtime.pick_device(args.device)
+    setup_logging(args.verbose)
+    device = pick_device(args.device)
     names = MODELS if args.model == "all" else (args.model,)
     for name in names:
         recipe = RECIPES["decoder" if name == "tokenizer" else name]

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from captioning import cli as runtime
-from captioning.data.feature_cache import PackedBatch
+from captioning.data.batches import PackedBatch
+from captioning.device import seed_everything
+from captioning.imports import import_guarded
 from captioning.models.llava import TEMPLATE
 from captioning.profiles import MICRO_WEIGHTS
 from microworld.instructions import conversation
@@ -77,7 +78,7 @@ CHAT_TEMPLATE = (
 
 def build_model() -> Any:
     """Return a ``LlavaForConditionalGeneration`` with random language model, its vision tower loaded and frozen."""
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     clip = CLIP_CONFIGS["encoder"]
     vision = clip["vision_cfg"]
     config = transformers.LlavaConfig(
@@ -135,7 +136,7 @@ def clip_vision_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def build_processor(texts: list[str]) -> Any:
     """Return a ``LlavaProcessor``: CLIP's preprocessing at the micro size and a byte-level BPE trained on ``texts``."""
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     from tokenizers import ByteLevelBPETokenizer
     from tokenizers.processors import TemplateProcessing
 
@@ -239,7 +240,7 @@ def encode_scenes(model: Any, pixels: np.ndarray, device: torch.device) -> torch
 
 def train_llava(recipe: Recipe, out: Path, device: torch.device, workers: int) -> None:
     """Pre-train and write the folder that ``from_pretrained`` and ``AutoProcessor`` load."""
-    runtime.seed_everything(recipe.seed)
+    seed_everything(recipe.seed)
     texts = [f"{q} {a}" for k in range(TEXT_SCENES) for q, a in conversations(k, 0)]
     processor = build_processor([TEMPLATE.format(text) for text in texts])
     tokenizer = processor.tokenizer

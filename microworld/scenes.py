@@ -21,7 +21,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from captioning import cli as runtime
+from captioning.cli import FlagParser, command
+from captioning.files import atomic_path, write_json
 from microworld.captions import INVERSE, Caption, write_captions
 from microworld.things import COLOURS, KINDS, PLACES, RGB, Kind, Pen, mix
 
@@ -444,7 +445,7 @@ def _write_one(job: tuple[str, int, int, Path]) -> dict[str, Any]:
     split, seed, index, folder = job
     image, scene, captions = make_image(split, seed, index)
     name = f"{index:012d}.jpg"
-    with runtime.atomic_path(folder / name) as temporary:
+    with atomic_path(folder / name) as temporary:
         image.save(temporary, format="JPEG", quality=92)
     return describe(index, name, scene, captions)
 
@@ -501,7 +502,7 @@ def generate(out: Path, split: str, count: int, seed: int, workers: int = 2) -> 
     info = {"description": "micro world, generated drawings", "split": split, "seed": seed, "count": count}
     categories = [{"id": n, "name": name} for n, name in enumerate(KINDS)]
     path = out / f"{split}.json"
-    runtime.write_json(path, {"info": info, "categories": categories, **merged}, indent=None)
+    write_json(path, {"info": info, "categories": categories, **merged}, indent=None)
     return path
 
 
@@ -513,10 +514,10 @@ def _map(jobs: list, workers: int) -> Iterator[dict[str, Any]]:
         yield from pool.map(_write_one, jobs, chunksize=16)
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Command line of the scene generator."""
-    parser = runtime.FlagParser(prog="python -m microworld.scenes", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m microworld.scenes", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for images/<split>/ and <split>.json")
     parser.add_argument("--split", choices=SPLITS, required=True, help="which split; val_novel has held-out pairs")
     parser.add_argument("--count", type=int, default=300, help="number of scenes")

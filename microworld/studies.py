@@ -15,11 +15,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from captioning import cli as runtime
-from captioning import tensors as checkpoints
+from captioning.cli import FlagParser, command
 from captioning.profiles import PROFILES
-from captioning.training.run_folder import read_run
-from captioning.training.trainer import CHOICES, SCST_NUMBERS, SETTINGS
+from captioning.training.config import CHOICES, SCST_NUMBERS, SETTINGS
+from captioning.training.run_folder import has_state, read_run
 from microworld.demo import BATCH, WIDTH_RATIO, Runner, scaled
 
 DEVELOPMENT_SEED = 1  # of scenes that no reported number is measured on; the demo's have seed 0
@@ -79,7 +78,7 @@ def train(run: Runner, folder: Path, data: Path, cache: Path, flags: list[str]) 
     """Train one run, or go on with it, or pass it over."""
     if finished(folder):
         return
-    resume = ["--resume"] if checkpoints.has_state(folder) else []
+    resume = ["--resume"] if has_state(folder) else []
     run(
         f"train {folder.name}",
         "p2_train.py",
@@ -227,7 +226,7 @@ STUDIES = {"settings": study_settings, "ablation": study_ablation, "rewards": st
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = runtime.FlagParser(prog="python -m microworld.studies", description=__doc__.split("\n\n")[0])
+    parser = FlagParser(prog="python -m microworld.studies", description=__doc__.split("\n\n")[0])
     parser.add_argument("study", choices=list(STUDIES), help="which one")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the demo; runs go below it")
     parser.add_argument("--train", type=int, default=1700, help="training scenes, where they must be drawn")
@@ -244,7 +243,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run a study."""
     args = build_parser().parse_args(argv)

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-import evaluate
-import p2_train
-from captioning import cli as runtime
 from captioning import distributed
+from captioning.device import pick_device
 from captioning.models.captioner import Captioner
 from captioning.profiles import PROFILES, Profile
-from captioning.training.scst import CiderReward
+from captioning.scoring import evaluator, tokenizers
+from captioning.training.rewards import CiderReward
+from captioning.training.setup import prepare
 from captioning.training.trainer import Trainer
+from p2_train import build_parser, run
 
 
 def poison(processes):
@@ -112,17 +113,17 @@ def patched(changes):
 def train(processes, argv, fault=None):
     """Do what ``p2_train.main`` does between joining the processes and parting; return its exit code."""
     with patched(FAULTS[fault](processes) if fault else {}), contextlib.ExitStack() as held:
-        args = p2_train.build_parser().parse_args(argv)
-        return p2_train.run(processes.together(lambda: p2_train.prepare(args, processes, held)))
+        args = build_parser().parse_args(argv)
+        return run(processes.together(lambda: prepare(args, processes, held)))
 
 
 def main(jobs):
     """Make every run of ``jobs``: (flags, fault or None, exit code)."""
     job = json.loads(Path(jobs).read_text())
     PROFILES["micro"] = Profile(**job["profile"])
-    evaluate.cider = digest
-    evaluate.pick_tokenizer = lambda name: "ptb"  # no Java
-    with distributed.join(runtime.pick_device("cpu")) as processes:
+    evaluator.cider = digest
+    tokenizers.pick_tokenizer = lambda name: "ptb"  # no Java
+    with distributed.join(pick_device("cpu")) as processes:
         for argv, fault, code in job["runs"]:
             found = train(processes, argv, fault)
             assert found == code, (argv, found)

@@ -9,14 +9,18 @@ import sys
 import pytest
 import torch
 
-from captioning import cli as runtime
+from captioning import imports
+from captioning.cli import BAD_INPUT, INTERRUPTED, FlagParser, command
+from captioning.device import pick_device, seed_everything
+from captioning.files import atomic_path, write_json, write_text
+from captioning.imports import import_guarded
 from captioning.profiles import ROOT
 
 
 def test_atomic_path_replaces_the_old_file_and_leaves_nothing_else(tmp_path):
     target = tmp_path / "new" / "folder" / "out.json"
-    runtime.write_text(target, "old")
-    with runtime.atomic_path(target) as temporary:
+    write_text(target, "old")
+    with atomic_path(target) as temporary:
         temporary.write_text("new")
         assert temporary.parent == target.parent, "os.replace is atomic within one file system only"
         assert target.read_text() == "old", "a reader must see the old file until the new one is whole"
@@ -27,7 +31,7 @@ def test_atomic_path_replaces_the_old_file_and_leaves_nothing_else(tmp_path):
 def test_atomic_path_keeps_the_old_file_when_the_writer_fails(tmp_path):
     target = tmp_path / "out.json"
     target.write_text("old")
-    with pytest.raises(KeyboardInterrupt), runtime.atomic_path(target) as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_path(target) as temporary:
         temporary.write_text("ne")
         raise KeyboardInterrupt
     assert target.read_text() == "old"
@@ -39,7 +43,7 @@ def test_atomic_path_follows_the_umask_and_restores_it(tmp_path, umask):
     """mkstemp makes files 0600, which nobody else could read whatever the user's umask says."""
     before = os.umask(umask)
     try:
-        runtime.write_text(tmp_path / "out", "x")
+        write_text(tmp_path / "out", "x")
         assert os.umask(umask) == umask
     finally:
         os.umask(before)
@@ -47,7 +51,7 @@ def test_atomic_path_follows_the_umask_and_restores_it(tmp_path, umask):
 
 
 def test_write_json_keeps_unicode_readable(tmp_path):
-    runtime.write_json(tmp_path / "out.json", {"caption": "un café"})
+    write_json(tmp_path / "out.json", {"caption": "un café"})
     assert (tmp_path / "out.json").read_text(encoding="utf-8") == '{\n  "caption": "un café"\n}\n'
 
 
@@ -78,7 +82,7 @@ def test_import_guarded_survives_a_torchvision_without_operators(fake_torchvisio
     """PyPI's torchvision beside CPU-only torch: `operator torchvision::nms does not exist` at import."""
     register_fake = torch.library.register_fake
     fake_torchvision(FAKE_TORCHVISION)
-    assert runtime.import_guarded("torchvision").fake(3) == 3, "the decorated function must come through unchanged"
+    assert import_guarded("torchvision").fake(3) == 3, "the decorated function must come through unchanged"
     assert torch.library.register_fake is register_fake
 
 
@@ -86,7 +90,7 @@ def test_import_guarded_hides_no_other_missing_operator(fake_torchvision):
     register_fake = torch.library.register_fake
     fake_torchvision(FAKE_TORCHVISION.replace("torchvision::", "another::"))
     with pytest.raises(RuntimeError, match="another::surely_missing"):
-        runtime.import_guarded("torchvision")
+        import_guarded("torchvision")
     assert torch.library.register_fake is register_fake, "the guard must go, also when the import fails"
 
 
@@ -98,22 +102,22 @@ def test_import_guarded_still_registers_operators_that_exist(fake_torchvision, m
         return lambda function: function
 
     monkeypatch.setattr(torch.library, "register_fake", register_fake)
-    monkeypatch.setattr(runtime, "_operator_exists", lambda name: True)
+    monkeypatch.setattr(imports, "_operator_exists", lambda name: True)
     fake_torchvision(FAKE_TORCHVISION)
-    runtime.import_guarded("torchvision")
+    import_guarded("torchvision")
     assert registered == ["torchvision::surely_missing"]
 
 
 def test_the_real_libraries_import_in_a_fresh_interpreter():
     names = "('timm', 'open_clip')"
-    code = f"from captioning import cli as runtime; print([runtime.import_guarded(n).__name__ for n in {names}])"
+    code = f"from captioning.imports import import_guarded; print([import_guarded(n).__name__ for n in {names}])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "['timm', 'open_clip']\n", done.stderr
 
 
 @pytest.fixture
 def parser():
-    parser = runtime.FlagParser(prog="script")
+    parser = FlagParser(prog="script")
     parser.add_argument("--pred-file", default="p.json", help="predictions")
     parser.add_argument("--kept_as_is", type=int)
     parser.add_argument("--kept-as-is", dest="another", type=int)
@@ -155,13 +159,13 @@ def test_help_shows_defaults(parser):
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
-        (ValueError("--epochs 0: must be positive"), runtime.BAD_INPUT, "error: --epochs 0: must be positive\n"),
-        (FileNotFoundError("val.json: no such file"), runtime.BAD_INPUT, "error: val.json: no such file\n"),
-        (KeyboardInterrupt(), runtime.INTERRUPTED, "interrupted\n"),
+        (ValueError("--epochs 0: must be positive"), BAD_INPUT, "error: --epochs 0: must be positive\n"),
+        (FileNotFoundError("val.json: no such file"), BAD_INPUT, "error: val.json: no such file\n"),
+        (KeyboardInterrupt(), INTERRUPTED, "interrupted\n"),
     ],
 )
 def test_command_turns_bad_input_into_one_line(capsys, raised, code, message):
-    @runtime.command
+    @command
     def main(argv=None):
         """Do it."""
         raise raised
@@ -172,19 +176,19 @@ def test_command_turns_bad_input_into_one_line(capsys, raised, code, message):
 
 
 def test_command_passes_codes_arguments_and_bugs_through():
-    assert runtime.command(lambda argv: len(argv))(["a", "b"]) == 2
-    assert runtime.command(lambda argv: 7 if argv is None else 0)() == 7
+    assert command(lambda argv: len(argv))(["a", "b"]) == 2
+    assert command(lambda argv: 7 if argv is None else 0)() == 7
     with pytest.raises(ZeroDivisionError):  # a bug must keep its traceback
-        runtime.command(lambda argv: 1 // 0)([])
+        command(lambda argv: 1 // 0)([])
     with pytest.raises(SystemExit):
-        runtime.command(lambda argv: sys.exit(2))([])
+        command(lambda argv: sys.exit(2))([])
 
 
 def test_pick_device_auto_prefers_cuda_then_mps_then_cpu(monkeypatch):
     for cuda, mps, expected in [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
-        assert runtime.pick_device() == torch.device(expected)
+        assert pick_device() == torch.device(expected)
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "xpu", "a toaster"])
@@ -193,14 +197,14 @@ def test_pick_device_refuses_what_is_not_there(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ValueError, match=f"--device {name}.*cpu"):
-        runtime.pick_device(name)
+        pick_device(name)
 
 
 def test_pick_device_knows_how_many_gpus_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert runtime.pick_device("cuda:1") == torch.device("cuda:1")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match=r"--device cuda:2.*sees 2"):
-        runtime.pick_device("cuda:2")
+        pick_device("cuda:2")
 
 
 def test_seed_everything_repeats_every_generator():
@@ -209,7 +213,7 @@ def test_seed_everything_repeats_every_generator():
     import numpy as np
 
     def draw():
-        runtime.seed_everything(2**32 + 5)  # numpy takes 32 bits only
+        seed_everything(2**32 + 5)  # numpy takes 32 bits only
         return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002 - the global one is meant
 
     assert draw() == draw()

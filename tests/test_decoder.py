@@ -12,8 +12,11 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-import decoder as decoder_module
-from captioning.cli import import_guarded
+from captioning.imports import import_guarded
+from captioning.kernels import packed_attention
+from captioning.kernels.onednn import OneDnnLinear
+from captioning.kernels.packed_attention import PackedAttention, Packing
+from captioning.tensors import read_state_dict
 from decoder import (
     LINEARS,
     Decoder,
@@ -22,9 +25,6 @@ from decoder import (
     LoraConfig,
     LoraLinear,
     MergedLinear,
-    OneDnnLinear,
-    PackedAttention,
-    Packing,
     build_decoder,
     cast_frozen,
     frozen_linear,
@@ -35,7 +35,6 @@ from decoder import (
     lora_state_dict,
     mark_trainable,
     merge_lora,
-    read_state_dict,
 )
 
 TINY = DecoderConfig(vocab_size=61, n_positions=48, n_embd=32, n_layer=3, n_head=4)
@@ -149,7 +148,7 @@ def test_erf_gelu_is_seen(monkeypatch):
     decoder = build_decoder(model.state_dict(), n_head=TINY.n_head)
     ids = torch.randint(TINY.vocab_size, (2, 9))
     gelu = F.gelu
-    monkeypatch.setattr(decoder_module.F, "gelu", lambda x, approximate: gelu(x))
+    monkeypatch.setattr(decoder.F, "gelu", lambda x, approximate: gelu(x))
     with torch.no_grad():
         assert (full_logits(decoder, ids) - model(ids).logits).abs().max() > 2e-4
 
@@ -299,7 +298,7 @@ def test_autocast_leaves_the_gradient_of_packed_attention_as_it_is():
     for autocast in (False, True):
         x = qkv.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = decoder_module.PackedAttention.apply(x, packing)
+            out = PackedAttention.apply(x, packing)
         out.backward(grad.to(out.dtype))
         gradients.append(x.grad)
     assert torch.equal(*gradients)
@@ -314,7 +313,7 @@ def test_autocast_leaves_the_gradient_of_packed_attention_as_it_is():
 def test_attending_apart_equals_the_mask_in_value_and_gradient(monkeypatch, device, lengths):
     if device != "cpu":
         flash = CudaFlash()
-        monkeypatch.setattr(decoder_module, "_is_cpu", lambda x: False)
+        monkeypatch.setattr(packed_attention, "is_cpu", lambda x: False)
         monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash.forward)
         monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_backward", flash.backward)
     packing, mask, padding = packing_of(lengths, prefix=70, longer=3)
@@ -369,7 +368,7 @@ def test_a_decoder_takes_the_mask_where_parts_cannot_be_attended_apart(monkeypat
     attentions = []
     torch.testing.assert_close(hidden(attentions=attentions), apart)
     assert (len(attentions), len(asked)) == (TINY.n_layer, 1)
-    monkeypatch.setattr(decoder_module, "can_attend_packed", lambda qkv: False)
+    monkeypatch.setattr(packed_attention, "can_attend_packed", lambda qkv: False)
     torch.testing.assert_close(hidden(), apart)
     assert len(asked) == 2
 
@@ -379,8 +378,8 @@ def test_the_last_block_gives_the_wanted_rows_in_value_and_gradient(monkeypatch,
     """With a packing, with its mask, and causal: those of the whole, and less work."""
     if device != "cpu":
         flash = CudaFlash()
-        monkeypatch.setattr(decoder_module, "_is_cpu", lambda x: False)
-        monkeypatch.setattr(decoder_module, "can_attend_packed", lambda qkv: True)
+        monkeypatch.setattr(packed_attention, "is_cpu", lambda x: False)
+        monkeypatch.setattr(packed_attention, "can_attend_packed", lambda qkv: True)
         monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash.forward)
         monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_backward", flash.backward)
     decoder = lora_decoder(LAYOUTS["all linears"])

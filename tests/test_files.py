@@ -2,7 +2,7 @@
 
 import pytest
 
-from captioning import files as strictjson
+from captioning import files
 from captioning.files import parse_json, read_json
 
 
@@ -45,7 +45,7 @@ def test_odd_files_are_refused_by_name(tmp_path, content, message):
 def test_missing_and_too_large_files_are_told_before_reading(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"file\.json: no such file"):
         read_json(tmp_path / "file.json")
-    monkeypatch.setattr(strictjson, "MAX_BYTES", 10)
+    monkeypatch.setattr(files, "MAX_BYTES", 10)
     with pytest.raises(ValueError, match="split the file"):
         read_json(write(tmp_path, b"[1, 2, 3, 4]"))
 

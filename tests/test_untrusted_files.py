@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from captioning import tensors as checkpoints
-from captioning.models.captioner import build_encoder, read_adapter
+from captioning.models.adapter import read_adapter
+from captioning.models.encoder import build_encoder
 from captioning.models.llava import load_llava
 from captioning.profiles import MICRO_WEIGHTS, PROFILES, ROOT
 from captioning.scoring.clipscore import ClipScorer
-from decoder import read_state_dict
+from captioning.tensors import read_state_dict
+from captioning.training.run_folder import NEWEST, load_state
 
 CPU = torch.device("cpu")
 
@@ -51,8 +52,8 @@ def adapter(evil, tmp_path):
 
 
 def state(evil, tmp_path):
-    shutil.copy(evil, tmp_path / checkpoints.NEWEST)
-    checkpoints.load_state(tmp_path)
+    shutil.copy(evil, tmp_path / NEWEST)
+    load_state(tmp_path)
 
 
 def clip_file(evil, tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from captioning.files import read_json
+from captioning.messages import listed, some
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -157,19 +158,3 @@ def _unicode(path: Any, stem: str, caption: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{path}: a caption of {stem!r} holds half a surrogate pair, which is no text") from error
     return caption
-
-
-def some(items: Iterable[object], limit: int = 5) -> str:
-    """Return the first ``limit`` items with commas between, and a sign that there are more."""
-    items = [str(item) for item in items]
-    return ", ".join(items[:limit]) + (", …" if len(items) > limit else "")
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """Return ``text`` on one line, cut at ``limit`` characters: another program's message within ours."""
-    return " ".join(text.split())[:limit]
-
-
-def listed(items: Sequence[object]) -> str:
-    """Return `` (a, b, …)``, or nothing for no items."""
-    return f" ({some(items)})" if items else ""

@@ -20,8 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
+from captioning.cli import FlagParser, command, setup_logging
+from captioning.data.images import list_images, load_image
+from captioning.data.samples import load_split
+from captioning.files import write_json, write_text
 
 CAPTIONS = 5  # an image; COCO has a few with six or seven
 EXPLAINED = 5  # images of p3_data, whose captions are explained by attention maps
@@ -50,7 +52,7 @@ def draw(annotations: Path, out: Path, train: int, val: int, seed: int) -> None:
     chosen = {"train": _choose(_read_captions(annotations, "train2017"), train, seed, annotations)}
     rest = _choose(_read_captions(annotations, "val2017"), val + EXPLAINED, seed, annotations)
     chosen["val"], chosen["explained"] = rest[:val], rest[val:]
-    runtime.write_json(out / DRAWN, {"seed": seed, **chosen}, indent=None)
+    write_json(out / DRAWN, {"seed": seed, **chosen}, indent=None)
 
 
 def _read_captions(annotations: Path, split: str) -> list[Record]:
@@ -107,8 +109,8 @@ def fetch_list(out: Path, base_url: str) -> list[tuple[str, Path]]:
         ]
     if not missing:
         for split in SPLITS:
-            runtime.write_json(out / "p2_data" / f"{split}.json", _annotations(drawn[split]), indent=None)
-        runtime.write_text(out / SOURCE, f"stand-in from COCO 2017, seed {drawn['seed']}\n")
+            write_json(out / "p2_data" / f"{split}.json", _annotations(drawn[split]), indent=None)
+        write_text(out / SOURCE, f"stand-in from COCO 2017, seed {drawn['seed']}\n")
     return missing
 
 
@@ -124,7 +126,7 @@ def _accept(path: Path, image: Record) -> bool:
     if not part.is_file():
         return False
     try:  # sorted: an image that its EXIF turns upright swaps its sides
-        whole = sorted(data.load_image(part).size) == sorted((image["width"], image["height"]))
+        whole = sorted(load_image(part).size) == sorted((image["width"], image["height"]))
     except ValueError:
         whole = False
     if whole:
@@ -181,7 +183,7 @@ def unpack(archive: Path, out: Path, source: str) -> None:
         except (zipfile.BadZipFile, EOFError) as error:
             raise ValueError(f"--zip {archive}: not a whole zip file ({error}); fetch it again") from error
         _move_in(_find_data(Path(folder), archive), out)
-    runtime.write_text(out / SOURCE, source + "\n")
+    write_text(out / SOURCE, source + "\n")
 
 
 def _safe_members(opened: zipfile.ZipFile, archive: Path) -> list[zipfile.ZipInfo]:
@@ -229,11 +231,11 @@ def check(out: Path) -> str:
     Raises:
         FileNotFoundError, ValueError: something is missing, damaged, or in both splits.
     """
-    splits = {split: data.load_split(out / "p2_data", split) for split in SPLITS}
+    splits = {split: load_split(out / "p2_data", split) for split in SPLITS}
     shared = {s.path.name for s in splits["train"]} & {s.path.name for s in splits["val"]}
     if shared:
         raise ValueError(f"{out}: {len(shared)} images are in train and in val, such as {min(shared)}")
-    explained = data.list_images(out / "p3_data" / "images")
+    explained = list_images(out / "p3_data" / "images")
     paths = [*(sample.path for samples in splits.values() for sample in samples), *explained]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(_decode, paths):
@@ -243,12 +245,12 @@ def check(out: Path) -> str:
 
 
 def _decode(path: Path) -> None:
-    data.load_image(path)
+    load_image(path)
 
 
 def build_parser() -> Any:
     """Return the command line."""
-    parser = runtime.FlagParser(description=__doc__)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("action", choices=("draw", "images", "unpack", "check"), help="see above")
     parser.add_argument("--out", type=Path, default=Path("hw3_data"), help="where the data goes")
     parser.add_argument("--annotations", type=Path, help="draw: COCO's annotations_trainval2017.zip")
@@ -271,11 +273,11 @@ NEEDED = {
 }
 
 
-@runtime.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run one action; `draw` and `images` print how many images are left to fetch."""
     args = build_parser().parse_args(argv)
-    runtime.setup_logging(args.verbose)
+    setup_logging(args.verbose)
     for name in NEEDED[args.action]:
         if getattr(args, name) is None:
             raise ValueError(f"{args.action} needs --{name.replace('_', '-')}")
@@ -285,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         draw(args.annotations, args.out, args.train, args.val, args.seed)
     if args.action in ("draw", "images"):
         missing = fetch_list(args.out, args.base_url)
-        runtime.write_text(args.config, curl_config(missing))
+        write_text(args.config, curl_config(missing))
         print(len(missing))
     elif args.action == "unpack":
         unpack(args.zip, args.out, args.source)

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
-import io
 import json
 import logging
-import os
 import zlib
 from pathlib import Path
 from typing import Any
 
-from captioning.files import parse_json
+from captioning.files import lock, parse_json
 
 log = logging.getLogger(__name__)
-
-
-class HeldError(ValueError):
-    """Another process holds the lock."""
-
-
-def lock(path: Path) -> io.FileIO:
-    """Open ``path`` to append to it, and lock it until it is closed or the process ends.
-
-    Raises:
-        HeldError: another process holds it.
-    """
-    while True:
-        file = path.open("a+b", buffering=0)  # what a full disk refuses must not wait in a buffer
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise HeldError(f"{path}: another run is writing it; wait for it, or name another") from error
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()  # its run finished and removed it between our open and our lock
 
 
 class SideFile:

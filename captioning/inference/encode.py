@@ -1,4 +1,4 @@
-"""From images to captions: what training, inference and the demo share around the captioner."""
+"""From image files to encoder tokens: read, preprocessed, encoded, cached."""
 
 from __future__ import annotations
 
@@ -10,50 +10,16 @@ from typing import Any
 
 import torch
 
-from captioning.data import feature_cache as data
+from captioning.data.feature_cache import FeatureCache
+from captioning.data.images import DRAFT_FACTOR, load_image
+from captioning.device import autocast
 from captioning.distributed import ALONE, Processes
-from captioning.inference import search
 from captioning.models.captioner import Captioner
-from captioning.models.inference_weights import prepare_decoder, prepare_linears
-from captioning.models.step_functions import CompiledSteps
-from decoder import Decoder
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context for ``fp32``, ``bf16``, or ``auto``, which is bf16 on CUDA and fp32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=product_dtype(device, precision) == torch.bfloat16)
-
-
-def product_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Return the type that matrix products have under ``autocast(device, precision)``."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-def prepare(captioner: Captioner, precision: str, pack: bool = True) -> None:
-    """Make the weights of a merged captioner ready for inference under ``autocast``, in place and for good.
-
-    Without ``pack`` the decoder's stay what ``compile_steps`` can compile.
-    """
-    dtype = product_dtype(captioner.device, precision)
-    prepare_linears(captioner.encoder, dtype)
-    prepare_decoder(captioner.decoder, dtype, pack)
-
-
-def compile_steps(
-    captioner: Captioner, batch_size: int, beam_size: int = 5, max_new_tokens: int = 30, backend: str = "inductor"
-) -> CompiledSteps:
-    """Return what ``caption_features`` takes as ``steps``; call both under the same ``autocast``.
-
-    Raises:
-        ValueError: there is no compiler, or prefix and caption do not fit into the decoder's context.
-    """
-    return CompiledSteps(captioner.decoder, batch_size, captioner.n_prefix, beam_size, max_new_tokens, backend)
 
 
 def read_pixels(transform: Callable, paths: Sequence[Path], draft: int | None = None) -> torch.Tensor:
     """Read and preprocess images: (B, 3, H, W). Raises ValueError naming an image that cannot be read."""
-    return torch.stack([transform(data.load_image(path, draft)) for path in paths])
+    return torch.stack([transform(load_image(path, draft)) for path in paths])
 
 
 def draft_side(transform: Any) -> int:
@@ -65,7 +31,7 @@ def draft_side(transform: Any) -> int:
     for part in getattr(transform, "transforms", []):
         if hasattr(part, "size"):  # the first one that has is the resize
             size = part.size if isinstance(part.size, int) else max(part.size)
-            return data.DRAFT_FACTOR * size
+            return DRAFT_FACTOR * size
     raise ValueError(f"--jpeg-draft needs a transform with a resize, not {transform}; leave it out")
 
 
@@ -76,7 +42,7 @@ def cached_features(
     limit: float = math.inf,
     processes: Processes = ALONE,
     draft: int | None = None,
-) -> data.FeatureCache:
+) -> FeatureCache:
     """Return the encoder's tokens of ``paths``, from the cache folder or computed now and kept there.
 
     Images for which there is no room below ``limit`` bytes are encoded whenever they are asked for. Several processes
@@ -95,7 +61,7 @@ def cached_features(
     if draft:
         key["draft"] = str(draft)
     shape = captioner.feature_shape
-    return data.FeatureCache.open(cache, key, list(paths), shape, encode, limit=limit, processes=processes)
+    return FeatureCache.open(cache, key, list(paths), shape, encode, limit=limit, processes=processes)
 
 
 @dataclass(frozen=True)
@@ -138,49 +104,3 @@ class Encoder:
                 present.wait_event(one.ready)
                 one.features.record_stream(present)  # their memory is the other stream's, and must not go before
         return torch.stack([one.features for one in encoded])
-
-
-def caption_features(
-    captioner: Captioner,
-    tokenizer: data.Tokenizer,
-    features: torch.Tensor,
-    beam_size: int = 5,
-    max_new_tokens: int = 30,
-    length_penalty: float = 1.0,
-    steps: CompiledSteps | None = None,
-) -> list[str]:
-    """Caption B images from their encoder tokens (B, N, D); one beam is greedy search.
-
-    ``steps`` are compiled for at least as many images, and for the same beams and tokens.
-    """
-    keep = None
-    if steps is None:
-        read_on = captioner.step_function(features, beam_size, max_new_tokens)
-        keep = read_on.keep
-    else:
-        with torch.no_grad():
-            read_on = steps.begin(captioner.prefix(features))
-
-    step = within_vocabulary(read_on, tokenizer.vocab_size)
-    eos, device = tokenizer.eos_id, features.device
-    if beam_size == 1:
-        found = search.greedy(step, len(features), eos, eos, max_new_tokens, device)
-    else:
-        found = search.beam_search(
-            step, len(features), eos, eos, beam_size, max_new_tokens, length_penalty, device, keep
-        )
-    return [tokenizer.decode(tokens) for tokens in found.tokens]
-
-
-def within_vocabulary(step: search.Step, vocab_size: int) -> search.Step:
-    """Make of a step function one without the ids of a padded output layer that no token has."""
-    return lambda tokens, ancestors: step(tokens, ancestors)[..., :vocab_size]
-
-
-def check_vocabulary(tokenizer: data.Tokenizer, decoder: Decoder) -> None:
-    """Refuse a tokenizer whose ids the decoder does not have."""
-    if tokenizer.vocab_size > decoder.config.vocab_size:
-        raise ValueError(
-            f"--tokenizer has {tokenizer.vocab_size} tokens, the decoder only {decoder.config.vocab_size}; "
-            "take the tokenizer that belongs to the decoder"
-        )

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
-from captioning.inference import encode as generation
+from captioning.data.tokenizer import Tokenizer
+from captioning.imports import import_guarded
+from captioning.inference.captions import caption_features
 from captioning.maps.attention import (
     METHODS,
     Capture,
@@ -51,10 +51,10 @@ class P2Explainer:
 
     name = "p2"
 
-    def __init__(self, captioner: Captioner, tokenizer: data.Tokenizer, beam_size: int, max_new_tokens: int) -> None:
+    def __init__(self, captioner: Captioner, tokenizer: Tokenizer, beam_size: int, max_new_tokens: int) -> None:
         self.captioner, self.tokenizer = captioner, tokenizer
         self.beam_size, self.max_new_tokens = beam_size, max_new_tokens
-        timm_data = runtime.import_guarded("timm.data")
+        timm_data = import_guarded("timm.data")
         config = timm_data.resolve_model_data_config(captioner.encoder)
         height, width = config["input_size"][1:]
         if config["crop_mode"] not in ("center", "squash"):
@@ -72,9 +72,7 @@ class P2Explainer:
 
     def caption(self, inputs: list[torch.Tensor]) -> list[list[int]]:
         """Return captions' ids of prepared images."""
-        texts = generation.caption_features(
-            self.captioner, self.tokenizer, torch.cat(inputs), self.beam_size, self.max_new_tokens
-        )
+        texts = caption_features(self.captioner, self.tokenizer, torch.cat(inputs), self.beam_size, self.max_new_tokens)
         return [self.tokens(text) for text in texts]
 
     def tokens(self, text: str) -> list[int]:

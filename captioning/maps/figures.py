@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
+from captioning.data.images import load_image
+from captioning.files import atomic_path
 from captioning.maps.attention import Explained, View
 
 DPI = 160
@@ -74,7 +74,7 @@ def overlay(explained: Explained, maps: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: the map has no two dimensions, or the window reaches beyond the image.
     """
-    size = data.load_image(explained.path).size
+    size = load_image(explained.path).size
     check_window(explained, size)
     if maps.ndim != 2:
         raise ValueError(f"{explained.path}: a map of shape {maps.shape}; overlay takes one of (rows, columns)")
@@ -145,7 +145,7 @@ def _figure(width: float, height: float, out: Path) -> Iterator[Any]:
         figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
         yield figure
-        with runtime.atomic_path(out) as temporary:
+        with atomic_path(out) as temporary:
             figure.savefig(temporary, format="png")
 
 
@@ -212,7 +212,7 @@ def word_grid(explained: Explained, view: View, out: Path) -> None:
         ValueError: what `check` refuses, or a window that reaches beyond the image.
     """
     check(explained)
-    photo = data.load_image(explained.path)
+    photo = load_image(explained.path)
     check_window(explained, photo.size)
     across, down = _tile_size(*photo.size)
     mass = explained.image_mass if view is explained.views[0] else None
@@ -322,7 +322,7 @@ def _bullet(text: str, width: float) -> list[str]:
 
 def _thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:
     """The image at ``path``, shrunk to fit ``size`` (width, height)."""
-    photo = data.load_image(path)
+    photo = load_image(path)
     photo.thumbnail(size, Image.Resampling.LANCZOS)
     return photo
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from captioning.data import feature_cache as data
+from captioning.data.images import load_image
 from captioning.files import read_json
 from captioning.maps.attention import Look, Window, cell_centres
 from captioning.maps.explainers import Explainer, read
@@ -256,7 +256,7 @@ def measure(
     scores = {look: Score() for look in looks}
     seen = []
     for sample in tqdm(samples, "grounding", disable=None):
-        image = data.load_image(sample.path)
+        image = load_image(sample.path)
         window = explainer.window(image.size)
         reading = read(explainer, explainer.prepare(image), explainer.tokens(sample.caption), looks, relative_to)
         covered = [coverage(m.boxes, window, reading.capture.grid) for m in sample.mentions]

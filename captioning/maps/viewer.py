@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
+from captioning.data.images import load_image
+from captioning.files import write_text
 from captioning.maps import figures
 from captioning.maps.attention import Explained, View
 
@@ -56,7 +56,7 @@ def page(items: Sequence[Explained], title: str) -> str:
 
 def write(items: Sequence[Explained], out: str | os.PathLike, title: str) -> None:
     """Write the page of ``items`` to ``out``, atomically. Raises what `page` raises."""
-    runtime.write_text(out, page(items, title))
+    write_text(out, page(items, title))
 
 
 def _policy(script: str) -> str:
@@ -68,7 +68,7 @@ def _policy(script: str) -> str:
 def _item(explained: Explained) -> dict[str, Any]:
     """What the page needs of one image; the window as shares of the image's width and height."""
     figures.check(explained)
-    photo = data.load_image(explained.path)
+    photo = load_image(explained.path)
     figures.check_window(explained, photo.size)
     mass = explained.image_mass
     return {

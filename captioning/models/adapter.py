@@ -1,32 +1,66 @@
-"""Training that begins with an adapter instead of fresh LoRA: what the adapter decides, and loading it."""
+"""Adapter files: LoRA, projector, and the configuration that rebuilds the captioner around them."""
 
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from captioning.models.captioner import Captioner, CaptionerConfig, read_adapter
+import torch
+
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.models.encoder import RANDOM
+from captioning.tensors import read_tensors
+from decoder import (
+    build_decoder,
+)
 
 
-def adopted(stored: CaptionerConfig, given: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the numbers that an adapter decides; ValueError where a flag says otherwise."""
-    lora = stored.lora
-    numbers = {
-        "lora_rank": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "rank_stabilized": False,
-        "lora_enable": lora.enable_lora,
-        "lora_lm_head": lora.lm_head,
-        "cls": stored.use_cls,
-        "encoder_layer": stored.encoder_layer,
-    }
-    for name, value in numbers.items():
-        if given.get(name, value) != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {given[name]}: --init-adapter {path} has {value}; leave the flag out")
-    return numbers
+def read_adapter(path: str | os.PathLike) -> tuple[CaptionerConfig, dict[str, torch.Tensor]]:
+    """Read an adapter file: its config and its tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or is not an adapter of this suite.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--adapter {path}: no such file; train one with p2_train.py, or name another")
+    try:
+        state, metadata = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"--adapter {error}") from error
+    if "captioner" not in metadata:
+        raise ValueError(f"--adapter {path}: no adapter of this suite (its header holds no captioner config)")
+    try:
+        return CaptionerConfig.from_dict(json.loads(metadata["captioner"])), state
+    except ValueError as error:  # bad JSON too
+        raise ValueError(f"--adapter {path}: {error}") from error
+
+
+def load_captioner(
+    adapter: Path, decoder: Path, encoder_weights: str | None, device: torch.device, fallback: str | None = None
+) -> Captioner:
+    """Rebuild a captioner from its adapter file, LoRA merged, ready to caption.
+
+    The encoder's weights are ``encoder_weights``, or the file that the adapter remembers, or where that is gone (an
+    adapter from another machine) ``fallback``; the adapter's fingerprint says whether they are the right ones.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, or adapter and decoder do not fit.
+    """
+    config, state = read_adapter(adapter)
+    remembered = config.encoder_weights
+    if not encoder_weights and remembered not in (None, RANDOM) and not Path(remembered).is_file():
+        encoder_weights = fallback
+    if encoder_weights:
+        config = replace(config, encoder_weights=encoder_weights)
+    try:
+        captioner = Captioner(config, build_decoder(decoder, config.lora))
+        captioner.load_adapter_state(state)
+    except ValueError as error:
+        raise ValueError(f"--adapter {adapter} with decoder {decoder}: {error}") from error
+    return captioner.to(device).merge()
 
 
 def start_from(captioner: Captioner, path: Path) -> None:

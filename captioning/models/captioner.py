@@ -8,37 +8,31 @@ an image follow one prefix, each seeing the prefix and itself, positions restart
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captioning import cli as runtime
-from captioning.tensors import fingerprint, read_tensors, write_tensors
+from captioning.kernels.packed_attention import Packing
+from captioning.models.encoder import build_encoder, build_transform
+from captioning.models.step_functions import SharedPrefix
+from captioning.tensors import fingerprint, write_tensors
 from decoder import (
     Decoder,
     LoraConfig,
-    Packing,
-    build_decoder,
     gpt2_state_dict,
     load_lora_state_dict,
     lora_state_dict,
     mark_trainable,
     merge_lora,
-    read_state_dict,
 )
 
 IGNORED = -100  # target of padding, as cross_entropy has it
-RANDOM = "random"  # the one word that asks for an encoder without trained weights
-PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
-RANDOM_ENCODER_SEED = 20241127  # random encoders are the same in training and in inference
 
 
 @dataclass(frozen=True)
@@ -76,86 +70,6 @@ class CaptionerConfig:
             return cls(lora=LoraConfig(**lora), **values)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the configuration of a captioner: {error}") from error
-
-
-def build_encoder(name: str, weights: str | None, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
-    """Return the timm ViT ``name`` without its head, frozen and in eval mode.
-
-    Args:
-        name: any timm ViT; the pretrained tag may follow a dot.
-        weights: a local file in timm's or open_clip's layout, None for timm's pretrained weights from the hub, or
-            ``random``, which tests and shape checks ask for by name.
-        kwargs: further arguments of ``timm.create_model``, such as ``img_size``; those in PREPROCESSING override the
-            model's own preprocessing.
-
-    Raises:
-        ValueError: an unknown name, a model that is no ViT, or weights that do not fit or cannot be fetched.
-        FileNotFoundError: ``weights`` is not a file.
-    """
-    timm = runtime.import_guarded("timm")
-    kwargs = dict(kwargs or {})
-    if not timm.is_model(name.split(".")[0]):
-        close = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]) or "none alike"
-        raise ValueError(f"--encoder {name}: timm knows no such model (alike: {close})")
-    overlay: dict[str, Any] = {key: kwargs.pop(key) for key in PREPROCESSING if key in kwargs}
-    if "img_size" in kwargs:
-        overlay["input_size"] = (3, kwargs["img_size"], kwargs["img_size"])
-    if weights not in (None, RANDOM) and not Path(weights).is_file():
-        raise FileNotFoundError(
-            f"--encoder-weights {weights}: no such file; run `bash hw3_download.sh p2`, or name another"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_ENCODER_SEED)
-        try:
-            encoder = timm.create_model(
-                name, pretrained=weights is None, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs
-            )
-        except (RuntimeError, OSError, TypeError, ValueError) as error:
-            hint = "; run `bash hw3_download.sh p2`, or name a file with --encoder-weights" if weights is None else ""
-            raise ValueError(f"--encoder {name}: it could not be built ({_first_line(error)}){hint}") from error
-    if not hasattr(encoder, "num_prefix_tokens") or not hasattr(encoder.patch_embed, "grid_size"):
-        raise ValueError(f"--encoder {name}: not a vision transformer; choose one of timm's vit_* models")
-    if weights not in (None, RANDOM):
-        _load_encoder(encoder, name, weights)
-    return encoder.requires_grad_(False).eval()
-
-
-def _load_encoder(encoder: nn.Module, name: str, path: str) -> None:
-    """Fill a headless encoder from a local file; all its tensors and no others but the head's must be there.
-
-    timm itself loads headless models with strict=False, and leaves at random in silence whatever the file lacks.
-    """
-    state = read_state_dict(path)  # never timm's own reader, which would run a pickle's code
-    family = importlib.import_module(type(encoder).__module__)
-    rename = getattr(family, "checkpoint_filter_fn", lambda state, model: state)  # open_clip's names to timm's
-    try:
-        keys = encoder.load_state_dict(rename(state, encoder), strict=False)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"--encoder-weights {path}: they do not fit {name} ({_first_line(error)})") from error
-    extra = [key for key in keys.unexpected_keys if not key.startswith("head.")]
-    if keys.missing_keys or extra:
-        missing, more = (", ".join(sorted(part)[:5]) or "none" for part in (keys.missing_keys, extra))
-        raise ValueError(f"--encoder-weights {path}: they do not fit {name} (missing: {missing}; unexpected: {more})")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def build_transform(encoder: nn.Module) -> Callable[[Any], torch.Tensor]:
-    """Return the encoder's own evaluation preprocessing: PIL image to (3, H, W) float tensor."""
-    timm_data = runtime.import_guarded("timm.data")
-    # The model, not its name: given a string, timm silently answers with ImageNet's mean, std and crop.
-    return timm_data.create_transform(**timm_data.resolve_model_data_config(encoder), is_training=False)
-
-
-def preprocessing_by_name(encoder: str) -> dict[str, Any]:
-    """Return the preprocessing that timm answers with when asked by name: not the model's own, but ImageNet's.
-
-    The report was trained like that; the values travel in the adapter's config, so inference has them too.
-    """
-    found = runtime.import_guarded("timm.data").resolve_data_config({}, model=encoder)
-    return {key: found[key] for key in PREPROCESSING}
 
 
 class Captioner(nn.Module):
@@ -349,88 +263,5 @@ class Captioner(nn.Module):
         self.projector.load_state_dict(_below(state, "projector."))
 
 
-class SharedPrefix:
-    """The step function that ``search`` calls for each new token, over projected images that are read once.
-
-    The cache holds the prefix once an image; beams lie behind it and see their own history by a mask.
-
-    Args:
-        decoder: LoRA is best merged.
-        prefix: projected image tokens (B, P, C).
-        beam_size: live beams an image.
-        max_new_tokens: longest caption.
-
-    Raises:
-        ValueError: prefix and caption do not fit into the decoder's context.
-    """
-
-    @torch.no_grad()
-    def __init__(self, decoder: Decoder, prefix: torch.Tensor, beam_size: int, max_new_tokens: int) -> None:
-        self.decoder, self.count = decoder, prefix.shape[1]
-        room = decoder.config.n_positions - self.count
-        if max_new_tokens > room:
-            raise ValueError(f"--max-new-tokens {max_new_tokens}: behind {self.count} image tokens only {room} fit")
-        self.cache = decoder.new_cache(len(prefix), self.count + beam_size * max_new_tokens)
-        decoder(prefix, torch.arange(self.count), cache=self.cache)
-
-    @torch.no_grad()
-    def __call__(self, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, K, V) behind the newest tokens (B, K), each of which sees its ancestors (B, K, n)."""
-        position = torch.tensor([self.count + ancestors.shape[2] // tokens.shape[1] - 1])
-        mask = F.pad(ancestors, (self.count, 0), value=True)[:, None]  # (B, 1, K, P + slots)
-        hidden = self.decoder(self.decoder.embed(tokens), position, mask, self.cache)
-        return self.decoder.logits(hidden)
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these images alone, by place in the batch (n,)."""
-        self.cache.keep(rows)
-
-
 def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-def read_adapter(path: str | os.PathLike) -> tuple[CaptionerConfig, dict[str, torch.Tensor]]:
-    """Read an adapter file: its config and its tensors.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or is not an adapter of this suite.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--adapter {path}: no such file; train one with p2_train.py, or name another")
-    try:
-        state, metadata = read_tensors(path)
-    except ValueError as error:
-        raise ValueError(f"--adapter {error}") from error
-    if "captioner" not in metadata:
-        raise ValueError(f"--adapter {path}: no adapter of this suite (its header holds no captioner config)")
-    try:
-        return CaptionerConfig.from_dict(json.loads(metadata["captioner"])), state
-    except ValueError as error:  # bad JSON too
-        raise ValueError(f"--adapter {path}: {error}") from error
-
-
-def load_captioner(
-    adapter: Path, decoder: Path, encoder_weights: str | None, device: torch.device, fallback: str | None = None
-) -> Captioner:
-    """Rebuild a captioner from its adapter file, LoRA merged, ready to caption.
-
-    The encoder's weights are ``encoder_weights``, or the file that the adapter remembers, or where that is gone (an
-    adapter from another machine) ``fallback``; the adapter's fingerprint says whether they are the right ones.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, or adapter and decoder do not fit.
-    """
-    config, state = read_adapter(adapter)
-    remembered = config.encoder_weights
-    if not encoder_weights and remembered not in (None, RANDOM) and not Path(remembered).is_file():
-        encoder_weights = fallback
-    if encoder_weights:
-        config = replace(config, encoder_weights=encoder_weights)
-    try:
-        captioner = Captioner(config, build_decoder(decoder, config.lora))
-        captioner.load_adapter_state(state)
-    except ValueError as error:
-        raise ValueError(f"--adapter {adapter} with decoder {decoder}: {error}") from error
-    return captioner.to(device).merge()

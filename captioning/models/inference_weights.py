@@ -1,48 +1,14 @@
-"""Weights made ready for inference: cast once, and on a CPU laid out once in the blocks that oneDNN multiplies.
-
-A linear layer on few rows, which is what decoding is, spends a good part of its time on its weight: autocast casts it
-anew in every call, and the matrix product copies it into its own block layout in every call. Both can be done once.
-The numbers are those of the plain layers, but for the order in which a product is summed.
-"""
+"""Weights cast and packed once, for inference."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from captioning.device import product_dtype
+from captioning.kernels.onednn import PackedLinear, can_pack
+from captioning.models.captioner import Captioner
 from decoder import Decoder
-
-CPU_DTYPES = (torch.float32, torch.bfloat16)  # what oneDNN packs
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for inference on a CPU, its weight packed for oneDNN.
-
-    torch has no public call for this outside of its compiler, whose operators these are; ``can_pack`` says whether
-    this torch has them.
-
-    Args:
-        weight: (out, in).
-        bias: (out,) or None.
-        dtype: float32 or bfloat16; inputs are cast to it and outputs have it.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        # A module's parameter cannot be in the packed layout, and a buffer would end up in state dicts.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
-        self._bias = None if bias is None else bias.detach().to(dtype)
-        self.dtype = dtype
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (..., in) to (..., out)."""
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self._packed, self._bias, "none", [], "")
-
-
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether weights of this type can be packed on this device by this torch."""
-    known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return device.type == "cpu" and dtype in CPU_DTYPES and torch.backends.mkldnn.is_available() and known
 
 
 @torch.no_grad()
@@ -81,3 +47,13 @@ def prepare_decoder(decoder: Decoder, dtype: torch.dtype, pack: bool = True) -> 
         decoder.lm_head.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     prepare_linears(decoder, dtype, pack)
     return decoder
+
+
+def prepare(captioner: Captioner, precision: str, pack: bool = True) -> None:
+    """Make the weights of a merged captioner ready for inference under ``autocast``, in place and for good.
+
+    Without ``pack`` the decoder's stay what ``compile_steps`` can compile.
+    """
+    dtype = product_dtype(captioner.device, precision)
+    prepare_linears(captioner.encoder, dtype)
+    prepare_decoder(captioner.decoder, dtype, pack)

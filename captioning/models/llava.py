@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from captioning import cli as runtime
+from captioning.imports import import_guarded
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _past(cache: Any, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _cache(past: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
     """Return a cache of its own, which grows without touching ``past``."""
-    cache = runtime.import_guarded("transformers").DynamicCache()
+    cache = import_guarded("transformers").DynamicCache()
     for layer, (keys, values) in enumerate(past):
         cache.update(keys, values, layer)
     return cache
@@ -222,7 +222,7 @@ def load_llava(
         FileNotFoundError: no such folder, or the hub can't be reached.
         ValueError: another architecture, incomplete or damaged files, or bitsandbytes is missing.
     """
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     with _quiet(transformers):
         _check_architecture(transformers, model, revision)
     options: dict[str, Any] = {"dtype": dtype, "revision": revision}
@@ -298,7 +298,7 @@ def _capture(model: Any) -> Iterator[list[torch.Tensor]]:
     transformers' own ``output_attentions`` returns nothing with SDPA. An attention function of our own, registered
     beside theirs, does with a plain softmax what SDPA does in one kernel.
     """
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     kept: list[torch.Tensor] = []
 
     def attend(

@@ -1,21 +1,57 @@
-"""Decoding steps of one fixed shape, for ``torch.compile`` and, on a GPU, CUDA graphs: what ``--compile`` switches on.
-
-A step of ``captioner.SharedPrefix`` grows with every token, its cache and its mask with it, and a compiler would have
-to begin anew each time. Here cache, mask and batch have their final size from the start: slots that are not written
-yet are masked, a smaller batch is filled up, and images that are done stay. The captions are the same; whether it
-pays depends on how much of a step is launching kernels, which is much on a GPU and little on a CPU.
-"""
+"""What the search calls for each new token: over a shared prefix, and compiled with fixed shapes."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from decoder import Decoder, KVCache
+from decoder import (
+    Decoder,
+    KVCache,
+)
+
+
+class SharedPrefix:
+    """The step function that ``search`` calls for each new token, over projected images that are read once.
+
+    The cache holds the prefix once an image; beams lie behind it and see their own history by a mask.
+
+    Args:
+        decoder: LoRA is best merged.
+        prefix: projected image tokens (B, P, C).
+        beam_size: live beams an image.
+        max_new_tokens: longest caption.
+
+    Raises:
+        ValueError: prefix and caption do not fit into the decoder's context.
+    """
+
+    @torch.no_grad()
+    def __init__(self, decoder: Decoder, prefix: torch.Tensor, beam_size: int, max_new_tokens: int) -> None:
+        self.decoder, self.count = decoder, prefix.shape[1]
+        room = decoder.config.n_positions - self.count
+        if max_new_tokens > room:
+            raise ValueError(f"--max-new-tokens {max_new_tokens}: behind {self.count} image tokens only {room} fit")
+        self.cache = decoder.new_cache(len(prefix), self.count + beam_size * max_new_tokens)
+        decoder(prefix, torch.arange(self.count), cache=self.cache)
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, K, V) behind the newest tokens (B, K), each of which sees its ancestors (B, K, n)."""
+        position = torch.tensor([self.count + ancestors.shape[2] // tokens.shape[1] - 1])
+        mask = F.pad(ancestors, (self.count, 0), value=True)[:, None]  # (B, 1, K, P + slots)
+        hidden = self.decoder(self.decoder.embed(tokens), position, mask, self.cache)
+        return self.decoder.logits(hidden)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these images alone, by place in the batch (n,)."""
+        self.cache.keep(rows)
 
 
 class SlotCache(KVCache):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from captioning import cli as runtime
+from captioning.files import atomic_path, write_text
 
 Cell = str | int | float | None
 PIXELS = 1600  # the longer side of a picture inside the page; the file beside it has all of them
@@ -153,12 +153,12 @@ def write(title: str, head: Sequence[Block], sections: Sequence[Section], out: s
     for section in sections:
         for block in section.blocks:
             if isinstance(block, Table):
-                runtime.write_text(parts / f"{block.name}.csv", csv_text(block))
-                runtime.write_text(parts / f"{block.name}.md", markdown(block))
+                write_text(parts / f"{block.name}.csv", csv_text(block))
+                write_text(parts / f"{block.name}.md", markdown(block))
             elif isinstance(block, Figure):
-                with runtime.atomic_path(parts / f"{block.name}.png") as temporary:
+                with atomic_path(parts / f"{block.name}.png") as temporary:
                     temporary.write_bytes(block.png)
-    runtime.write_text(out, page(title, head, sections))
+    write_text(out, page(title, head, sections))
     return parts
 
 

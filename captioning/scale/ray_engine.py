@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from captioning import cli as runtime
-from captioning.inference import folder as inference
-from captioning.scale.results import Folder
+from captioning.imports import import_guarded
+from captioning.inference.batches import Job
+from captioning.scale import worker
 from captioning.scale.sources import Shard
+from captioning.scale.worker import Folder
+from captioning.workers import find_workers
 
 log = logging.getLogger(__name__)
 
@@ -38,26 +40,22 @@ class Captioner:
         shards: all of them, of which rows name some by number.
     """
 
-    def __init__(
-        self, build: Callable[[], inference.Job], folder: Folder, batch_size: int, shards: Sequence[Shard]
-    ) -> None:
+    def __init__(self, build: Callable[[], Job], folder: Folder, batch_size: int, shards: Sequence[Shard]) -> None:
         self._build, self._folder, self._batch_size, self._shards = build, folder, batch_size, shards
-        self._job: inference.Job | None = None
+        self._job: Job | None = None
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[str]]:
         """Caption the one that ``rows["item"]`` numbers; return what went wrong, or an empty text."""
         try:
             self._job = self._job or self._build()
             shards = [self._shards[number] for number in rows["item"]]
-            inference.caption_shards(self._folder, shards, self._job, self._batch_size, PATIENCE)
+            worker.caption_shards(self._folder, shards, self._job, self._batch_size, PATIENCE)
         except (ValueError, OSError) as error:  # bad input or no room, which another try would meet again
             return {"error": [str(error) or type(error).__name__]}
         return {"error": [""]}
 
 
-def caption_shards(
-    folder: Folder, shards: Sequence[Shard], build: Callable[[], inference.Job], args: argparse.Namespace
-) -> None:
+def caption_shards(folder: Folder, shards: Sequence[Shard], build: Callable[[], Job], args: argparse.Namespace) -> None:
     """Caption the shards that are not finished on the cluster of ``RAY_ADDRESS``, or on this machine without one.
 
     Args:
@@ -70,7 +68,7 @@ def caption_shards(
         ValueError: Ray is not installed, processes were launched besides, an actor met bad input, or actors died again
             and again.
     """
-    if inference.find_workers().count > 1:
+    if find_workers().count > 1:
         raise ValueError("--engine ray: starts processes itself; run it without accelerate launch")
     if args.ray_actors is not None and args.ray_actors < 1:
         raise ValueError(f"--ray-actors {args.ray_actors}: must be at least 1")
@@ -108,7 +106,7 @@ def import_ray() -> Any:
     """Return Ray with Ray Data. Raises ValueError where it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
     try:
-        runtime.import_guarded("ray.data")
+        import_guarded("ray.data")
     except ImportError as error:
         raise ValueError(
             f"--engine ray: Ray cannot be imported ({error}): pip install 'ray[data]', or leave --engine out"

@@ -1,317 +1,32 @@
-"""Where captions go by the million: a part for each shard, a manifest that counts them, and no key twice.
-
-While a shard is worked on its captions are in a side file. When it is done they become its part (JSONL or Parquet), and
-a record beside it says what the shard held. At the end the records become the manifest. All of this is by shard, so any
-number of processes may have worked on a run, and any other number may go on with it.
-"""
+"""The results of a run over shards: records become a manifest, and no key has two captions."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
 import platform
 import shutil
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from captioning import cli as runtime
-from captioning.files import parse_json, read_json
-from captioning.inference import append_log as sidefile
-from captioning.inference.append_log import SideFile
-from captioning.scale.sources import Entry, Findings, Shard
+from captioning import files
+from captioning.files import atomic_path, read_json, sha256_of, write_json
+from captioning.messages import some
+from captioning.scale.duplicate_keys import KeyTable
+from captioning.scale.part_files import parquet, read_part, write_part
+from captioning.scale.sources import Shard
+from captioning.scale.worker import COUNTS, Folder
 
 log = logging.getLogger(__name__)
 
-FORMS = ("json", "jsonl", "parquet")
-COUNTS = ("images", "captioned", "unreadable", "duplicates", "others")
+
 PACKAGES = ("torch", "timm", "transformers", "pillow")
-NAMED = 5  # a message about many keys names so many of them
-ROWS = 10_000  # of a Parquet file that are in memory at once
-BUCKET_KEYS = 10**6  # of a run that are compared in memory at once: 24 MB, and as much again to sort them
-MOST_BUCKETS = 256  # files that are open at once; a billion keys are 94 MB a bucket
-KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("row", "<u4")])
-
-
-def form_of(out: Path, asked: str) -> str:
-    """Return the form of the results: what was ``asked`` for, or for ``auto`` what the ending of ``out`` says."""
-    if asked != "auto":
-        return asked
-    return {".jsonl": "jsonl", ".parquet": "parquet"}.get(out.suffix.lower(), "json")
-
-
-# --------------------------------------------------------------------------------------------------------- part files
-
-
-def write_part(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Write (key, caption) rows as JSONL or Parquet, by the ending of ``path``, atomically.
-
-    Raises:
-        OSError: naming the file and what to do.
-    """
-    try:
-        with runtime.atomic_path(path) as temporary:
-            if path.suffix == ".parquet":
-                _write_parquet(temporary, rows)
-            else:
-                with temporary.open("w", encoding="utf-8") as file:
-                    for key, caption in rows:
-                        file.write(json.dumps({"key": key, "caption": caption}, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise OSError(
-            f"{path}: cannot be written ({error}); the captions so far are kept, so make room and run the "
-            "same command again"
-        ) from error
-
-
-def read_part(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield a part's (key, caption) rows in order."""
-    if path.suffix == ".parquet":
-        with parquet().ParquetFile(path) as file:
-            for batch in file.iter_batches(ROWS):
-                yield from zip(batch["key"].to_pylist(), batch["caption"].to_pylist(), strict=True)
-        return
-    with path.open("rb") as file:
-        for line in file:
-            row = parse_json(line.decode())
-            yield row["key"], row["caption"]
-
-
-def _write_parquet(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    arrow, module = runtime.import_guarded("pyarrow"), parquet()
-    schema = arrow.schema([("key", arrow.string()), ("caption", arrow.string())])
-    with module.ParquetWriter(path, schema) as writer:
-        for some in _batched(rows, ROWS):
-            keys, captions = zip(*some, strict=True)
-            writer.write_table(arrow.table([keys, captions], schema=schema))
-
-
-def parquet() -> Any:
-    """Return the Parquet module. Raises ValueError where it is not installed."""
-    try:
-        return runtime.import_guarded("pyarrow.parquet")
-    except ImportError as error:
-        raise ValueError(
-            f"Parquet needs pyarrow, which cannot be imported ({error}): pip install pyarrow, or choose "
-            "--out-format jsonl"
-        ) from error
-
-
-def _batched(rows: Iterable[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
-    some: list[tuple[str, str]] = []
-    for row in rows:
-        some.append(row)
-        if len(some) == size:
-            yield some
-            some = []
-    if some:
-        yield some
-
-
-# ------------------------------------------------------------------------------------------------------ one shard's log
-
-
-@dataclass(frozen=True)
-class Folder:
-    """The folder of a run: parts in it, what is between start and end in ``_state``. Can be sent to other processes.
-
-    Attributes:
-        path: the folder.
-        ending: of the parts.
-    """
-
-    path: Path
-    ending: str = "jsonl"
-
-    @property
-    def state(self) -> Path:
-        """Where side files and records are."""
-        return self.path / "_state"
-
-    def part(self, shard: Shard) -> Path:
-        """Return the file of a shard's captions."""
-        return self.path / f"{shard.name}.{self.ending}"
-
-    def whole(self, shard: Shard) -> Path:
-        """Return the file of all of a shard's captions, where the part lacks those whose keys another shard has."""
-        return self.state / f"{shard.name}.whole.{self.ending}"
-
-    def side(self, shard: Shard) -> Path:
-        """Return the file of an unfinished shard's captions."""
-        return self.state / f"{shard.name}.part.jsonl"
-
-    def record(self, shard: Shard) -> Path:
-        """Return the file that says what a finished shard held."""
-        return self.state / f"{shard.name}.json"
-
-    def complete(self, shard: Shard) -> Path:
-        """Return the file with all of a finished shard's captions."""
-        return self.whole(shard) if self.whole(shard).exists() else self.part(shard)
-
-    def done(self, shard: Shard) -> dict[str, Any] | None:
-        """Return a finished shard's record; None where it is not finished, or was another file then."""
-        try:
-            record = read_json(self.record(shard))
-            if record["shard"] == shard.identity() and self.complete(shard).stat().st_size == record["part_size"]:
-                return record
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError) as error:
-            log.warning("%s: damaged (%s); the shard is read again", self.record(shard), error)
-        return None
-
-    def reopen(self, shard: Shard) -> bool:
-        """Make a finished shard in which an image could not be read unfinished; its captions stay. Says whether it was.
-
-        Nobody may work on the shard meanwhile.
-        """
-        record = self.done(shard)
-        if record is None or not record["unreadable"]:
-            return False
-        side = SideFile(self.side(shard))
-        side.clear()
-        side.begin(_header(shard))
-        side.add(dict(read_part(self.complete(shard))))
-        side.close()
-        self.record(shard).unlink()
-        return True
-
-    def claim(self, shard: Shard, patience: float = 0.0) -> ShardLog | None:
-        """Return the log of a shard that is not finished; None where it is, or where another process works on it.
-
-        Args:
-            shard: which.
-            patience: seconds to wait for another process that holds it, in case that one is about to die.
-        """
-        deadline = time.monotonic() + patience
-        while self.done(shard) is None:
-            try:
-                side = SideFile(self.side(shard))
-            except sidefile.HeldError:
-                if time.monotonic() >= deadline:
-                    return None
-                time.sleep(0.2)
-                continue
-            if self.done(shard) is None:
-                return ShardLog(self, shard, side)
-            self.side(shard).unlink()  # it was finished between our look and our lock
-            side.close()
-        return None
-
-
-class ShardLog:
-    """A shard that is worked on: its captions so far, and what is wrong with it. Use it as a context manager.
-
-    Attributes:
-        captions: so far, ``{key: caption}``, those of an interrupted run included.
-    """
-
-    def __init__(self, folder: Folder, shard: Shard, side: SideFile) -> None:
-        self.folder, self.shard, self._side = folder, shard, side
-        header = _header(shard)
-        found, self.captions = sidefile.read(side.path, overwrite=True)
-        if found != header:
-            if self.captions:
-                log.warning("%s: has changed; all of it is captioned again", shard.path)
-            self._side.clear()
-            self.captions = {}
-        for stale in (folder.record(shard), folder.whole(shard)):
-            stale.unlink(missing_ok=True)
-        self._side.begin(header)
-        self._keys: dict[str, None] = {}  # in the order of the shard
-        self._findings = Findings()
-        self._count = dict.fromkeys(COUNTS, 0)
-        self._problems: list[dict[str, str]] = []
-        if self.captions:
-            log.info("%s: going on behind %d captions", shard.path, len(self.captions))
-
-    def __enter__(self) -> ShardLog:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if not self.captions:  # nothing to keep
-            self._side.path.unlink(missing_ok=True)
-        self._side.close()
-
-    def wanted(self) -> Iterator[Entry]:
-        """Yield the shard's images that have no caption yet. Of entries with one key the first counts."""
-        for entry in self.shard.entries(self._findings):
-            self._count["images"] += 1
-            if entry.key in self._keys:
-                self._count["duplicates"] += 1
-                self._problem(entry.name, f"another entry before it has the key {entry.key}")
-                continue
-            self._keys[entry.key] = None
-            if entry.key not in self.captions:
-                yield entry
-
-    def add(self, captions: dict[str, str]) -> None:
-        """Keep the captions of a batch."""
-        self._side.add(captions)
-        self.captions |= captions
-
-    def unreadable(self, entry: Entry, error: Exception) -> None:
-        """Take note of an image that cannot be read."""
-        self._count["unreadable"] += 1
-        self._problem(entry.name, str(error))
-
-    def _problem(self, entry: str, reason: str) -> None:
-        log.error("not captioned: %s", reason if entry in reason else f"{entry}: {reason}")
-        self._problems.append({"entry": entry, "reason": reason})
-
-    def seal(self) -> None:
-        """Make the captions the shard's part and write its record, behind the last of :meth:`wanted`."""
-        rows = [(key, self.captions[key]) for key in self._keys if key in self.captions]
-        part = self.folder.part(self.shard)
-        write_part(part, rows)
-        if self._findings.damage:
-            log.error(
-                "%s: damaged; its first %d images were read: %s",
-                self.shard.path,
-                self._count["images"],
-                self._findings.damage,
-            )
-        record = {
-            "shard": self.shard.identity(),
-            "sha256": self._findings.sha256,
-            **self._count,
-            "captioned": len(rows),
-            "others": self._findings.others,
-            "damage": self._findings.damage,
-            "problems": self._problems,
-            "part": part.name,
-            "part_size": part.stat().st_size,
-            "part_sha256": sha256_of(part),
-        }
-        runtime.write_json(self.folder.record(self.shard), record)
-        self._side.path.unlink()
-        self.captions = {}
-
-
-def _header(shard: Shard) -> dict[str, Any]:
-    """Return the first line of a shard's side file, as it will be read back."""
-    return json.loads(json.dumps({"shard": shard.identity()}))
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------- the whole run
 
 
 class Results:
@@ -355,7 +70,7 @@ class Results:
         state = self.folder.state
         self._refuse_strange_folder()
         state.mkdir(parents=True, exist_ok=True)
-        self._lock = sidefile.lock(state / "lock")
+        self._lock = files.lock(state / "lock")
         for path in [*self.folder.path.glob(".*.tmp"), *state.glob(".*.tmp")]:  # what a killed process left half-made
             _delete(path)
         self._check_run()
@@ -385,7 +100,7 @@ class Results:
             self.manifest.unlink(missing_ok=True)
         elif self.form == "json" and self.out.exists() and not self.overwrite:
             raise ValueError(f"{self.out}: exists already; give --overwrite to replace it, or another name")
-        runtime.write_json(file, self._run)
+        write_json(file, self._run)
 
     def _read_run(self, file: Path) -> dict[str, Any]:
         try:
@@ -463,7 +178,7 @@ class Results:
                 whole.replace(part)
             return record
         if not whole.exists():
-            with runtime.atomic_path(whole) as copy:
+            with atomic_path(whole) as copy:
                 shutil.copyfile(part, copy)
         drop, dropped = set(repeats.tolist()), []
 
@@ -475,8 +190,9 @@ class Results:
                     yield key, caption
 
         write_part(part, first())
-        some = ", ".join(dropped[:NAMED]) + (" …" if len(dropped) > NAMED else "")
-        log.error("%s: %d keys have a caption in an earlier shard, which stays: %s", shard.path, len(dropped), some)
+        log.error(
+            "%s: %d keys have a caption in an earlier shard, which stays: %s", shard.path, len(dropped), some(dropped)
+        )
         reason = "an earlier shard has a caption for this key"
         return record | {
             "captioned": record["captioned"] - len(dropped),
@@ -501,7 +217,7 @@ class Results:
 
     def _merge(self, shards: Sequence[Shard]) -> None:
         """Write the one JSON, as ``runtime.write_json`` would, but a row at a time."""
-        with runtime.atomic_path(self.out) as temporary, temporary.open("w", encoding="utf-8") as file:
+        with atomic_path(self.out) as temporary, temporary.open("w", encoding="utf-8") as file:
             between = "{\n"
             for shard in shards:
                 for row in read_part(self.folder.part(shard)):
@@ -521,7 +237,7 @@ class Results:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         }
         text = json.dumps(head, ensure_ascii=False, indent=2).removesuffix("\n}")
-        with runtime.atomic_path(self.manifest) as temporary, temporary.open("w", encoding="utf-8") as file:
+        with atomic_path(self.manifest) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             between = ',\n  "shards": [\n    '
             with records.open(encoding="utf-8") as lines:
@@ -536,54 +252,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-class KeyTable:
-    """All keys of a run on disk, 24 bytes each, in buckets by hash that are looked at one by one: memory stays flat.
-
-    Keys are compared by 128 bits of BLAKE2b; two different ones of a billion agree with a probability below 1e-20.
-
-    Args:
-        folder: where the temporary files are made.
-        keys: about how many there are to be.
-    """
-
-    def __init__(self, folder: Path, keys: int) -> None:
-        buckets = min(1 + keys // BUCKET_KEYS, MOST_BUCKETS)
-        self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp")
-        self._files = [(Path(self._folder.name) / str(n)).open("w+b") for n in range(buckets)]
-
-    def __enter__(self) -> KeyTable:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for file in self._files:
-            file.close()
-        self._folder.cleanup()
-
-    def add(self, shard: int, keys: Sequence[str]) -> None:
-        """Take the keys of a shard in the order of its rows; shards come in order."""
-        digests = b"".join(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
-        table = np.zeros(len(keys), KEY)
-        table["high"], table["low"] = np.frombuffer(digests, "<u8").reshape(-1, 2).T
-        table["shard"], table["row"] = shard, np.arange(len(keys))
-        bucket = table["high"] % np.uint64(len(self._files))
-        order = np.argsort(bucket, kind="stable")
-        ends = np.searchsorted(bucket[order], np.arange(len(self._files) + 1, dtype=np.uint64))
-        for number, file in enumerate(self._files):
-            file.write(table[order[ends[number] : ends[number + 1]]].tobytes())
-
-    def repeats(self, shards: int) -> list[np.ndarray]:
-        """Return for each shard the rows whose keys stand earlier, ascending."""
-        found = [np.zeros(0, KEY)]
-        for file in self._files:
-            file.flush()
-            file.seek(0)
-            table = np.frombuffer(file.read(), KEY)
-            table = table[np.lexsort((table["row"], table["shard"], table["low"], table["high"]))]
-            same = (table["high"][1:] == table["high"][:-1]) & (table["low"][1:] == table["low"][:-1])
-            found.append(table[1:][same])
-        repeated = np.concatenate(found)
-        repeated = repeated[np.lexsort((repeated["row"], repeated["shard"]))]
-        ends = np.searchsorted(repeated["shard"], np.arange(shards + 1))
-        return [repeated["row"][ends[n] : ends[n + 1]] for n in range(shards)]

@@ -28,9 +28,8 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
-from captioning.files import parse_json
+from captioning.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, decode_image, load_image
+from captioning.files import atomic_path, parse_json
 
 LIST_SUFFIXES = (".txt", ".list", ".lst", ".jsonl")
 MOST_SHARDS = 10**6  # a slip in a brace range must not fill the memory
@@ -59,8 +58,8 @@ class Entry:
         if isinstance(self.source, ValueError):
             raise self.source
         if isinstance(self.source, Path):
-            return data.load_image(self.source, draft)
-        return data.decode_image(self.source, self.name, draft)
+            return load_image(self.source, draft)
+        return decode_image(self.source, self.name, draft)
 
 
 @dataclass
@@ -120,15 +119,15 @@ class TarShard:
         base = name.rpartition("/")[2]
         if self.pattern is not None:
             return fnmatch.fnmatchcase(base, self.pattern)
-        return os.path.splitext(base)[1].lower() in data.IMAGE_SUFFIXES and not base.startswith(".")  # noqa: PTH122
+        return os.path.splitext(base)[1].lower() in IMAGE_SUFFIXES and not base.startswith(".")  # noqa: PTH122
 
     def _entry(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> Entry:
         name = f"{self.path}: {_printable(member.name)}"
         key, problem = _key(member.name), None
         if not member.isreg():
             problem = "is a link or no plain file"
-        elif member.size > data.MAX_IMAGE_BYTES:
-            problem = f"larger than {data.MAX_IMAGE_BYTES / 1e6:.0f} MB"
+        elif member.size > MAX_IMAGE_BYTES:
+            problem = f"larger than {MAX_IMAGE_BYTES / 1e6:.0f} MB"
         elif key is None:
             problem = "its name is no valid Unicode"
         if problem:
@@ -279,9 +278,9 @@ def list_folder(folder: Path, target: Path) -> None:
             runs.append(Path(temporary) / str(len(runs)))
             runs[-1].write_text("".join(json.dumps(name) + "\n" for name in some), encoding="ascii")
         if not runs:
-            endings = ", ".join(data.IMAGE_SUFFIXES)
+            endings = ", ".join(IMAGE_SUFFIXES)
             raise ValueError(f"{folder}: no image here; expected files ending in {endings}; tars are '{folder}/*.tar'")
-        with runtime.atomic_path(target) as path, path.open("w", encoding="ascii") as file:
+        with atomic_path(target) as path, path.open("w", encoding="ascii") as file:
             for name in heapq.merge(*map(_names, runs)):
                 file.write(json.dumps({"image": name}) + "\n")
 
@@ -293,7 +292,7 @@ def _names(path: Path) -> Iterator[str]:
 
 def _is_listed(entry: os.DirEntry) -> bool:
     ending = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 - a Path each would take most of the time
-    return ending in data.IMAGE_SUFFIXES and not entry.name.startswith(".") and not entry.is_dir()
+    return ending in IMAGE_SUFFIXES and not entry.name.startswith(".") and not entry.is_dir()
 
 
 # -------------------------------------------------------------------------------------------------------- the argument

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from captioning.cli import atomic_path
+from captioning.files import atomic_path
 from captioning.scoring.clipscore import ClipScorer, image_features
 
 log = logging.getLogger(__name__)

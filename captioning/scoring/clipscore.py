@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from captioning.cli import import_guarded, pick_device
-from captioning.data.annotations import check_keys, one_line, some
+from captioning.data.annotations import check_keys
+from captioning.device import pick_device
+from captioning.imports import import_guarded
+from captioning.messages import one_line, some
 from captioning.profiles import PROFILES
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,7 @@ Here Java reads from pipes, its messages are read and shown, and it is killed wh
 
 from __future__ import annotations
 
-import importlib
 import json
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -16,77 +14,39 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import IO
 
-from captioning.data.annotations import one_line
-from captioning.scoring.ptb import PUNCTUATION
+from captioning.messages import one_line
+from captioning.scoring.tokenizers import find_java, import_pycocoevalcap
 
-PTB_OPTIONS = ("-preserveLines", "-lowerCase", "-encoding", "utf-8")  # pycocoevalcap's, with the encoding said aloud
 METEOR_OPTIONS = ("-", "-", "-stdio", "-l", "en", "-norm")  # pycocoevalcap's
+
+
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+
+
 START_SECONDS = 600.0  # METEOR reads its paraphrases for 12 s on an idle machine; a busy one may need minutes
+
+
 SECONDS_A_CAPTION = 5.0
 
+
 Tokens = Mapping[str, Sequence[str]]  # by image, captions as tokens with single spaces between
+
+
 Scores = tuple[float, list[float]]  # of the corpus, and of the images in order
-
-
-def ptb_java(captions: Sequence[str]) -> list[str]:
-    """Tokenize by Stanford's PTBTokenizer as COCO's evaluation does; tokens of each caption with single spaces between.
-
-    The same jar, options and punctuation list as pycocoevalcap's ``PTBTokenizer``, but fed through a pipe: nothing is
-    written to the package's folder. White space is normalised first, since Java counts ``\\r``, U+2028 and their like
-    as line ends, and every later caption would move to the wrong image.
-
-    Raises:
-        FileNotFoundError: no Java on the PATH.
-        ChildProcessError: Java failed, or gave back another number of lines than it got.
-        ValueError: pycocoevalcap is not installed.
-    """
-    java = find_java("--tokenizer ptb-java")
-    package = _import_pycocoevalcap("tokenizer.ptbtokenizer")
-    jar = Path(package.__file__).with_name(package.STANFORD_CORENLP_3_4_1_JAR)
-    lines = [" ".join(caption.split()) for caption in captions]
-    run = subprocess.run(
-        [java, "-cp", jar.name, "edu.stanford.nlp.process.PTBTokenizer", *PTB_OPTIONS],
-        input="".join(line + "\n" for line in lines).encode(),
-        cwd=jar.parent,  # and a bare jar name: -cp would split a path at its colons
-        capture_output=True,
-        check=False,
-    )
-    tokenized = run.stdout.decode().split("\n")[:-1]
-    if run.returncode != 0 or len(tokenized) != len(lines):
-        raise ChildProcessError(
-            f"the PTB tokenizer failed: {java} exited with {run.returncode} and returned {len(tokenized)} of "
-            f"{len(lines)} lines ({one_line(run.stderr.decode(errors='replace'))}); check that `java -version` works, "
-            "or use --tokenizer ptb"
-        )
-    return [" ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION) for line in tokenized]
-
-
-def find_java(what: str) -> str:
-    """Return the path of ``java``, or raise FileNotFoundError saying that ``what`` needs it."""
-    java = shutil.which("java")
-    if java is None:
-        raise FileNotFoundError(
-            f"{what} needs Java and there is no `java` on the PATH: install a Java runtime (Debian: apt-get install "
-            "default-jre-headless; conda: conda install openjdk); CIDEr, BLEU, ROUGE-L (--tokenizer ptb) and CLIPScore "
-            "work without"
-        )
-    return java
 
 
 def bleu(references: Tokens, candidates: Mapping[str, str]) -> list[Scores]:
     """Return BLEU-1 to BLEU-4 (Papineni et al. 2002), closest reference length; a corpus' BLEU is no mean of images."""
-    scorer = _import_pycocoevalcap("bleu.bleu").Bleu(4)
+    scorer = import_pycocoevalcap("bleu.bleu").Bleu(4)
     corpus, images = scorer.compute_score(*_paired(references, candidates), verbose=0)
     return [(float(score), [float(value) for value in values]) for score, values in zip(corpus, images, strict=True)]
 
 
 def rouge_l(references: Tokens, candidates: Mapping[str, str]) -> Scores:
     """Return ROUGE-L (Lin 2004) with beta 1.2: best precision and best recall over an image's references."""
-    mean, scores = _import_pycocoevalcap("rouge.rouge").Rouge().compute_score(*_paired(references, candidates))
+    mean, scores = import_pycocoevalcap("rouge.rouge").Rouge().compute_score(*_paired(references, candidates))
     return float(mean), [float(score) for score in scores]
 
 
@@ -99,7 +59,7 @@ def meteor(references: Tokens, candidates: Mapping[str, str]) -> Scores:
         ValueError: pycocoevalcap is not installed, or lies in a path with a space.
     """
     java = find_java("METEOR")
-    package = _import_pycocoevalcap("meteor.meteor")
+    package = import_pycocoevalcap("meteor.meteor")
     folder = Path(package.__file__).parent
     if " " in str(folder):
         raise ValueError(f"METEOR hangs in a path with a space ({folder}): install the suite in a path without one")
@@ -122,7 +82,7 @@ def spice(references: Tokens, candidates: Mapping[str, str]) -> Scores:
         ValueError: pycocoevalcap is not installed.
     """
     java = find_java("SPICE")
-    folder = Path(_import_pycocoevalcap("spice").__file__).parent
+    folder = Path(import_pycocoevalcap("spice").__file__).parent
     missing = [name for name in SPICE_MODELS if not (folder / "lib" / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -204,10 +164,3 @@ def _obituary(what: str, process: subprocess.Popen, messages: IO[bytes], limit: 
     said = one_line(messages.read().decode(errors="replace")) or "it said nothing"
     stopped = f"; it was stopped after {limit:.0f} s" if code == -signal.SIGKILL else ""
     return f"{what} failed: {process.args[0]} exited with {code} ({said}){stopped}"
-
-
-def _import_pycocoevalcap(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"pycocoevalcap.{module}")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"pycocoevalcap is needed ({error}): run pip install -r requirements.txt") from error

@@ -17,83 +17,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
-import evaluate
-from captioning.data import feature_cache as data
-from captioning.distributed import ALONE, Processes
-from captioning.inference import encode as generation
+from captioning.data.batches import pack_captions
+from captioning.data.tokenizer import Tokenizer
+from captioning.device import autocast
 from captioning.inference import search
+from captioning.inference.captions import within_vocabulary
 from captioning.models.captioner import Captioner
+from captioning.scoring import evaluator, tokenizers
 from captioning.scoring.caption_stats import caption_statistics
-from captioning.scoring.cider import DocumentFrequencies, cider_d
-from captioning.scoring.clipscore import CLIPSCORE_WEIGHT, ClipScorer, image_features, text_features
+from captioning.scoring.clipscore import ClipScorer, clipscore
+from captioning.training.rewards import CiderReward, ClipReward
 from captioning.training.trainer import Trainer, count_targets
-
-
-class CiderReward:
-    """CIDEr-D of token ids against an image's training captions, guarded against repetition and brevity.
-
-    Args:
-        captions: by image, its captions as token ids without EOS.
-        eos: id that ends every finished caption, and counts as a token.
-        brevity: exponent of the brevity penalty; 0 leaves it out.
-    """
-
-    def __init__(self, captions: Sequence[Sequence[Sequence[int]]], eos: int, brevity: float = 1.0) -> None:
-        self.brevity = brevity
-        self.references = [[(*caption, eos) for caption in group] for group in captions]
-        self.frequencies = DocumentFrequencies(self.references)
-        self.usual_repeats = [median(map(repeats, group)) for group in self.references]
-        self.mean_lengths = np.array([np.mean([len(c) for c in group]) for group in self.references])
-
-    def __call__(
-        self, images: Sequence[int], samples: Sequence[Sequence[int]], more: np.ndarray | float = 0.0
-    ) -> np.ndarray:
-        """Return the rewards (n,) of ``samples``, which hold EOS where they are finished; ``images`` says of what.
-
-        ``more`` (n,) is reward of another kind, which the guards hold for as well.
-        """
-        earned = (self.cider(images, samples) + more) * self.penalty(images, samples)
-        return np.where(self.excessive(images, samples), 0.0, earned)
-
-    def cider(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return the plain CIDEr-D (n,)."""
-        return cider_d([self.references[i] for i in images], samples, self.frequencies)
-
-    def excessive(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return which samples repeat more bigrams than most references of their image: (n,), booleans."""
-        return np.array([repeats(s) > self.usual_repeats[i] for i, s in zip(images, samples, strict=True)])
-
-    def penalty(self, images: Sequence[int], samples: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return BLEU's brevity penalty against the references' mean length, to the power ``brevity``: (n,)."""
-        lengths = np.array([len(s) for s in samples])
-        return np.exp(self.brevity * np.minimum(0, 1 - self.mean_lengths[list(images)] / np.maximum(lengths, 1)))
-
-
-class ClipReward:
-    """CLIPScore of texts against training images, whose features are computed once, a part by each process."""
-
-    def __init__(self, scorer: ClipScorer, paths: Sequence[Any], processes: Processes = ALONE) -> None:
-        self.scorer = scorer
-        size = -(-len(paths) // processes.count)
-        parts = [paths[start : start + size] for start in range(0, len(paths), size)]
-        self.images = torch.cat(processes.spread(lambda part: image_features(scorer, part), parts))
-
-    def __call__(self, images: Sequence[int], texts: Sequence[str]) -> np.ndarray:
-        """Return ``2.5 * max(cos, 0)`` of each text with the image of the same place: (n,)."""
-        cosines = (self.images[list(images)] * text_features(self.scorer, texts)).sum(-1)
-        return (CLIPSCORE_WEIGHT * cosines.clamp(min=0)).numpy()
-
-
-def repeats(tokens: Sequence[int]) -> int:
-    """How many bigrams of ``tokens`` have stood in it before."""
-    return max(len(tokens) - 1, 0) - len(set(pairwise(tokens)))
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
@@ -104,7 +43,7 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
 
 def draw(
     captioner: Captioner,
-    tokenizer: data.Tokenizer,
+    tokenizer: Tokenizer,
     features: torch.Tensor,
     count: int,
     longest: int,
@@ -131,11 +70,11 @@ def draw(
 
 
 def beams(
-    captioner: Captioner, tokenizer: data.Tokenizer, features: torch.Tensor, count: int, longest: int
+    captioner: Captioner, tokenizer: Tokenizer, features: torch.Tensor, count: int, longest: int
 ) -> list[list[list[int]]]:
     """Return the captions of a beam search in place of ``draw``'s (Cornia et al., arXiv 1912.08226)."""
     eos, read_on = tokenizer.eos_id, captioner.step_function(features, count, longest)
-    step = generation.within_vocabulary(read_on, tokenizer.vocab_size)
+    step = within_vocabulary(read_on, tokenizer.vocab_size)
     found = search.beam_search(step, len(features), eos, eos, count, longest, device=features.device, keep=read_on.keep)
     return [ended(captions, eos, longest) for captions in found.finished]
 
@@ -196,7 +135,7 @@ def weighted_loss(
         for caption, weight in zip(group, row, strict=True):
             cut = caption[-1] != eos  # packing adds an EOS that nobody drew: it gets no weight
             of_tokens += [weight] * len(caption) + [0.0] * cut
-    batch = data.pack_captions(bare, eos, pad_to_multiple=8).to(features.device)
+    batch = pack_captions(bare, eos, pad_to_multiple=8).to(features.device)
     log_probs = captioner.log_probs(features, batch)
     return -(torch.tensor(of_tokens, dtype=torch.float32, device=features.device) * log_probs).sum()
 
@@ -265,14 +204,14 @@ class ScstTrainer(Trainer):
             for group, row, place in zip(samples, weights, places, strict=True):
                 group += [[*caption, eos] for caption in shown[place]]
                 row += [weight] * len(shown[place])
-        with generation.autocast(self.device, self.config.precision):
+        with autocast(self.device, self.config.precision):
             return weighted_loss(self.captioner, features, samples, weights, eos)
 
     def draw(self, features: torch.Tensor, places: Sequence[int], images: int) -> list[list[list[int]]]:
         """Return captions of the images that have these places in a batch, ``[image][caption]``."""
         config = self.config
         common = (self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens)
-        with generation.autocast(self.device, config.precision):
+        with autocast(self.device, config.precision):
             if config.draws == "beam":
                 return beams(*common)
             return draw(*common, config.temperature, self.generator, places, images)
@@ -313,11 +252,11 @@ class ScstTrainer(Trainer):
         record, shown = {}, self.val_split.samples[: len(beam)]
         references = {s.path.stem: list(s.captions) for s in shown}
         if cider:
-            record["greedy_cider"] = evaluate.cider(references, greedy)[0]
+            record["greedy_cider"] = evaluator.cider(references, greedy)[0]
         if self.scorer is not None:
-            scores = evaluate.clipscore(self.scorer, {s.path.stem: s.path for s in shown}, beam)
+            scores = clipscore(self.scorer, {s.path.stem: s.path for s in shown}, beam)
             record["clipscore"] = sum(scores.values()) / len(beam)
-        words = evaluate.ptb_tokenize(
+        words = tokenizers.ptb_tokenize(
             {"beam": list(beam.values()), "references": [c for group in references.values() for c in group]}
         )
         for prefix, captions in (("", words["beam"]), ("reference_", words["references"])):

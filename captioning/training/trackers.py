@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from captioning import cli as runtime
+from captioning.imports import import_guarded
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}  # tracker: what pip calls it
 CHOICES = (*PACKAGES, "all")
@@ -27,7 +27,7 @@ class Trackers:
     """
 
     def __init__(self, name: str, out: Path) -> None:
-        tracking = runtime.import_guarded("accelerate.tracking")
+        tracking = import_guarded("accelerate.tracking")
         installed = [str(tracker) for tracker in tracking.get_available_trackers()]
         wanted = list(PACKAGES) if name == "all" else [name]
         found = [tracker for tracker in wanted if tracker in installed]

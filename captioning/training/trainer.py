@@ -9,158 +9,32 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-import evaluate
-from captioning import cli as runtime
-from captioning import tensors as checkpoints
-from captioning.data import feature_cache as data
+from captioning.data.batches import CaptionDataset, PackedBatch, length_grouped_batches, pack_captions
+from captioning.data.feature_cache import FeatureCache
+from captioning.data.samples import Sample
+from captioning.data.tokenizer import Tokenizer
+from captioning.device import autocast, product_dtype
 from captioning.distributed import ALONE, Processes
-from captioning.inference import encode as generation
-from captioning.models.captioner import Captioner, read_adapter
-from decoder import LoraConfig, cast_frozen
+from captioning.files import write_text
+from captioning.inference.captions import caption_features
+from captioning.models.adapter import read_adapter
+from captioning.models.captioner import Captioner
+from captioning.scoring import evaluator
+from captioning.training import run_folder
+from captioning.training.config import TrainConfig
+from captioning.training.run_folder import StopSignals, load_state, plot_losses
+from decoder import cast_frozen
 
 log = logging.getLogger(__name__)
 
 SEED_STRIDE = 10_000_019  # between the seeds of processes: each draws dropout of its own
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. The defaults are the setting ``best``; see SETTINGS for the report's five."""
-
-    epochs: int = 8
-    batch_size: int = 16  # images; all their captions go with them
-    accumulate: int = 1  # batches an optimiser step
-    lr: float = 2e-3  # of LoRA
-    projector_lr: float = 2e-3
-    optimizer: str = "adamw"  # or adam
-    weight_decay: float = 0.01
-    schedule: str = "cosine"  # or constant
-    warmup: float = 0.05  # share of all steps
-    clip: float = 1.0  # largest gradient norm; 0 clips nothing
-    label_smoothing: float = 0.0
-    captions_per_image: int | None = None  # None is all of them
-    seed: int = 0
-    precision: str = "auto"  # fp32 or bf16; auto is bf16 on CUDA
-    cls: bool = True
-    lora_rank: int = 32
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.1
-    lora_enable: tuple[bool, bool, bool] | None = None  # None is lora.Linear on c_attn, else MergedLinear on q, k, v
-    lora_lm_head: bool = True
-    max_trainable: int = 10_000_000
-    val_images: int = 200  # captioned every epoch
-    beam_size: int = 5
-    max_new_tokens: int = 30
-    log_every: int = 10  # steps
-    save_every: int = 200  # steps; what a kill costs at most
-    max_skipped: int = 10  # steps in a row without a finite loss and gradient
-    rank_stabilized: bool = False  # scale LoRA by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732)
-    encoder_layer: int = -1  # that feeds the projector; -2 is the second to last
-    projector_epochs: int = 0  # first epochs that train the projector alone
-    average_last: int = 0  # epochs whose weights are averaged at the end; 0 or 1 averages nothing
-    patience: int = 0  # epochs without a better one after which training stops; 0 never stops
-    objective: str = "xe"  # cross-entropy, or scst: CIDEr-D as a reward (scst.py)
-    draws: str = "beam"  # where an image's captions come from: a beam search, or sample, scst
-    samples: int = 5  # captions an image, scst
-    temperature: float = 1.0  # of samples, scst
-    clip_reward: float = 0.0  # weight of CLIPScore in the reward, scst
-    brevity: float = 1.5  # exponent of the brevity penalty on the reward, scst
-    xe_weight: float = 0.25  # of cross-entropy beside the rewards, scst
-
-    def __post_init__(self) -> None:
-        at_least_one = (
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "beam_size",
-            "max_new_tokens",
-            "val_images",
-            "log_every",
-            "save_every",
-            "max_skipped",
-        )
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "projector_lr"):
-            if not 0 < getattr(self, name) < 10:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be between 0 and 10")
-        for name in ("warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be in [0, 1)")
-        for name in ("projector_epochs", "average_last"):
-            if not 0 <= getattr(self, name) <= self.epochs:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be from 0 to --epochs")
-        if self.patience < 0:
-            raise ValueError(f"--patience {self.patience}: must be 0 or more")
-        if self.encoder_layer >= 0:
-            raise ValueError(f"--encoder-layer {self.encoder_layer}: count from the end, -1 is the last layer")
-        if self.samples < 2:
-            raise ValueError(f"--samples {self.samples}: each is compared with the others, so at least 2")
-        if self.objective == "scst" and self.label_smoothing:
-            raise ValueError("--label-smoothing is of --objective xe; leave it out with scst")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"--temperature {self.temperature}: must be a positive number")
-        for name in ("clip_reward", "brevity", "xe_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
-
-    def lora(self) -> LoraConfig:
-        """The decoder's LoRA, whose scaling is always its alpha / rank."""
-        alpha = self.lora_alpha * math.sqrt(self.lora_rank) if self.rank_stabilized else self.lora_alpha
-        return LoraConfig(
-            rank=self.lora_rank,
-            alpha=alpha,
-            dropout=self.lora_dropout,
-            enable_lora=self.lora_enable,
-            lm_head=self.lora_lm_head,
-        )
-
-
-CHOICES = {
-    "optimizer": ("adam", "adamw"),
-    "schedule": ("cosine", "constant"),
-    "precision": ("auto", "fp32", "bf16"),
-    "objective": ("xe", "scst"),
-    "draws": ("beam", "sample"),
-}
-
-# The report's own: plain Adam at 5e-5, no schedule, and loralib's default lora_alpha of 1 (a scaling of 1 / rank).
-_REPORT = TrainConfig(
-    lr=5e-5,
-    projector_lr=5e-5,
-    optimizer="adam",
-    weight_decay=0.0,
-    schedule="constant",
-    warmup=0.0,
-    clip=0.0,
-    lora_alpha=1.0,
-    lora_dropout=0.0,
-    lora_lm_head=False,
-)
-SETTINGS = {
-    "best": TrainConfig(),
-    "1": replace(_REPORT, epochs=10),
-    "2": replace(_REPORT, epochs=5),
-    "3": replace(_REPORT, epochs=3, lora_rank=64, max_trainable=11_000_000),  # the report's own is above 10 M
-    "4": replace(_REPORT, epochs=7, lora_enable=(True, False, True), lora_dropout=0.2, lora_lm_head=True, cls=False),
-    "5": replace(_REPORT, epochs=13),
-}
-
-
-# Rewards are noisy and start from a trained captioner: small rates, that rise slowly. Most is gained where the cosine
-# ends, so patience must not end it before.
-SCST_NUMBERS = {"lr": 1e-4, "schedule": "cosine", "epochs": 4, "warmup": 0.1, "patience": 4, "weight_decay": 0.0}
 
 
 def make_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Optimizer:
@@ -190,16 +64,16 @@ def schedule_factor(step: int, steps: int, config: TrainConfig) -> float:
 class Split:
     """One split, ready to train or validate on: samples, their caption tokens, and the encoder's tokens of each."""
 
-    samples: list[data.Sample]
+    samples: list[Sample]
     captions: list[list[list[int]]]
-    features: data.FeatureCache
+    features: FeatureCache
 
     def batch(
         self, indices: Sequence[int], eos: int, device: torch.device, captions: Sequence[Any] | None = None
-    ) -> tuple[torch.Tensor, data.PackedBatch]:
+    ) -> tuple[torch.Tensor, PackedBatch]:
         """Return features (B, N, D) and packed captions of the samples ``indices``."""
         captions = captions if captions is not None else [self.captions[i] for i in indices]
-        packed = data.pack_captions(captions, eos, pad_to_multiple=8)
+        packed = pack_captions(captions, eos, pad_to_multiple=8)
         return self.features.gather(list(indices)).float().to(device), packed.to(device)
 
 
@@ -216,7 +90,7 @@ class Trainer:
     def __init__(
         self,
         captioner: Captioner,
-        tokenizer: data.Tokenizer,
+        tokenizer: Tokenizer,
         train: Split,
         val: Split,
         config: TrainConfig,
@@ -226,10 +100,10 @@ class Trainer:
         self.captioner, self.tokenizer, self.config, self.out = captioner, tokenizer, config, out
         self.processes = processes
         self.train_split, self.val_split = train, val
-        self.dataset = data.CaptionDataset(train.captions, config.captions_per_image, config.seed)
+        self.dataset = CaptionDataset(train.captions, config.captions_per_image, config.seed)
         self.optimizer = make_optimizer(captioner, config)
         self.device = captioner.device
-        cast_frozen(captioner.decoder, generation.product_dtype(self.device, config.precision))
+        cast_frozen(captioner.decoder, product_dtype(self.device, config.precision))
         per_epoch = math.ceil(len(train.samples) / config.batch_size)
         self.steps_per_epoch = math.ceil(per_epoch / config.accumulate)
         self.steps = self.steps_per_epoch * config.epochs
@@ -237,7 +111,7 @@ class Trainer:
         self.position, self.losses = 0, []  # steps taken of this epoch, and their losses
         self.skipped, self.skipped_in_a_row = 0, 0
         self.random_state: dict[str, torch.Tensor] = {}  # of a state taken up in the middle of an epoch
-        self.stop = checkpoints.StopSignals()
+        self.stop = StopSignals()
         self.stopping = False  # whether any process was asked to stop
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # get what metrics.jsonl gets
         self.stale = 0  # epochs since the best one
@@ -318,7 +192,7 @@ class Trainer:
         """Yield this epoch's batches of indices."""
         self.dataset.set_epoch(self.epoch)
         config = self.config
-        yield from data.length_grouped_batches(self.dataset.lengths(), config.batch_size, config.seed, self.epoch)
+        yield from length_grouped_batches(self.dataset.lengths(), config.batch_size, config.seed, self.epoch)
 
     def train_epoch(self, bar: Any) -> float:
         """Train what is left of an epoch, or until a signal asks to stop, and return its mean loss."""
@@ -415,7 +289,7 @@ class Trainer:
             return torch.zeros((), device=self.device)
         mine = [captions[i] for i in own]
         features, packed = split.batch([indices[i] for i in own], self.tokenizer.eos_id, self.device, mine)
-        with generation.autocast(self.device, self.config.precision):
+        with autocast(self.device, self.config.precision):
             loss = self.captioner.loss(features, packed, label_smoothing)
         return loss * (count_targets(mine) / count_targets(captions))
 
@@ -437,8 +311,8 @@ class Trainer:
             if not indices:
                 continue
             features = self.val_split.features.gather(indices).float().to(self.device)
-            with generation.autocast(self.device, self.config.precision):
-                texts = generation.caption_features(
+            with autocast(self.device, self.config.precision):
+                texts = caption_features(
                     self.captioner,
                     self.tokenizer,
                     features,
@@ -465,7 +339,7 @@ class Trainer:
         """Return the CIDEr of validation captions, or nothing where it cannot be computed."""
         references = {s.path.stem: list(s.captions) for s in self.val_split.samples[: len(predictions)]}
         try:
-            return {"val_cider": evaluate.cider(references, predictions)[0]}
+            return {"val_cider": evaluator.cider(references, predictions)[0]}
         except (ValueError, OSError) as error:
             log.warning("no CIDEr (%s); the best epoch is chosen by validation loss instead", error)
             return {}
@@ -529,7 +403,7 @@ class Trainer:
         for rank, state in enumerate(states):
             tensors |= {f"random.{name_for(rank, kind)}": tensor for kind, tensor in state.items()}
         values = {key: getattr(self, key) for key in self.KEPT}
-        checkpoints.save_state(self.out, tensors, {**values, "groups": optimizer["param_groups"]})
+        run_folder.save_state(self.out, tensors, {**values, "groups": optimizer["param_groups"]})
 
     def random_states(self) -> dict[str, torch.Tensor]:
         """Return the state of the generators that dropout draws from, by kind of device."""
@@ -557,7 +431,7 @@ class Trainer:
         Raises:
             FileNotFoundError, ValueError: there is none, or it belongs to another captioner.
         """
-        tensors, values = self.processes.from_first(lambda: checkpoints.load_state(self.out))
+        tensors, values = self.processes.from_first(lambda: load_state(self.out))
         parts: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "optimizer": {}, "random": {}}
         try:
             for name, tensor in tensors.items():
@@ -589,7 +463,7 @@ class Trainer:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 log.warning("%s: a damaged line is dropped", path)
-        runtime.write_text(path, "".join(kept))
+        write_text(path, "".join(kept))
 
 
 def name_for(rank: int, kind: str) -> str:
@@ -619,30 +493,3 @@ def memory_advice(config: TrainConfig, device: torch.device) -> str:
         smaller = "--captions-per-image 1"
     precision = "" if config.precision == "bf16" else ", --precision bf16"
     return f"out of memory{peak}; start anew with {smaller}, a lower --lora-rank or --beam-size{precision}"
-
-
-def plot_losses(out: Path) -> None:
-    """Draw loss.png from metrics.jsonl: training and validation loss, and CIDEr where it was measured."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps, epochs = ([r for r in lines if r["kind"] == kind] for kind in ("step", "epoch"))
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    axis.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="#9db8d9", lw=1, label="training loss")
-    at = [r["step"] for r in epochs]
-    axis.plot(at, [r["val_loss"] for r in epochs], "o-", color="#1f4e8c", label="validation loss")
-    axis.set(xlabel="optimiser step", ylabel="loss a token (nats)", ylim=(0, None))
-    handles, labels = axis.get_legend_handles_labels()
-    if any("val_cider" in r for r in epochs):
-        right = axis.twinx()
-        right.plot(at, [r.get("val_cider", math.nan) for r in epochs], "s--", color="#c2571a", label="validation CIDEr")
-        right.set(ylabel="CIDEr", ylim=(0, None))
-        more = right.get_legend_handles_labels()
-        handles, labels = handles + more[0], labels + more[1]
-    axis.legend(handles, labels, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.13), frameon=False)
-    with runtime.atomic_path(out / "loss.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-    plt.close(figure)

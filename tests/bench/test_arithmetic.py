@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import arithmetic
 from bench.arithmetic import Vit, gpt2
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
+from captioning.data.batches import pack_captions
+from captioning.imports import import_guarded
 from captioning.models.captioner import Captioner, CaptionerConfig
 from decoder import Decoder, DecoderConfig, LoraConfig
 
@@ -46,7 +46,7 @@ def test_an_encoded_image(captioner):
 
 def test_a_step_of_training(captioner):
     captioner.train()
-    packed = replace(data.pack_captions([[[1, 2, 3], [4, 5, 6, 7]]], EOS), slots=None)  # a mask: the counter sees all
+    packed = replace(pack_captions([[[1, 2, 3], [4, 5, 6, 7]]], EOS), slots=None)  # a mask: the counter sees all
     features = torch.randn(1, *captioner.feature_shape)
     counted = count(lambda: captioner.loss(features, packed).backward())
     dense = 2 * arithmetic.attention(19, 19, 64) + arithmetic.attention(9, 19, 64)  # the last layer's captions only
@@ -70,7 +70,7 @@ def test_a_search(captioner):
 
 def test_reading_of_a_llama():
     """transformers' own, of LLaVA's kind of decoder: gate, up and down in the MLP, nothing shared between heads."""
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,

@@ -12,7 +12,8 @@ from tiny import VOCAB_SIZE
 from bench import full_size as bench
 from bench import measured
 from bench.stand_ins import TINY, VOCABULARY, write_decoder, write_tokenizer
-from captioning.data import feature_cache as data
+from captioning.data.samples import load_split
+from captioning.data.tokenizer import Tokenizer
 from captioning.profiles import PROFILES, ROOT
 from decoder import build_decoder
 
@@ -63,10 +64,10 @@ def test_the_small_form_runs_every_part(tmp_path):
 
 
 def test_the_stand_in_tokenizer_has_the_whole_vocabulary_and_splits_as_the_micro_one(tmp_path, tiny_data):
-    tokenizer, micro = write_tokenizer(tmp_path), data.Tokenizer(PROFILES["micro"].tokenizer)
+    tokenizer, micro = write_tokenizer(tmp_path), Tokenizer(PROFILES["micro"].tokenizer)
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (VOCABULARY, VOCABULARY - 1)
     assert micro.vocab_size == VOCAB_SIZE
-    captions = [c for s in data.load_split(tiny_data, "train") for c in s.captions]
+    captions = [c for s in load_split(tiny_data, "train") for c in s.captions]
     for text in [*captions, "Größe  a a\na", " a big red bus"]:
         pieces = [[t.decode([i]) for i in t.encode(text)] for t in (micro, tokenizer)]
         assert pieces[0] == pieces[1]

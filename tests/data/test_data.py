@@ -15,23 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from captioning.cli import import_guarded
-from captioning.data import feature_cache as data
-from captioning.data.feature_cache import (
-    CaptionDataset,
-    FeatureCache,
-    Sample,
-    Tokenizer,
-    encode_captions,
-    length_grouped_batches,
-    list_images,
-    load_annotations,
-    load_image,
-    load_split,
-    pack_captions,
-    shuffle_captions,
-    train_tokenizer,
-)
+from captioning.data import feature_cache
+from captioning.data import images as images_module
+from captioning.data.batches import CaptionDataset, length_grouped_batches, pack_captions, shuffle_captions
+from captioning.data.feature_cache import FeatureCache, _append
+from captioning.data.images import DRAFT_FACTOR, list_images, load_image
+from captioning.data.samples import Sample, load_annotations, load_split
+from captioning.data.tokenizer import Tokenizer, encode_captions, train_tokenizer
+from captioning.imports import import_guarded
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -181,7 +172,7 @@ def test_pipes_loops_and_huge_files_are_refused_and_not_waited_for(tmp_path, mon
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     picture = save_image(tmp_path / "-large\n.png", size=(20_000, 2))
     assert load_image(picture).size == (20_000, 2)
-    monkeypatch.setattr(data, "MAX_IMAGE_BYTES", 20)
+    monkeypatch.setattr(images_module, "MAX_IMAGE_BYTES", 20)
     for name, error in (("pipe.jpg", "not a plain file"), ("loop.jpg", "loop.jpg"), (picture.name, "scale it down")):
         with pytest.raises((ValueError, OSError), match=error):
             load_image(tmp_path / name)
@@ -674,7 +665,7 @@ def test_a_build_killed_half_way_goes_on(open_cache, paths):
 @pytest.mark.parametrize("written", [0.0, 0.4, 1.0])
 def test_killed_at_any_write_never_serves_an_unwritten_row(open_cache, paths, monkeypatch, file, written):
     """A row must not be listed before it is on disk: the reader would get zeros or a neighbour's features."""
-    append, calls = data._append, []
+    append, calls = _append, []
 
     def killed(path, content):
         calls.append(path.name)
@@ -683,10 +674,10 @@ def test_killed_at_any_write_never_serves_an_unwritten_row(open_cache, paths, mo
             raise KeyboardInterrupt
         append(path, content)
 
-    monkeypatch.setattr(data, "_append", killed)
+    monkeypatch.setattr(feature_cache, "_append", killed)
     with pytest.raises(KeyboardInterrupt):
         open_cache(encode=Encoder())
-    monkeypatch.setattr(data, "_append", append)
+    monkeypatch.setattr(feature_cache, "_append", append)
     encoder = Encoder()
     assert_serves(open_cache(encode=encoder), paths)
     kept, last = 10 - len(encoder.encoded), Encoder()
@@ -892,7 +883,7 @@ def seen_by_a_model(image, size=96):
 def test_a_draft_gives_nearly_the_pixels_of_the_whole(tmp_path, kind, quality):
     generated_picture(kind).save(tmp_path / "a.jpg", quality=quality)
     whole = load_image(tmp_path / "a.jpg")
-    draft = load_image(tmp_path / "a.jpg", draft=data.DRAFT_FACTOR * 96)
+    draft = load_image(tmp_path / "a.jpg", draft=DRAFT_FACTOR * 96)
     assert (whole.size, draft.size) == ((1344, 1040), (672, 520))
     difference = np.abs(seen_by_a_model(whole) - seen_by_a_model(draft))
     assert difference.max() <= 8

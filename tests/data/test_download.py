@@ -19,12 +19,13 @@ from mirror import MANIFEST, ROOT, Mirror, coco_files, manifest_rows, served_pat
 from safetensors.torch import load_file, save
 
 import p2_infer
-import p2_train
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
 from captioning.data import hw3_dataset as data_prep
-from captioning.models.captioner import build_encoder
+from captioning.data.images import list_images
+from captioning.data.samples import load_split
+from captioning.imports import import_guarded
+from captioning.models.encoder import build_encoder
 from captioning.profiles import PROFILES
+from p2_train import main
 
 SCRIPT = ROOT / "hw3_download.sh"
 HUB = {target: served_path(source, rev) for _, target, source, rev, *_ in manifest_rows() if source.startswith("hf:")}
@@ -102,7 +103,7 @@ def test_the_full_profile_takes_what_the_download_makes():
 
 def test_the_manifest_names_the_files_that_the_libraries_themselves_would_fetch():
     """timm's bare name stands for the tag laion2b_ft_in12k_in1k; open_clip's tag openai lives in timm's repository."""
-    timm, open_clip = (runtime.import_guarded(name) for name in ("timm", "open_clip"))
+    timm, open_clip = (import_guarded(name) for name in ("timm", "open_clip"))
     sources = {target: source for _, target, source, *_ in manifest_rows()}
     hub_id = timm.get_pretrained_cfg(PROFILES["full"].encoder).hf_hub_id
     assert sources[PROFILES["full"].encoder_weights] == f"hf:{hub_id}/model.safetensors"
@@ -310,8 +311,8 @@ def test_data_makes_the_stand_in_from_a_mirror_that_stumbles(download, mirror):
     assert "not the course's data" in result.stdout and not leftovers(download.root)
     folder = download.root / "hw3_data"
     assert (folder / "SOURCE.txt").read_text() == "stand-in from COCO 2017, seed 0\n"
-    train, val = (data.load_split(folder / "p2_data", split) for split in ("train", "val"))
-    assert (len(train), len(val)) == (6, 4) and len(data.list_images(folder / "p3_data" / "images")) == 5
+    train, val = (load_split(folder / "p2_data", split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (6, 4) and len(list_images(folder / "p3_data" / "images")) == 5
     assert sum("/train2017/" in path for path, *_ in mirror.requests) < 10, "only what was drawn is fetched"
     asked = len(mirror.requests)
     again = download("data")
@@ -356,7 +357,7 @@ def test_the_course_zip_comes_through_gdown(download, mirror, course_zip, tmp_pa
     result = download("data", HW3_DATA_ID="the-id", PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     folder = download.root / "hw3_data"
-    assert [s.path.name for s in data.load_split(folder / "p2_data", "val")] == ["000000000002.jpg"]
+    assert [s.path.name for s in load_split(folder / "p2_data", "val")] == ["000000000002.jpg"]
     assert "course zip, Google Drive id the-id" in (folder / "SOURCE.txt").read_text()
     assert not mirror.requests and not list(folder.rglob("*.zip")) and not list(folder.rglob("._*"))
     other = download("data", HW3_DATA_ID="another-id")
@@ -502,7 +503,7 @@ TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16, "img_size
 
 def true_files(tiny_decoder_file, tokenizer_folder):
     """Hub files with the true keys and types and small shapes: GPT-2, its tokenizer, and a timm ViT with its head."""
-    timm = runtime.import_guarded("timm")
+    timm = import_guarded("timm")
     torch.manual_seed(0)
     shape = {key: value for key, value in TINY.items() if key != "crop_pct"}
     vit = timm.create_model("vit_large_patch14_clip_224", **shape, num_classes=1000).state_dict()
@@ -529,7 +530,7 @@ def test_all_makes_everything_that_training_and_inference_take_by_default(
     monkeypatch.chdir(tmp_path / "clone")
     monkeypatch.setitem(PROFILES, "full", replace(PROFILES["full"], encoder_kwargs=TINY))
     numbers = ["--epochs", "1", "--batch-size", "2", "--val-images", "2", "--beam-size", "2", "--max-new-tokens", "4"]
-    assert p2_train.main([*numbers, "--lora-rank", "2", "--device", "cpu", "--precision", "fp32"]) == 0
+    assert main([*numbers, "--lora-rank", "2", "--device", "cpu", "--precision", "fp32"]) == 0
     files = ["hw3_data/p2_data/images/val", "out.json", DECODER]
     assert p2_infer.main([*files, "--max-new-tokens", "4", "--device", "cpu"]) == 0
     assert len(json.loads(Path("out.json").read_text(encoding="utf-8"))) == 4
@@ -549,7 +550,7 @@ def test_scripts_name_the_command_that_fetches_what_is_missing(
     (tmp_path / missing).unlink()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PROFILES, "full", replace(PROFILES["full"], encoder_kwargs=TINY))
-    assert p2_train.main(["--device", "cpu", "--epochs", "1"]) == 2
+    assert main(["--device", "cpu", "--epochs", "1"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert missing in message and "bash hw3_download.sh" in message
 

@@ -94,10 +94,9 @@ def serve():
     """Fork a process for every line of stdin."""
     os.environ["PATH"] = ""  # without Java the tokenizer is Python's own: no process of another program outlives a kill
     import p2_infer  # noqa: F401 - imported for the jobs to come
-    import p2_train  # noqa: F401
-    from captioning import cli as runtime
+    from captioning.imports import import_guarded
 
-    runtime.import_guarded("timm.data")
+    import_guarded("timm.data")
     for line in iter(sys.stdin.readline, ""):
         job = json.loads(line)
         told, tell = os.pipe()  # and no file: the limit on files is not meant for the log

@@ -18,14 +18,18 @@ from mutate import damaged_bytes, damaged_json
 from PIL import Image
 
 import p3_attention
-from captioning import tensors as checkpoints
-from captioning.data import annotations
-from captioning.data import feature_cache as data
+from captioning.data.annotations import load_annotations, load_predictions
+from captioning.data.feature_cache import FeatureCache
+from captioning.data.images import load_image
+from captioning.data.samples import load_split
+from captioning.data.tokenizer import Tokenizer
 from captioning.inference.folder import PredictionLog
 from captioning.maps import grounding
-from captioning.models.captioner import Captioner, CaptionerConfig, load_captioner
-from captioning.tensors import fingerprint
-from decoder import LoraConfig, build_decoder, read_state_dict
+from captioning.models.adapter import load_captioner
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.tensors import fingerprint, read_state_dict
+from captioning.training.run_folder import BEFORE, NEWEST, load_state, save_state
+from decoder import LoraConfig, build_decoder
 from microworld.scenes import generate
 
 COUNTS = [pytest.param(8, id="small"), pytest.param(100, id="campaign", marks=pytest.mark.faults)]
@@ -95,7 +99,7 @@ def test_damaged_weights_never_caption(captioner_files, tmp_path, try_damage, co
 def test_damaged_states_give_way_to_the_one_before_or_to_an_error(tmp_path, try_damage, count):
     states = [({"adapter.a": torch.randn(30, 7)}, {"step": step}) for step in (1, 2)]
     for state in states:
-        checkpoints.save_state(tmp_path, *state)
+        save_state(tmp_path, *state)
     whole = {str((fingerprint(tensors), values)) for tensors, values in states}
 
     class Either:
@@ -103,10 +107,10 @@ def test_damaged_states_give_way_to_the_one_before_or_to_an_error(tmp_path, try_
             return found in whole
 
     def read():
-        tensors, values = checkpoints.load_state(tmp_path)
+        tensors, values = load_state(tmp_path)
         return str((fingerprint(tensors), values))
 
-    files = [tmp_path / checkpoints.NEWEST, tmp_path / checkpoints.BEFORE]
+    files = [tmp_path / NEWEST, tmp_path / BEFORE]
     try_damage("training state", read, files, count, expected=Either())
 
 
@@ -121,7 +125,7 @@ def test_damaged_caches_are_built_anew(tmp_path, try_damage, count):
         return torch.stack([torch.arange(600.0).reshape(20, 30) + path.read_bytes()[0] for path in batch])
 
     def read():
-        cache = data.FeatureCache.open(tmp_path / "cache", {"k": "v"}, paths, (20, 30), encode, progress=False)
+        cache = FeatureCache.open(tmp_path / "cache", {"k": "v"}, paths, (20, 30), encode, progress=False)
         return cache.gather(range(9)).tolist()
 
     expected = read()
@@ -165,11 +169,11 @@ def scenes(tmp_path_factory):
 
 
 JSON_READERS = {
-    "captions for training": ("val.json", lambda f: data.load_split(f, "val")),
-    "captions for scoring": ("val.json", lambda f: annotations.load_annotations(f / "val.json")),
+    "captions for training": ("val.json", lambda f: load_split(f, "val")),
+    "captions for scoring": ("val.json", lambda f: load_annotations(f / "val.json")),
     "captions with boxes": ("val.json", lambda f: grounding.load_samples(f / "val.json", f)),
     "instances": ("instances.json", lambda f: grounding.load_samples(f / "val.json", f, f / "instances.json")),
-    "predictions": ("predictions.json", lambda f: annotations.load_predictions(f / "predictions.json")),
+    "predictions": ("predictions.json", lambda f: load_predictions(f / "predictions.json")),
     "scores per image": ("per_image.json", lambda f: p3_attention.read_per_image(f / "per_image.json")),
 }
 
@@ -188,7 +192,7 @@ def test_damaged_tokenizers_are_read_or_refused(tokenizer_folder, tmp_path, try_
     folder = tmp_path / "copy"
     shutil.copytree(tokenizer_folder, folder)
     files = [folder / "encoder.json", folder / "vocab.bpe"]
-    try_damage("tokenizer", lambda: data.Tokenizer(folder).encode("a red bike"), files, count)
+    try_damage("tokenizer", lambda: Tokenizer(folder).encode("a red bike"), files, count)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -199,7 +203,7 @@ def test_damaged_images_are_read_or_refused(tmp_path, try_damage, count, kind):
     Image.fromarray(noise).save(path)
 
     def read():
-        image = data.load_image(path)
+        image = load_image(path)
         assert image.mode == "RGB"
         image.load()
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from jobs import Jobs, kill_after
 
-from captioning import cli as runtime
-from captioning import tensors as checkpoints
-from captioning.models.captioner import read_adapter
+from captioning.cli import BAD_INPUT, PARTIAL, STOPPED
+from captioning.models.adapter import read_adapter
+from captioning.training.run_folder import has_state, load_state
 
 SAVE_EVERY = 2
 TRAIN = (
@@ -103,7 +103,7 @@ def same_adapter(out, other, name):
 
 
 def train_argv(out):
-    return [*TRAIN, "--out", out, *(["--resume"] if checkpoints.has_state(out) else [])]
+    return [*TRAIN, "--out", out, *(["--resume"] if has_state(out) else [])]
 
 
 def finish(jobs, out, log):
@@ -118,7 +118,7 @@ def steps_lost(out):
         return 0
     lines = (out / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
     told = max((json.loads(line)["step"] for line in lines), default=0)
-    kept = checkpoints.load_state(out)[1]["step"] if checkpoints.has_state(out) else 0
+    kept = load_state(out)[1]["step"] if has_state(out) else 0
     return told - kept
 
 
@@ -139,7 +139,7 @@ def test_training_killed_at_random_moments_ends_as_if_never_killed(jobs, unbroke
         out = tmp_path / f"run{run}"
         code, _ = jobs.run("p2_train", train_argv(out), log, kill_after(rng.uniform(0, seconds), number))
         # SIGTERM before the first step ends the process as ever; there is nothing to keep yet.
-        assert code in (0, -number, runtime.STOPPED), log.read_text()
+        assert code in (0, -number, STOPPED), log.read_text()
         if code == 0:
             run += 1
             assert same_run(out, reference)
@@ -186,14 +186,14 @@ def test_a_full_disk_loses_nothing(jobs, unbroken, captioned, tmp_path, tally, c
         stop = kill_after(rng.uniform(0, 0.6) * unbroken[1], signal.SIGTERM)
         done = jobs.run("p2_train", train_argv(out), log, stop)[0] == 0
         code, _ = jobs.run("p2_train", train_argv(out), log, largest_file=rng.randrange(largest))
-        assert code == (0 if done else runtime.BAD_INPUT) and "Traceback" not in log.read_text(), log.read_text()
+        assert code == (0 if done else BAD_INPUT) and "Traceback" not in log.read_text(), log.read_text()
         finish(jobs, out, log)
         tally("training: no room for a file", "clean errors" if same_run(out, unbroken[0]) else "silent damage")
 
         argv, expected, _ = captioned
         out = tmp_path / f"out{number}.json"
         code, _ = jobs.run("p2_infer", argv(out), log, largest_file=rng.randrange(len(expected)))
-        assert code == runtime.BAD_INPUT and "Traceback" not in log.read_text(), log.read_text()
+        assert code == BAD_INPUT and "Traceback" not in log.read_text(), log.read_text()
         assert not out.exists()
         assert jobs.run("p2_infer", argv(out), log)[0] == 0
         tally("inference: no room for a file", "clean errors" if out.read_text() == expected else "silent damage")
@@ -210,7 +210,7 @@ def test_a_full_file_system_loses_nothing(jobs, unbroken, tmp_path, tally):
             pytest.skip("no right to mount a tmpfs here")
         try:
             code, _ = jobs.run("p2_train", train_argv(disk / "run"), log)
-            assert code == runtime.BAD_INPUT and "Traceback" not in log.read_text(), log.read_text()
+            assert code == BAD_INPUT and "Traceback" not in log.read_text(), log.read_text()
             subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
             finish(jobs, disk / "run", log)
             outcome = "clean errors" if same_run(disk / "run", unbroken[0]) else "silent damage"
@@ -233,7 +233,7 @@ def test_files_that_vanish_under_a_job_end_it_cleanly(jobs, unbroken, captioned,
                 path.unlink()
 
         code, _ = jobs.run("p2_infer", argv(out, images), log, remove)
-        assert code in (0, runtime.PARTIAL, runtime.BAD_INPUT) and "Traceback" not in log.read_text(), log.read_text()
+        assert code in (0, PARTIAL, BAD_INPUT) and "Traceback" not in log.read_text(), log.read_text()
         found = json.loads(out.read_text()).items() if out.exists() else set()
         wrong = found - json.loads(expected).items()
         tally("inference: images vanish", "silent damage" if wrong else "clean errors" if code else "absorbed")
@@ -245,7 +245,7 @@ def test_files_that_vanish_under_a_job_end_it_cleanly(jobs, unbroken, captioned,
             shutil.rmtree(run, ignore_errors=True)
 
         code, _ = jobs.run("p2_train", train_argv(run), log, empty)
-        assert code in (0, runtime.BAD_INPUT) and "Traceback" not in log.read_text(), log.read_text()
+        assert code in (0, BAD_INPUT) and "Traceback" not in log.read_text(), log.read_text()
         # Without an error the run was done before, or its last files were written anew.
         whole = code or not (run / "last.safetensors").exists() or same_adapter(run, unbroken[0], "last")
         outcome = "clean errors" if code else "absorbed"
@@ -268,7 +268,7 @@ def test_of_two_writers_one_is_refused(jobs, unbroken, captioned, tiny_profile, 
                 codes = sorted([others.run(script, words, tmp_path / "log")[0], jobs.wait()])
                 assert "Traceback" not in (tmp_path / "log").read_text(), (tmp_path / "log").read_text()
                 # The second inference may come when the first is done, or between its start and its lock.
-                assert codes == [0, runtime.BAD_INPUT] or (name == "inference" and codes == [0, 0])
+                assert codes == [0, BAD_INPUT] or (name == "inference" and codes == [0, 0])
                 whole = same_run(run, unbroken[0]) if name == "training" else out.read_text() == expected
                 outcome = "clean errors" if codes[1] else "absorbed"
                 tally(f"{name}: two writers", outcome if whole else "silent damage")

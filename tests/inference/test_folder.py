@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from captioning import cli as runtime
-from captioning.inference import append_log as sidefile
-from captioning.inference.folder import Halving, PredictionLog, Workers, caption_images, read_ahead
+from captioning.inference import append_log, folder
+from captioning.inference.batches import Halving, read_ahead
+from captioning.inference.folder import PredictionLog, caption_images
 from captioning.profiles import ROOT
+from captioning.workers import Workers
 
 RUN = {"model": "m", "beams": (1, 2)}
 
@@ -228,7 +229,8 @@ def test_one_image_that_does_not_fit_is_an_error_with_a_remedy():
 SHARED = """
 import sys
 from pathlib import Path
-from captioning.inference.folder import PredictionLog, caption_images, find_workers
+from captioning.inference.folder import PredictionLog, caption_images
+from captioning.workers import find_workers
 images = sorted(Path(sys.argv[1]).iterdir())
 with PredictionLog(Path(sys.argv[2]), {"model": "m"}, workers=find_workers()) as log:
     caption_images(log, images, lambda image: image.getpixel((0, 0))[0], lambda ls: [f"level {l}" for l in ls], 2)
@@ -237,7 +239,7 @@ with PredictionLog(Path(sys.argv[2]), {"model": "m"}, workers=find_workers()) as
 
 
 def kept(image, caption):
-    return json.dumps({"image": image, "caption": caption, "check": sidefile.check(image, caption)}) + "\n"
+    return json.dumps({"image": image, "caption": caption, "check": append_log.check(image, caption)}) + "\n"
 
 
 def launch(script, processes, *arguments):
@@ -268,7 +270,7 @@ def test_no_process_ends_before_the_result_is_written(tmp_path, images, monkeypa
     """With an image that cannot be read all ended with exit code 3, and the launcher killed the one still writing."""
     events = []
     monkeypatch.setattr(Workers, "wait", lambda self: events.append("wait"))
-    monkeypatch.setattr(runtime, "write_json", lambda *words: events.append("write"))
+    monkeypatch.setattr(folder, "write_json", lambda *words: events.append("write"))
     with PredictionLog(tmp_path / "out.json", RUN, workers=Workers(rank, 2)) as log_file:
         caption_images(log_file, images, grey, say, 3)
         events.clear()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from captioning.cli import import_guarded
+from captioning.imports import import_guarded
 from captioning.inference.search import SearchResult, Step, beam_search, greedy, sample
 from decoder import Decoder, DecoderConfig, build_decoder
 

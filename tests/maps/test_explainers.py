@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captioning.data import feature_cache as data
+from captioning.data.tokenizer import Tokenizer
 from captioning.maps.attention import Look, cell_centres, token_maps
 from captioning.maps.explainers import P1Explainer, P2Explainer, explain, many_looks, read, shown_looks
 from captioning.models.captioner import Captioner, CaptionerConfig
@@ -27,7 +27,7 @@ def p2(tiny_profile):
             encoder=tiny_profile.encoder, encoder_weights="random", encoder_kwargs=kwargs, use_cls=use_cls, lora=lora
         )
         captioner = Captioner(config, build_decoder(tiny_profile.decoder, lora)).merge()
-        return P2Explainer(captioner, data.Tokenizer(tiny_profile.tokenizer), 3, 12)
+        return P2Explainer(captioner, Tokenizer(tiny_profile.tokenizer), 3, 12)
 
     return build
 

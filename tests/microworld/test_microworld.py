@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from captioning.data.feature_cache import Tokenizer, load_split
+from captioning.data.samples import load_split
+from captioning.data.tokenizer import Tokenizer
 from captioning.models.llava import PROMPTS
 from microworld.instructions import KEY_OBJECTS, SHORT, conversation
 from microworld.scenes import SIZE, generate, held_out, main, make_image, make_scene, render

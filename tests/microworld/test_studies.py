@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from captioning import tensors as checkpoints
-from captioning.training.trainer import SCST_NUMBERS, SETTINGS, TrainConfig
+from captioning.training.config import SCST_NUMBERS, SETTINGS, TrainConfig
+from captioning.training.run_folder import NEWEST
+from captioning.training.setup import resolve_config
 from microworld import studies
-from p2_train import build_parser, resolve_config
+from p2_train import build_parser
 
 
 class Recorder:
@@ -23,7 +24,7 @@ class Recorder:
         if title == self.stop_at:
             folder = studies.Path(words[words.index("--out") + 1])
             folder.mkdir(parents=True)
-            (folder / checkpoints.NEWEST).touch()
+            (folder / NEWEST).touch()
             raise ValueError("stopped")
         if words[0] == "p2_train.py":
             leave_run(studies.Path(words[words.index("--out") + 1]))

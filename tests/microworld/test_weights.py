@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import evaluate
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
-from captioning.models.captioner import Captioner, CaptionerConfig, build_encoder, build_transform, load_captioner
+from captioning.data.tokenizer import Tokenizer
+from captioning.imports import import_guarded
+from captioning.models.adapter import load_captioner
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.models.encoder import build_encoder, build_transform
 from captioning.profiles import MICRO_WEIGHTS, PROFILES
+from captioning.scoring.clipscore import ClipScorer, clipscore
 from decoder import LoraConfig, build_decoder
 from microworld import pretrain, pretrain_llava
 from microworld.scenes import make_image
@@ -47,7 +49,7 @@ def test_the_pre_training_splits_share_no_seed():
 
 def test_timm_and_open_clip_see_the_same():
     """The P2 encoder is the CLIP model's vision tower; a wrong key map or activation would show here."""
-    open_clip = runtime.import_guarded("open_clip")
+    open_clip = import_guarded("open_clip")
     clip = open_clip.create_model(f"local-dir:{MICRO_WEIGHTS / 'encoder'}").eval()
     clip.visual.output_tokens = True
     encoder = build_encoder(MICRO.encoder, MICRO.encoder_weights, MICRO.encoder_kwargs)
@@ -74,14 +76,14 @@ def test_the_scorer_prefers_right_captions(tmp_path):
         image.save(paths[str(k)])
         right[str(k)] = captions[0].text
     wrong = {str(k): right[str((k + 7) % 24)] for k in range(24)}
-    scorer = evaluate.ClipScorer(MICRO.clip_model, None, torch.device("cpu"))
-    good, bad = (evaluate.clipscore(scorer, paths, captions) for captions in (right, wrong))
+    scorer = ClipScorer(MICRO.clip_model, None, torch.device("cpu"))
+    good, bad = (clipscore(scorer, paths, captions) for captions in (right, wrong))
     assert sum(good[k] > bad[k] for k in good) >= 20
 
 
 def test_the_decoder_has_learnt_its_language_at_every_position():
     decoder = build_decoder(MICRO.decoder).eval()
-    tokenizer = data.Tokenizer(MICRO.tokenizer)
+    tokenizer = Tokenizer(MICRO.tokenizer)
     assert 1000 <= tokenizer.vocab_size == decoder.config.vocab_size <= 4000
     ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode("A red bike stands on the beach."), tokenizer.eos_id])
     for start in (0, 150, decoder.config.n_positions - len(ids)):
@@ -107,7 +109,7 @@ def test_an_adapter_from_another_machine_finds_the_profiles_encoder(tmp_path):
 
 
 def test_llava_loads_by_the_librarys_own_calls_and_sees_with_the_encoders_tower():
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     model = transformers.LlavaForConditionalGeneration.from_pretrained(MICRO.llava).float().eval()
     processor = transformers.AutoProcessor.from_pretrained(MICRO.llava)
     assert type(processor).__name__ == "LlavaProcessor"
@@ -123,7 +125,7 @@ def test_questions_of_one_scene_do_not_see_each_other():
     """Packed behind one image, questions are learned as if each came alone."""
     torch.manual_seed(0)
     model = pretrain_llava.build_model()
-    tokenizer = runtime.import_guarded("transformers").AutoProcessor.from_pretrained(MICRO.llava).tokenizer
+    tokenizer = import_guarded("transformers").AutoProcessor.from_pretrained(MICRO.llava).tokenizer
     pairs = [[pretrain_llava.encode_pair(tokenizer, *p) for p in pretrain_llava.conversations(k, 0)] for k in range(2)]
     features, head = torch.randn(2, 144, 192), torch.tensor(tokenizer("USER: ").input_ids)
 

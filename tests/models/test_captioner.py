@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS
 from torch import nn
 
-from captioning.cli import import_guarded
-from captioning.data.feature_cache import pack_captions
+from captioning.data.batches import pack_captions
+from captioning.imports import import_guarded
 from captioning.inference import search
 from captioning.models import captioner as captioner_module
-from captioning.models.captioner import Captioner, CaptionerConfig, build_encoder, build_transform, read_adapter
+from captioning.models.adapter import read_adapter
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.models.encoder import build_encoder, build_transform
 from captioning.tensors import fingerprint
-from captioning.training import trainer as training
+from captioning.training.config import SETTINGS
+from captioning.training.trainer import make_optimizer
 from decoder import Decoder, DecoderConfig, LoraConfig
 
 VOCAB, EOS = 50, 49
@@ -126,12 +129,12 @@ def test_the_encoder_stays_in_eval_mode_when_the_captioner_trains():
     assert not model.encode(torch.zeros(1, 3, 48, 48)).requires_grad
 
 
-@pytest.mark.parametrize("setting", training.SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_a_step_of_every_setting_moves_what_is_trained_and_nothing_else(setting):
-    config = training.SETTINGS[setting]
+    config = SETTINGS[setting]
     model = make_captioner(config.lora(), config.cls).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = training.make_optimizer(model, config)
+    optimizer = make_optimizer(model, config)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, model.trainable().values()))  # each in exactly one group
     model.loss(random_features(model, 2), pack_captions(ragged_captions((2, 3)), EOS)).backward()
@@ -147,7 +150,7 @@ def test_a_step_of_every_setting_moves_what_is_trained_and_nothing_else(setting)
 def test_trained_parameters_of_the_full_size_settings(setting, count, monkeypatch):
     """GPT-2 small behind ViT-L/14, built without memory; only fingerprints need values."""
     monkeypatch.setattr(captioner_module, "fingerprint", lambda state: "none")
-    config = training.SETTINGS[setting]
+    config = SETTINGS[setting]
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig(), config.lora())
         model = Captioner(

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import p2_export
 import p2_infer
-from captioning import cli as runtime
-from captioning.data.feature_cache import Tokenizer
-from captioning.inference import encode as generation
+from captioning.data.tokenizer import Tokenizer
+from captioning.imports import import_guarded
+from captioning.inference.captions import caption_features
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import PROFILES
 from decoder import LoraConfig, build_decoder
@@ -56,7 +56,7 @@ def export(tmp_path, lora, use_cls=True, layer=-1):
 @pytest.mark.parametrize("setting", LORAS)
 def test_gpt2_lm_head_model_loads_it_and_gives_the_same_logits(tmp_path, setting):
     """LoRA on lm_head unties it: the embeddings stay GPT-2's own, and the output layer is a file entry of its own."""
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     captioner, out = export(tmp_path, LORAS[setting])
     model, report = transformers.GPT2LMHeadModel.from_pretrained(out / "gpt2", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -71,7 +71,7 @@ def test_gpt2_lm_head_model_loads_it_and_gives_the_same_logits(tmp_path, setting
 
 
 def test_the_tokenizer_is_the_suites(tmp_path):
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     _, out = export(tmp_path, LORAS["1"])
     theirs = transformers.AutoTokenizer.from_pretrained(out / "gpt2")
     ours = Tokenizer(PROFILES["micro"].tokenizer)
@@ -82,13 +82,13 @@ def test_the_tokenizer_is_the_suites(tmp_path):
 @pytest.mark.parametrize(("use_cls", "layer"), [(True, -1), (False, -1), (True, -2), (False, -2)])
 def test_the_code_on_the_card_captions_like_the_suite(tmp_path, monkeypatch, capsys, tiny_data, use_cls, layer):
     """The card's code is run as it stands; only the encoder's weights, which no hub holds, are put in its hands."""
-    timm = runtime.import_guarded("timm")
+    timm = import_guarded("timm")
     captioner, out = export(tmp_path, LORAS["best"], use_cls, layer)
     picture = sorted((tiny_data / "images" / "val").iterdir())[0]
     Image.open(picture).save(out / "gpt2" / "image.jpg", quality=100)
     features = captioner.encode(captioner.transform(Image.open(out / "gpt2" / "image.jpg").convert("RGB"))[None])
     tokenizer = Tokenizer(PROFILES["micro"].tokenizer)
-    expected = generation.caption_features(captioner, tokenizer, features, beam_size=1, max_new_tokens=30)[0]
+    expected = caption_features(captioner, tokenizer, features, beam_size=1, max_new_tokens=30)[0]
     card = (out / "gpt2" / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
 

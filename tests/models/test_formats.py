@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import evaluate
 import p1_llava_caption
 import p2_infer
-from captioning import cli as runtime
-from captioning.models.captioner import Captioner, CaptionerConfig, build_encoder, build_transform
+from captioning.imports import import_guarded
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.models.encoder import build_encoder, build_transform
 from captioning.profiles import PROFILES
+from captioning.scoring.clipscore import ClipScorer, clipscore
 from decoder import DecoderConfig, LoraConfig, build_decoder
 from microworld.scenes import generate
 
@@ -76,7 +77,7 @@ def test_p2_infer_captions_with_full_size_files(tmp_path, vit_large):
 
 def make_gpt2():
     """A random GPT-2 small of transformers, 124 M parameters."""
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     return random_(transformers.GPT2LMHeadModel(transformers.GPT2Config()))
 
 
@@ -138,7 +139,7 @@ def test_gpt2_small_as_the_hub_holds_it(tmp_path, gpt2, layout, suffix):
 @pytest.fixture(scope="module")
 def vit_large(tmp_path_factory):
     """The hub's file of the default encoder, timm's names and a head of 1000 classes, and timm's tokens of PIXELS."""
-    timm = runtime.import_guarded("timm")
+    timm = import_guarded("timm")
     path = tmp_path_factory.mktemp("vit") / "model.safetensors"
     model = random_(timm.create_model(VIT, num_classes=1000))
     save_file(model.state_dict(), path, metadata={"format": "pt"})
@@ -168,7 +169,7 @@ def test_vit_large_in_timms_own_layout_with_its_classifier(vit_large):
 @full_size
 def test_vit_large_in_open_clips_layout_with_its_text_tower(tmp_path):
     """timm/vit_large_patch14_clip_224.openai holds a whole CLIP; only its vision tower is taken, with QuickGELU."""
-    open_clip = runtime.import_guarded("open_clip")
+    open_clip = import_guarded("open_clip")
     path = tmp_path / "open_clip_model.safetensors"
     clip = open_clip.create_model("ViT-L-14-quickgelu", pretrained=None).eval()
     random_(clip.visual)
@@ -191,7 +192,7 @@ def test_vit_large_in_open_clips_layout_with_its_text_tower(tmp_path):
 
 @full_size
 def test_clip_vit_b_32_of_openai_from_a_local_file_scores_as_open_clip_does(tmp_path):
-    open_clip = runtime.import_guarded("open_clip")
+    open_clip = import_guarded("open_clip")
     path = tmp_path / "ViT-B-32-quickgelu.openai.safetensors"
     model = random_(open_clip.create_model("ViT-B-32-quickgelu", pretrained=None))
     save_file(model.state_dict(), path)
@@ -208,7 +209,7 @@ def test_clip_vit_b_32_of_openai_from_a_local_file_scores_as_open_clip_does(tmp_
         cosine = torch.cosine_similarity(model.encode_image(pixels), model.encode_text(texts))
     del model
     gc.collect()
-    scores = evaluate.clipscore(evaluate.ClipScorer("ViT-B-32-quickgelu", str(path), CPU), images, captions)
+    scores = clipscore(ClipScorer("ViT-B-32-quickgelu", str(path), CPU), images, captions)
     torch.testing.assert_close(torch.tensor(list(scores.values())), 2.5 * cosine.clamp(min=0), rtol=1e-4, atol=1e-5)
 
 
@@ -244,7 +245,7 @@ def test_llava_in_shards_with_an_index(tmp_path):
     folder, scenes = tmp_path / "llava-1.5-7b-hf", tmp_path / "scenes"
     folder.mkdir()
     hub_llava(folder)
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     net, report = transformers.LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert net.dtype == torch.float16
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -7,8 +7,10 @@ import torch
 from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS
 
 from captioning.inference import search
-from captioning.models.captioner import SharedPrefix, build_encoder
-from captioning.models.inference_weights import PackedLinear, can_pack, prepare_decoder, prepare_linears
+from captioning.kernels.onednn import PackedLinear, can_pack
+from captioning.models.encoder import build_encoder
+from captioning.models.inference_weights import prepare_decoder, prepare_linears
+from captioning.models.step_functions import SharedPrefix
 from decoder import Decoder, DecoderConfig, LoraConfig, merge_lora
 
 CONFIG = DecoderConfig(vocab_size=53, n_positions=64, n_embd=64, n_layer=2, n_head=2)

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import p1_llava_caption
 from bench import llava as bench_llava
-from captioning import cli as runtime
-from captioning.data.feature_cache import list_images, load_image
-from captioning.inference.folder import Halving
+from captioning.cli import BAD_INPUT, INTERRUPTED, PARTIAL
+from captioning.data.images import list_images, load_image
+from captioning.imports import import_guarded
+from captioning.inference.batches import Halving
 from captioning.models import llava
 from captioning.models.llava import PROMPTS, TEMPLATE, load_llava
 from captioning.profiles import PROFILES
@@ -171,9 +172,9 @@ def test_an_interrupted_run_is_resumed(few, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Halving, "__call__", broken)
-        assert caption(few, out, "--batch-size", 2) == runtime.INTERRUPTED
+        assert caption(few, out, "--batch-size", 2) == INTERRUPTED
     assert not out.exists()
-    assert caption(few, out, "--setting", 2) == runtime.BAD_INPUT  # the side file belongs to setting 1
+    assert caption(few, out, "--setting", 2) == BAD_INPUT  # the side file belongs to setting 1
     assert caption(few, out, "--batch-size", 4) == 0
     assert out.read_bytes() == whole.read_bytes()
 
@@ -195,7 +196,7 @@ def test_compare_prints_the_table_of_both_settings(scenes, tmp_path, capsys):
 
 
 def fails(capsys, *arguments):
-    assert caption(*arguments) == runtime.BAD_INPUT
+    assert caption(*arguments) == BAD_INPUT
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
     return lines[-1]
@@ -212,7 +213,7 @@ def test_no_such_model(few, tmp_path, capsys):
 
 def test_another_architecture_is_named(few, tmp_path, capsys):
     folder = tmp_path / "gpt2"
-    transformers = runtime.import_guarded("transformers")
+    transformers = import_guarded("transformers")
     config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     assert "is a GPT2LMHeadModel" in fails(capsys, few, tmp_path / "o.json", "--model", folder)
@@ -248,7 +249,7 @@ def test_a_prompt_without_room_for_an_answer(few, tmp_path, capsys):
 
 def test_unreadable_images_are_named_and_the_rest_is_captioned(few, tmp_path, caplog):
     list_images(few)[0].write_bytes(b"no picture")
-    assert caption(few, tmp_path / "o.json") == runtime.PARTIAL
+    assert caption(few, tmp_path / "o.json") == PARTIAL
     assert len(json.loads((tmp_path / "o.json").read_text())) == 5
     assert "000000000000" in caplog.text or list_images(few)[0].name in caplog.text
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from captioning.inference import search
-from captioning.models import step_functions as compiling
-from captioning.models.captioner import SharedPrefix
+from captioning.models import step_functions
 from captioning.models.inference_weights import prepare_decoder
-from captioning.models.step_functions import CompiledSteps, check_compiler
+from captioning.models.step_functions import CompiledSteps, SharedPrefix, check_compiler
 from decoder import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(vocab_size=41, n_positions=40, n_embd=32, n_layer=2, n_head=2)
@@ -102,6 +101,6 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"--compile needs a C\+\+ compiler"):
         check_compiler(torch.device("cpu"))
-    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(step_functions.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--compile needs triton"):
         check_compiler(torch.device("cuda"))

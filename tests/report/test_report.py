@@ -13,7 +13,7 @@ from PIL import Image
 import report
 from captioning.report import document as reporting
 from captioning.report import sections as chapters
-from captioning.training import run_folder as runs
+from captioning.training.run_folder import find_runs
 from microworld import studies
 
 NAUGHTY = '<script>alert("x")</script> & "quotes"'
@@ -278,6 +278,6 @@ def test_large_pictures_are_shrunk_for_the_page_only(root, tmp_path):
 def test_runs_are_found_below_but_a_models_config_is_no_run(root):
     (root / "export").mkdir()
     (root / "export" / "config.json").write_text("{}")
-    found, omitted = runs.find_runs(root)
+    found, omitted = find_runs(root)
     assert [r.name for r in found] == ["lora"]
     assert not omitted

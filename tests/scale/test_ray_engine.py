@@ -13,11 +13,12 @@ import test_shards
 from test_shards import adapter, contents, flags, pictures, renamed, results, write_tar  # noqa: F401 - a fixture
 
 import p2_infer
-from captioning import cli as runtime
-from captioning.inference import folder as inference
+from captioning.cli import BAD_INPUT
+from captioning.inference.batches import Job
 from captioning.scale import ray_engine as engine_ray
-from captioning.scale import results as parts
+from captioning.scale.results import Results
 from captioning.scale.sources import Source
+from captioning.scale.worker import Folder, caption_shards
 
 SHARDS, IMAGES = 6, 8  # of a shard
 
@@ -48,7 +49,7 @@ class Build:
         self.said = said
 
     def __call__(self):
-        return inference.Job(test_shards.grey, self.caption)
+        return Job(test_shards.grey, self.caption)
 
     def caption(self, levels):
         with self.said.open("a") as file:
@@ -78,7 +79,7 @@ def test_two_actors_of_which_one_is_killed_give_what_one_process_gives(cluster, 
     args = argparse.Namespace(ray_actors=2, batch_size=2, device="cpu")
     killer = threading.Thread(target=kill_one, args=(said, killed))
     killer.start()
-    with parts.Results(out, "jsonl", {"model": "m"}) as found:
+    with Results(out, "jsonl", {"model": "m"}) as found:
         found.begin()
         shards = Source(tars).shards(tmp_path)
         engine_ray.caption_shards(found.folder, shards, Build(said), args)
@@ -89,9 +90,9 @@ def test_two_actors_of_which_one_is_killed_give_what_one_process_gives(cluster, 
     assert len({pid for _, pid in lines} - set(killed)) >= 1
     assert {level for level, _ in lines} == set(range(SHARDS * IMAGES))
     assert len(lines) <= SHARDS * IMAGES + 2  # the batch that the killed one was at
-    with parts.Results(tmp_path / "plain.jsonl", "jsonl", {"model": "m"}) as plain:
+    with Results(tmp_path / "plain.jsonl", "jsonl", {"model": "m"}) as plain:
         plain.begin()
-        inference.caption_shards(plain.folder, shards, inference.Job(test_shards.grey, test_shards.say), 2)
+        caption_shards(plain.folder, shards, Job(test_shards.grey, test_shards.say), 2)
         plain.finish(shards)
     assert contents(out) == renamed(contents(tmp_path / "plain.jsonl"), "plain", "ray")
 
@@ -112,13 +113,13 @@ class Crash:
     """Loads a captioner that takes its process with it."""
 
     def __call__(self):
-        return inference.Job(test_shards.grey, lambda levels: os._exit(1))
+        return Job(test_shards.grey, lambda levels: os._exit(1))
 
 
 def test_a_shard_that_kills_its_actor_again_and_again_ends_the_run(cluster, tars, tmp_path, monkeypatch):
     """Ray would restart it without end."""
     monkeypatch.setattr(engine_ray, "TRIES", 1)
-    folder = parts.Folder(tmp_path / "out")
+    folder = Folder(tmp_path / "out")
     folder.state.mkdir(parents=True)
     args = argparse.Namespace(ray_actors=1, batch_size=2, device="cpu")
     with pytest.raises(ValueError, match="the same shard failed 2 times"):
@@ -129,7 +130,7 @@ def test_what_an_actor_cannot_do_is_said_as_one_line(cluster, tars, tmp_path):
     def build():
         raise FileNotFoundError("weights.bin: no such file")
 
-    folder = parts.Folder(tmp_path / "out")
+    folder = Folder(tmp_path / "out")
     folder.state.mkdir(parents=True)
     args = argparse.Namespace(ray_actors=1, batch_size=2, device="cpu")
     with pytest.raises(ValueError, match=r"^weights\.bin: no such file$"):
@@ -139,7 +140,7 @@ def test_what_an_actor_cannot_do_is_said_as_one_line(cluster, tars, tmp_path):
 def test_without_ray_one_line_says_how_to_get_it(tmp_path, tars, monkeypatch, capsys, tiny_profile, adapter):  # noqa: F811
     monkeypatch.setitem(sys.modules, "ray.data", None)
     words = [str(tars), str(tmp_path / "out.jsonl"), *flags(tiny_profile, adapter), "--engine", "ray"]
-    assert p2_infer.main(words) == runtime.BAD_INPUT
+    assert p2_infer.main(words) == BAD_INPUT
     assert "pip install 'ray[data]'" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -147,10 +148,10 @@ def test_without_ray_one_line_says_how_to_get_it(tmp_path, tars, monkeypatch, ca
 def test_ray_starts_its_processes_itself(monkeypatch, tmp_path):
     args = argparse.Namespace(ray_actors=0, batch_size=2, device="cpu")
     with pytest.raises(ValueError, match="--ray-actors 0"):
-        engine_ray.caption_shards(parts.Folder(tmp_path), [], None, args)
+        engine_ray.caption_shards(Folder(tmp_path), [], None, args)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="without accelerate launch"):
-        engine_ray.caption_shards(parts.Folder(tmp_path), [], None, args)
+        engine_ray.caption_shards(Folder(tmp_path), [], None, args)
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,18 @@ from PIL import Image
 import p1_llava_caption
 import p2_infer
 from bench import stream
-from captioning import cli as runtime
-from captioning.data import feature_cache as data
-from captioning.inference import append_log as sidefile
-from captioning.inference import folder as inference
-from captioning.inference.folder import Job, caption_source
+from captioning import files as files_module
+from captioning.cli import BAD_INPUT, PARTIAL
+from captioning.data.images import list_images
+from captioning.files import sha256_of, write_json
+from captioning.inference.batches import Job
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import ROOT
-from captioning.scale import results as parts
+from captioning.scale import duplicate_keys
 from captioning.scale import sources as shards
+from captioning.scale.duplicate_keys import KeyTable
+from captioning.scale.part_files import read_part
+from captioning.scale.pipeline import add_flags, caption_source
 from captioning.scale.sources import Findings, Source, TarShard, expand_braces, find_tars
 from decoder import LoraConfig, build_decoder
 
@@ -84,7 +87,7 @@ def say(levels):
 def run(source, out, caption=say, overwrite=False, run_of=RUN, **flags):
     """Run ``caption_source`` on what a command line would hold; return the exit code."""
     parser = argparse.ArgumentParser()
-    inference.add_flags(parser)
+    add_flags(parser)
     args = parser.parse_args([])
     vars(args).update({"img_dir": Path(source), "out": Path(out), "batch_size": 2, "device": "cpu", **flags})
     return caption_source(args, run_of, lambda: Job(grey, caption), overwrite)
@@ -107,7 +110,7 @@ def renamed(found, old, new):
 def results(out):
     """Return ``{key: caption}`` of all parts, and that no key is there twice."""
     files = [path for path in sorted(Path(out).iterdir()) if path.suffix in (".jsonl", ".parquet")]
-    rows = [row for path in files for row in parts.read_part(path)]
+    rows = [row for path in files for row in read_part(path)]
     assert len(dict(rows)) == len(rows)
     return dict(rows)
 
@@ -180,7 +183,7 @@ def test_a_tar_gives_its_images_and_says_what_else_it_holds(tmp_path, mode):
         with pytest.raises(ValueError, match=message):
             entries[i].load()
     assert (found.others, found.damage) == (2, "")
-    assert found.sha256 == parts.sha256_of(path)
+    assert found.sha256 == sha256_of(path)
 
 
 def test_a_pattern_says_which_entries_are_images(tmp_path):
@@ -229,7 +232,7 @@ def test_random_damage_never_escapes_as_another_exception(tmp_path):
         found = Findings()
         for entry in TarShard(path, "t").entries(found):
             json.dumps([entry.key, entry.name], ensure_ascii=False).encode()
-        assert found.sha256 == parts.sha256_of(path)
+        assert found.sha256 == sha256_of(path)
 
 
 def test_a_list_is_cut_into_shards_of_lines(tmp_path):
@@ -280,7 +283,7 @@ def test_a_folder_is_listed_in_the_order_of_its_names(tmp_path, monkeypatch):
     (folder / "folder.png").mkdir()
     shards.list_folder(folder, tmp_path / "spool.jsonl")
     found = Source(tmp_path / "spool.jsonl", root=folder).shards(tmp_path)[0]
-    assert [entry.source for entry in found.entries(Findings())] == data.list_images(folder)
+    assert [entry.source for entry in found.entries(Findings())] == list_images(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "spool.jsonl"]
 
 
@@ -333,9 +336,9 @@ def test_every_key_has_one_result_and_the_manifest_says_so(tars, tmp_path, form)
     for number, (shard, count) in enumerate(zip(said["shards"], (5, 7, 4), strict=True)):
         path = tars.parent / f"{number}.tar"
         assert shard["shard"]["path"] == str(path)
-        assert shard["sha256"] == parts.sha256_of(path)
+        assert shard["sha256"] == sha256_of(path)
         assert shard["captioned"] == count
-        assert shard["part_sha256"] == parts.sha256_of(out / shard["part"])
+        assert shard["part_sha256"] == sha256_of(out / shard["part"])
 
 
 def test_a_parquet_file_is_one_to_other_readers(tars, tmp_path):
@@ -348,15 +351,15 @@ def test_a_parquet_file_is_one_to_other_readers(tars, tmp_path):
 def test_a_shard_without_a_caption_has_an_empty_part(tars, tmp_path):
     pytest.importorskip("pyarrow")
     write_tar(tars.parent / "1.tar", [("a.png", b"")])
-    assert run(tars, tmp_path / "out.parquet") == runtime.PARTIAL
-    assert list(parts.read_part(tmp_path / "out.parquet" / "1.parquet")) == []
+    assert run(tars, tmp_path / "out.parquet") == PARTIAL
+    assert list(read_part(tmp_path / "out.parquet" / "1.parquet")) == []
     assert len(results(tmp_path / "out.parquet")) == 9
 
 
 def test_a_full_disk_is_named_and_loses_nothing(tars, tmp_path, monkeypatch):
     out, seen = tmp_path / "out.jsonl", []
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "atomic_path", full_at(out / "1.jsonl"))
+        patch.setattr(files_module, "atomic_path", full_at(out / "1.jsonl"))
         with pytest.raises(OSError, match=r"1\.jsonl: cannot be written .*No space left.* make room"):
             run(tars, out)
     assert run(tars, out, lambda levels: seen.extend(levels) or say(levels)) == 0
@@ -366,7 +369,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tars, tmp_path, monkeypatch):
 
 def full_at(full):
     """Return a ``runtime.atomic_path`` for which the disk is full at one file."""
-    write = runtime.atomic_path
+    write = files_module.atomic_path
 
     def atomic_path(path):
         if path == full:
@@ -385,7 +388,7 @@ def test_parquet_without_pyarrow_is_refused_at_once(tars, tmp_path, monkeypatch)
 
 def test_one_json_is_what_a_folder_would_have_given(tars, tmp_path):
     assert run(tars, tmp_path / "out.json") == 0
-    runtime.write_json(tmp_path / "expected.json", EXPECTED)
+    write_json(tmp_path / "expected.json", EXPECTED)
     assert (tmp_path / "out.json").read_bytes() == (tmp_path / "expected.json").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["expected.json", "out.json", "out.manifest.json", "tars"]
     with pytest.raises(ValueError, match="exists already"):
@@ -414,7 +417,7 @@ def test_bad_input_is_named_counted_and_spares_the_rest(tmp_path, caplog):
     cut = write_tar(folder / "2.tar", pictures(5, 9))
     cut.write_bytes(cut.read_bytes()[:2600])  # in the third image
     (folder / "3.tar").write_bytes(b"no tar at all")
-    assert run(folder / "*.tar", tmp_path / "out.jsonl") == runtime.PARTIAL
+    assert run(folder / "*.tar", tmp_path / "out.jsonl") == PARTIAL
     expected = {f"{k:03d}": f"level {k}" for k in range(7)} | {"bad": "level 7"}
     assert results(tmp_path / "out.jsonl") == expected
     said = manifest(tmp_path / "out.jsonl")
@@ -433,7 +436,7 @@ def test_bad_input_is_named_counted_and_spares_the_rest(tmp_path, caplog):
         assert shard["images"] == shard["captioned"] + shard["unreadable"] + shard["duplicates"]
     assert [p["entry"].rpartition(": ")[2] for p in first["problems"]] == ["001.png", "bad.png"]
     assert [p["entry"].rpartition(": ")[2] for p in second["problems"]] == ["002"]
-    assert second["part_sha256"] == parts.sha256_of(tmp_path / "out.jsonl" / "1.jsonl")
+    assert second["part_sha256"] == sha256_of(tmp_path / "out.jsonl" / "1.jsonl")
     assert "unexpected end of data" in third["damage"]
     assert fourth["damage"]
     for text in (
@@ -475,13 +478,13 @@ def test_a_run_interrupted_anywhere_ends_as_if_it_never_was(tars, tmp_path, form
     if form == "parquet":
         pytest.importorskip("pyarrow")
     write_tar(tars.parent / "1.tar", [*pictures(5, 12), ("003.png", picture(0)), ("bad.png", b"")])
-    assert run(tars, tmp_path / f"whole.{form}") == runtime.PARTIAL
+    assert run(tars, tmp_path / f"whole.{form}") == PARTIAL
     expected = contents(tmp_path / f"whole.{form}")
     for calls in range(9):
         out, seen = tmp_path / f"broken{calls}.{form}", []
         with pytest.raises(Interrupted):
             run(tars, out, breaking_after(calls, seen))
-        assert run(tars, out, lambda levels, seen=seen: seen.extend(levels) or say(levels)) == runtime.PARTIAL
+        assert run(tars, out, lambda levels, seen=seen: seen.extend(levels) or say(levels)) == PARTIAL
         assert sorted(seen) == [0, *range(16)]  # no image is captioned again; 003 of 1.tar is grey level 0
         assert renamed(contents(out), f"broken{calls}", "whole") == expected
 
@@ -518,11 +521,11 @@ def test_images_that_could_be_read_later_are_captioned_on_demand(tmp_path):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "list.txt").write_text("".join(f"{n:03d}.png\n" for n in range(6)))
     out, seen = tmp_path / "out.jsonl", []
-    assert run(tmp_path / "list.txt", out, shard_size=3) == runtime.PARTIAL
+    assert run(tmp_path / "list.txt", out, shard_size=3) == PARTIAL
     (tmp_path / "004.png").write_bytes(picture(4))
-    assert run(tmp_path / "list.txt", out, breaking_after(0, seen), shard_size=3) == runtime.PARTIAL
+    assert run(tmp_path / "list.txt", out, breaking_after(0, seen), shard_size=3) == PARTIAL
     again = {"shard_size": 3, "retry_unreadable": True}
-    assert run(tmp_path / "list.txt", out, breaking_after(1, seen), **again) == runtime.PARTIAL
+    assert run(tmp_path / "list.txt", out, breaking_after(1, seen), **again) == PARTIAL
     assert seen == [4]
     (tmp_path / "005.png").write_bytes(picture(5))
     assert run(tmp_path / "list.txt", out, **again) == 0
@@ -534,10 +537,10 @@ def test_a_key_that_an_earlier_shard_no_longer_has_comes_back(tars, tmp_path):
     """A later shard's caption is only put aside, since the earlier shard may be replaced."""
     out = tmp_path / "out.jsonl"
     write_tar(tars.parent / "1.tar", [*pictures(0, 2), *pictures(5, 7)])
-    assert run(tars, out) == runtime.PARTIAL
+    assert run(tars, out) == PARTIAL
     assert manifest(out)["totals"]["duplicates"] == 2
     write_tar(tars.parent / "0.tar", pictures(1, 5))
-    assert run(tars, out) == runtime.PARTIAL
+    assert run(tars, out) == PARTIAL
     assert manifest(out)["totals"]["duplicates"] == 1
     write_tar(tars.parent / "0.tar", pictures(2, 5))
     assert run(tars, out) == 0
@@ -616,9 +619,9 @@ def test_a_run_that_fails_at_its_start_leaves_no_trace(tars, tmp_path, source):
 def test_two_runs_do_not_mix(tars, tmp_path):
     out = tmp_path / "out.jsonl"
     run(tars, out)
-    held = sidefile.lock(out / "_state" / "lock")
+    held = files_module.lock(out / "_state" / "lock")
     held_by_us = str(out / "_state" / "lock")
-    code = f"import pathlib; from captioning.inference.append_log import lock; lock(pathlib.Path({held_by_us!r}))"
+    code = f"import pathlib; from captioning.files import lock; lock(pathlib.Path({held_by_us!r}))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     held.close()
     assert "another run is writing it" in result.stderr
@@ -646,12 +649,12 @@ def test_what_a_killed_process_left_half_made_goes(tars, tmp_path):
 
 
 def test_repeats_are_found_as_by_a_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "BUCKET_KEYS", 80)
+    monkeypatch.setattr(duplicate_keys, "BUCKET_KEYS", 80)
     rng = random.Random(0)
     keys = [[f"k{rng.randrange(400)}" for _ in range(rng.randrange(60))] for _ in range(12)]
     seen = set()
     expected = [[row for row, key in enumerate(some) if key in seen or seen.add(key)] for some in keys]
-    with parts.KeyTable(tmp_path, sum(map(len, keys))) as table:
+    with KeyTable(tmp_path, sum(map(len, keys))) as table:
         for number, some in enumerate(keys):
             table.add(number, some)
         assert [rows.tolist() for rows in table.repeats(len(keys))] == expected
@@ -702,11 +705,11 @@ def test_p2_infer_captions_tars_as_the_folder_that_they_were_made_of(tmp_path, t
     assert len(set(expected.values())) > 1
     assert results(out) == expected
     said = manifest(out)["run"]
-    assert said["encoder_hash"] and said["decoder_hash"] and said["adapter"] == parts.sha256_of(adapter)
-    assert p2_infer.main([tars, out, *words, "--max-new-tokens", "3"]) == runtime.BAD_INPUT
+    assert said["encoder_hash"] and said["decoder_hash"] and said["adapter"] == sha256_of(adapter)
+    assert p2_infer.main([tars, out, *words, "--max-new-tokens", "3"]) == BAD_INPUT
     assert p2_infer.main([tars, out, *words, "--max-new-tokens", "3", "--overwrite"]) == 0
     write_tar(tmp_path / "1.tar", [("x.png", b"")])
-    assert p2_infer.main([tars, out, *words, "--max-new-tokens", "3"]) == runtime.PARTIAL
+    assert p2_infer.main([tars, out, *words, "--max-new-tokens", "3"]) == PARTIAL
 
 
 def test_llava_captions_a_list_as_its_folder(tmp_path, tiny_data):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from captioning.scoring import coco_metrics as cocometrics
-from captioning.scoring import ptb
+from captioning.scoring import coco_metrics, ptb
+from captioning.scoring.coco_metrics import SPICE_MODELS, bleu, rouge_l, spice
+from captioning.scoring.tokenizers import ptb_java
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 GOOD = {
@@ -49,14 +50,14 @@ def stub(folder, monkeypatch, script):
 
 @pytest.mark.parametrize(("candidates", "expected"), [(GOOD, 0.4280), (BAD, 0.3121)])
 def test_rouge_l_of_the_clipscore_papers_example(candidates, expected):
-    mean, scores = cocometrics.rouge_l(*tokens(candidates))
+    mean, scores = rouge_l(*tokens(candidates))
     assert round(mean, 4) == expected
     assert mean == pytest.approx(sum(scores) / 2)
 
 
 def test_bleu_by_hand():
     references = {"a": ["the red dog runs on grass"], "b": ["a cat"]}
-    scores = cocometrics.bleu(references, {"a": "the red dog sits", "b": "a cat"})
+    scores = bleu(references, {"a": "the red dog sits", "b": "a cat"})
     brevity = 2.718281828459045 ** (1 - 8 / 6)  # 6 words against 8
     assert scores[0][0] == pytest.approx(5 / 6 * brevity, rel=1e-6)
     assert scores[1][0] == pytest.approx((5 / 6 * 3 / 4) ** 0.5 * brevity, rel=1e-6)
@@ -67,15 +68,15 @@ def test_bleu_by_hand():
 def test_references_may_stand_in_another_order():
     references, candidates = tokens(GOOD)
     turned = dict(reversed(references.items()))
-    assert cocometrics.rouge_l(turned, candidates) == cocometrics.rouge_l(references, candidates)
-    assert cocometrics.bleu(turned, candidates) == cocometrics.bleu(references, candidates)
+    assert rouge_l(turned, candidates) == rouge_l(references, candidates)
+    assert bleu(turned, candidates) == bleu(references, candidates)
 
 
 @needs_java
 @pytest.mark.skipif("METEOR" not in os.environ, reason="takes 12 s on an idle machine, minutes on a busy one: METEOR=1")
 def test_meteor_of_the_clipscore_papers_example():
-    assert round(cocometrics.meteor(*tokens(GOOD))[0], 4) == 0.3444
-    assert round(cocometrics.meteor(*tokens(BAD))[0], 4) == 0.1861
+    assert round(coco_metrics.meteor(*tokens(GOOD))[0], 4) == 0.3444
+    assert round(coco_metrics.meteor(*tokens(BAD))[0], 4) == 0.1861
 
 
 ANSWERS = r"""
@@ -92,7 +93,7 @@ def test_meteors_conversation(tmp_path, monkeypatch):
     """One line for each image, then one for all; a separator in a caption must not become a reference."""
     stub(tmp_path / "bin", monkeypatch, ANSWERS)
     references = {"a": ["x y", "z"], "b": ["p ||| q"]}
-    assert cocometrics.meteor(references, {"b": "r", "a": ""}) == (0.5, [3.0, 4.0])
+    assert coco_metrics.meteor(references, {"b": "r", "a": ""}) == (0.5, [3.0, 4.0])
 
 
 @pytest.mark.parametrize(
@@ -107,16 +108,16 @@ def test_a_failing_meteor_is_read_and_shown(tmp_path, monkeypatch, script, messa
     """pycocoevalcap's wrapper waits for ever for an answer."""
     stub(tmp_path / "bin", monkeypatch, script)
     with pytest.raises(ChildProcessError, match=message):
-        cocometrics.meteor(*tokens(GOOD))
+        coco_metrics.meteor(*tokens(GOOD))
 
 
 def test_a_silent_meteor_is_stopped(tmp_path, monkeypatch):
     stub(tmp_path / "bin", monkeypatch, "time.sleep(60)")
-    monkeypatch.setattr(cocometrics, "START_SECONDS", 0.3)
-    monkeypatch.setattr(cocometrics, "SECONDS_A_CAPTION", 0.0)
+    monkeypatch.setattr(coco_metrics, "START_SECONDS", 0.3)
+    monkeypatch.setattr(coco_metrics, "SECONDS_A_CAPTION", 0.0)
     before = threading.active_count()
     with pytest.raises(ChildProcessError, match=r"exited with -9 .*it was stopped after 0 s"):
-        cocometrics.meteor(*tokens(GOOD))
+        coco_metrics.meteor(*tokens(GOOD))
     assert threading.active_count() == before
 
 
@@ -127,7 +128,7 @@ def test_meteor_in_a_path_with_a_space_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(meteor, "__file__", str(tmp_path / "my env" / "meteor.py"))
     with pytest.raises(ValueError, match="hangs in a path with a space"):
-        cocometrics.meteor(*tokens(GOOD))
+        coco_metrics.meteor(*tokens(GOOD))
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def spice_folder(tmp_path, monkeypatch):
     import pycocoevalcap.spice
 
     (tmp_path / "spice" / "lib").mkdir(parents=True)
-    for name in cocometrics.SPICE_MODELS:
+    for name in SPICE_MODELS:
         (tmp_path / "spice" / "lib" / name).touch()
     monkeypatch.setattr(pycocoevalcap.spice, "__file__", str(tmp_path / "spice" / "__init__.py"))
     return tmp_path / "spice"
@@ -155,7 +156,7 @@ def test_spice_by_image_and_beside_no_jar(tmp_path, monkeypatch, spice_folder):
     """pycocoevalcap writes beside its jar, which fails in a read-only installation."""
     stub(tmp_path / "bin", monkeypatch, SPICE)
     before = sorted(spice_folder.rglob("*"))
-    mean, scores = cocometrics.spice({"a": ["x"], "b": ["y", "z"]}, {"b": "y", "a": "x"})
+    mean, scores = spice({"a": ["x"], "b": ["y", "z"]}, {"b": "y", "a": "x"})
     assert (mean, scores) == (pytest.approx(0.15), [0.2, 0.1])
     assert sorted(spice_folder.rglob("*")) == before
 
@@ -163,27 +164,27 @@ def test_spice_by_image_and_beside_no_jar(tmp_path, monkeypatch, spice_folder):
 def test_a_failing_or_endless_spice_is_reported(tmp_path, monkeypatch, spice_folder):
     stub(tmp_path / "bin", monkeypatch, "sys.exit('no models')")
     with pytest.raises(ChildProcessError, match=r"SPICE failed: .*exited with 1 \(no models\)"):
-        cocometrics.spice(*tokens(GOOD))
+        spice(*tokens(GOOD))
     (tmp_path / "bin" / "java").write_text(f"#!{sys.executable}\nimport time; time.sleep(60)\n")
-    monkeypatch.setattr(cocometrics, "START_SECONDS", 0.3)
-    monkeypatch.setattr(cocometrics, "SECONDS_A_CAPTION", 0.0)
+    monkeypatch.setattr(coco_metrics, "START_SECONDS", 0.3)
+    monkeypatch.setattr(coco_metrics, "SECONDS_A_CAPTION", 0.0)
     with pytest.raises(ChildProcessError, match="did not end within"):
-        cocometrics.spice(*tokens(GOOD))
+        spice(*tokens(GOOD))
 
 
 def test_spice_downloads_nothing(tmp_path, monkeypatch, spice_folder):
     """pycocoevalcap starts a download of 384 MB as soon as a scorer is made."""
     stub(tmp_path / "bin", monkeypatch, SPICE)
-    (spice_folder / "lib" / cocometrics.SPICE_MODELS[1]).unlink()
+    (spice_folder / "lib" / SPICE_MODELS[1]).unlink()
     with pytest.raises(FileNotFoundError, match=r"SPICE needs stanford-corenlp-3\.6\.0-models\.jar in .*384 MB"):
-        cocometrics.spice(*tokens(GOOD))
+        spice(*tokens(GOOD))
 
 
 @pytest.mark.parametrize("metric", ["meteor", "spice"])
 def test_without_java_one_message_says_what_works_without(tmp_path, monkeypatch, metric):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=rf"{metric.upper()} needs Java .*CIDEr, BLEU, ROUGE-L .* work without"):
-        getattr(cocometrics, metric)(*tokens(GOOD))
+        getattr(coco_metrics, metric)(*tokens(GOOD))
 
 
 @needs_java
@@ -194,7 +195,7 @@ def test_several_at_once_and_nothing_is_written_beside_the_jar():
     before, found = sorted(folder.iterdir()), {}
 
     def run(number):
-        found[number] = cocometrics.ptb_java([f"Cat {number}.", "it's"] * 20)
+        found[number] = ptb_java([f"Cat {number}.", "it's"] * 20)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -208,4 +209,4 @@ def test_several_at_once_and_nothing_is_written_beside_the_jar():
 def test_without_pycocoevalcap_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap.rouge.rouge", None)
     with pytest.raises(ValueError, match="pip install -r requirements"):
-        cocometrics.rouge_l(*tokens(GOOD))
+        rouge_l(*tokens(GOOD))

@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 
 import evaluate
-from captioning.cli import BAD_INPUT, PARTIAL, import_guarded
+from captioning.cli import BAD_INPUT, PARTIAL
 from captioning.data.annotations import find_images
+from captioning.imports import import_guarded
 from captioning.profiles import ROOT
 from captioning.scoring import clipscore as clip_module
-from captioning.scoring import ptb
+from captioning.scoring import evaluator, ptb, tokenizers
 
 COURSE_DATA = ROOT.parent / "shared" / "data" / "hw3_2023"
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="CIDEr's tokenizer needs Java")
@@ -123,7 +124,7 @@ def plain_cider(references, predictions, sigma=6.0):
 @needs_java
 def test_cider_equals_an_independent_implementation():
     expected = plain_cider(REFERENCES, PREDICTIONS)
-    mean, scores = evaluate.cider(REFERENCES, PREDICTIONS)
+    mean, scores = evaluator.cider(REFERENCES, PREDICTIONS)
     assert scores == pytest.approx(expected, abs=1e-12)
     assert mean == pytest.approx(sum(expected.values()) / 4, abs=1e-12)
     assert len({round(score, 3) for score in scores.values()}) == 4, "the example must tell the images apart"
@@ -152,8 +153,8 @@ def test_cider_of_the_clipscore_papers_example():
         "image1": "a calico cat and a white cat are lying together.",
         "image2": "a black dog wearing a hat looks at the camera as a tabby walks in the background.",
     }
-    assert round(evaluate.cider(references, good)[0], 4) == 0.5637
-    assert round(evaluate.cider(references, bad)[0], 4) == 0.2790
+    assert round(evaluator.cider(references, good)[0], 4) == 0.5637
+    assert round(evaluator.cider(references, bad)[0], 4) == 0.2790
 
 
 @pytest.mark.parametrize("tokenizer", [pytest.param("ptb-java", marks=needs_java), "ptb"])
@@ -165,11 +166,11 @@ def test_cider_of_the_courses_predictions(tokenizer):
 
     references = evaluate.load_references(COURSE_DATA / "val.json")
     predictions = evaluate.load_predictions(COURSE_DATA / "pred.json")
-    mean, scores = evaluate.cider(references, predictions, tokenizer)
+    mean, scores = evaluator.cider(references, predictions, tokenizer)
     assert len(scores) == 1789
     assert mean == pytest.approx(0.9265429320858402, abs=1e-12)
-    tokens = evaluate.ptb_tokenize(references, tokenizer)
-    candidates = evaluate.ptb_tokenize({key: [predictions[key]] for key in references}, tokenizer)
+    tokens = tokenizers.ptb_tokenize(references, tokenizer)
+    candidates = tokenizers.ptb_tokenize({key: [predictions[key]] for key in references}, tokenizer)
     theirs = Cider().compute_score(tokens, candidates)[1]
     assert list(scores.values()) == pytest.approx(theirs.tolist(), abs=1e-12)
 
@@ -177,22 +178,22 @@ def test_cider_of_the_courses_predictions(tokenizer):
 @needs_java
 def test_cider_repeats_itself_and_ignores_the_order_of_the_files():
     """A CiderScorer used twice accumulates document frequencies; training scores every epoch."""
-    first = evaluate.cider(REFERENCES, PREDICTIONS)
-    assert evaluate.cider(REFERENCES, PREDICTIONS) == first
-    mean, scores = evaluate.cider(dict(reversed(REFERENCES.items())), PREDICTIONS)
+    first = evaluator.cider(REFERENCES, PREDICTIONS)
+    assert evaluator.cider(REFERENCES, PREDICTIONS) == first
+    mean, scores = evaluator.cider(dict(reversed(REFERENCES.items())), PREDICTIONS)
     assert (mean, scores) == (pytest.approx(first[0], abs=1e-12), pytest.approx(first[1], abs=1e-12))
 
 
 @needs_java
 def test_one_image_scores_zero_with_a_warning(caplog):
-    assert evaluate.cider({"a": ["a red ball"]}, {"a": "a red ball"}) == (0.0, {"a": 0.0})
+    assert evaluator.cider({"a": ["a red ball"]}, {"a": "a red ball"}) == (0.0, {"a": 0.0})
     assert "single image" in caplog.text
 
 
 @needs_java
 def test_cider_refuses_references_without_words():
     with pytest.raises(ValueError, match="1 images have none: b"):
-        evaluate.cider({"a": ["a ball"], "b": ["...", "?"]}, {"a": "a ball", "b": "a cube"})
+        evaluator.cider({"a": ["a ball"], "b": ["...", "?"]}, {"a": "a ball", "b": "a cube"})
 
 
 NASTY = [
@@ -208,7 +209,7 @@ NASTY = [
 
 @needs_java
 def test_ptb_tokens_by_hand():
-    tokens = evaluate.ptb_tokenize({"x": NASTY[:4], "y": NASTY[4:]})
+    tokens = tokenizers.ptb_tokenize({"x": NASTY[:4], "y": NASTY[4:]})
     assert tokens["x"][0] == "hello -lrb- there -rrb- 3,000 dogs do n't wait for u.s. cats"
     assert tokens["x"][2:] == ["", "été naïve café"]
     assert tokens["y"][0] == "gon na smile now"
@@ -224,7 +225,7 @@ def test_ptb_tokens_equal_the_packages():
         pytest.skip("the package's own tokenizer writes to its folder")
     captions = {"x": NASTY[:3], "y": [*NASTY[3:], "end"]}
     expected = ptbtokenizer.PTBTokenizer().tokenize({k: [{"caption": c} for c in v] for k, v in captions.items()})
-    assert evaluate.ptb_tokenize(captions) == expected
+    assert tokenizers.ptb_tokenize(captions) == expected
 
 
 @needs_java
@@ -232,7 +233,7 @@ def test_ptb_tokens_equal_the_packages():
 def test_odd_white_space_moves_no_caption_to_another_image(space):
     """Java ends lines at characters that Python's join leaves alone: every later caption shifted by one image."""
     captions = {"a": [f"one{space}two"], "b": [f"three{space}"], "c": [f"{space}four"], "d": ["five"]}
-    assert evaluate.ptb_tokenize(captions) == {"a": ["one two"], "b": ["three"], "c": ["four"], "d": ["five"]}
+    assert tokenizers.ptb_tokenize(captions) == {"a": ["one two"], "b": ["three"], "c": ["four"], "d": ["five"]}
 
 
 def stub_java(folder, monkeypatch, script):
@@ -255,7 +256,7 @@ def test_a_failing_java_gives_no_score(tmp_path, monkeypatch, script, message):
     """pycocoevalcap's tokenizer turns a Java that exits with 1 into ``{0: ['']}`` without an error."""
     stub_java(tmp_path / "bin", monkeypatch, script)
     with pytest.raises(ChildProcessError, match=message):
-        evaluate.ptb_tokenize({"a": ["one"], "b": ["two"]})
+        tokenizers.ptb_tokenize({"a": ["one"], "b": ["two"]})
 
 
 def test_without_java_its_tokenizer_fails_clearly_and_leaves_no_file(tmp_path, monkeypatch):
@@ -266,16 +267,16 @@ def test_without_java_its_tokenizer_fails_clearly_and_leaves_no_file(tmp_path, m
     before = sorted(folder.iterdir())
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="install a Java runtime"):
-        evaluate.cider(REFERENCES, PREDICTIONS, "ptb-java")
+        evaluator.cider(REFERENCES, PREDICTIONS, "ptb-java")
     assert sorted(folder.iterdir()) == before
 
 
 def test_without_java_the_pure_tokenizer_is_the_default(tmp_path, monkeypatch):
     """A missing Java is by far the most common failure of this field's evaluators."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert evaluate.pick_tokenizer() == "ptb"
+    assert tokenizers.pick_tokenizer() == "ptb"
     expected = plain_cider(REFERENCES, PREDICTIONS)
-    assert evaluate.cider(REFERENCES, PREDICTIONS)[1] == pytest.approx(expected, abs=1e-12)
+    assert evaluator.cider(REFERENCES, PREDICTIONS)[1] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("missing", [None, "pycocoevalcap"])
@@ -283,10 +284,10 @@ def test_without_java_the_pure_tokenizer_is_the_default(tmp_path, monkeypatch):
 def test_javas_tokenizer_is_the_default_where_its_jar_is(monkeypatch, missing):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
-    assert evaluate.pick_tokenizer() == ("ptb" if missing else "ptb-java")
-    assert evaluate.pick_tokenizer("ptb") == "ptb"
+    assert tokenizers.pick_tokenizer() == ("ptb" if missing else "ptb-java")
+    assert tokenizers.pick_tokenizer("ptb") == "ptb"
     with pytest.raises(ValueError, match="--tokenizer spacy"):
-        evaluate.pick_tokenizer("spacy")
+        tokenizers.pick_tokenizer("spacy")
 
 
 # ---------------------------------------------------------------------------------------------------------- CLIPScore
@@ -514,7 +515,7 @@ def test_ref_clipscore_equals_its_definition_and_is_never_nan(images, scorer):
     references = {stem: ["a red ball", f"{stem} on a table", "cubes"][: 1 + k % 3] for k, stem in enumerate(STEMS)}
     annotations = evaluate.Annotations(references, {stem: f"{stem}.png" for stem in STEMS})
     metrics = ["refclipscore", "clipscore"]
-    result = evaluate.evaluate_predictions(CAPTIONS, annotations, metrics, images, lambda: scorer)
+    result = evaluator.evaluate_predictions(CAPTIONS, annotations, metrics, images, lambda: scorer)
     scores = result.per_image["CLIPScore"]
     expected = plain_ref_clipscore(scorer, scores, CAPTIONS, references)
     assert min(scores.values()) == 0 < max(scores.values())
@@ -541,7 +542,7 @@ def test_captions_beyond_the_context_are_counted(scorer, images, caplog):
     assert scorer.truncated(["word " * 75, "word " * 76, "", "x", "é " * 75, "ü " * 90]) == [1, 5]
     captions = {**CAPTIONS, "im2": "word " * 100}
     annotations = evaluate.Annotations({stem: ["a"] for stem in STEMS}, {stem: f"{stem}.png" for stem in STEMS})
-    result = evaluate.evaluate_predictions(captions, annotations, ["clipscore"], images, lambda: scorer)
+    result = evaluator.evaluate_predictions(captions, annotations, ["clipscore"], images, lambda: scorer)
     assert result.counts == {"references": 7, "empty": 1, "truncated": 1}
     assert "1 captions are longer than CLIP's context and were cut for it: im2" in caplog.text
 
@@ -591,8 +592,8 @@ def test_the_script_prints_one_line_and_imports_nothing_of_clip(files):
     argv = [*files(), "--metrics", "cider", "--no-cache"]  # which would lie in the repository
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert done.stderr == f"I evaluate: tokenizer ptb-java: {evaluate.TOKENIZERS['ptb-java']}\n"
-    assert done.stdout == f"CIDEr: {evaluate.cider(REFERENCES, PREDICTIONS)[0]}\n"
+    assert done.stderr == f"I evaluate: tokenizer ptb-java: {tokenizers.TOKENIZERS['ptb-java']}\n"
+    assert done.stdout == f"CIDEr: {evaluator.cider(REFERENCES, PREDICTIONS)[0]}\n"
 
 
 @needs_java
@@ -622,7 +623,7 @@ def test_both_metrics_and_both_files(tmp_path, files, images, paths, clip_folder
 def test_per_image_without_clipscore_is_sorted_by_cider(tmp_path, files):
     assert evaluate.main([*files(), "--metrics", "cider", "--per_image", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
-    scores = evaluate.cider(REFERENCES, PREDICTIONS)[1]
+    scores = evaluator.cider(REFERENCES, PREDICTIONS)[1]
     assert list(rows) == sorted(scores, key=scores.get, reverse=True)
     assert rows["d"] == {"CIDEr": scores["d"], "caption": PREDICTIONS["d"]}
 
@@ -660,7 +661,7 @@ def test_without_images_cider_is_still_computed(tmp_path, files, capsys, caplog)
 
 def test_images_are_looked_for_before_clip_is_loaded(tmp_path):
     annotations = evaluate.Annotations({"a": ["a ball"]}, {"a": "a.jpg"})
-    result = evaluate.evaluate_predictions(
+    result = evaluator.evaluate_predictions(
         {"a": "x"}, annotations, ["clipscore"], tmp_path, make_scorer=lambda: pytest.fail("a slow load for nothing")
     )
     assert "a.jpg" in result.errors["CLIPScore"]
@@ -672,7 +673,7 @@ def test_a_partial_run_survives_running_out_of_memory(tmp_path, monkeypatch):
 
     (tmp_path / "a.jpg").touch()
     annotations = evaluate.Annotations({"a": ["a ball"]}, {"a": "a.jpg"})
-    result = evaluate.evaluate_predictions({"a": "x"}, annotations, images_root=tmp_path, make_scorer=exhausted)
+    result = evaluator.evaluate_predictions({"a": "x"}, annotations, images_root=tmp_path, make_scorer=exhausted)
     assert (result.means, result.errors) == ({"CIDEr": 0.0}, {"CLIPScore": "CUDA out of memory"})
 
 
@@ -681,7 +682,7 @@ def test_an_empty_prediction_is_scored_with_a_warning(files, caplog, capsys):
     assert evaluate.main([*files({**PREDICTIONS, "b": " "}), "--metrics", "cider"]) == 0
     assert "1 of 4 predicted captions are empty: b" in caplog.text
     assert capsys.readouterr().out.startswith("CIDEr: ")
-    assert evaluate.cider(REFERENCES, {**PREDICTIONS, "b": ""})[1]["b"] == 0
+    assert evaluator.cider(REFERENCES, {**PREDICTIONS, "b": ""})[1]["b"] == 0
 
 
 def test_missing_and_extra_predictions_are_both_named(files, capsys):
@@ -842,7 +843,7 @@ def test_partial_scores_say_so_on_every_line(files, capsys, tmp_path):
     assert evaluate.main([*argv, "--allow-partial", "--bootstrap", "10"]) == 0
     printed = capsys.readouterr()
     subset = {key: REFERENCES[key] for key in "abc"}
-    mean = evaluate.cider(subset, {key: PREDICTIONS[key] for key in "abc"}, "ptb")[0]
+    mean = evaluator.cider(subset, {key: PREDICTIONS[key] for key in "abc"}, "ptb")[0]
     assert printed.out.startswith(f"CIDEr: {mean} | PARTIAL: 3 of 4 images\n")
     assert all("PARTIAL: 3 of 4 images" in line for line in printed.out.splitlines())
     assert json.loads((tmp_path / "out.json").read_text())["partial"] == "3 of 4 images"
@@ -868,7 +869,7 @@ def test_names_with_spaces_dots_and_unicode_and_any_suffix(tmp_path, scorer, nam
     stem = Path(name).stem
     for annotated in (name, f"{stem}.jpg"):  # also where the annotations name another suffix
         annotations = evaluate.Annotations({stem: ["a ball"]}, {stem: annotated})
-        result = evaluate.evaluate_predictions({stem: "x"}, annotations, ["clipscore"], tmp_path, lambda: scorer)
+        result = evaluator.evaluate_predictions({stem: "x"}, annotations, ["clipscore"], tmp_path, lambda: scorer)
         assert not result.errors
 
 

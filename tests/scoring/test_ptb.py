@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from captioning.profiles import ROOT
-from captioning.scoring import coco_metrics as cocometrics
 from captioning.scoring import ptb
+from captioning.scoring.tokenizers import ptb_java
 
 ANSWERS = ROOT / "tests" / "fixtures" / "ptb.json"  # by `python -m tests.scoring.test_ptb`, from Java
 COURSE_DATA = ROOT.parent / "shared" / "data" / "hw3_2023"
@@ -42,7 +42,7 @@ def fuzzed_captions(count, seed=0):
 
 
 def differences(captions):
-    pairs = zip(captions, cocometrics.ptb_java(captions), ptb.tokenize(captions), strict=True)
+    pairs = zip(captions, ptb_java(captions), ptb.tokenize(captions), strict=True)
     return [(caption, java, pure) for caption, java, pure in pairs if java != pure]
 
 
@@ -115,7 +115,7 @@ def test_reading_chunk_by_chunk_gives_what_reading_it_whole_gives(monkeypatch):
 def main():
     """Write down Java's answers to the stress list."""
     captions = list(dict.fromkeys(stress_captions()))
-    answers = dict(zip(captions, cocometrics.ptb_java(captions), strict=True))
+    answers = dict(zip(captions, ptb_java(captions), strict=True))
     ANSWERS.write_text(json.dumps(answers, ensure_ascii=True, indent=0) + "\n", encoding="utf-8")
 
 

@@ -16,12 +16,16 @@ from safetensors.torch import load_file
 
 import evaluate
 import p2_infer
-import p2_train
-from captioning.data import feature_cache as data
-from captioning.inference import encode as generation
-from captioning.models.captioner import Captioner, load_captioner, read_adapter
+from captioning.data import images as images_module
+from captioning.data.images import load_image
+from captioning.inference.captions import compile_steps
+from captioning.inference.encode import Encoder, cached_features, draft_side
+from captioning.models.adapter import load_captioner, read_adapter
+from captioning.models.captioner import Captioner
 from captioning.profiles import PROFILES
-from captioning.training import trainer as training
+from captioning.scoring import evaluator
+from captioning.training.trainer import Trainer
+from p2_train import main
 
 EPOCHS, STEPS = 2, 3  # 12 images in batches of 4
 SMALL = (
@@ -55,7 +59,7 @@ def micro(tiny_profile):
 @pytest.fixture
 def no_scoring(monkeypatch):
     """Spare the tests that ask for no score the start of Java."""
-    monkeypatch.setattr(evaluate, "cider", lambda references, predictions: (0.5, {}))
+    monkeypatch.setattr(evaluator, "cider", lambda references, predictions: (0.5, {}))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,7 @@ def run(tmp_path_factory):
 
 
 def train(out, *flags):
-    return p2_train.main([*SMALL, "--epochs", str(EPOCHS), "--out", str(out), *map(str, flags)])
+    return main([*SMALL, "--epochs", str(EPOCHS), "--out", str(out), *map(str, flags)])
 
 
 def infer(images, out, adapter, *flags, decoder=None):
@@ -112,7 +116,7 @@ def test_a_run_folder_holds_all_that_is_promised(run):
 
 def test_the_best_adapter_is_the_one_of_the_best_cider_and_not_the_last(tmp_path, monkeypatch):
     scores = iter([0.4, 0.9, 0.2])
-    monkeypatch.setattr(evaluate, "cider", lambda references, predictions: (next(scores), {}))
+    monkeypatch.setattr(evaluator, "cider", lambda references, predictions: (next(scores), {}))
     kept = []
     save = Captioner.save_adapter
     monkeypatch.setattr(Captioner, "save_adapter", lambda model, path: (kept.append(path.stem), save(model, path)))
@@ -125,7 +129,7 @@ def test_without_java_the_best_epoch_is_that_of_the_lowest_loss(tmp_path, monkey
     def no_java(references, predictions):
         raise FileNotFoundError("java")
 
-    monkeypatch.setattr(evaluate, "cider", no_java)
+    monkeypatch.setattr(evaluator, "cider", no_java)
     assert train(tmp_path / "run") == 0
     losses = [r["val_loss"] for r in records(tmp_path / "run", "epoch")]
     assert [r["best"] for r in records(tmp_path / "run", "epoch")] == [True, losses[1] < losses[0]]
@@ -133,7 +137,7 @@ def test_without_java_the_best_epoch_is_that_of_the_lowest_loss(tmp_path, monkey
 
 
 def test_a_run_interrupted_in_its_second_epoch_resumes_to_the_same_adapter(run, tmp_path, monkeypatch, no_scoring):
-    out, step = tmp_path / "run", training.Trainer.train_step
+    out, step = tmp_path / "run", Trainer.train_step
 
     def interrupted(trainer, batches):
         if trainer.step == STEPS + 1:
@@ -141,7 +145,7 @@ def test_a_run_interrupted_in_its_second_epoch_resumes_to_the_same_adapter(run, 
         return step(trainer, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "train_step", interrupted)
+        patch.setattr(Trainer, "train_step", interrupted)
         assert train(out) == 130
     assert len(records(out, "epoch")) == 1
     halfway = load_file(out / "last.safetensors")
@@ -158,7 +162,7 @@ def test_a_run_interrupted_in_its_second_epoch_resumes_to_the_same_adapter(run, 
 def test_a_run_stopped_before_its_first_whole_epoch_can_be_started_again(tmp_path, monkeypatch, no_scoring):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "validate", lambda trainer: 1 / 0)
+        patch.setattr(Trainer, "validate", lambda trainer: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(out)
     assert train(out) == 0
@@ -212,7 +216,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_spares_the_last_adapter(t
         return loss(captioner, *args) * (math.nan if len(calls) > STEPS else 1)
 
     monkeypatch.setattr(Captioner, "loss", spoilt)
-    monkeypatch.setattr(training.Trainer, "val_loss", lambda trainer, count: 1.0)
+    monkeypatch.setattr(Trainer, "val_loss", lambda trainer, count: 1.0)
     assert train(out, "--max-skipped", 2) == 2
     error = capsys.readouterr().err
     assert "not finite in 2 steps in a row, up to step 5" in error
@@ -355,7 +359,7 @@ def test_the_size_of_a_batch_changes_no_caption(run, tiny_data, tmp_path):
 
 def test_compiled_steps_caption_alike(run, tiny_data, tmp_path, monkeypatch):
     """The last batch, of three pictures, is smaller than the others; the compiler itself is test_compiling.py's."""
-    monkeypatch.setattr(generation, "compile_steps", functools.partial(generation.compile_steps, backend="eager"))
+    monkeypatch.setattr(p2_infer, "compile_steps", functools.partial(compile_steps, backend="eager"))
     results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
     for flags in ([], ["--compile"]):
         assert infer(*files, "--batch-size", 5, *flags) == 0
@@ -365,9 +369,9 @@ def test_compiled_steps_caption_alike(run, tiny_data, tmp_path, monkeypatch):
 
 def test_encoding_a_batch_ahead_captions_alike(run, tiny_data, tmp_path, monkeypatch):
     """What a GPU does on streams, here one after the other: the next batch is encoded before this one is decoded."""
-    order, gather, encode = [], generation.Encoder.gather, generation.Encoder.encode
-    monkeypatch.setattr(generation.Encoder, "gather", lambda s, e: order.append(f"decode {len(e)}") or gather(s, e))
-    monkeypatch.setattr(generation.Encoder, "encode", lambda s, p: order.append(f"encode {len(p)}") or encode(s, p))
+    order, gather, encode = [], Encoder.gather, Encoder.encode
+    monkeypatch.setattr(Encoder, "gather", lambda s, e: order.append(f"decode {len(e)}") or gather(s, e))
+    monkeypatch.setattr(Encoder, "encode", lambda s, p: order.append(f"encode {len(p)}") or encode(s, p))
     results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
     for ahead in (False, True):
         monkeypatch.setattr(p2_infer, "works_beside", lambda device, ahead=ahead: ahead)
@@ -380,14 +384,14 @@ def test_encoding_a_batch_ahead_captions_alike(run, tiny_data, tmp_path, monkeyp
 
 def test_big_photographs_may_be_decoded_smaller(run, tmp_path, monkeypatch):
     """The flag reaches the reader, with four times the pixels that the encoder sees; without it all is decoded."""
-    sizes, load = [], data.load_image
+    sizes, load = [], load_image
 
     def noted(path, draft=None):
         image = load(path, draft)
         sizes.append(image.size)
         return image
 
-    monkeypatch.setattr(data, "load_image", noted)
+    monkeypatch.setattr(images_module, "load_image", noted)
     (tmp_path / "images").mkdir()
     Image.new("RGB", (640, 480), "red").save(tmp_path / "images" / "a.jpg")
     for flags in ([], ["--jpeg-draft"], ["--no-jpeg-draft"]):
@@ -400,9 +404,9 @@ def test_features_of_drafts_are_kept_apart(run, tmp_path):
     path = tmp_path / "a.jpg"
     noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
-    draft = generation.draft_side(captioner.transform)
+    draft = draft_side(captioner.transform)
     found = [
-        generation.cached_features(captioner, [path], tmp_path / "cache", draft=side).gather([0])
+        cached_features(captioner, [path], tmp_path / "cache", draft=side).gather([0])
         for side in (None, draft, None, draft)
     ]
     assert draft == 192
@@ -410,7 +414,7 @@ def test_features_of_drafts_are_kept_apart(run, tmp_path):
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])
     with pytest.raises(ValueError, match="--jpeg-draft needs a transform with a resize"):
-        generation.draft_side(lambda image: image)
+        draft_side(lambda image: image)
 
 
 def test_odd_pictures_are_captioned(run, tmp_path):

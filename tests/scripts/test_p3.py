@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import p2_train
 import p3_attention
-from captioning import cli as runtime
+from captioning.cli import BAD_INPUT, PARTIAL
 from captioning.profiles import PROFILES
+from p2_train import main
 
 TRAIN = (
     "--device",
@@ -45,7 +45,7 @@ def adapter(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("evaluate.cider", lambda references, predictions, *rest: (0.5, {}))
-        assert p2_train.main(["--profile", "micro", *TRAIN, "--out", str(out)]) == 0
+        assert main(["--profile", "micro", *TRAIN, "--out", str(out)]) == 0
     return out / "best.safetensors"
 
 
@@ -165,7 +165,7 @@ def test_the_grounding_table(model, tiny_data, tmp_path, adapter, capsys):
 
 
 def fails(capsys, *arguments):
-    assert explain(*arguments) == runtime.BAD_INPUT
+    assert explain(*arguments) == BAD_INPUT
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     return line
@@ -191,6 +191,6 @@ def test_bad_input(images, tmp_path, adapter, tiny_data, capsys):
 
 def test_unreadable_images_are_named_and_the_rest_is_explained(images, tmp_path, adapter, caplog):
     (images / "wide.png").write_bytes(b"no picture")
-    assert explain("p2", [images], tmp_path / "out", adapter) == runtime.PARTIAL
+    assert explain("p2", [images], tmp_path / "out", adapter) == PARTIAL
     assert len(list((tmp_path / "out").glob("*.npz"))) == 3
     assert "wide.png" in caplog.text

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import evaluate
-import p2_train
 from captioning import distributed
 from captioning.distributed import ALONE
 from captioning.profiles import PROFILES, ROOT
+from captioning.scoring import evaluator, tokenizers
+from p2_train import main
 
 SMALL = (
     "--profile",
@@ -219,8 +219,8 @@ def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
 def micro(tiny_profile):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PROFILES, "micro", tiny_profile)
-        patch.setattr(evaluate, "cider", launched.digest)
-        patch.setattr(evaluate, "pick_tokenizer", lambda name: "ptb")  # no Java
+        patch.setattr(evaluator, "cider", launched.digest)
+        patch.setattr(tokenizers, "pick_tokenizer", lambda name: "ptb")  # no Java
         yield
 
 
@@ -388,7 +388,7 @@ def test_a_bad_flag_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     assert len(errors) == 1
     assert "holds a run already; add --resume" in errors[0]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert p2_train.main(["--device", "cuda:1"]) == 2
+    assert main(["--device", "cuda:1"]) == 2
     assert "--device cuda:1: every process would take it" in capsys.readouterr().err
 
 

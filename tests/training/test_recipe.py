@@ -1,20 +1,22 @@
 """Options of the training recipe, each through the command line or on the part that it changes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import evaluate
-import p2_train
-from captioning import tensors as checkpoints
-from captioning.inference import encode as generation
-from captioning.models.captioner import Captioner, CaptionerConfig, load_captioner, read_adapter
+from captioning.inference.encode import cached_features
+from captioning.models.adapter import load_captioner, read_adapter
+from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import PROFILES
-from captioning.training.trainer import TrainConfig
+from captioning.scoring import evaluator
+from captioning.training.config import TrainConfig
+from captioning.training.run_folder import load_state
 from decoder import LoraConfig, build_decoder
+from p2_train import main
 
 SMALL = (
     "--profile",
@@ -51,12 +53,12 @@ def scores(monkeypatch):
     def cider(references, predictions):
         return (values.pop(0) if len(values) > 1 else values[0]), {}
 
-    monkeypatch.setattr(evaluate, "cider", cider)
+    monkeypatch.setattr(evaluator, "cider", cider)
     return values
 
 
 def train(out, *flags):
-    return p2_train.main([*SMALL, "--out", str(out), *map(str, flags)])
+    return main([*SMALL, "--out", str(out), *map(str, flags)])
 
 
 def lines(out, kind):
@@ -80,7 +82,7 @@ def test_first_only_the_projector_learns_then_lora_too(tmp_path):
 
 def test_lora_that_waited_begins_without_the_momentum_of_the_wait(tmp_path):
     assert train(tmp_path / "run", "--epochs", 1, "--projector-epochs", 1) == 0
-    tensors, values = checkpoints.load_state(tmp_path / "run")
+    tensors, values = load_state(tmp_path / "run")
     moments = {int(name.split(".")[1]) for name in tensors if name.startswith("optimizer.")}
     lora, projector = values["groups"]
     assert not set(lora["params"]) & moments
@@ -102,14 +104,14 @@ def test_the_projector_has_a_learning_rate_of_its_own(tmp_path, monkeypatch):
 
 def test_the_last_epochs_are_averaged_and_kept_where_that_is_better(tmp_path, scores, monkeypatch):
     kept = {}
-    unlink = p2_train.Path.unlink
+    unlink = Path.unlink
 
     def remember(path, **kwargs):
         if path.name.startswith("epoch") and path.is_file():
             kept[path.name] = load_file(path)
         unlink(path, **kwargs)
 
-    monkeypatch.setattr(p2_train.Path, "unlink", remember)
+    monkeypatch.setattr(Path, "unlink", remember)
     scores[:] = [0.1, 0.2, 0.3, 0.9]
     out = tmp_path / "run"
     assert train(out, "--epochs", 3, "--average-last", 2) == 0
@@ -150,7 +152,7 @@ def test_another_layer_feeds_the_projector_and_has_features_of_its_own(tiny_prof
     assert torch.equal(found, tokens["found"])  # CLS first, then the patches, and no norm
     assert found.shape == last.encode(pixels).shape
     paths = sorted((tiny_data / "images" / "val").glob("*"))[:2]
-    ours, theirs = (generation.cached_features(model, paths, tmp_path / "cache") for model in (before, last))
+    ours, theirs = (cached_features(model, paths, tmp_path / "cache") for model in (before, last))
     assert not torch.equal(ours[0], theirs[0])  # one key for both once gave the cached layer to either
 
 

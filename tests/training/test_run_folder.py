@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import evaluate
-import p2_train
-from captioning import cli as runtime
-from captioning import tensors as checkpoints
-from captioning.models.captioner import Captioner, read_adapter
+from captioning.cli import INTERRUPTED, STOPPED
+from captioning.models.adapter import read_adapter
+from captioning.models.captioner import Captioner
 from captioning.profiles import PROFILES, ROOT
-from captioning.training import trainer as training
+from captioning.scoring import evaluator
+from captioning.tensors import read_tensors, write_tensors
+from captioning.training.run_folder import BEFORE, NEWEST, has_state, load_state, lock_folder, save_state
+from captioning.training.trainer import Trainer
+from p2_train import main
 
 EPOCHS, STEPS = 2, 3  # 12 images in batches of 4
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7, dtype=torch.int64)}
@@ -50,7 +53,7 @@ SMALL = (
 def micro(tiny_profile):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PROFILES, "micro", tiny_profile)
-        patch.setattr(evaluate, "cider", lambda references, predictions: (0.5, {}))
+        patch.setattr(evaluator, "cider", lambda references, predictions: (0.5, {}))
         yield
 
 
@@ -62,7 +65,7 @@ def unbroken(tmp_path_factory):
 
 
 def train(out, *flags):
-    return p2_train.main([*SMALL, "--epochs", str(EPOCHS), "--out", str(out), *map(str, flags)])
+    return main([*SMALL, "--epochs", str(EPOCHS), "--out", str(out), *map(str, flags)])
 
 
 def metrics(out):
@@ -80,14 +83,14 @@ def assert_same_run(out, other):
 
 def send_at(monkeypatch, step, number):
     """Send ourselves a signal in the middle of ``step``."""
-    take = training.Trainer.train_step
+    take = Trainer.train_step
 
     def interrupted(trainer, batches):
         if trainer.step == step:
             os.kill(os.getpid(), number)
         return take(trainer, batches)
 
-    monkeypatch.setattr(training.Trainer, "train_step", interrupted)
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
 
 
 # --------------------------------------------------------------------------------------------------------- resuming
@@ -99,7 +102,7 @@ def test_a_signal_ends_the_run_behind_its_step_to_resume_exactly(unbroken, tmp_p
     out, handler = tmp_path / "run", signal.getsignal(number)
     with monkeypatch.context() as patch:
         send_at(patch, step, number)
-        assert train(out, "--save-every", 1000) == runtime.STOPPED
+        assert train(out, "--save-every", 1000) == STOPPED
     assert signal.getsignal(number) == handler
     assert metrics(out)[-1]["step"] == step + 1
     assert train(out, "--resume", "--save-every", 1000) == 0
@@ -116,7 +119,7 @@ def interruptible():
 
 @pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
-    take = training.Trainer.train_step
+    take = Trainer.train_step
 
     def interrupted(trainer, batches):
         os.kill(os.getpid(), signal.SIGINT)
@@ -125,9 +128,9 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         return take(trainer, batches)
 
-    monkeypatch.setattr(training.Trainer, "train_step", interrupted)
-    assert train(tmp_path / "run") == runtime.INTERRUPTED
-    assert not checkpoints.has_state(tmp_path / "run")
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    assert train(tmp_path / "run") == INTERRUPTED
+    assert not has_state(tmp_path / "run")
 
 
 @pytest.mark.parametrize("flags", [("--accumulate", "2"), ("--captions-per-image", "2"), ("--optimizer", "adam")])
@@ -136,7 +139,7 @@ def test_options_resume_bit_for_bit(tmp_path, monkeypatch, flags):
     assert train(whole, *flags) == 0
     with monkeypatch.context() as patch:
         send_at(patch, 2, signal.SIGTERM)
-        assert train(out, *flags) == runtime.STOPPED
+        assert train(out, *flags) == STOPPED
     assert train(out, *flags, "--resume") == 0
     assert_same_run(out, whole)
 
@@ -144,7 +147,7 @@ def test_options_resume_bit_for_bit(tmp_path, monkeypatch, flags):
 @pytest.mark.parametrize("where", ["keep", "validate", "save_state", "write_metrics"])
 def test_dying_around_the_end_of_an_epoch_loses_and_doubles_nothing(unbroken, tmp_path, monkeypatch, where):
     """The line of an epoch was once written behind the state: dying in between lost it for good."""
-    out, method = tmp_path / "run", getattr(training.Trainer, where)
+    out, method = tmp_path / "run", getattr(Trainer, where)
 
     def dies(trainer, *args):
         if trainer.step < STEPS or (where == "save_state" and trainer.epoch == 0):
@@ -155,8 +158,8 @@ def test_dying_around_the_end_of_an_epoch_loses_and_doubles_nothing(unbroken, tm
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, where, dies)
-        assert train(out) == runtime.INTERRUPTED
+        patch.setattr(Trainer, where, dies)
+        assert train(out) == INTERRUPTED
     assert train(out, "--resume") == 0
     assert_same_run(out, unbroken)
 
@@ -165,8 +168,8 @@ def test_a_damaged_newest_state_gives_way_to_the_one_before(unbroken, tmp_path, 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         send_at(patch, 4, signal.SIGTERM)
-        assert train(out) == runtime.STOPPED
-    newest = out / checkpoints.NEWEST
+        assert train(out) == STOPPED
+    newest = out / NEWEST
     content = bytearray(newest.read_bytes())
     content[-1000] ^= 1  # one bit of the optimiser's moments: every length and name is still right
     newest.write_bytes(content)
@@ -228,8 +231,8 @@ def test_out_of_memory_names_the_flags(tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk_is_told_before_work(tmp_path, monkeypatch, capsys):
-    usage = checkpoints.shutil.disk_usage("/")
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert train(tmp_path / "run") == 2
     assert "free some space" in capsys.readouterr().err
 
@@ -239,15 +242,15 @@ def test_a_full_disk_is_told_before_work(tmp_path, monkeypatch, capsys):
 
 def test_tensors_and_texts_come_back_and_any_flipped_byte_is_noticed(tmp_path):
     file = tmp_path / "file.safetensors"
-    checkpoints.write_tensors(file, TENSORS, {"text": "é"})
-    tensors, texts = checkpoints.read_tensors(file)
+    write_tensors(file, TENSORS, {"text": "é"})
+    tensors, texts = read_tensors(file)
     assert texts == {"text": "é"}
     assert all(torch.equal(tensors[key], TENSORS[key]) for key in TENSORS)
     content = file.read_bytes()
     for place in range(len(content)):
         file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         try:
-            tensors, texts = checkpoints.read_tensors(file)
+            tensors, texts = read_tensors(file)
         except ValueError as error:
             assert str(file) in str(error)
             continue
@@ -259,29 +262,29 @@ def test_tensors_and_texts_come_back_and_any_flipped_byte_is_noticed(tmp_path):
 def test_a_file_without_a_checksum_is_read(tmp_path):
     """Adapters of earlier versions have none."""
     save_file(TENSORS, tmp_path / "old.safetensors", metadata={"captioner": "{}"})
-    assert checkpoints.read_tensors(tmp_path / "old.safetensors")[1] == {"captioner": "{}"}
+    assert read_tensors(tmp_path / "old.safetensors")[1] == {"captioner": "{}"}
 
 
 def test_only_two_states_are_kept_and_a_kill_between_renames_leaves_one(tmp_path):
     for count in range(4):
-        checkpoints.save_state(tmp_path, TENSORS, {"count": count})
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([checkpoints.NEWEST, checkpoints.BEFORE])
-    assert checkpoints.load_state(tmp_path)[1] == {"count": 3}
-    (tmp_path / checkpoints.NEWEST).unlink()
-    assert checkpoints.load_state(tmp_path)[1] == {"count": 2}
+        save_state(tmp_path, TENSORS, {"count": count})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([NEWEST, BEFORE])
+    assert load_state(tmp_path)[1] == {"count": 3}
+    (tmp_path / NEWEST).unlink()
+    assert load_state(tmp_path)[1] == {"count": 2}
 
 
 def test_a_second_writer_is_refused_and_leftovers_go(unbroken, tmp_path, capsys):
     left = tmp_path / ".last.safetensors.abc.tmp"
     left.write_text("half")
     code = (
-        "from pathlib import Path; from captioning import tensors as checkpoints; "
-        f"checkpoints.lock_folder(Path({str(tmp_path)!r}))"
+        "from pathlib import Path; from captioning.training.run_folder import lock_folder; "
+        f"lock_folder(Path({str(tmp_path)!r}))"
     )
-    with checkpoints.lock_folder(tmp_path):
+    with lock_folder(tmp_path):
         assert not left.exists()
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "another process is writing this run" in result.stderr
-    with checkpoints.lock_folder(unbroken):
+    with lock_folder(unbroken):
         assert train(unbroken, "--resume") == 2
     assert "another process" in capsys.readouterr().err

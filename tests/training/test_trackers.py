@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
-import evaluate
-import p2_train
 from captioning.profiles import PROFILES
+from captioning.scoring import evaluator
 from captioning.training.trackers import Trackers, flat
+from captioning.training.trainer import Trainer
+from p2_train import main
 
 FLAGS = (
     "--profile",
@@ -36,7 +37,7 @@ FLAGS = (
 @pytest.fixture
 def micro(tiny_profile, monkeypatch):
     monkeypatch.setitem(PROFILES, "micro", tiny_profile)
-    monkeypatch.setattr(evaluate, "cider", lambda references, predictions: (0.5, {}))
+    monkeypatch.setattr(evaluator, "cider", lambda references, predictions: (0.5, {}))
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def stand_in(tracking, monkeypatch, *names):
 
 
 def train(out, *flags):
-    return p2_train.main([*FLAGS, "--out", str(out), *flags])
+    return main([*FLAGS, "--out", str(out), *flags])
 
 
 def lines(out):
@@ -102,7 +103,7 @@ def test_a_tracker_gets_the_config_and_every_line(name, micro, tracking, tmp_pat
 
 def test_a_tracker_ends_with_a_run_that_fails(micro, tracking, tmp_path, monkeypatch):
     told = stand_in(tracking, monkeypatch, "wandb")
-    monkeypatch.setattr(p2_train.Trainer, "validate", lambda trainer: 1 / 0)
+    monkeypatch.setattr(Trainer, "validate", lambda trainer: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "run", "--log-with", "wandb")
     assert told[0]["finished"]

@@ -1,0 +1,179 @@
+"""Training batches: captions packed behind their image, and the order in which images come.
+
+A training sequence holds one image and all of its captions, ``[prefix | caption 1 | … | caption k]``. Every caption
+attends to the prefix and to itself only, and its positions restart after the prefix, so one pass gives exactly the
+losses and gradients of k separate ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from captioning.data.samples import Sample
+
+IGNORED = -100  # the label that torch's cross_entropy passes over
+
+
+@dataclass
+class PackedBatch:
+    """Captions of B images, those of one image one after another in a row; tensors are (B, S) long, slots apart.
+
+    Attributes:
+        inputs: ``BOS tokens`` of every caption, then padding.
+        targets: ``tokens EOS`` of every caption, -100 on padding.
+        positions: 0, 1, … anew for every caption; the model adds the length of the prefix.
+        segments: number of the caption from 1 on, 0 on padding. A token sees its own segment and the prefix.
+        slots: (B, k, T), where in the row the tokens of each caption stand, -1 behind its end; None if nobody knows.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+    segments: torch.Tensor
+    slots: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """Return the batch on ``device``."""
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return PackedBatch(*(None if t is None else t.to(device, non_blocking=non_blocking) for t in tensors))
+
+    def behind_prefix(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return positions (B, P+S) and mask (B, 1, P+S, P+S) of ``[prefix of count tokens | captions]``."""
+        return self.positions_behind(count), self.mask_behind(count)
+
+    def positions_behind(self, count: int) -> torch.Tensor:
+        """Return the positions (B, P+S) of ``[prefix of count tokens | captions]``."""
+        prefix = torch.arange(count, device=self.positions.device).expand(len(self.positions), -1)
+        return torch.cat([prefix, self.positions + count], 1)
+
+    def mask_behind(self, count: int) -> torch.Tensor:
+        """Return where a token may look in ``[prefix of count tokens | captions]``: bool (B, 1, P+S, P+S)."""
+        # The prefix is segment 0 and padding is segment -1, so that "same segment or prefix" is one comparison.
+        padding = torch.where(self.segments == 0, -1, self.segments)
+        segments = torch.nn.functional.pad(padding, (count, 0))  # (B, P+S)
+        total = segments.shape[1]
+        causal = torch.ones(total, total, dtype=torch.bool, device=segments.device).tril()
+        related = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
+        return (related & causal)[:, None]
+
+
+def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_multiple: int = 1) -> PackedBatch:
+    """Pack ``batch[image][caption]`` (token ids without specials) into rows of one common length S.
+
+    Args:
+        batch: captions of B images.
+        eos_id: BOS and EOS at once. It also fills the padding, where segment 0 and target -100 keep it unseen.
+        pad_to_multiple: S is rounded up to a multiple of this, for fewer distinct shapes.
+
+    Raises:
+        ValueError: the batch is empty, an image has no caption, or ``pad_to_multiple`` is below 1.
+    """
+    if not batch or not all(batch):
+        raise ValueError("every image of a batch needs at least one caption, and a batch at least one image")
+    if pad_to_multiple < 1:
+        raise ValueError(f"pad_to_multiple is {pad_to_multiple}; it must be 1 or more")
+    longest = max(sum(len(caption) + 1 for caption in captions) for captions in batch)
+    length = -(-longest // pad_to_multiple) * pad_to_multiple
+    shape = (len(batch), length)
+    inputs, targets = np.full(shape, eos_id, np.int64), np.full(shape, IGNORED, np.int64)  # (B, S)
+    positions, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)  # (B, S)
+    grid = max(map(len, batch)), max(len(caption) + 1 for captions in batch for caption in captions)
+    slots = np.full((len(batch), *grid), -1, np.int64)  # (B, k, T)
+    for row, captions in enumerate(batch):
+        start = 0
+        for number, caption in enumerate(captions, start=1):
+            span = slice(start, start + len(caption) + 1)
+            inputs[row, span] = [eos_id, *caption]
+            targets[row, span] = [*caption, eos_id]
+            positions[row, span] = np.arange(len(caption) + 1)
+            segments[row, span] = number
+            slots[row, number - 1, : len(caption) + 1] = np.arange(span.start, span.stop)
+            start = span.stop
+    return PackedBatch(*map(torch.from_numpy, (inputs, targets, positions, segments, slots)))
+
+
+class CaptionDataset(torch.utils.data.Dataset):
+    """Items ``(index of the image, its captions as token lists)``.
+
+    With ``captions_per_image`` an epoch shows that many captions of an image (all, where it has fewer): epochs walk
+    round a fixed shuffled order of the image's captions, so each is shown equally often. What an epoch shows depends
+    on ``seed``, the epoch and the index only, not on the order of access or on the number of workers.
+
+    Raises:
+        ValueError: ``captions_per_image`` is below 1.
+    """
+
+    def __init__(
+        self, captions: Sequence[Sequence[list[int]]], captions_per_image: int | None = None, seed: int = 0
+    ) -> None:
+        if captions_per_image is not None and captions_per_image < 1:
+            raise ValueError(f"--captions-per-image {captions_per_image}: must be 1 or more, or left out for all")
+        self._captions = captions
+        self._per_image = captions_per_image
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the captions of ``epoch``; call it before a data loader starts its workers."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._captions)
+
+    def __getitem__(self, index: int) -> tuple[int, list[list[int]]]:
+        """Return ``index`` and the captions that this epoch shows of the image."""
+        captions = self._captions[index]
+        if self._per_image is None or self._per_image >= len(captions):
+            return index, list(captions)
+        order = np.random.default_rng((self._seed, index)).permutation(len(captions))
+        first = self._epoch * self._per_image
+        return index, [captions[order[(first + i) % len(order)]] for i in range(self._per_image)]
+
+    def lengths(self) -> list[int]:
+        """Return the packed length of every item in this epoch, for :func:`length_grouped_batches`."""
+        return [sum(len(caption) + 1 for caption in self[index][1]) for index in range(len(self))]
+
+
+def length_grouped_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return batches of indices of like length, every index once, in an order drawn from ``seed`` and ``epoch``.
+
+    Indices are shuffled, then sorted by length within pools of 32 batches only, so that a batch has little padding
+    and yet other members in every epoch.
+
+    Raises:
+        ValueError: ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: must be 1 or more")
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
+    lengths = np.asarray(lengths)
+    pool_size = 32 * batch_size
+    batches = []
+    for start in range(0, len(order), pool_size):
+        pool = order[start : start + pool_size]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches += [pool[i : i + batch_size].tolist() for i in range(0, len(pool), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def shuffle_captions(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """Deal all captions of each image to another image: the blind baseline, which can learn the language only.
+
+    The images form one random cycle, and each hands its captions to the next, so none keeps its own.
+
+    Raises:
+        ValueError: there are fewer than two samples.
+    """
+    if len(samples) < 2:
+        raise ValueError(f"captions of {len(samples)} image(s) cannot be dealt to other images; two are needed")
+    order = np.random.default_rng(seed).permutation(len(samples))
+    shuffled = list(samples)
+    for giver, taker in zip(order, np.roll(order, -1), strict=True):
+        shuffled[taker] = replace(samples[taker], captions=samples[giver].captions)
+    return shuffled

@@ -1,0 +1,148 @@
+"""GPT-2's byte-level BPE, and captions as token ids."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from captioning.data.samples import Sample, _is_int
+from captioning.files import read_json, write_json, write_text
+from captioning.messages import some
+
+log = logging.getLogger(__name__)
+
+END_OF_TEXT = "<|endoftext|>"  # GPT-2 begins and ends every text with it
+
+
+class Tokenizer:
+    """GPT-2's byte-level BPE, read from ``encoder.json`` and ``vocab.bpe`` (Radford et al. 2019).
+
+    Equal to ``transformers.GPT2TokenizerFast`` with one exception on purpose: the characters ``<|endoftext|>`` inside
+    a text are ordinary characters and never the special token, so no caption can end a sequence in its middle.
+
+    Attributes:
+        eos_id: id of ``<|endoftext|>``, which is BOS too.
+        vocab_size: number of ids, 0 to ``vocab_size - 1``.
+
+    Raises:
+        FileNotFoundError: ``folder`` lacks one of the two files.
+        ValueError: the files are damaged or do not belong together.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        vocab_file, merges_file = Path(folder) / "encoder.json", Path(folder) / "vocab.bpe"
+        for file in (vocab_file, merges_file):
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{file}: missing; a tokenizer is a folder with encoder.json and vocab.bpe; GPT-2's comes with "
+                    "`bash hw3_download.sh p2`"
+                )
+        vocab = _read_vocab(vocab_file)
+        merges = _read_merges(merges_file, vocab)
+        self.eos_id = vocab[END_OF_TEXT]
+        self.vocab_size = len(vocab)
+        self._tokenizer = _byte_level(tokenizers.models.BPE(vocab=vocab, merges=merges))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``; no special id is added, and none can come out of the text."""
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ``ids`` without ``<|endoftext|>`` and without white space at its ends.
+
+        Bytes that are no UTF-8, as of a character cut in half, become U+FFFD.
+
+        Raises:
+            ValueError: an id is outside of the vocabulary (a decoder with a larger one made it).
+        """
+        ids = [int(i) for i in ids]
+        strange = [i for i in ids if not 0 <= i < self.vocab_size]
+        if strange:
+            raise ValueError(f"token ids {some(strange)} are not in this vocabulary of {self.vocab_size}")
+        return self._tokenizer.decode([i for i in ids if i != self.eos_id], skip_special_tokens=False).strip()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.PathLike) -> Tokenizer:
+    """Train a byte-level BPE on ``texts``, write ``encoder.json`` and ``vocab.bpe`` to ``folder`` and load them.
+
+    The same texts give the same files. All 256 bytes are in the vocabulary, so every text can be encoded, and
+    ``<|endoftext|>`` is the last id, as in GPT-2. Where the texts hold too few repeated pairs, the vocabulary stays
+    smaller than asked, and a warning says so.
+
+    Raises:
+        ValueError: ``vocab_size`` is below 257, the 256 bytes and the end of text.
+    """
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise ValueError(f"a vocabulary of {vocab_size} is too small; byte-level BPE needs {len(alphabet) + 1} or more")
+    trained = _byte_level(tokenizers.models.BPE())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, special_tokens=[], show_progress=False
+    )
+    trained.train_from_iterator(texts, trainer)
+    model = json.loads(trained.to_str())["model"]
+    vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
+    vocab[END_OF_TEXT] = len(vocab)
+    if len(vocab) < vocab_size:
+        log.warning("the texts give a vocabulary of %d, not of the %d asked for", len(vocab), vocab_size)
+    folder = Path(folder)
+    write_json(folder / "encoder.json", vocab, indent=None)
+    write_text(folder / "vocab.bpe", "\n".join(["#version: 0.2", *map(" ".join, model["merges"])]) + "\n")
+    return Tokenizer(folder)
+
+
+def _byte_level(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits by GPT-2's regex
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+def _read_vocab(file: Path) -> dict[str, int]:
+    vocab = read_json(file)
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    if not ids or not all(map(_is_int, ids)) or sorted(ids) != list(range(len(ids))):
+        raise ValueError(f"{file}: not a vocabulary; expected one object of tokens with the ids 0 to its size less 1")
+    missing = [token for token in (END_OF_TEXT, *tokenizers.pre_tokenizers.ByteLevel.alphabet()) if token not in vocab]
+    if missing:
+        raise ValueError(f"{file}: not GPT-2's kind of vocabulary; it lacks {some(missing)}")
+    return vocab
+
+
+def _read_merges(file: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: tokens hold no newline but odd spaces
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error})") from error
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = tuple(line.split(" "))
+        if len(pair) != 2 or any(token not in vocab for token in (*pair, "".join(pair))):
+            raise ValueError(f"{file}: line {number} ({line!r:.80}) merges no two tokens of the encoder.json beside it")
+        merges.append(pair)
+    return merges
+
+
+def encode_captions(samples: Sequence[Sample], tokenizer: Tokenizer, max_tokens: int) -> list[list[list[int]]]:
+    """Return the token ids of every caption of every sample, without BOS and EOS.
+
+    Raises:
+        ValueError: a caption has more than ``max_tokens`` tokens. Cutting it would teach the model to stop in the
+            middle of a sentence.
+    """
+    encoded = [[tokenizer.encode(caption) for caption in sample.captions] for sample in samples]
+    for sample, captions in zip(samples, encoded, strict=True):
+        for number, tokens in enumerate(captions, start=1):
+            if len(tokens) > max_tokens:
+                raise ValueError(
+                    f"{sample.path.name}: caption {number} has {len(tokens)} tokens, more than {max_tokens}; shorten "
+                    f"it or raise the limit: {sample.captions[number - 1][:60]!r}"
+                )
+    return encoded

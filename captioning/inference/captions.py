@@ -1,0 +1,68 @@
+"""Captions of images from their encoder tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from captioning.data.tokenizer import Tokenizer
+from captioning.inference import search
+from captioning.models.captioner import Captioner
+from captioning.models.step_functions import CompiledSteps
+from decoder import Decoder
+
+
+def caption_features(
+    captioner: Captioner,
+    tokenizer: Tokenizer,
+    features: torch.Tensor,
+    beam_size: int = 5,
+    max_new_tokens: int = 30,
+    length_penalty: float = 1.0,
+    steps: CompiledSteps | None = None,
+) -> list[str]:
+    """Caption B images from their encoder tokens (B, N, D); one beam is greedy search.
+
+    ``steps`` are compiled for at least as many images, and for the same beams and tokens.
+    """
+    keep = None
+    if steps is None:
+        read_on = captioner.step_function(features, beam_size, max_new_tokens)
+        keep = read_on.keep
+    else:
+        with torch.no_grad():
+            read_on = steps.begin(captioner.prefix(features))
+
+    step = within_vocabulary(read_on, tokenizer.vocab_size)
+    eos, device = tokenizer.eos_id, features.device
+    if beam_size == 1:
+        found = search.greedy(step, len(features), eos, eos, max_new_tokens, device)
+    else:
+        found = search.beam_search(
+            step, len(features), eos, eos, beam_size, max_new_tokens, length_penalty, device, keep
+        )
+    return [tokenizer.decode(tokens) for tokens in found.tokens]
+
+
+def within_vocabulary(step: search.Step, vocab_size: int) -> search.Step:
+    """Make of a step function one without the ids of a padded output layer that no token has."""
+    return lambda tokens, ancestors: step(tokens, ancestors)[..., :vocab_size]
+
+
+def check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
+    """Refuse a tokenizer whose ids the decoder does not have."""
+    if tokenizer.vocab_size > decoder.config.vocab_size:
+        raise ValueError(
+            f"--tokenizer has {tokenizer.vocab_size} tokens, the decoder only {decoder.config.vocab_size}; "
+            "take the tokenizer that belongs to the decoder"
+        )
+
+
+def compile_steps(
+    captioner: Captioner, batch_size: int, beam_size: int = 5, max_new_tokens: int = 30, backend: str = "inductor"
+) -> CompiledSteps:
+    """Return what ``caption_features`` takes as ``steps``; call both under the same ``autocast``.
+
+    Raises:
+        ValueError: there is no compiler, or prefix and caption do not fit into the decoder's context.
+    """
+    return CompiledSteps(captioner.decoder, batch_size, captioner.n_prefix, beam_size, max_new_tokens, backend)

@@ -1,0 +1,27 @@
+"""Lists and errors on one line, for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def some(items: Iterable[object], most: int = 5) -> str:
+    """Return the first ``most`` items with commas between and how many more there are; "none" for no items."""
+    items = [str(item) for item in items]
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return (", ".join(items[:most]) or "none") + more
+
+
+def listed(items: Sequence[object]) -> str:
+    """Return `` (a, b and 3 more)``, or nothing for no items."""
+    return f" ({some(items)})" if items else ""
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Return ``text`` on one line, cut at ``limit`` characters: another program's message within ours."""
+    return " ".join(text.split())[:limit]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

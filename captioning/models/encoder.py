@@ -1,0 +1,99 @@
+"""The frozen image encoder: a timm vision transformer with its own preprocessing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from captioning.imports import import_guarded
+from captioning.messages import first_line
+from captioning.tensors import read_state_dict
+
+RANDOM = "random"  # the one word that asks for an encoder without trained weights
+
+
+PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
+
+
+RANDOM_ENCODER_SEED = 20241127  # random encoders are the same in training and in inference
+
+
+def build_encoder(name: str, weights: str | None, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+    """Return the timm ViT ``name`` without its head, frozen and in eval mode.
+
+    Args:
+        name: any timm ViT; the pretrained tag may follow a dot.
+        weights: a local file in timm's or open_clip's layout, None for timm's pretrained weights from the hub, or
+            ``random``, which tests and shape checks ask for by name.
+        kwargs: further arguments of ``timm.create_model``, such as ``img_size``; those in PREPROCESSING override the
+            model's own preprocessing.
+
+    Raises:
+        ValueError: an unknown name, a model that is no ViT, or weights that do not fit or cannot be fetched.
+        FileNotFoundError: ``weights`` is not a file.
+    """
+    timm = import_guarded("timm")
+    kwargs = dict(kwargs or {})
+    if not timm.is_model(name.split(".")[0]):
+        close = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]) or "none alike"
+        raise ValueError(f"--encoder {name}: timm knows no such model (alike: {close})")
+    overlay: dict[str, Any] = {key: kwargs.pop(key) for key in PREPROCESSING if key in kwargs}
+    if "img_size" in kwargs:
+        overlay["input_size"] = (3, kwargs["img_size"], kwargs["img_size"])
+    if weights not in (None, RANDOM) and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"--encoder-weights {weights}: no such file; run `bash hw3_download.sh p2`, or name another"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_ENCODER_SEED)
+        try:
+            encoder = timm.create_model(
+                name, pretrained=weights is None, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs
+            )
+        except (RuntimeError, OSError, TypeError, ValueError) as error:
+            hint = "; run `bash hw3_download.sh p2`, or name a file with --encoder-weights" if weights is None else ""
+            raise ValueError(f"--encoder {name}: it could not be built ({first_line(error)}){hint}") from error
+    if not hasattr(encoder, "num_prefix_tokens") or not hasattr(encoder.patch_embed, "grid_size"):
+        raise ValueError(f"--encoder {name}: not a vision transformer; choose one of timm's vit_* models")
+    if weights not in (None, RANDOM):
+        _load_encoder(encoder, name, weights)
+    return encoder.requires_grad_(False).eval()
+
+
+def _load_encoder(encoder: nn.Module, name: str, path: str) -> None:
+    """Fill a headless encoder from a local file; all its tensors and no others but the head's must be there.
+
+    timm itself loads headless models with strict=False, and leaves at random in silence whatever the file lacks.
+    """
+    state = read_state_dict(path)  # never timm's own reader, which would run a pickle's code
+    family = importlib.import_module(type(encoder).__module__)
+    rename = getattr(family, "checkpoint_filter_fn", lambda state, model: state)  # open_clip's names to timm's
+    try:
+        keys = encoder.load_state_dict(rename(state, encoder), strict=False)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"--encoder-weights {path}: they do not fit {name} ({first_line(error)})") from error
+    extra = [key for key in keys.unexpected_keys if not key.startswith("head.")]
+    if keys.missing_keys or extra:
+        missing, more = (", ".join(sorted(part)[:5]) or "none" for part in (keys.missing_keys, extra))
+        raise ValueError(f"--encoder-weights {path}: they do not fit {name} (missing: {missing}; unexpected: {more})")
+
+
+def build_transform(encoder: nn.Module) -> Callable[[Any], torch.Tensor]:
+    """Return the encoder's own evaluation preprocessing: PIL image to (3, H, W) float tensor."""
+    timm_data = import_guarded("timm.data")
+    # The model, not its name: given a string, timm silently answers with ImageNet's mean, std and crop.
+    return timm_data.create_transform(**timm_data.resolve_model_data_config(encoder), is_training=False)
+
+
+def preprocessing_by_name(encoder: str) -> dict[str, Any]:
+    """Return the preprocessing that timm answers with when asked by name: not the model's own, but ImageNet's.
+
+    The report was trained like that; the values travel in the adapter's config, so inference has them too.
+    """
+    found = import_guarded("timm.data").resolve_data_config({}, model=encoder)
+    return {key: found[key] for key in PREPROCESSING}

@@ -1,0 +1,88 @@
+"""Part files: the captions of one shard as JSONL or Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from captioning.files import atomic_path, parse_json
+from captioning.imports import import_guarded
+
+FORMS = ("json", "jsonl", "parquet")
+
+
+ROWS = 10_000  # of a Parquet file that are in memory at once
+
+
+def form_of(out: Path, asked: str) -> str:
+    """Return the form of the results: what was ``asked`` for, or for ``auto`` what the ending of ``out`` says."""
+    if asked != "auto":
+        return asked
+    return {".jsonl": "jsonl", ".parquet": "parquet"}.get(out.suffix.lower(), "json")
+
+
+def write_part(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    """Write (key, caption) rows as JSONL or Parquet, by the ending of ``path``, atomically.
+
+    Raises:
+        OSError: naming the file and what to do.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            if path.suffix == ".parquet":
+                _write_parquet(temporary, rows)
+            else:
+                with temporary.open("w", encoding="utf-8") as file:
+                    for key, caption in rows:
+                        file.write(json.dumps({"key": key, "caption": caption}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OSError(
+            f"{path}: cannot be written ({error}); the captions so far are kept, so make room and run the "
+            "same command again"
+        ) from error
+
+
+def read_part(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield a part's (key, caption) rows in order."""
+    if path.suffix == ".parquet":
+        with parquet().ParquetFile(path) as file:
+            for batch in file.iter_batches(ROWS):
+                yield from zip(batch["key"].to_pylist(), batch["caption"].to_pylist(), strict=True)
+        return
+    with path.open("rb") as file:
+        for line in file:
+            row = parse_json(line.decode())
+            yield row["key"], row["caption"]
+
+
+def _write_parquet(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    arrow, module = import_guarded("pyarrow"), parquet()
+    schema = arrow.schema([("key", arrow.string()), ("caption", arrow.string())])
+    with module.ParquetWriter(path, schema) as writer:
+        for some in _batched(rows, ROWS):
+            keys, captions = zip(*some, strict=True)
+            writer.write_table(arrow.table([keys, captions], schema=schema))
+
+
+def parquet() -> Any:
+    """Return the Parquet module. Raises ValueError where it is not installed."""
+    try:
+        return import_guarded("pyarrow.parquet")
+    except ImportError as error:
+        raise ValueError(
+            f"Parquet needs pyarrow, which cannot be imported ({error}): pip install pyarrow, or choose "
+            "--out-format jsonl"
+        ) from error
+
+
+def _batched(rows: Iterable[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
+    some: list[tuple[str, str]] = []
+    for row in rows:
+        some.append(row)
+        if len(some) == size:
+            yield some
+            some = []
+    if some:
+        yield some
