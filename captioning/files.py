@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import codecs
 import contextlib
 import csv
@@ -14,7 +15,10 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @contextlib.contextmanager
@@ -58,6 +62,25 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+_ENCODERS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 85, "optimize": True}, "png": {}}
+
+
+def data_url(image: Image, longest: int, formats: Sequence[str] = ("jpeg",)) -> str:
+    """Return a picture as a ``data:`` URL, no side over ``longest`` pixels, in whichever of ``formats`` is shortest.
+
+    Raises:
+        OSError, SyntaxError: the file that ``image`` was opened from is damaged.
+    """
+    small = image.copy()
+    small.thumbnail((longest, longest))
+    encoded = []
+    for name in formats:
+        content = io.BytesIO()
+        (small.convert("RGB") if name == "jpeg" else small).save(content, name, **_ENCODERS[name])
+        encoded.append(f"data:image/{name};base64,{base64.b64encode(content.getvalue()).decode()}")
+    return min(encoded, key=len)
 
 
 MAX_BYTES = 1 << 30  # COCO's largest instances file has half of it; parsed, a byte becomes about ten in memory

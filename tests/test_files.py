@@ -1,9 +1,13 @@
 """strictjson.py: what Python takes in silence is refused in one line; every encoding with a mark is read."""
 
+import base64
+import io
+
 import pytest
+from PIL import Image
 
 from captioning import files
-from captioning.files import parse_json, read_json
+from captioning.files import data_url, parse_json, read_json
 
 
 def write(tmp_path, content):
@@ -52,3 +56,18 @@ def test_missing_and_too_large_files_are_told_before_reading(tmp_path, monkeypat
 
 def test_plain_values_come_as_python_has_them():
     assert parse_json('{"a": [1, -2.5e3, true, null, "x"]}') == {"a": [1, -2500.0, True, None, "x"]}
+
+
+def test_a_picture_in_a_page_is_small_and_in_the_shorter_format():
+    plain = Image.new("RGBA", (600, 40), "red")
+    noise = Image.effect_noise((600, 40), 100)
+    for picture, formats, name in [
+        (plain, ("jpeg",), "jpeg"),
+        (plain, ("png", "jpeg"), "png"),
+        (noise, ("png", "jpeg"), "jpeg"),
+    ]:
+        kind, _, content = data_url(picture, 300, formats).partition(";base64,")
+        assert kind == f"data:image/{name}"
+        with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+            assert (image.format.lower(), image.size) == (name, (300, 20))
+    assert plain.size == (600, 40), "the caller's picture stays"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import io
 import json
 import os
 import re
@@ -19,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from captioning.data.images import load_image
-from captioning.files import write_text
+from captioning.files import data_url, write_text
 from captioning.maps import figures
 from captioning.maps.attention import Explained, View
 
 TEMPLATE = Path(__file__).with_name("viewer.html")
 PHOTO_SIDE = 800  # pixels of the longer side, at most
-JPEG_QUALITY = 85
 IN_SCRIPT = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "<>&"})  # so that no text can end its <script>
 
 
@@ -80,7 +77,7 @@ def _item(explained: Explained) -> dict[str, Any]:
         "window": np.divide(explained.window, photo.size * 2).clip(0, 1).tolist(),
         "mass": None if mass is None else np.asarray(mass).round(4).tolist(),
         "views": [_view(view) for view in explained.views],
-        "photo": _photo(photo),
+        "photo": data_url(photo, PHOTO_SIDE),
     }
 
 
@@ -97,15 +94,6 @@ def _view(view: View) -> dict[str, Any]:
         "end": figures.scale_end(view.maps),
         "maps": _base64(levels.tobytes()),
     }
-
-
-def _photo(photo: Image.Image) -> str:
-    """The photograph as a JPEG data URI."""
-    small = photo.copy()
-    small.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS)
-    encoded = io.BytesIO()
-    small.save(encoded, format="JPEG", quality=JPEG_QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + _base64(encoded.getvalue())
 
 
 def _base64(content: bytes) -> str:

@@ -5,7 +5,6 @@ The HTML needs no other file and no script. Whatever stands in it is escaped.
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
 import io
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from captioning.files import atomic_path, write_text
+from captioning.files import atomic_path, data_url, write_text
 
 Cell = str | int | float | None
 PIXELS = 1600  # the longer side of a picture inside the page; the file beside it has all of them
@@ -205,16 +204,7 @@ def _table(table: Table) -> str:
 
 
 def _data_url(png: bytes) -> str:
-    """A picture for the page, no side over ``PIXELS``; JPEG where that is shorter."""
     from PIL import Image
 
     with Image.open(io.BytesIO(png)) as image:
-        if max(image.size) > PIXELS:
-            image.thumbnail((PIXELS, PIXELS))
-            content = io.BytesIO()
-            image.save(content, "PNG")
-            png = content.getvalue()
-        small = io.BytesIO()
-        image.convert("RGB").save(small, "JPEG", quality=86)
-    kind, content = min((("png", png), ("jpeg", small.getvalue())), key=lambda pair: len(pair[1]))
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        return data_url(image, PIXELS, ("png", "jpeg"))

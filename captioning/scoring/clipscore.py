@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from captioning.device import pick_device
 from captioning.imports import import_guarded
 from captioning.messages import one_line, some
 from captioning.profiles import PROFILES
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
@@ -104,21 +107,9 @@ class ClipScorer:
         return torch.nonzero((tokens[:, context:] != padding).any(dim=1)).flatten().tolist()
 
     def load_image(self, path: str | os.PathLike) -> torch.Tensor:
-        """Return the preprocessed pixels ``(3, size, size)`` of an image; EXIF orientation is ignored, as by OpenAI.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it cannot be decoded.
-        """
-        from PIL import Image
-
-        try:
-            with Image.open(path) as image:
-                return self.preprocess(image)
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-            raise ValueError(f"{path}: not a readable image ({error}); fetch or convert it again") from error
+        """Return the preprocessed pixels ``(3, size, size)`` of an image; errors as ``open_image``."""
+        with open_image(path) as image:
+            return self.preprocess(image)
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -131,6 +122,25 @@ class ClipScorer:
         """Return unit-length features ``(n, dim)`` in float32 for captions, taken as they are, without any prefix."""
         features = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
         return F.normalize(features.float(), dim=-1)
+
+
+@contextmanager
+def open_image(path: str | os.PathLike) -> Iterator[Image]:
+    """Yield the image at ``path`` as it is stored: EXIF orientation is ignored, as by OpenAI's CLIP.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be decoded, be it only when its pixels are used.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+        raise ValueError(f"{path}: not a readable image ({error}); fetch or convert it again") from error
 
 
 def clipscore(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
+
+from captioning.files import data_url
+from captioning.scoring.clipscore import open_image
 
 SECTIONS = 12  # images in each
 PIXELS = 360  # the longer side of a picture on the page
@@ -94,21 +95,6 @@ def _card(image: str, row: Mapping[str, float | str], references: Sequence[str],
 
 
 def thumbnail(path: str | os.PathLike) -> str:
-    """Return the picture, no side over ``PIXELS``, as a ``data:`` URL of a JPEG.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be decoded.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.thumbnail((PIXELS, PIXELS))
-            content = io.BytesIO()
-            image.convert("RGB").save(content, "JPEG", quality=82)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-        raise ValueError(f"{path}: not a readable image ({error}); fetch or convert it again") from error
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+    """Return the picture, no side over ``PIXELS``, as a ``data:`` URL of a JPEG; errors as ``open_image``."""
+    with open_image(path) as image:
+        return data_url(image, PIXELS)
