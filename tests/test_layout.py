@@ -43,7 +43,7 @@ MAY_IMPORT = {
 }
 SHARED = {"tensors": {"files", "messages"}, "distributed": {"cli", "imports"}, "workers": {"imports"}}
 DECODER = {"captioning.kernels", "captioning.tensors", "captioning.messages"}
-PENDING = {"microworld", "report", "captioning.models.export", "captioning.data.feature_cache"}
+PENDING = {"microworld", "captioning.models.export", "captioning.data.feature_cache"}
 PENDING |= {"captioning.report.sections", "bench.full_size"}
 
 

@@ -11,10 +11,8 @@ import pytest
 from PIL import Image
 
 import report
-from captioning.report import document as reporting
-from captioning.report import sections as chapters
+from captioning.report import document, sections
 from captioning.training.run_folder import find_runs
-from microworld import studies
 
 NAUGHTY = '<script>alert("x")</script> & "quotes"'
 
@@ -170,21 +168,21 @@ def test_no_run_and_no_folder(tmp_path, capsys):
     assert "--runs" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     page = make(tmp_path / "empty", tmp_path)
-    assert "No finished run lies here" in page
+    assert "No finished run is here" in page
     assert "a finished training run" in page
 
 
 def test_micro_and_full_size_are_never_mixed_in_silence(root, tmp_path):
-    assert "Micro world: every number" in make(root, tmp_path)
+    assert "Micro world: all of our numbers" in make(root, tmp_path)
     write_run(root / "big", profile="full")
-    assert "Micro and full-size runs stand side by side" in make(root, tmp_path)
+    assert "This folder holds both micro and full-size runs" in make(root, tmp_path)
 
 
 def test_the_words_on_the_prompts_follow_the_numbers():
     one, two = {"CIDEr": 2.0, "CLIPScore": 1.0, "words": 9}, {"CIDEr": 1.0, "CLIPScore": 1.1, "words": 18}
-    assert "as in the report" in chapters.explain_prompts({"1": one, "2": two})
-    assert "2.0 times as long" in chapters.explain_prompts({"1": one, "2": two})
-    turned = chapters.explain_prompts({"1": two, "2": one})
+    assert "as in the report" in sections.explain_prompts({"1": one, "2": two})
+    assert "2.0 times as long" in sections.explain_prompts({"1": one, "2": two})
+    turned = sections.explain_prompts({"1": two, "2": one})
     assert turned.count("Unlike in the report") == 2
 
 
@@ -239,39 +237,25 @@ def test_rewards_stand_beside_what_they_began_with_and_people(root, tmp_path):
     assert "make rewards" not in page
 
 
-def test_run_makes_the_parts_that_it_is_asked_for(root, tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setitem(studies.STUDIES, "rewards", lambda run, args: made.append((args.study, args.out, args.seeds)))
-    (root / "data").mkdir()
-    (root / "data" / "val.json").write_text("{}")
-    make(root, tmp_path, "--run", "rewards")
-    assert made == [("rewards", root.absolute(), None)]
-
-
 def test_a_damaged_score_file_is_one_line_that_names_it(root, tmp_path, capsys):
     (root / "scores.json").write_text("{")
     assert report.main(["--runs", str(root), "--out", str(tmp_path / "r.html")]) == 2
     assert "scores.json" in capsys.readouterr().err
 
 
-def test_run_without_a_micro_world_is_refused(root, tmp_path, capsys):
-    assert report.main(["--runs", str(root), "--out", str(tmp_path / "r.html"), "--run"]) == 2
-    assert "--run" in capsys.readouterr().err
-
-
 def test_tables_keep_every_digit_and_break_no_markdown():
-    table = reporting.Table("t", "A table", ("a", "b"), [(0.1 + 0.2, "x|y"), (None, 12345)])
-    assert "0.30000000000000004" in reporting.csv_text(table)
-    assert "x\\|y" in reporting.markdown(table)
-    assert "12,345" in reporting.markdown(table)
+    table = document.Table("t", "A table", ("a", "b"), [(0.1 + 0.2, "x|y"), (None, 12345)])
+    assert "0.30000000000000004" in document.csv_text(table)
+    assert "x\\|y" in document.markdown(table)
+    assert "12,345" in document.markdown(table)
 
 
 def test_large_pictures_are_shrunk_for_the_page_only(root, tmp_path):
-    figure = reporting.Figure("big", png(size=(3200, 100)), "a", "b")
-    reporting.write("t", [], [reporting.Section("s", [figure])], tmp_path / "p.html")
+    figure = document.Figure("big", png(size=(3200, 100)), "a", "b")
+    document.write("t", [], [document.Section("s", [figure])], tmp_path / "p.html")
     encoded = re.search(r"base64,([^\"]+)", (tmp_path / "p.html").read_text()).group(1)
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
-        assert image.width == reporting.PIXELS
+        assert image.width == document.PIXELS
     assert (tmp_path / "p_files" / "big.png").read_bytes() == figure.png
 
 
