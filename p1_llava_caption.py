@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from captioning.cli import PARTIAL, FlagParser, command, setup_logging
+from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
 from captioning.data.annotations import load_annotations
 from captioning.data.images import list_images, load_image
 from captioning.device import pick_device
@@ -45,18 +45,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help="hub id or folder of a LLaVA 1.5 (default: the profile's)")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--num-beams", type=int, default=1, help="live beams; 1 is greedy search")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at once; halved where memory runs out")
+    parser.add_argument("--num-beams", type=positive_int, default=1, help="live beams; 1 is greedy search")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=64, help="longest answer in tokens")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="images at once; halved if memory runs out")
     parser.add_argument(
         "--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; auto: float16, on a CPU float32"
     )
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise the weights (needs bitsandbytes)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT.json")
     parser.add_argument("--annotation-file", type=Path, help="COCO-style references of the images, for --compare")
-    parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--verbose", action="store_true", help="more log lines")
+    add_common_flags(parser)
     add_flags(parser)
     return parser
 
@@ -184,9 +182,6 @@ def compare(captions: dict[str, dict[str, str]], args: argparse.Namespace) -> tu
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse flags that make no sense before anything is loaded."""
-    for name in ("batch_size", "num_beams", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.prompt is not None:
         check_prompt(args.prompt)
     if args.compare != (args.annotation_file is not None):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from captioning.cli import PARTIAL, FlagParser, command, setup_logging
+from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
 from captioning.data.images import DRAFT_FACTOR, list_images
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import autocast, pick_device
@@ -38,10 +38,10 @@ def build_parser() -> Any:
     )
     parser.add_argument("--encoder-weights", help="local file of the encoder's weights (default: the one trained with)")
     parser.add_argument("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
-    parser.add_argument("--beam-size", type=int, default=5, help="live beams; 1 is greedy search")
-    parser.add_argument("--max-new-tokens", type=int, default=30, help="longest caption in tokens")
+    parser.add_argument("--beam-size", type=positive_int, default=5, help="live beams; 1 is greedy search")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=30, help="longest caption in tokens")
     parser.add_argument("--length-penalty", type=float, default=1.0, help="above 1 favours longer captions")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at once")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="images at once")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     parser.add_argument(
         "--jpeg-draft",
@@ -55,9 +55,7 @@ def build_parser() -> Any:
         action="store_true",
         help="compile the decoding steps: same captions, a minute or more at the start",
     )
-    parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--verbose", action="store_true", help="more log lines")
+    add_common_flags(parser)
     add_flags(parser)
     parser.add_argument(
         "--overwrite",
@@ -131,9 +129,6 @@ def main(argv: list[str] | None = None) -> int:
     """Caption images; return 0, or 3 (``PARTIAL``) where an image could not be read."""
     args = build_parser().parse_args(argv)
     setup_logging(args.verbose)
-    for name in ("batch_size", "beam_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not is_small(args):
         run = describe_run(args) | describe_models(args)
         return caption_source(args, run, functools.partial(load_job, args), args.overwrite)

@@ -9,15 +9,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from captioning.profiles import PROFILES
+
 BAD_INPUT = 2  # exit code for wrong files, flags or data
-
-
 PARTIAL = 3  # exit code when a part of the work could not be done, and the rest was
-
-
-STOPPED = 4  # exit code when SIGTERM or SIGINT ended a training run early and all of it was kept: --resume goes on
-
-
+STOPPED = 4  # exit code when SIGTERM or SIGINT ended a training run early and all of it was kept: --resume continues
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
@@ -29,11 +25,11 @@ def setup_logging(verbose: bool = False) -> None:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but neither "None" and "False" nor a default that the help text tells itself."""
+    """Shows defaults, but neither "None" and "False" nor a default that the help text itself gives."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        untold = action.default in (None, False) or "(default" in (action.help or "")
-        return action.help if untold else super()._get_help_string(action)
+        plain = action.default in (None, False) or "(default" in (action.help or "")
+        return action.help if plain else super()._get_help_string(action)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -47,11 +43,37 @@ class FlagParser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._dashed(a) for a in args], namespace)
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Let a flag's type refuse a value in one line: by ``ArgumentTypeError``, as :func:`positive_int` does."""
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            if isinstance(error.__context__, argparse.ArgumentTypeError):
+                raise ValueError(f"{'/'.join(action.option_strings)} {arg_string}: {error.message}") from error
+            raise
+
     def _dashed(self, argument: str) -> str:
         flag, equals, value = argument.partition("=")
         twin = flag.replace("_", "-")
         known = twin in self._option_string_actions and flag not in self._option_string_actions
         return twin + equals + value if known else argument
+
+
+def positive_int(text: str) -> int:
+    """Be the ``type`` of a flag that counts something: 0 is refused as ``--flag 0: must be at least 1``."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def add_common_flags(parser: argparse.ArgumentParser, profile: bool = True, device: bool = True) -> None:
+    """Add ``--verbose``, and where the script has a use for them ``--profile`` and ``--device``."""
+    if profile:
+        parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
+    if device:
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--verbose", action="store_true", help="more log lines")
 
 
 def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:

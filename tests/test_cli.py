@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from captioning import imports
-from captioning.cli import BAD_INPUT, INTERRUPTED, FlagParser, command
+from captioning.cli import BAD_INPUT, INTERRUPTED, FlagParser, add_common_flags, command, positive_int
 from captioning.device import pick_device, seed_everything
 from captioning.files import atomic_path, write_json, write_text
 from captioning.imports import import_guarded
@@ -150,6 +150,26 @@ def test_abbreviated_and_unknown_flags_are_refused(parser, argv, capsys):
         parser.parse_args(argv)
     assert stopped.value.code == 2
     assert argv[0] in capsys.readouterr().err
+
+
+def test_counts_below_one_are_refused_by_their_flag(capsys):
+    parser = FlagParser()
+    parser.add_argument("--batch-size", "-b", type=positive_int, default=16)
+    assert parser.parse_args(["--batch_size", "3"]).batch_size == 3
+    for value in ("0", "-2"):
+        with pytest.raises(ValueError, match=f"^--batch-size/-b {value}: must be at least 1$"):
+            parser.parse_args([f"--batch-size={value}"])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["-b", "two"])
+    assert "invalid positive_int value: 'two'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("profile", "device"), [(True, True), (False, True), (False, False)])
+def test_common_flags_are_those_that_a_script_has_a_use_for(profile, device):
+    parser = FlagParser()
+    add_common_flags(parser, profile, device)
+    expected = {"verbose": False} | ({"profile": "full"} if profile else {}) | ({"device": "auto"} if device else {})
+    assert vars(parser.parse_args([])) == expected
 
 
 def test_help_shows_defaults(parser):

@@ -41,7 +41,12 @@ MAY_IMPORT = {
     "scale": {"inference", "data"},
     "report": {"training.run_folder", "models.llava"},
 }
-SHARED = {"tensors": {"files", "messages"}, "distributed": {"cli", "imports"}, "workers": {"imports"}}
+SHARED = {
+    "cli": {"profiles"},
+    "tensors": {"files", "messages"},
+    "distributed": {"cli", "imports"},
+    "workers": {"imports"},
+}
 DECODER = {"captioning.kernels", "captioning.tensors", "captioning.messages"}
 PENDING = {"microworld", "captioning.models.export", "captioning.data.feature_cache"}
 PENDING |= {"captioning.report.sections", "bench.full_size"}
