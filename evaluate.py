@@ -14,8 +14,6 @@ made the numbers stands on standard error and in the --json file.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,7 +31,7 @@ from captioning.data.annotations import (
     shared_images,
 )
 from captioning.device import pick_device
-from captioning.files import write_json, write_text
+from captioning.files import write_csv, write_json, write_text
 from captioning.profiles import PROFILES
 from captioning.scoring.caption_stats import caption_statistics
 from captioning.scoring.clipscore import (
@@ -188,11 +186,8 @@ def _write(args: argparse.Namespace, evaluator: Evaluator, result: Evaluation, p
         write_json(args.json, result.summary())
     ranking = result.ranking(predictions)
     if args.per_image and args.per_image.endswith(".csv"):
-        table = io.StringIO()
-        rows = csv.writer(table)
-        rows.writerow(["image", *result.means, "caption"])
-        rows.writerows([stem, *row.values()] for stem, row in ranking.items())
-        write_text(args.per_image, table.getvalue())
+        rows = [[stem, *row.values()] for stem, row in ranking.items()]
+        write_csv(args.per_image, ["image", *result.means, "caption"], rows)
     elif args.per_image:
         write_json(args.per_image, ranking)
     if args.html:

@@ -280,7 +280,8 @@ def run_grounding(explainer: Explainer, args: argparse.Namespace) -> int:
         measures = {name: getattr(score, name) for name in ("pointing", "mass_ratio", "iou")}
         rows.append({**vars(look), **measures, "note": mark})
     bare = {"layers": "", "heads": "", "row": "", "mass_ratio": "", "iou": "", "note": "baseline"}
-    write_csv(args.out / "grounding.csv", [*rows, *({"method": n, **bare, "pointing": v} for n, v in floor.items())])
+    table = [*rows, *({"method": n, **bare, "pointing": v} for n, v in floor.items())]
+    write_csv(args.out / "grounding.csv", list(rows[0]), [[row[name] for name in rows[0]] for row in table])
     baseline_rows = [{"name": name, "pointing": value} for name, value in floor.items()]
     figures.grounding_chart([*rows, *baseline_rows], args.out / "grounding.png")
     words = scores[default].count

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from captioning.files import write_json, write_text
+from captioning.files import markdown_table, write_json, write_text
 from captioning.kernels.onednn import PackedLinear, can_pack
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -120,9 +120,7 @@ class Floor:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return ``rows``, dictionaries of one set of keys, as a Markdown table."""
     columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
-    return "\n".join(lines)
+    return markdown_table(columns, [[_cell(row[c]) for c in columns] for row in rows]).rstrip("\n")
 
 
 def _cell(value: Any) -> str:

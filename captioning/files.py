@@ -1,4 +1,4 @@
-"""Reading strictly and writing atomically: JSON, CSV, text, checksums and locks of files."""
+"""Strict reading and atomic writing of files: JSON, CSV, Markdown tables, text; checksums and locks."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import base64
 import codecs
 import contextlib
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# --- writing --------------------------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it to disk and rename it, on failure remove it.
 
-    A reader sees the old file or the whole new one, never a part, whatever interrupts the writer.
+    A reader sees the old file or the complete new one, never a part, whatever interrupts the writer.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +38,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for secrets; results are for everyone the user lets in
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for secrets; results get the user's usual permissions
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -55,13 +57,20 @@ def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> N
     write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of one set of keys, atomically."""
+def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows of cells under ``columns`` as CSV, atomically; floats keep every digit, None is an empty cell."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table, one line a row; a ``|`` inside a cell is escaped."""
+    cells = [list(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    head, *body = ["| " + " | ".join(row) + " |\n" for row in cells]
+    return head + "|" + "---|" * len(columns) + "\n" + "".join(body)
 
 
 _ENCODERS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 85, "optimize": True}, "png": {}}
@@ -83,8 +92,9 @@ def data_url(image: Image, longest: int, formats: Sequence[str] = ("jpeg",)) -> 
     return min(encoded, key=len)
 
 
-MAX_BYTES = 1 << 30  # COCO's largest instances file has half of it; parsed, a byte becomes about ten in memory
+# --- reading --------------------------------------------------------------------------------------------------------
 
+MAX_BYTES = 1 << 30  # COCO's largest instances file has half of it; parsed, a byte becomes about ten in memory
 
 _MARKS = {  # UTF-32's mark begins with UTF-16's, so the order matters
     codecs.BOM_UTF8: "utf-8-sig",
@@ -100,7 +110,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, repeats a key, holds NaN or infinity, is nested too deeply, or is above 1 GiB.
+        ValueError: it is not JSON, repeats a key, holds NaN or infinity, is nested too deeply, or is above 1 GiB.
     """
     path = Path(path)
     if not path.is_file():
@@ -127,14 +137,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse a repeated key, of which ``json`` would silently keep the last."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {repeated!r:.80} stands there twice")
+        ((repeated, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {repeated!r:.80} occurs twice")
     return content
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _finite(text: str) -> float:
@@ -144,13 +153,23 @@ def _finite(text: str) -> float:
     return number
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def is_text(value: Any) -> bool:
+    """Whether ``value`` is a string in valid Unicode; JSON can hold half of a surrogate pair, which is not."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer; Python counts true and false among them, JSON does not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# --- checksums and locks --------------------------------------------------------------------------------------------
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class HeldError(ValueError):
@@ -163,6 +182,8 @@ def lock(path: Path) -> io.FileIO:
     Raises:
         HeldError: another process holds it.
     """
+    import fcntl  # POSIX only; whatever takes no lock also runs elsewhere
+
     while True:
         file = path.open("a+b", buffering=0)  # what a full disk refuses must not wait in a buffer
         try:
@@ -175,6 +196,11 @@ def lock(path: Path) -> io.FileIO:
         file.close()  # its run finished and removed it between our open and our lock
 
 
-def is_text(value: Any) -> bool:
-    """Whether ``value`` is a string in valid Unicode."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # JSON can hold half of a character
+@contextlib.contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of ``path``, made where it is missing, once no other process or thread holds it."""
+    import fcntl
+
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it when the process dies
+        yield

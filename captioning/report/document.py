@@ -5,7 +5,6 @@ The HTML needs no other file and no script. Whatever stands in it is escaped.
 
 from __future__ import annotations
 
-import csv
 import html
 import io
 import os
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from captioning.files import atomic_path, data_url, write_text
+from captioning.files import atomic_path, data_url, markdown_table, write_csv, write_text
 
 Cell = str | int | float | None
 PIXELS = 1600  # the longer side of a picture inside the page; the file beside it has all of them
@@ -152,7 +151,7 @@ def write(title: str, head: Sequence[Block], sections: Sequence[Section], out: s
     for section in sections:
         for block in section.blocks:
             if isinstance(block, Table):
-                write_text(parts / f"{block.name}.csv", csv_text(block))
+                write_csv(parts / f"{block.name}.csv", block.columns, block.rows)
                 write_text(parts / f"{block.name}.md", markdown(block))
             elif isinstance(block, Figure):
                 with atomic_path(parts / f"{block.name}.png") as temporary:
@@ -161,20 +160,9 @@ def write(title: str, head: Sequence[Block], sections: Sequence[Section], out: s
     return parts
 
 
-def csv_text(table: Table) -> str:
-    """Return a table as CSV, every digit kept, nothing where nothing is known."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.columns)
-    writer.writerows(["" if cell is None else cell for cell in row] for row in table.rows)
-    return text.getvalue()
-
-
 def markdown(table: Table) -> str:
     """Return a table as Markdown under its caption."""
-    lines = [table.caption, "", "| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    lines += ["| " + " | ".join(shown(c).replace("|", "\\|") for c in row) + " |" for row in table.rows]
-    return "\n".join(lines) + "\n"
+    return f"{table.caption}\n\n" + markdown_table(table.columns, [map(shown, row) for row in table.rows])
 
 
 def _html(block: Block) -> str:

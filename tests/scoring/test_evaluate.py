@@ -740,7 +740,7 @@ def test_wrong_annotations_are_named(files, capsys, annotations, message):
     [
         ('["a caption"]', "must hold one JSON object, not a list"),
         ('{"a": ["a caption"]}', "'a' must map to one caption (a string), not list"),
-        ('{"a": "x", "b": "y", "a": "z"}', "the key 'a' stands there twice"),
+        ('{"a": "x", "b": "y", "a": "z"}', "the key 'a' occurs twice"),
         ('{"a": "\\ud83d"}', "'a' holds half a surrogate pair"),
         ('{"a": ', "Expecting value"),
     ],
