@@ -11,7 +11,6 @@ import argparse
 import io
 import logging
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +43,7 @@ from captioning.maps.explainers import (
 from captioning.models.adapter import load_captioner
 from captioning.models.llava import DTYPES, PROMPTS, check_prompt, load_llava, pick_dtype
 from captioning.profiles import PROFILES
+from captioning.timing import Timer
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def save_maps(out: Path, explained: Explained, reading: Reading, look: Look) -> 
 def run_images(explainer: Explainer, paths: list[Path], args: argparse.Namespace) -> int:
     """Write a PNG and an npz an image, and the viewer; return the exit code."""
     look = chosen_look(args)
-    items, started = [], time.perf_counter()
+    items, timer = [], Timer("explain")
     for explained, reading in explain_images(explainer, paths, args):
         figures.word_grid(explained, explained.views[0], args.out / f"{explained.path.stem}.png")
         save_maps(args.out / f"{explained.path.stem}.npz", explained, reading, look)
@@ -206,8 +206,7 @@ def run_images(explainer: Explainer, paths: list[Path], args: argparse.Namespace
         raise ValueError(f"none of the {len(paths)} images could be explained")
     if args.html:
         viewer.write(items, args.out / "viewer.html", f"Which pixels each word looked at ({explainer.name.upper()})")
-    work = ("explain", len(items), time.perf_counter() - started)  # what bench/measured.py collects
-    log.info("%d images explained in %.1f s: %s", *work[1:], args.out, extra={"work": work})
+    timer.report(log, len(items), "%s: %d images explained", args.out)
     return PARTIAL if len(items) < len(paths) else 0
 
 

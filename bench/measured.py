@@ -2,8 +2,9 @@
 
     python -m bench.measured USAGE.json p2_infer.py IMG_DIR OUT.json DECODER
 
-The scripts log what they have done with ``extra={"work": (what, how many, seconds)}``. Peaks are those since the line
-before, so that caching and training of one process are told apart; the whole process has its own.
+The scripts report what they have done through ``captioning.timing.Timer``: what, how many of it, and the seconds. Peaks
+are those since the report before, which tells the caching and the training of one process apart; the whole process has
+its own.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def peak_host() -> float:
 
 
 class WorkHandler(logging.Handler):
-    """Collects what scripts report as ``extra={"work": (what, count, seconds)}``."""
+    """Collects what ``Timer.report`` logs: what was done, how many of it, seconds."""
 
     def __init__(self, peaks: Peaks) -> None:
         super().__init__(logging.INFO)

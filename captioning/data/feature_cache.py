@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from captioning.distributed import ALONE, Processes
 from captioning.files import read_json, write_json
 from captioning.messages import some
+from captioning.timing import Timer
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class FeatureCache:
 
         with _locked(folder) if processes.first else contextlib.nullcontext():
             row_of, missing = processes.from_first(begin)
-            started = time.perf_counter()
+            timer = Timer("cache")
             share = processes.share([missing[i : i + batch_size] for i in range(0, len(missing), batch_size)])
             batches = _shown(share, progress and processes.first)
             added = processes.together(lambda: _build_rows(folder, batches, encode, shape, dtype))
@@ -118,8 +118,7 @@ class FeatureCache:
                 row_of |= rows
         processes.together(lambda: _check_seen(folder, len(row_of) * row_bytes))
         if missing:
-            work = ("cache", len(missing), time.perf_counter() - started)  # what bench/measured.py collects
-            log.info("feature cache: %d images encoded in %.1f s", *work[1:], extra={"work": work})
+            timer.report(log, len(missing), "feature cache: %d images encoded")
         rows = np.array([row_of.get(digest, -1) for digest in digests])
 
         def encode_rest(indices: list[int]) -> torch.Tensor:

@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import re
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from captioning.files import write_json
 from captioning.inference import append_log
 from captioning.inference.append_log import SideFile
 from captioning.inference.batches import Halving, read_ahead, started_batches
+from captioning.timing import Timer
 from captioning.workers import ALONE, Workers
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def caption_images(
     todo = [path for path in paths if path.stem not in log_file.captions][workers.rank :: workers.count]
     caption, load = Halving(caption), functools.partial(load_image, draft=draft)
     hidden = True if workers.rank else None  # one bar, of the first process's share
-    started = time.perf_counter()
+    timer = Timer("caption")
     with tqdm(total=len(todo), desc="caption", disable=hidden) as bar:
 
         def failed(path: Path, error: Exception) -> None:
@@ -170,5 +170,4 @@ def caption_images(
         for found, begun in started_batches(batches, begin, failed):
             log_file.add(dict(zip([path.stem for path in found], caption(begun), strict=True)))
             bar.update(len(found))
-    work = ("caption", len(todo), time.perf_counter() - started)  # what bench/measured.py collects
-    log.info("%d images in %.1f s", *work[1:], extra={"work": work})
+    timer.report(log, len(todo), "%d images")

@@ -18,6 +18,7 @@ from captioning.inference.append_log import SideFile
 from captioning.inference.batches import Halving, Job, read_ahead, started_batches
 from captioning.scale.part_files import read_part, write_part
 from captioning.scale.sources import Entry, Findings, Shard
+from captioning.timing import Timer
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ def caption_shards(folder: Folder, shards: Iterable[Shard], job: Job, batch_size
         shard_log = folder.claim(shard, patience)
         if shard_log is None:
             continue
-        started, count = time.perf_counter(), 0
+        timer, count = Timer("caption"), 0
         with shard_log:
             load = operator.methodcaller("load", job.draft)
             batches = read_ahead(shard_log.wanted(), job.prepare, batch_size, load)
@@ -229,5 +230,4 @@ def caption_shards(folder: Folder, shards: Iterable[Shard], job: Job, batch_size
                 shard_log.add(dict(zip([entry.key for entry in found], caption(begun), strict=True)))
                 count += len(found)
             shard_log.seal()
-        work = ("caption", count, time.perf_counter() - started)
-        log.debug("%s: %d images in %.1f s", shard.name, *work[1:], extra={"work": work})
+        timer.report(log, count, "%s: %d images", shard.name, level=logging.DEBUG)

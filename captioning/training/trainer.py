@@ -27,6 +27,7 @@ from captioning.inference.captions import caption_features
 from captioning.models.adapter import read_adapter
 from captioning.models.captioner import Captioner
 from captioning.scoring import evaluator
+from captioning.timing import Timer
 from captioning.training import run_folder
 from captioning.training.config import TrainConfig
 from captioning.training.run_folder import StopSignals, load_state, plot_losses
@@ -204,7 +205,7 @@ class Trainer:
         self.captioner.train()
         batches = list(self.batches())
         groups = [batches[start : start + config.accumulate] for start in range(0, len(batches), config.accumulate)]
-        started, first = time.perf_counter(), self.position
+        timer, first = Timer("train"), self.position
         for group in groups[self.position :]:
             loss = self.train_step(group)
             self.position += 1
@@ -218,8 +219,7 @@ class Trainer:
                 self.save_state()
             if self.stopping:
                 break
-        work = ("train", self.position - first, time.perf_counter() - started)  # what bench/measured.py collects
-        log.info("epoch %d: %d steps in %.1f s", self.epoch + 1, *work[1:], extra={"work": work})
+        timer.report(log, self.position - first, "epoch %d: %d steps", self.epoch + 1)
         if not self.losses and not self.stopping:
             raise ValueError(f"no step of epoch {self.epoch + 1} had a finite loss; lower --lr, or set --clip 1")
         return sum(self.losses) / max(1, len(self.losses))
