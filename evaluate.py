@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("captioning")
 
 
 # ------------------------------------------------------------------------------------------------------- command line

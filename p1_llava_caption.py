@@ -28,7 +28,7 @@ from captioning.scoring import evaluator
 from captioning.scoring.clipscore import ClipScorer
 from captioning.workers import find_workers
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("captioning")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from captioning.files import atomic_path, write_text
 from captioning.models.export import describe_training, load_decoder, make_cards, write_gpt2
 from captioning.profiles import PROFILES
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("captioning")
 
 
 def build_parser() -> Any:

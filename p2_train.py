@@ -23,7 +23,7 @@ from captioning.training.setup import pick_device, prepare
 from captioning.training.trackers import CHOICES as TRACKERS
 from captioning.training.trainer import Trainer
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("captioning")
 
 
 def _triple(text: str) -> tuple[bool, ...]:

@@ -45,7 +45,7 @@ from captioning.models.llava import DTYPES, PROMPTS, check_prompt, load_llava, p
 from captioning.profiles import PROFILES
 from captioning.timing import Timer
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("captioning")
 
 
 def _defaults(name: str) -> str:

@@ -17,7 +17,7 @@ from captioning.report import document, sections, study_sections
 from captioning.report.document import Text
 from captioning.training.run_folder import Run, find_runs
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("captioning")
 
 TITLE = "Image captioning with CLIP, GPT-2 and LoRA: the report"
 WORLD = {

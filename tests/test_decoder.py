@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+import decoder as decoder_module
 from captioning.imports import import_guarded
 from captioning.kernels import packed_attention
 from captioning.kernels.onednn import OneDnnLinear
@@ -148,7 +149,7 @@ def test_erf_gelu_is_seen(monkeypatch):
     decoder = build_decoder(model.state_dict(), n_head=TINY.n_head)
     ids = torch.randint(TINY.vocab_size, (2, 9))
     gelu = F.gelu
-    monkeypatch.setattr(decoder.F, "gelu", lambda x, approximate: gelu(x))
+    monkeypatch.setattr(F, "gelu", lambda x, approximate: gelu(x))
     with torch.no_grad():
         assert (full_logits(decoder, ids) - model(ids).logits).abs().max() > 2e-4
 
@@ -368,7 +369,7 @@ def test_a_decoder_takes_the_mask_where_parts_cannot_be_attended_apart(monkeypat
     attentions = []
     torch.testing.assert_close(hidden(attentions=attentions), apart)
     assert (len(attentions), len(asked)) == (TINY.n_layer, 1)
-    monkeypatch.setattr(packed_attention, "can_attend_packed", lambda qkv: False)
+    monkeypatch.setattr(decoder_module, "can_attend_packed", lambda qkv: False)
     torch.testing.assert_close(hidden(), apart)
     assert len(asked) == 2
 
@@ -379,7 +380,7 @@ def test_the_last_block_gives_the_wanted_rows_in_value_and_gradient(monkeypatch,
     if device != "cpu":
         flash = CudaFlash()
         monkeypatch.setattr(packed_attention, "is_cpu", lambda x: False)
-        monkeypatch.setattr(packed_attention, "can_attend_packed", lambda qkv: True)
+        monkeypatch.setattr(decoder_module, "can_attend_packed", lambda qkv: True)
         monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash.forward)
         monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_backward", flash.backward)
     decoder = lora_decoder(LAYOUTS["all linears"])

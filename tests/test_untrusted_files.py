@@ -100,4 +100,4 @@ def test_nothing_in_the_suite_unpickles_by_itself():
         for line in text.splitlines()
         if any(call in line for call in ("torch.load(", "pickle.load", "np.load(", "allow_pickle", "trust_remote_code"))
     ]
-    assert calls == [("decoder.py", 'state = torch.load(file, map_location="cpu", weights_only=True)')]
+    assert calls == [("tensors.py", 'state = torch.load(file, map_location="cpu", weights_only=True)')]

@@ -30,7 +30,7 @@ from captioning.files import sha256_of, write_json
 from captioning.inference.batches import Job
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import ROOT
-from captioning.scale import duplicate_keys
+from captioning.scale import duplicate_keys, part_files
 from captioning.scale import sources as shards
 from captioning.scale.duplicate_keys import KeyTable
 from captioning.scale.part_files import read_part
@@ -359,7 +359,7 @@ def test_a_shard_without_a_caption_has_an_empty_part(tars, tmp_path):
 def test_a_full_disk_is_named_and_loses_nothing(tars, tmp_path, monkeypatch):
     out, seen = tmp_path / "out.jsonl", []
     with monkeypatch.context() as patch:
-        patch.setattr(files_module, "atomic_path", full_at(out / "1.jsonl"))
+        patch.setattr(part_files, "atomic_path", full_at(out / "1.jsonl"))
         with pytest.raises(OSError, match=r"1\.jsonl: cannot be written .*No space left.* make room"):
             run(tars, out)
     assert run(tars, out, lambda levels: seen.extend(levels) or say(levels)) == 0
@@ -368,7 +368,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tars, tmp_path, monkeypatch):
 
 
 def full_at(full):
-    """Return a ``runtime.atomic_path`` for which the disk is full at one file."""
+    """Return a ``files.atomic_path`` for which the disk is full at one file."""
     write = files_module.atomic_path
 
     def atomic_path(path):
@@ -755,7 +755,7 @@ sys.exit(test_shards.run(sys.argv[1], sys.argv[2], caption))
 def launch(script, processes, *arguments):
     """Start a launcher of so many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(script)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([*command, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True)
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import evaluate
 import p2_infer
-from captioning.data import images as images_module
 from captioning.data.images import load_image
+from captioning.inference import folder
 from captioning.inference.captions import compile_steps
 from captioning.inference.encode import Encoder, cached_features, draft_side
 from captioning.models.adapter import load_captioner, read_adapter
@@ -391,7 +391,7 @@ def test_big_photographs_may_be_decoded_smaller(run, tmp_path, monkeypatch):
         sizes.append(image.size)
         return image
 
-    monkeypatch.setattr(images_module, "load_image", noted)
+    monkeypatch.setattr(folder, "load_image", noted)
     (tmp_path / "images").mkdir()
     Image.new("RGB", (640, 480), "red").save(tmp_path / "images" / "a.jpg")
     for flags in ([], ["--jpeg-draft"], ["--no-jpeg-draft"]):
@@ -432,7 +432,7 @@ def test_odd_pictures_are_captioned(run, tmp_path):
     picture.save(folder / "turned.JPG", exif=exif)
     Image.new("RGBA", (1, 1)).save(folder / "dot.webp")
     Image.new("RGB", (900, 3)).save(folder / "stripe.png")
-    assert infer(folder, tmp_path / "pred.json", run / "last.safetensors") == 0
+    assert infer(place, tmp_path / "pred.json", run / "last.safetensors") == 0
     assert set(json.loads((tmp_path / "pred.json").read_text())) == {
         "cmyk",
         "grey",
@@ -450,7 +450,7 @@ def test_a_broken_picture_is_named_and_spares_the_others(run, tiny_data, tmp_pat
     shutil.copytree(tiny_data / "images" / "val", folder)
     broken = folder / "000000000002.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
-    assert infer(folder, tmp_path / "pred.json", run / "last.safetensors") == 3
+    assert infer(place, tmp_path / "pred.json", run / "last.safetensors") == 3
     predictions = json.loads((tmp_path / "pred.json").read_text())
     assert len(predictions) == 7
     assert "000000000002" not in predictions
@@ -467,15 +467,15 @@ def test_folders_without_plain_pictures_are_refused(run, tmp_path, capsys):
     twins.mkdir()
     for name in ("a.jpg", "a.png"):
         Image.new("RGB", (8, 8)).save(twins / name)
-    for folder, message in (
+    for place, message in (
         (tmp_path / "gone", "no such folder"),
         (tmp_path / "empty", "no image here"),
         (twins, "a.jpg and a.png"),
     ):
-        assert infer(folder, tmp_path / "pred.json", run / "last.safetensors") == 2
+        assert infer(place, tmp_path / "pred.json", run / "last.safetensors") == 2
         error = capsys.readouterr().err
         assert message in error
-        assert str(folder) in error
+        assert str(place) in error
     assert not (tmp_path / "pred.json").exists()
 
 

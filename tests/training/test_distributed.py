@@ -192,8 +192,10 @@ def test_alone_nothing_is_exchanged_and_nothing_joined(monkeypatch):
 
 
 ENDED = """
-import os, sys, torch, distributed, runtime
-@runtime.command
+import os, sys, torch
+from captioning import distributed
+from captioning.cli import command
+@command
 def main(argv=None):
     with distributed.join(torch.device("cpu")) as crew:
         if crew.rank == 1:
