@@ -432,7 +432,7 @@ def test_odd_pictures_are_captioned(run, tmp_path):
     picture.save(folder / "turned.JPG", exif=exif)
     Image.new("RGBA", (1, 1)).save(folder / "dot.webp")
     Image.new("RGB", (900, 3)).save(folder / "stripe.png")
-    assert infer(place, tmp_path / "pred.json", run / "last.safetensors") == 0
+    assert infer(folder, tmp_path / "pred.json", run / "last.safetensors") == 0
     assert set(json.loads((tmp_path / "pred.json").read_text())) == {
         "cmyk",
         "grey",
@@ -450,7 +450,7 @@ def test_a_broken_picture_is_named_and_spares_the_others(run, tiny_data, tmp_pat
     shutil.copytree(tiny_data / "images" / "val", folder)
     broken = folder / "000000000002.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
-    assert infer(place, tmp_path / "pred.json", run / "last.safetensors") == 3
+    assert infer(folder, tmp_path / "pred.json", run / "last.safetensors") == 3
     predictions = json.loads((tmp_path / "pred.json").read_text())
     assert len(predictions) == 7
     assert "000000000002" not in predictions
