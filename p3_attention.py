@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from captioning.cli import PARTIAL, FlagParser, command, setup_logging
+from captioning.data.annotations import load_samples
 from captioning.data.images import list_images, load_image
-from captioning.data.samples import load_annotations
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
 from captioning.files import atomic_path, read_json, write_csv
@@ -217,7 +217,7 @@ def run_best_worst(explainer: Explainer, paths: list[Path], args: argparse.Names
     absent = [stem for stem in scores if stem not in by_stem]
     if absent:
         raise ValueError(f"--images: {len(absent)} images of {args.best_worst} are not there, first {absent[0]}")
-    references = {s.path.stem: s.captions for s in load_annotations(args.annotation_file, args.images[0])}
+    references = {s.path.stem: s.captions for s in load_samples(args.annotation_file, args.images[0])}
     ranked = sorted(scores, key=lambda stem: scores[stem]["CLIPScore"])
     pairs = []
     for title, stem in (("Top-1", ranked[-1]), ("Last-1", ranked[0])):

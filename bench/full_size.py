@@ -32,8 +32,8 @@ from bench.common import Floor, machine, markdown
 from bench.stand_ins import BEAMS, FULL, SAMPLES, TINY, TOKENS, Size, write_decoder, write_tokenizer
 from captioning import cli
 from captioning.cli import FlagParser, setup_logging
+from captioning.data.annotations import load_split
 from captioning.data.images import list_images
-from captioning.data.samples import load_split
 from captioning.device import pick_device
 from captioning.files import write_json, write_text
 from captioning.profiles import ROOT

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from bench.common import add_common_flags, report
 from captioning import cli, distributed
 from captioning.cli import FlagParser
-from captioning.data.samples import load_split
+from captioning.data.annotations import load_split
 from captioning.data.tokenizer import Tokenizer, encode_captions
 from captioning.device import pick_device, seed_everything
 from captioning.distributed import Processes

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 def some(items: Iterable[object], most: int = 5) -> str:
     """Return the first ``most`` items with commas between and how many more there are; "none" for no items."""
-    items = [str(item) for item in items]
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return (", ".join(items[:most]) or "none") + more
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return (", ".join(texts[:most]) or "none") + more
 
 
 def listed(items: Sequence[object]) -> str:

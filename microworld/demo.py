@@ -20,8 +20,8 @@ from typing import Any
 
 from captioning import cli
 from captioning.cli import FlagParser
+from captioning.data.annotations import load_split
 from captioning.data.images import load_image
-from captioning.data.samples import load_split
 from captioning.files import atomic_path, write_json
 from captioning.profiles import PROFILES, ROOT
 from captioning.training.config import SETTINGS

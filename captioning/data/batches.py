@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from captioning.data.samples import Sample
+from captioning.data.annotations import Sample
 
 IGNORED = -100  # the label that torch's cross_entropy passes over
 

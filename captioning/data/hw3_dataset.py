@@ -21,8 +21,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from captioning.cli import FlagParser, command, setup_logging
+from captioning.data.annotations import load_split
 from captioning.data.images import list_images, load_image
-from captioning.data.samples import load_split
 from captioning.files import write_json, write_text
 
 CAPTIONS = 5  # an image; COCO has a few with six or seven

@@ -6,39 +6,40 @@ import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from captioning.files import is_text
 from captioning.messages import some
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+if TYPE_CHECKING:  # scoring captions by CIDEr lists images and reads none, so Pillow is imported where pixels are
+    from PIL import Image
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of the images in a folder
+READABLE_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")  # also of images that a caption file names
 
-MAX_IMAGE_BYTES = 512 * 2**20  # Pillow's limit on pixels leaves honest images below this
+MAX_IMAGE_BYTES = 512 * 2**20  # images within Pillow's limit on pixels are smaller than this
 
-
-# A draft keeps at least so many times the pixels a side that the model gets. Scaled down from there to the model's
-# size, photographs (20 of COCO's, at sizes that make drafts possible) differ from those decoded whole by at most 5 of
-# 255 levels and by 0.7 in an image's mean; tests hold generated pictures to 8 and 1. With a factor of 2 it is 20 and 2.
+# A draft keeps at least this many times the side length that the model gets. Scaled down from there to the model's
+# size, 20 photographs of COCO (at sizes that allow drafts) differ from those decoded in full by at most 5 of 255
+# levels, and by 0.7 on an image's average; tests hold generated pictures to 8 and 1. With a factor of 2: 20 and 2.
 DRAFT_FACTOR = 4
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
     """Return the images directly in ``folder`` (jpg, jpeg, png, webp in any letter case), sorted by name.
 
-    Hidden files are passed over: macOS writes ``._name.jpg`` beside ``name.jpg``, and it holds no picture.
+    Hidden files are skipped: macOS writes ``._name.jpg`` beside ``name.jpg``, and it holds no picture.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no image, two images with one stem, which is what predictions are keyed by, or a name that
-            is not valid Unicode.
+        ValueError: it holds no image, two images that share a name without suffix, or a name that is not valid Unicode.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of images")
-    # A dangling link counts as an image, so that reading it fails by name instead of dropping it in silence.
+    # A dangling link counts as an image, so that reading it fails by name instead of dropping it silently.
     images = sorted(
         path
         for path in folder.iterdir()
@@ -56,29 +57,31 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
 def load_image(path: str | os.PathLike, draft: int | None = None) -> Image.Image:
     """Return the image at ``path`` as 8-bit RGB, upright: EXIF rotation applied, first frame, transparency on white.
 
-    With ``draft`` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its shorter side stays at least ``draft``
-    pixels, which takes a fraction of the time for big photographs. Only where both sides divide evenly: else the
-    picture would be stretched by a part of a pixel. ``DRAFT_FACTOR`` says how close the pixels come.
+    With ``draft`` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its shorter side keeps at least ``draft``
+    pixels, which takes a fraction of the time for big photographs. Only where both sides divide evenly: otherwise the
+    picture would be stretched by a fraction of a pixel. ``DRAFT_FACTOR`` says how close the pixels come.
 
     Raises:
-        OSError: the file is missing or must not be read.
-        ValueError: the file is empty, truncated, damaged, no image, of a kind without a plain meaning in 8 bits
-            (floating point), or so large that Pillow takes it for a decompression bomb; or no plain file.
+        OSError: the file is missing, or reading it is not permitted.
+        ValueError: the file is empty, truncated, damaged, not an image, of floating-point pixels, which have no plain
+            meaning in 8 bits, or so large that Pillow takes it for a decompression bomb; or it is not a plain file.
     """
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():  # a named pipe would be waited for, for ever
+    if path.exists() and not path.is_file() and not path.is_dir():  # a read from a named pipe may never end
         raise ValueError(f"{path}: not a plain file; replace it or take it out")
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise ValueError(f"{path}: larger than {MAX_IMAGE_BYTES / 1e6:.0f} MB; scale it down or take it out")
-    return decode_image(path.read_bytes(), path, draft)  # apart from decoding: a missing file is no damaged one
+    return decode_image(path.read_bytes(), path, draft)  # apart from decoding: a missing file is not a damaged one
 
 
 def decode_image(encoded: bytes, name: object, draft: int | None = None) -> Image.Image:
-    """Return the image in ``encoded``, the content of an image file, as :func:`load_image` does.
+    """Return the image in ``encoded``, the bytes of an image file, as :func:`load_image` does.
 
     Raises:
-        ValueError: as :func:`load_image`; ``name`` says which one.
+        ValueError: as :func:`load_image`, beginning with ``name``.
     """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             if draft and image.format == "JPEG":
@@ -93,19 +96,21 @@ def decode_image(encoded: bytes, name: object, draft: int | None = None) -> Imag
 
 
 def _decode_smaller(image: Image.Image, shorter: int) -> None:
-    """Let a JPEG that is not decoded yet be decoded at the smallest even share of its size that ``shorter`` allows."""
+    """Set the smallest size at which Pillow may decode a JPEG whose shorter side must keep ``shorter`` pixels."""
     width, height = image.size
-    for share in (8, 4, 2):
-        if min(width, height) >= share * shorter and width % share == 0 and height % share == 0:
-            image.draft(None, (width // share, height // share))
+    for divisor in (8, 4, 2):
+        if min(width, height) >= divisor * shorter and width % divisor == 0 and height % divisor == 0:
+            image.draft(None, (width // divisor, height // divisor))
             return
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 bits a channel")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own convert clips at 255 and leaves an almost white picture; keep the high byte as libpng does.
+        # Pillow's own conversion clips at 255, which leaves an almost white picture; keep the high byte as libpng does.
         grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint16) >> 8  # (H, W)
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -115,12 +120,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def refuse_shared_stems(where: object, paths: Iterable[Path]) -> None:
-    """Raise ValueError where two paths have one stem; ``where`` begins the message."""
+    """Raise ValueError where two paths share a name without suffix; ``where`` begins the message."""
     seen: dict[str, Path] = {}
     for path in paths:
         other = seen.setdefault(path.stem, path)
         if other is not path:
             raise ValueError(
-                f"{where}: {other.name} and {path.name} share the name without ending, by which predictions are "
-                "keyed; rename or remove one"
+                f"{where}: {other.name} and {path.name} share the name {path.stem!r} without suffix, by which "
+                "predictions are keyed; rename or remove one"
             )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import tokenizers
 
-from captioning.data.samples import Sample, _is_int
-from captioning.files import read_json, write_json, write_text
+from captioning.data.annotations import Sample
+from captioning.files import is_integer, read_json, write_json, write_text
 from captioning.messages import some
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def _byte_level(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
 def _read_vocab(file: Path) -> dict[str, int]:
     vocab = read_json(file)
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
-    if not ids or not all(map(_is_int, ids)) or sorted(ids) != list(range(len(ids))):
+    if not ids or not all(map(is_integer, ids)) or sorted(ids) != list(range(len(ids))):
         raise ValueError(f"{file}: not a vocabulary; expected one object of tokens with the ids 0 to its size less 1")
     missing = [token for token in (END_OF_TEXT, *tokenizers.pre_tokenizers.ByteLevel.alphabet()) if token not in vocab]
     if missing:

@@ -7,16 +7,15 @@ micro world writes them) or is found by the name of the boxes' category (COCO in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from captioning.data.annotations import Record, read_captions, read_object, read_records
 from captioning.data.images import load_image
-from captioning.files import read_json
 from captioning.maps.attention import Look, Window, cell_centres
 from captioning.maps.explainers import Explainer, read
 
@@ -54,22 +53,17 @@ def load_samples(annotations: Path, images: Path, boxes: Path | None = None) -> 
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: wrong form, a box outside its image, or no word that names a box.
+        ValueError: as ``read_captions``; also a box outside its image, or no word that names a box.
     """
-    content = _read(annotations)
-    names = {image["id"]: image for image in content["images"]}
-    by_image: dict[Any, list[tuple[str, tuple[Mention, ...]]]] = {}
-    find = _own_mentions(annotations, content) if boxes is None else _category_mentions(_read(boxes, captions=False))
-    for record in content["annotations"]:
-        if record["image_id"] in names:
-            mentions = find(record)
-            by_image.setdefault(record["image_id"], []).append((record["caption"], mentions))
+    file = read_captions(annotations)
+    find = _own_mentions(annotations, file.content) if boxes is None else _category_mentions(boxes)
     samples = []
-    for image_id, captions in by_image.items():
-        caption, mentions = max(captions, key=lambda pair: len(pair[1]))
-        if mentions:
-            _check_boxes(annotations, names[image_id], mentions)
-            samples.append(Sample(images / names[image_id]["file_name"], caption, mentions))
+    for image_id, records in file.captions.items():
+        image, mentions = file.images[image_id], [find(record) for record in records]
+        record, best = max(zip(records, mentions, strict=True), key=lambda pair: len(pair[1]))
+        if best:
+            _check_boxes(annotations, image, best)
+            samples.append(Sample(images / image["file_name"], record["caption"], best))
     if not samples:
         raise ValueError(
             f"{boxes or annotations}: no word of a caption names a box; the annotations need mentions and "
@@ -78,43 +72,12 @@ def load_samples(annotations: Path, images: Path, boxes: Path | None = None) -> 
     return samples
 
 
-def _read(path: Path, captions: bool = True) -> dict[str, Any]:
-    """Return COCO's captions or instances, with every field that is read below checked for its type."""
-    content = read_json(path)
-    for key in ("images", "annotations"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ValueError(f"{path}: needs a list {key!r}, as COCO has it")
-    needed = {"annotations": {"image_id": int} | ({"caption": str} if captions else {"category_id": int, "bbox": list})}
-    if captions:
-        needed |= {"images": {"id": int, "file_name": str}, "objects": {"id": int, "image_id": int, "bbox": list}}
-    else:
-        needed |= {"categories": {"id": int, "name": str}}
-    for name, kinds in needed.items():
-        for number, record in enumerate(_list(path, content, name)):
-            for key, kind in kinds.items():
-                value = record.get(key) if isinstance(record, dict) else None
-                if not isinstance(value, kind) or (key == "bbox" and not _is_box(value)):
-                    wanted = "four numbers" if key == "bbox" else kind.__name__
-                    raise ValueError(f"{path}: {name}[{number}] needs {key!r} as {wanted}, not {value!r:.80}")
-    return content
-
-
-def _list(path: Path, content: dict[str, Any], name: str) -> list[Any]:
-    value = content.get(name, [])
-    if not isinstance(value, list):
-        raise ValueError(f"{path}: {name!r} must be a list, not a {type(value).__name__}")
-    return value
-
-
-def _is_box(value: list[Any]) -> bool:
-    return len(value) == 4 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-
-
-def _own_mentions(path: Path, content: dict[str, Any]) -> Any:
+def _own_mentions(path: Path, content: Record) -> Callable[[Record], tuple[Mention, ...]]:
     """Return a function of a caption record: its mentions of nouns, from the annotations themselves."""
-    boxes = {(o["image_id"], o["id"]): tuple(o["bbox"]) for o in content.get("objects", [])}
+    objects = read_records(path, content, "objects", "id", "image_id", "bbox", optional=True)
+    boxes: dict[tuple[int, int], Box] = {(o["image_id"], o["id"]): tuple(o["bbox"]) for o in objects}
 
-    def find(record: dict[str, Any]) -> tuple[Mention, ...]:
+    def find(record: Record) -> tuple[Mention, ...]:
         words, where = len(record["caption"].split()), f"{path}: a caption of image {record['image_id']}"
         try:
             found = tuple(
@@ -124,7 +87,7 @@ def _own_mentions(path: Path, content: dict[str, Any]) -> Any:
             )
             if all(m.boxes and 0 <= m.word < words for m in found):
                 return found
-        except (KeyError, TypeError) as error:  # of strangers' files: a field is missing, or of another type
+        except (KeyError, TypeError) as error:  # a field is missing, or of another type
             raise ValueError(
                 f"{where} has mentions of another form; each needs word, role and objects of its image"
             ) from error
@@ -133,16 +96,17 @@ def _own_mentions(path: Path, content: dict[str, Any]) -> Any:
     return find
 
 
-def _category_mentions(content: dict[str, Any]) -> Any:
+def _category_mentions(path: Path) -> Callable[[Record], tuple[Mention, ...]]:
     """Return a function of a caption record: words that are the name of a category that has boxes in the image."""
-    categories = {c["id"]: c["name"].lower() for c in content.get("categories", [])}
-    boxes: dict[tuple[Any, str], list[Box]] = {}
-    for record in content["annotations"]:
+    content = read_object(path)
+    categories = {c["id"]: c["name"].lower() for c in read_records(path, content, "categories", "id", "name")}
+    boxes: dict[tuple[int, str], list[Box]] = {}
+    for record in read_records(path, content, "annotations", "image_id", "category_id", "bbox"):
         name = categories.get(record["category_id"], "")
         boxes.setdefault((record["image_id"], name), []).append(tuple(record["bbox"]))
     single = {name for name in categories.values() if " " not in name}
 
-    def find(record: dict[str, Any]) -> tuple[Mention, ...]:
+    def find(record: Record) -> tuple[Mention, ...]:
         found = []
         for number, word in enumerate(record["caption"].split()):
             plain = word.strip(".,;:!?\"'()").lower()
@@ -154,10 +118,10 @@ def _category_mentions(content: dict[str, Any]) -> Any:
     return find
 
 
-def _check_boxes(path: Path, image: dict[str, Any], mentions: Sequence[Mention]) -> None:
+def _check_boxes(path: Path, image: Record, mentions: Sequence[Mention]) -> None:
     width, height = image.get("width"), image.get("height")
     if not isinstance(width, int) or not isinstance(height, int):
-        return  # COCO gives them; without, the boxes are taken at their word
+        return  # COCO gives them; without them the boxes cannot be checked
     for mention in mentions:
         for x, y, w, h in mention.boxes:
             if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1 or w <= 0 or h <= 0:

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from captioning import device as device_module
+from captioning.data.annotations import load_split
 from captioning.data.batches import shuffle_captions
-from captioning.data.samples import load_split
 from captioning.data.tokenizer import Tokenizer, encode_captions
 from captioning.device import seed_everything
 from captioning.distributed import Processes

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from captioning.data.annotations import Sample
 from captioning.data.batches import CaptionDataset, PackedBatch, length_grouped_batches, pack_captions
 from captioning.data.feature_cache import FeatureCache
-from captioning.data.samples import Sample
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import autocast, product_dtype
 from captioning.distributed import ALONE, Processes

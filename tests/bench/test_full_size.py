@@ -12,7 +12,7 @@ from tiny import VOCAB_SIZE
 from bench import full_size as bench
 from bench import measured
 from bench.stand_ins import TINY, VOCABULARY, write_decoder, write_tokenizer
-from captioning.data.samples import load_split
+from captioning.data.annotations import load_split
 from captioning.data.tokenizer import Tokenizer
 from captioning.profiles import PROFILES, ROOT
 from decoder import build_decoder

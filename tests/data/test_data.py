@@ -17,10 +17,10 @@ from PIL import Image
 
 from captioning.data import feature_cache
 from captioning.data import images as images_module
+from captioning.data.annotations import Annotations, Sample, load_annotations, load_split
 from captioning.data.batches import CaptionDataset, length_grouped_batches, pack_captions, shuffle_captions
 from captioning.data.feature_cache import FeatureCache, _append
 from captioning.data.images import DRAFT_FACTOR, list_images, load_image
-from captioning.data.samples import Sample, load_annotations, load_split
 from captioning.data.tokenizer import Tokenizer, encode_captions, train_tokenizer
 from captioning.imports import import_guarded
 
@@ -244,9 +244,10 @@ def test_load_split_keeps_the_order_and_normalises_white_space(split):
     assert write_split(split, "\ufeff" + json.dumps(content))[0].image_id == 7
 
 
-def test_references_alone_need_no_images(tmp_path):
-    (tmp_path / "val.json").write_text(json.dumps(coco()))
-    assert [str(s.path) for s in load_annotations(tmp_path / "val.json", None)] == ["a.jpg", "b.png"]
+def test_references_alone_need_no_images_and_stay_as_they_are(tmp_path):
+    (tmp_path / "val.json").write_text(json.dumps(coco(captions=((7, " a  dog"), (3, "a cat"), (7, "one dog")))))
+    found = load_annotations(tmp_path / "val.json")
+    assert found == Annotations({"a": [" a  dog", "one dog"], "b": ["a cat"]}, {"a": "a.jpg", "b": "b.png"})
 
 
 def changed(section, number, **fields):
@@ -259,22 +260,24 @@ def changed(section, number, **fields):
     ("content", "message"),
     [
         ("{", "not a JSON file"),
-        ("[]", '"images"'),
-        ({"images": []}, '"images"'),
-        ({"images": coco()["images"]}, '"annotations"'),
-        (changed("images", 1, id="3"), r'"images"\[1\] needs "id"'),
-        (changed("images", 1, id=True), r'"images"\[1\] needs "id"'),
-        (changed("images", 0, file_name=None), r'"images"\[0\] needs "file_name"'),
-        (changed("images", 0, file_name=""), "7 has an empty file_name"),
-        (changed("annotations", 2, caption=5), r'"annotations"\[2\] needs "caption"'),
-        (changed("annotations", 2, caption="half \ud83d"), r'"annotations"\[2\].*Unicode'),
-        (changed("annotations", 2, caption=" \n"), "empty captions in annotations 102"),
-        (changed("annotations", 2, caption=""), "empty captions in annotations 102"),
-        (changed("annotations", 2, image_id=9), "does not list: 9"),
-        (changed("annotations", 1, image_id=7), r"without a caption: b\.png \(id 3\)"),
-        (changed("images", 1, id=7), "id 7 stands there twice"),
+        ("[]", "must hold one JSON object, not a list"),
+        ({"images": []}, "needs a list 'images'"),
+        ({"images": coco()["images"]}, "needs a list 'annotations'"),
+        (changed("images", 1, id="3"), r"images\[1\] needs 'id' as an integer, not '3'"),
+        (changed("images", 1, id=True), r"images\[1\] needs 'id' as an integer, not True"),
+        (changed("images", 0, file_name=None), r"images\[0\] needs 'file_name' as .* text .*, not None"),
+        (changed("images", 0, file_name=""), r"images\[0\] needs 'file_name' as non-empty text"),
+        (changed("annotations", 2, caption=5), r"annotations\[2\] needs 'caption' as .* text .*, not 5"),
+        (changed("annotations", 2, caption="half \ud83d"), r"annotations\[2\].* valid Unicode, not 'half \\ud83d'"),
+        (changed("annotations", 2, caption=" \n"), r"annotations\[2\] needs 'caption' as non-empty text"),
+        (changed("annotations", 2, caption=""), r"annotations\[2\] needs 'caption' as non-empty text"),
+        (changed("annotations", 2, image_id=9), "'images' does not list: 9"),
+        (changed("annotations", 1, image_id=7), r"1 of 2 images have no caption: b\.png \(id 3\)"),
+        (changed("annotations", 1, id=100), "two captions have the id 100"),
+        (changed("annotations", 1, id=[1]), r"captions has the id \[1\], which is neither number nor text"),
+        (changed("images", 1, id=7), "two images have the id 7"),
         (changed("images", 1, file_name="a.png"), r"a\.jpg and a\.png"),
-        ({**coco(), "images": [None]}, r'"images"\[0\]'),
+        ({**coco(), "images": [None]}, r"images\[0\] needs 'id'"),
     ],
 )
 def test_bad_annotations_are_refused_with_what_is_wrong(split, content, message):

@@ -18,10 +18,9 @@ from mutate import damaged_bytes, damaged_json
 from PIL import Image
 
 import p3_attention
-from captioning.data.annotations import load_annotations, load_predictions
+from captioning.data.annotations import load_annotations, load_predictions, load_split
 from captioning.data.feature_cache import FeatureCache
 from captioning.data.images import load_image
-from captioning.data.samples import load_split
 from captioning.data.tokenizer import Tokenizer
 from captioning.inference.folder import PredictionLog
 from captioning.maps import grounding

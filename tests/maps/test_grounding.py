@@ -136,7 +136,7 @@ MENTIONED = {
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("images", 0, "id"), [], r"images\[0\] needs 'id' as int"),
+        (("images", 0, "id"), [], r"images\[0\] needs 'id' as an integer"),
         (("images", 0, "file_name"), None, r"images\[0\] needs 'file_name'"),
         (("annotations", 0, "caption"), 3, r"annotations\[0\] needs 'caption'"),
         (("annotations", 0, "mentions"), 3, "mentions of another form"),
@@ -144,7 +144,7 @@ MENTIONED = {
         (("annotations", 0, "mentions", 0, "word"), 3, "a word that it lacks"),
         (("annotations", 0, "mentions", 0, "objects"), [8], "mentions of another form"),
         (("annotations", 0, "mentions", 0, "objects"), [], "or no object"),
-        (("objects",), {}, "'objects' must be a list"),
+        (("objects",), {}, "needs a list 'objects'"),
         (("objects", 0, "bbox"), [1, 2, 3], r"objects\[0\] needs 'bbox' as four numbers"),
         (("objects", 0, "bbox"), [1, 2, 3, "4"], "four numbers"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from captioning.data.samples import load_split
+from captioning.data.annotations import load_split
 from captioning.data.tokenizer import Tokenizer
 from captioning.models.llava import PROMPTS
 from microworld.instructions import KEY_OBJECTS, SHORT, conversation

@@ -715,16 +715,19 @@ def changed(name, index, **fields):
         ([], "must hold one JSON object, not a list"),
         (without(annotation_content(), "images"), "needs a list 'images'"),
         (without(annotation_content(), "annotations"), "needs a list 'annotations'"),
-        (changed("images", 1, file_name=7), r"images[1] needs 'file_name' as str"),
-        (changed("images", 1, id="x"), r"images[1] needs 'id' as int"),
-        (changed("annotations", 2, caption=None), r"annotations[2] needs 'caption' as str"),
-        (changed("annotations", 2, image_id=5), "belongs to no listed image: id 5"),
-        (changed("annotations", -1, caption=" \n"), "image 'a' has an empty reference"),
-        (changed("annotations", -1, caption="x \ud83d"), "'a' holds half a surrogate pair"),
-        (changed("images", 1, file_name="a.jpg"), "'a.png' and 'a.jpg' share the stem 'a'"),
+        (changed("images", 1, file_name=7), "images[1] needs 'file_name' as non-empty text"),
+        (changed("images", 1, id="x"), "images[1] needs 'id' as an integer"),
+        (changed("annotations", 2, caption=None), "annotations[2] needs 'caption' as non-empty text"),
+        (changed("annotations", 2, image_id=5), "captions of image ids that 'images' does not list: 5"),
+        (changed("annotations", 2, caption=" \n"), "annotations[2] needs 'caption' as non-empty text"),
+        (
+            changed("annotations", 2, caption="x \ud83d"),
+            r"non-empty text in valid Unicode, not 'x \ud",
+        ),
+        (changed("images", 1, file_name="a.jpg"), "a.png and a.jpg share the name 'a' without suffix"),
         (changed("images", 1, id=100), "two images have the id 100"),
-        (annotation_content({**REFERENCES, "e": []}), "1 of 5 images have no reference: e"),
-        ({"images": [], "annotations": []}, "0 of 0 images have no reference"),
+        (annotation_content({**REFERENCES, "e": []}), "1 of 5 images have no caption: e"),
+        ({"images": [], "annotations": []}, "needs a list 'images'"),
     ],
 )
 def test_wrong_annotations_are_named(files, capsys, annotations, message):
@@ -889,7 +892,7 @@ def test_duplicate_caption_ids_are_named(files, capsys):
 def test_a_caption_id_that_is_a_list_is_named(files, capsys):
     """Found by mutating files at random: it ended in a TypeError, unhashable."""
     assert evaluate.main(files(annotations=changed("annotations", 0, id=[1]))) == BAD_INPUT
-    assert "a caption has the id [1], which is no number" in capsys.readouterr().err
+    assert "one of the captions has the id [1], which is neither number nor text" in capsys.readouterr().err
 
 
 def test_a_metric_that_is_not_finite_is_no_score(monkeypatch, caplog, files, capsys):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from captioning.data.annotations import load_split
 from captioning.data.batches import pack_captions
-from captioning.data.samples import load_split
 from captioning.data.tokenizer import Tokenizer
 from captioning.distributed import ALONE
 from captioning.inference.captions import caption_features
