@@ -63,13 +63,13 @@ class Processes:
     def wait(self) -> None:
         """Return when all have come here."""
         if self.count > 1:
-            self._meet(dist.barrier, group=self._talk)
+            _meet(dist.barrier, group=self._talk)
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank, in every process; tensors must lie in main memory."""
         found = [value] * self.count
         if self.count > 1:
-            self._meet(dist.all_gather_object, found, value, group=self._talk)
+            _meet(dist.all_gather_object, found, value, group=self._talk)
         return found
 
     def spread(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -101,7 +101,7 @@ class Processes:
         """Do ``work`` in the first process alone and return its result in all; errors as ``together``."""
         results = [self.together(work if self.first else lambda: None)]
         if self.count > 1:
-            self._meet(dist.broadcast_object_list, results, src=0, group=self._talk)
+            _meet(dist.broadcast_object_list, results, src=0, group=self._talk)
         return results[0]
 
     def total(self, *values: float) -> list[float]:
@@ -109,7 +109,7 @@ class Processes:
         if self.count == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
-        self._meet(dist.all_reduce, sums, group=self._talk)
+        _meet(dist.all_reduce, sums, group=self._talk)
         return sums.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -124,7 +124,7 @@ class Processes:
         parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([part.reshape(-1) for part in parts])
         sums = flat if flat.device.type in ("cpu", "cuda") else flat.cpu()  # what the group of all can exchange
-        self._meet(dist.all_reduce, sums)
+        _meet(dist.all_reduce, sums)
         for parameter, summed in zip(parameters, sums.to(flat.device).split([p.numel() for p in parts]), strict=True):
             parameter.grad = summed.view_as(parameter)
 
@@ -137,13 +137,6 @@ class Processes:
                 f"{what} differ between process {self.rank} and process {others[0]}; give all machines "
                 "the same files and the same command"
             )
-
-    @staticmethod
-    def _meet(collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        try:
-            collective(*args, **kwargs)
-        except RuntimeError as error:
-            raise ConnectionError("another process of this run has ended; what it said tells why") from error
 
 
 ALONE = Processes()
@@ -162,6 +155,14 @@ def join(device: torch.device) -> Processes:
     if count == 1:
         return ALONE
     state = import_guarded("accelerate").PartialState(cpu=device.type != "cuda", timeout=PATIENCE)
-    if state.num_processes != count:  # accelerate falls back to one process in silence
+    if state.num_processes != count:  # accelerate falls back silently to one process
         raise ValueError(f"{count} processes were launched and accelerate joins {state.num_processes}")
-    return Processes(state.process_index, count, dist.new_group(backend="gloo", timeout=PATIENCE))
+    return Processes(state.process_index, count, _meet(dist.new_group, backend="gloo", timeout=PATIENCE))
+
+
+def _meet(collective: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call what all processes must call; ConnectionError where one of them has died."""
+    try:
+        return collective(*args, **kwargs)
+    except RuntimeError as error:
+        raise ConnectionError("another process of this run has ended; its own message tells why") from error
