@@ -286,8 +286,6 @@ CASES = {
         "0.1",
         "--clip",
         "0.3",
-        "--average-last",
-        "2",
         "--lora-enable",
         "1,0,1",
     ),
@@ -311,18 +309,14 @@ def test_three_processes_learn_what_one_learns(tmp_path):
     assert json.loads((ours / "uneven" / "config.json").read_text())["processes"] == 3
 
 
-@pytest.mark.parametrize(("draws", "reward"), [("sample", None), ("beam", "even")])  # None is the real one
-def test_rewarded_training_draws_the_same_captions(tmp_path, draws, reward):
+def test_rewarded_training_rewards_the_same_captions(tmp_path):
     start = tmp_path / "start"
     assert train(start, *EXACT, "--epochs", "1") == 0
-    # 12 images in batches of 5, 5 and 2; the second batch of a step draws behind the first one
     flags = (
         *SMALL[:4],
         *SMALL[6:],
         "--objective",
         "scst",
-        "--draws",
-        draws,
         "--samples",
         "3",
         "--batch-size",
@@ -336,8 +330,8 @@ def test_rewarded_training_draws_the_same_captions(tmp_path, draws, reward):
         "--init-adapter",
         str(start / "last.safetensors"),
     )
-    assert train(tmp_path / "one", *flags, fault=reward) == 0
-    train_together(3, tmp_path, (tmp_path / "three", flags, reward, 0))
+    assert train(tmp_path / "one", *flags, fault="even") == 0
+    train_together(3, tmp_path, (tmp_path / "three", flags, "even", 0))
     assert_same_run(tmp_path / "three", tmp_path / "one")
     assert len({line["reward"] for line in records(tmp_path / "one", "epoch") if "reward" in line}) == 2
 
@@ -345,7 +339,7 @@ def test_rewarded_training_draws_the_same_captions(tmp_path, draws, reward):
 def test_a_signal_at_one_process_stops_all_behind_one_step_and_any_number_goes_on(tmp_path):
     """Three processes are stopped in an epoch, two in the next one, one ends it: an unbroken run's adapter."""
     unbroken, out = tmp_path / "unbroken", tmp_path / "run"
-    flags = (*EXACT, "--batch-size", "5", "--epochs", "3", "--average-last", "2")  # three steps an epoch
+    flags = (*EXACT, "--batch-size", "5", "--epochs", "3")  # three steps an epoch
     assert train(unbroken, *flags) == 0
     result = train_together(3, tmp_path, (out, flags, "terminate", 4))
     assert "stopped behind step 4 of 9" in result.stdout
