@@ -83,7 +83,7 @@ import math, os, sys
 from pathlib import Path
 import torch
 from captioning import distributed
-from captioning.data.feature_cache import FeatureCache
+from captioning.data.feature_cache import CacheSpec, FeatureCache
 
 with distributed.join(torch.device("cpu")) as crew:
     rank, count = crew.rank, crew.count
@@ -112,8 +112,8 @@ with distributed.join(torch.device("cpu")) as crew:
         return torch.stack([torch.full((2, 3), float(path.read_text())) for path in batch])
     def open_cache(limit=math.inf):
         encoded.clear()
-        return FeatureCache.open(sys.argv[2], {"encoder": "e"}, paths, (2, 3), encode, batch_size=2, limit=limit,
-                                 processes=crew)
+        spec = CacheSpec(sys.argv[2], {"encoder": "e"}, (2, 3), limit=limit, batch_size=2)
+        return FeatureCache.open(spec, paths, encode, crew)
     cache = open_cache(limit=7 * 12)
     assert sorted(path for part in crew.gather(encoded) for path in part) == paths[:7]  # each once, by one of them
     cache = open_cache()
@@ -147,7 +147,8 @@ with distributed.join(torch.device("cpu")) as crew:
         assert not encoded
     del paths[0]
     try:  # as on two machines without a common file system
-        FeatureCache.open(f"{sys.argv[2]}-{rank // 2}", {"encoder": "e"}, paths, (2, 3), encode, processes=crew)
+        spec = CacheSpec(f"{sys.argv[2]}-{rank // 2}", {"encoder": "e"}, (2, 3))
+        FeatureCache.open(spec, paths, encode, crew)
     except ValueError as error:
         assert rank == 2 and "does not see the features" in str(error), error
     except SystemExit:
