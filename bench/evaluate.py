@@ -32,19 +32,17 @@ from captioning.cli import FlagParser, command
 from captioning.data.annotations import Annotations, find_images, load_annotations, load_references
 from captioning.imports import import_guarded
 from captioning.profiles import PROFILES, ROOT
-from captioning.scoring import ptb
 from captioning.scoring.cider import cider_d
 from captioning.scoring.clipscore import ClipScorer, clip_scores
 from captioning.scoring.evaluator import Evaluator
-from captioning.scoring.tokenizers import ptb_java
-from microworld.composer import make_scene
-from microworld.scenes import generate
+from captioning.scoring.tokenizers import drop_punctuation, ptb_java, ptb_python
+from microworld.scenes import generate, make_scene
 
 IMAGES, REFERENCES = 2000, 5
 TOLERANCE = 1e-5  # of scores: batches are summed in another order than single images
 SECOND_RUN = {"micro": 2000, "full": 40, "tiny": 6}  # images of the second run unless --images says otherwise
 CPU = torch.device("cpu")
-PURE = "import json, sys, ptb; json.dump(ptb.tokenize(json.load(sys.stdin)), sys.stdout)"
+PURE = "import json, sys, ptb; json.dump(ptb.tokenize(json.load(sys.stdin)), sys.stdout)"  # with nothing of the suite
 
 
 def make_captions(annotation_file: str | None) -> tuple[list[list[str]], list[str]]:
@@ -121,9 +119,9 @@ def cider_duel(groups: Sequence[Sequence[str]], candidates: Sequence[str]) -> Du
     """Score tokenized captions by both; splitting them into words counts for both."""
     from pycocoevalcap.cider.cider import Cider
 
-    flat = iter(ptb.tokenize([caption for group in groups for caption in group]))
+    flat = iter(ptb_python([caption for group in groups for caption in group]))
     references = [[next(flat) for _ in group] for group in groups]
-    tokens = ptb.tokenize(candidates)
+    tokens = ptb_python(candidates)
 
     def theirs() -> list[float]:
         pairs = dict(enumerate(references)), {place: [caption] for place, caption in enumerate(tokens)}
@@ -140,9 +138,9 @@ def tokenizer_duel(captions: Sequence[str], images: int) -> Duel:
     """Tokenize the same captions by a Java and by a Python that start for it."""
 
     def pure() -> list[str]:
-        start = [sys.executable, "-c", PURE]
-        run = subprocess.run(start, input=json.dumps(captions), cwd=ROOT, capture_output=True, text=True, check=True)
-        return json.loads(run.stdout)
+        start, folder = [sys.executable, "-c", PURE], ROOT / "captioning" / "scoring"
+        run = subprocess.run(start, input=json.dumps(captions), cwd=folder, capture_output=True, text=True, check=True)
+        return [drop_punctuation(tokens) for tokens in json.loads(run.stdout)]
 
     sides = {"ptb-java": lambda: ptb_java(captions), "ptb": pure}
     return Duel(f"tokenizer, {len(captions)} captions", images, sides, unequal)

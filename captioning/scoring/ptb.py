@@ -1,10 +1,14 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Penn Treebank tokens in pure Python: what COCO's evaluation gets from Stanford's Java tokenizer, without Java.
 
-pycocoevalcap tokenizes captions by the PTBTokenizer of CoreNLP 3.4.1 (``-preserveLines -lowerCase``) and drops its list
-of punctuation. This module does the same to the text that captions hold, so that a score does not depend on whether a
-machine has Java. It is a maximal munch scanner: at each place every rule is tried, the one that matches the longest
-text wins, and of equally long ones the first. What follows a token (its context) counts as matched text and is not
-eaten. Python's ``re`` is greedy where the munch must be longest, so alternatives stand with the longer one first.
+pycocoevalcap tokenizes captions by the PTBTokenizer of CoreNLP 3.4.1 (``-preserveLines -lowerCase``). This module
+gives the same tokens of the text that captions hold, so that a score does not depend on whether a machine has Java.
+Its rules follow CoreNLP's lexer, which is under the GPL, and so is this file; it imports nothing of the suite, and the
+suite works by Java without it.
+
+It is a maximal munch scanner: at each place every rule is tried, the one that matches the longest text wins, and of
+equally long ones the first. What follows a token (its context) counts as matched text and is not consumed. Python's
+``re`` takes the first alternative that matches and not the longest, so longer alternatives come first.
 
 Two habits of the original are kept since scores depend on them: letters and marks are those of Unicode 6 and anything
 beyond the Basic Multilingual Plane is dropped (emoji), and all captions are one text, so a caption that ends in a
@@ -21,26 +25,21 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-# What COCO's evaluation drops from the tokens; the upper-case ones never meet a lower-cased bracket, which so survives.
-PUNCTUATION = frozenset(
-    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
-)
-
-# Code points by their behaviour inside and beside a word, found by running each one of the plane through the original.
-_MARKS = (  # continue a word though Unicode calls them no letters: combining marks and a few signs
+# Code points by their behaviour inside and beside a word, found by running each of the plane through the original.
+_MARKS = (  # continue a word though they are no letters in Unicode: combining marks and a few signs
     "00AD 02C2-02C5 02D2-02DF 02E5-02EB 02ED 02EF-036F 0375 0378-0379 0384-0385 03F6 0483-0487 055A-055F 0591-05BD "
     "05BF 05C1-05C2 05C4-05C5 05C7 0615-061A 064B-065E 0670 06D6-06E4 06E7-06ED 06FD-06FE 070F 0711 0730-074C "
     "07A6-07B0 07EB-07F3 0900-0903 093C 093E-094E 0951-0955 0962-0963 0981-0983 09BC 09BE-09C4 09C7-09C8 09CB-09CD "
     "09D7 09E2-09E3 0A01-0A03 0A3C 0A3E-0A4F 0A81-0A83 0ABC 0ABE-0ACF 0B82 0BBE-0BC2 0BC6-0BC8 0BCA-0BCD 0C01-0C03 "
     "0C3E-0C56 0D3E-0D44 0D46-0D48 0E31 0E34-0E3A 0E47-0E4E 0EB1 0EB4-0EBC 0EC8-0ECD 1885-1886"
 )
-_NEWER = (  # letters and digits that Unicode has since gained, or has since called so
+_NEWER = (  # what became a letter or a digit in later versions of Unicode
     "037F 0528-052F 0560 0588 05EF 0860-088E 08A1 08AD-08C9 0978 0980 09FC 0AF9 0C34 0C5A-0C5D 0C80 0CDD 0D04 "
     "0D54-0D56 0D5F 0DE6-0DEF 0E86 0E89 0E8C 0E8E-0E93 0E98 0EA0 0EA8-0EA9 0EAC 13F5-13FD 16F1-16F8 170D 171F 1878 "
     "191D-191E 19B0-19C0 19C8-19C9 1B4C 1C80-1CBF 1CF2-1CF3 1CFA 2C2F 2C5F 312E-312F 31BB-31BF 4DB6-4DBF 9FCD-9FFF "
     "A698-A69D A78F A794-A79F A7AB-A7F7 A8FD-A8FE A9E0-A9E4 A9E6-A9FE AA7E-AA7F AB30-ABBF"
 )
-_SYMBOLS = (  # tokens of one character, wherever they stand
+_SYMBOLS = (  # tokens of one character, wherever they occur
     "0025-0026 002B 005C 005E 007C 007E 00A5-00A9 00AC 00AE-00B4 00B6-00B9 00D7 00F7 0387 05BE 05C0 05C3 05C6 "
     "05F3-05F4 0600-0603 0606-060C 0614 061B 061E-061F 066A 066D 06D4 0700-070D 07F6-07F8 0964-0965 0E3F 0E4F 1FBD "
     "2016-2017 201A 201E-2023 2030-2038 203B 203E-2042 2044 2070 2074-207E 2080-208E 20A4 2100-2101 2103-2106 "
@@ -48,7 +47,7 @@ _SYMBOLS = (  # tokens of one character, wherever they stand
     "3001-3002 3012 30FB FF01-FF0F FF1A-FF20 FF3B-FF40 FF5B-FF65 FFE0-FFE1 FFE5-FFE6 037E 0589 00A1 00BF"
 )
 
-# Which words keep their full stop was found by asking the original about each. Any case, but for a capital given here.
+# Which words keep their full stop was found by running each through the original. In any case, but for capitals here.
 _ABBREVIATIONS = """
     jan feb mar apr jun jul aug sept sep oct nov dec mon tues tue wed thurs thu fri
     ala ariz Az calif colo conn ct dak Del fla ga ind kans kan ky La md mich minn mo mont neb nev okla Pa penn tenn Tex
@@ -63,7 +62,7 @@ _TITLES = """
 """
 _CUT_IN_TWO = "can-not gon-na wan-na got-ta lem-me gim-me"
 _BEFORE_NUMBERS = "ca figs fig prop nos no art pp op"  # keep it only where a number follows
-# Before these words the full stop of a single letter ends a sentence, and is then no part of the token.
+# Before these words the full stop after a single letter ends a sentence and is no part of the token.
 _SENTENCE_STARTS = """
     About According Additionally After An As At A But Earlier However Here Her He If In It Last Many More Mr\\. Ms\\.
     Now Once One Other Our She Since Some So Such That Their These There Then They This The We When While What Yet You
@@ -71,14 +70,14 @@ _SENTENCE_STARTS = """
 
 
 class _Rule(NamedTuple):
-    """A pattern whose group 1 is the token, the rest of the match being context; and how the token is spelt."""
+    """A pattern whose group 1 is the token and the rest of whose match is context; and how the token is spelt."""
 
     pattern: re.Pattern[str]
     spell: Callable[[str], str] | None  # None: the text is dropped
 
 
-def tokenize(captions: Iterable[str]) -> list[str]:
-    """Return each caption's lower-case tokens without ``PUNCTUATION``, joined by single spaces.
+def tokenize(captions: Iterable[str]) -> list[list[str]]:
+    """Return each caption's lower-case tokens, punctuation included.
 
     White space is normalised first, as it is for the Java tokenizer. A token may hold no-break spaces: "5 7/8" is one.
     """
@@ -98,7 +97,7 @@ def tokenize(captions: Iterable[str]) -> list[str]:
             first, *following = token.split("\n")  # the line end itself, or a tag with one inside
             rows[-1].append(first)
             rows += [[rest] for rest in following]
-    return [" ".join(token for token in row if token and token not in PUNCTUATION) for row in rows[:-1]]
+    return [[token for token in row if token] for row in rows[:-1]]
 
 
 @functools.lru_cache(maxsize=1 << 16)  # captions share most of their words
@@ -184,7 +183,7 @@ _PLAIN = str.maketrans(
 
 # ------------------------------------------------------------------------------------------------------------ the rules
 
-# <name> stands for a part below. Literal letters are in any case inside (?i:...), and as they stand elsewhere.
+# <name> is replaced by the part of that name. Letters match in any case inside (?i:...), and only as written elsewhere.
 _PARTS = {
     "apos": "(?:['\x92’]|(?i:&apos;))",
     "inner_apos": "(?:['`\x91\x92‘’‛]|(?i:&apos;))",
@@ -315,7 +314,7 @@ def _crossing() -> re.Pattern[str]:
 
 @functools.lru_cache(maxsize=1)
 def _plain() -> re.Pattern[str]:
-    """Return what most chunks are and needs no rules: a word, and after it nothing or a sign that is no part of it."""
+    """Return what most chunks are and what needs no rules: a word, alone or before a comma or full stop."""
     cut = _CUT_IN_TWO.replace("-", "").replace(" ", "|")
     with_stop = "|".join(map(_any_case, (_ABBREVIATIONS, _TITLES, _BEFORE_NUMBERS)))
     return re.compile(rf"(?!(?i:{cut})\b)(?!(?:{with_stop})\.)[A-Za-z]{{2,}}[.,]?")
@@ -353,12 +352,12 @@ def _any_case(words: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------- the characters
 
-# Rules look at text in which every character that none of them names is replaced by the representative of its kind.
+# Rules are matched against text in which each character that no rule names is replaced by a representative of its kind.
 _LETTER, _MARK, _DIGIT, _SYMBOL, _UNKNOWN = "ā", "\u0300", "\u0660", "§", "\0"
 
 
 class _Kinds(dict[int, int]):
-    """A table for ``str.translate`` that works out a character's kind when it is first met."""
+    """A table for ``str.translate`` that finds a character's kind when the character first occurs."""
 
     def __init__(self, special: set[str]) -> None:
         super().__init__((point, point) for point in [*range(128), *map(ord, special)])

@@ -1,54 +1,64 @@
-"""Captions as PTB tokens: by Stanford's Java program, or by the port to Python."""
+"""Captions as Penn Treebank tokens, by Stanford's Java program or by the port to Python, ptb.py, which is optional."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 
-from captioning.messages import one_line
-from captioning.scoring import ptb
-from captioning.scoring.ptb import PUNCTUATION
+from captioning.scoring.java import find_java, folder_of, import_pycocoevalcap, run_java
 
 TOKENIZERS = {
     "ptb-java": "Stanford CoreNLP 3.4.1 PTBTokenizer (Java), lower-cased, punctuation dropped",
     "ptb": "pure Python port of the PTB rules, lower-cased, punctuation dropped",
 }
+PORT = "captioning.scoring.ptb"
+# What COCO's evaluation drops. Tokens are lower-cased before, so brackets ("-lrb-") are never dropped, there as here.
+PUNCTUATION = frozenset(
+    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
+)
+PTB_OPTIONS = ("-preserveLines", "-lowerCase", "-encoding", "utf-8")  # pycocoevalcap's, with the encoding made explicit
 
 
 def pick_tokenizer(name: str = "auto") -> str:
-    """Return ``ptb-java`` or ``ptb``; ``auto`` takes Java's where Java and pycocoevalcap (it has the jar) are there.
+    """Return ``ptb-java`` or ``ptb``; ``auto`` is Java's where Java and pycocoevalcap (it has the jar) are installed.
 
     Raises:
-        ValueError: ``name`` is none of the three.
+        ValueError: ``name`` is none of the three, or ``ptb.py`` is not part of this copy.
     """
+    port = importlib.util.find_spec(PORT) is not None
     if name == "auto":
         java = shutil.which("java") is not None and importlib.util.find_spec("pycocoevalcap") is not None
-        return "ptb-java" if java else "ptb"
+        return "ptb-java" if java or not port else "ptb"
     if name not in TOKENIZERS:
         raise ValueError(f"--tokenizer {name}: use auto, {' or '.join(TOKENIZERS)}")
+    if name == "ptb" and not port:
+        raise ValueError(
+            "--tokenizer ptb: captioning/scoring/ptb.py is not part of this copy; add it (it is under the GPL), or use "
+            "--tokenizer ptb-java"
+        )
     return name
 
 
 def ptb_tokenize(captions: Mapping[str, Sequence[str]], tokenizer: str = "auto") -> dict[str, list[str]]:
     """Tokenize ``{key: captions}`` as COCO's evaluation does: Penn Treebank tokens, lower case, no punctuation.
 
-    Returns each caption's tokens joined by single spaces. Errors are those of ``cocometrics.ptb_java``.
+    Returns each caption's tokens joined by single spaces. Errors are those of `pick_tokenizer` and `ptb_java`.
     """
-    tokenize = {"ptb-java": ptb_java, "ptb": ptb.tokenize}[pick_tokenizer(tokenizer)]
+    tokenize = {"ptb-java": ptb_java, "ptb": ptb_python}[pick_tokenizer(tokenizer)]
     tokenized = iter(tokenize([caption for group in captions.values() for caption in group]))
     return {key: [next(tokenized) for _ in group] for key, group in captions.items()}
 
 
-PTB_OPTIONS = ("-preserveLines", "-lowerCase", "-encoding", "utf-8")  # pycocoevalcap's, with the encoding said aloud
+def ptb_python(captions: Sequence[str]) -> list[str]:
+    """Tokenize by the port to Python; return the tokens of each caption, joined by single spaces."""
+    from captioning.scoring import ptb
+
+    return [drop_punctuation(tokens) for tokens in ptb.tokenize(captions)]
 
 
 def ptb_java(captions: Sequence[str]) -> list[str]:
-    """Tokenize by Stanford's PTBTokenizer as COCO's evaluation does; tokens of each caption with single spaces between.
+    """Tokenize by Stanford's PTBTokenizer; return the tokens of each caption, joined by single spaces.
 
     The same jar, options and punctuation list as pycocoevalcap's ``PTBTokenizer``, but fed through a pipe: nothing is
     written to the package's folder. White space is normalised first, since Java counts ``\\r``, U+2028 and their like
@@ -56,45 +66,25 @@ def ptb_java(captions: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: no Java on the PATH.
-        ChildProcessError: Java failed, or gave back another number of lines than it got.
+        ChildProcessError: Java failed, or returned another number of lines than it was given.
         ValueError: pycocoevalcap is not installed.
     """
     java = find_java("--tokenizer ptb-java")
     package = import_pycocoevalcap("tokenizer.ptbtokenizer")
-    jar = Path(package.__file__).with_name(package.STANFORD_CORENLP_3_4_1_JAR)
-    lines = [" ".join(caption.split()) for caption in captions]
-    run = subprocess.run(
-        [java, "-cp", jar.name, "edu.stanford.nlp.process.PTBTokenizer", *PTB_OPTIONS],
-        input="".join(line + "\n" for line in lines).encode(),
-        cwd=jar.parent,  # and a bare jar name: -cp would split a path at its colons
-        capture_output=True,
-        check=False,
-    )
-    tokenized = run.stdout.decode().split("\n")[:-1]
-    if run.returncode != 0 or len(tokenized) != len(lines):
+    jar = folder_of(package) / package.STANFORD_CORENLP_3_4_1_JAR
+    text = "".join(" ".join(caption.split()) + "\n" for caption in captions)
+    # In the jar's folder and with its bare name: -cp would split a path at its colons.
+    command = [java, "-cp", jar.name, "edu.stanford.nlp.process.PTBTokenizer", *PTB_OPTIONS]
+    code, output, messages = run_java("the PTB tokenizer", command, jar.parent, text)
+    lines = output.decode().split("\n")[:-1]
+    if code != 0 or len(lines) != len(captions):
         raise ChildProcessError(
-            f"the PTB tokenizer failed: {java} exited with {run.returncode} and returned {len(tokenized)} of "
-            f"{len(lines)} lines ({one_line(run.stderr.decode(errors='replace'))}); check that `java -version` works, "
-            "or use --tokenizer ptb"
+            f"the PTB tokenizer failed: {java} exited with {code} and returned {len(lines)} of {len(captions)} lines "
+            f"({messages}); check that `java -version` works, or use --tokenizer ptb"
         )
-    return [" ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION) for line in tokenized]
+    return [drop_punctuation(line.rstrip().split(" ")) for line in lines]
 
 
-def find_java(what: str) -> str:
-    """Return the path of ``java``, or raise FileNotFoundError saying that ``what`` needs it."""
-    java = shutil.which("java")
-    if java is None:
-        raise FileNotFoundError(
-            f"{what} needs Java and there is no `java` on the PATH: install a Java runtime (Debian: apt-get install "
-            "default-jre-headless; conda: conda install openjdk); CIDEr, BLEU, ROUGE-L (--tokenizer ptb) and CLIPScore "
-            "work without"
-        )
-    return java
-
-
-def import_pycocoevalcap(module: str) -> ModuleType:
-    """Import a module of pycocoevalcap; raise ValueError with the remedy where it is not installed."""
-    try:
-        return importlib.import_module(f"pycocoevalcap.{module}")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"pycocoevalcap is needed ({error}): run pip install -r requirements.txt") from error
+def drop_punctuation(tokens: Sequence[str]) -> str:
+    """Return a caption's tokens without ``PUNCTUATION``, joined by single spaces."""
+    return " ".join(token for token in tokens if token not in PUNCTUATION)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from captioning.scoring import coco_metrics, ptb
+from captioning.scoring import coco_metrics
 from captioning.scoring.coco_metrics import SPICE_MODELS, bleu, rouge_l, spice
-from captioning.scoring.tokenizers import ptb_java
+from captioning.scoring.tokenizers import ptb_java, ptb_python
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 GOOD = {
@@ -36,8 +36,8 @@ REFERENCES = {
 
 
 def tokens(candidates):
-    references = {image: ptb.tokenize(captions) for image, captions in REFERENCES.items()}
-    return references, {image: ptb.tokenize([caption])[0] for image, caption in candidates.items()}
+    references = {image: ptb_python(captions) for image, captions in REFERENCES.items()}
+    return references, {image: ptb_python([caption])[0] for image, caption in candidates.items()}
 
 
 def stub(folder, monkeypatch, script):
