@@ -24,10 +24,15 @@ from captioning.data.annotations import (
 )
 from captioning.messages import some
 from captioning.scoring import coco_metrics
-from captioning.scoring.cache import ReferenceSide, cached_reference_side, make_reference_side
+from captioning.scoring.cache import (
+    ReferenceSide,
+    cached_image_features,
+    cached_reference_side,
+    make_reference_side,
+)
 from captioning.scoring.caption_stats import caption_statistics
 from captioning.scoring.cider import DocumentFrequencies, cider_d
-from captioning.scoring.clip_cache import cached_image_features
+
 from captioning.scoring.clipscore import (
     ClipScorer,
     clip_scores,

@@ -1,14 +1,24 @@
-"""refcache.py: references are tokenized once and never taken for others, and scores stay the same."""
+"""cache.py: nothing is computed twice or taken for another's, and scores stay the same."""
 
+import ast
+import json
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from captioning.scoring import cache as refcache
-from captioning.scoring.cache import cached_reference_side, make_reference_side
+from captioning.scoring import cache
+from captioning.scoring.cache import cached_image_features, cached_reference_side, make_reference_side
 from captioning.scoring.cider import DocumentFrequencies, cider_d
 from captioning.tensors import read_tensors, write_tensors
+
+# --- references -----------------------------------------------------------------------------------------------------
+
 
 REFERENCES = {
     "a": ["A red ball.", "the ball is red", "a ball"],
@@ -75,12 +85,27 @@ def test_another_tokenizer_or_version_is_another_entry(tmp_path, tokenized, monk
     cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
     cached_reference_side(REFERENCES, "ptb-java", tokenized, tmp_path)
     assert len(tokenized.asked) == 6
-    monkeypatch.setattr(refcache, "version", lambda name: "0.0")
+    monkeypatch.setattr(cache, "version", lambda name: "0.0")
     cached_reference_side(REFERENCES, "ptb-java", tokenized, tmp_path)
     assert len(tokenized.asked) == 9
-    monkeypatch.setitem(refcache.SOURCES, "ptb", ("ptb",))  # as if the code were another
+    monkeypatch.setattr(cache, "sha256_of", lambda file: "0" * 64)  # as if the code were another
     cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
     assert len(tokenized.asked) == 12
+
+
+def test_every_file_that_decides_on_tokens_is_part_of_the_key():
+    """A changed tokenizer must never read old tokens: neither its file nor one that it imports may be left out."""
+    folder, found, open_ = Path(cache.__file__).parent, set(), {"tokenizers.py", "cider.py"}
+    while open_:
+        found.add(name := open_.pop())
+        for node in ast.walk(ast.parse((folder / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("captioning.scoring"):
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                files = {f"{module.split('.')[-1]}.py" for module in modules}
+                open_ |= {file for file in files if (folder / file).is_file()} - found
+    assert found == {"tokenizers.py", "cider.py", "java.py", "ptb.py"}
+    assert {*cache.SOURCES["ptb"]} == found - {"java.py"}
+    assert {*cache.SOURCES["ptb-java"]} == found - {"ptb.py"}
 
 
 def damaged(content, how):
@@ -122,7 +147,7 @@ def test_a_whole_file_of_other_references_is_noticed(tmp_path, tokenized, caplog
 
 
 def test_only_the_sets_used_last_are_kept(tmp_path, tokenized, monkeypatch):
-    monkeypatch.setattr(refcache, "KEPT", 2)
+    monkeypatch.setattr(cache, "KEPT", 2)
     sets = [{"a": [f"caption {number}"], "b": ["other"]} for number in range(4)]
     for references in sets:
         cached_reference_side(references, "ptb", tokenized, tmp_path)
@@ -147,3 +172,92 @@ def test_frequencies_come_back_from_their_arrays():
         assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
     with pytest.raises(ValueError, match="document frequencies are codes_1"):
         DocumentFrequencies.restore(words, {"codes_1": np.zeros(1, dtype=np.int64)})
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    paths = [tmp_path / f"{name}.png" for name in "abc"]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (4, 4), (40 * number, 0, 0)).save(path)
+    return paths
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Replace CLIP by the mean red of a picture, and return the list of what it was asked for."""
+    asked = []
+
+    def features(scorer, paths, batch_size):
+        asked.extend(path.stem for path in paths)
+        return torch.tensor([[float(Image.open(path).getpixel((0, 0))[0]), scorer.scale] for path in paths])
+
+    monkeypatch.setattr(cache, "image_features", features)
+    return asked
+
+
+def scorer(**changes):
+    parts = {"model_name": "m", "fingerprint": "f", "preprocess": "p", "precision": "fp32", "scale": 1.0}
+    return SimpleNamespace(**{**parts, "device": torch.device("cpu"), **changes})
+
+
+def test_an_image_is_encoded_once_by_its_content(tmp_path, pictures, encoded):
+    folder = tmp_path / "cache"
+    first = cached_image_features(scorer(), pictures, 2, folder)
+    assert first[:, 0].tolist() == [0.0, 40.0, 80.0]
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(pictures[0].read_bytes())
+    again = cached_image_features(scorer(), [copy, pictures[2]], 2, folder)
+    assert torch.equal(again, first[[0, 2]])
+    assert encoded == ["a", "b", "c"]
+    Image.new("RGB", (4, 4), (200, 0, 0)).save(pictures[1])  # another picture under the same name
+    assert cached_image_features(scorer(), pictures, 2, folder)[:, 0].tolist() == [0.0, 200.0, 80.0]
+    assert encoded == ["a", "b", "c", "b"]
+
+
+@pytest.mark.parametrize("change", ["model_name", "fingerprint", "preprocess", "precision"])
+def test_another_model_never_gets_these_features(tmp_path, pictures, encoded, change):
+    cached_image_features(scorer(), pictures, 2, tmp_path / "cache")
+    other = cached_image_features(scorer(**{change: "other"}, scale=2.0), pictures, 2, tmp_path / "cache")
+    assert other[:, 1].tolist() == [2.0] * 3
+    assert len(encoded) == 6
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text"])
+def test_damaged_features_are_reported_and_made_again(tmp_path, pictures, encoded, caplog, damage):
+    folder = tmp_path / "cache"
+    first = cached_image_features(scorer(), pictures, 2, folder)
+    (file,) = folder.iterdir()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes({"cut": bytes(content[:-3]), "flipped": bytes(content), "text": b"no safetensors"}[damage])
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(cached_image_features(scorer(), pictures, 2, folder), first)
+    assert f"{file} is damaged" in caplog.text
+    assert len(encoded) == 6
+    cached_image_features(scorer(), pictures, 2, folder)
+    assert len(encoded) == 6
+
+
+def test_features_that_cannot_be_written_cost_time_and_no_score(tmp_path, pictures, encoded, caplog):
+    (tmp_path / "file").write_text("")
+    features = cached_image_features(scorer(), pictures, 2, tmp_path / "file" / "cache")
+    assert features[:, 0].tolist() == [0.0, 40.0, 80.0]
+    assert "not written" in caplog.text
+
+
+def test_features_of_the_last_version_are_passed_over(tmp_path, pictures, encoded, caplog):
+    """It wrote a checksum of its own kind."""
+    folder = tmp_path / "cache"
+    first = cached_image_features(scorer(), pictures, 2, folder)
+    (file,) = folder.iterdir()
+    texts = {"images": json.dumps(["0" * 64]), "sha256": "1" * 64}
+    save_file({"features": torch.zeros(1, 2)}, file, metadata=texts)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(cached_image_features(scorer(), pictures, 2, folder), first)
+    assert "it is of another version" in caplog.text
+    assert read_tensors(file)[1].keys() == {"images"}
+    cached_image_features(scorer(), pictures, 2, folder)
+    assert len(encoded) == 6
