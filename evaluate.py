@@ -1,14 +1,14 @@
 """Score captions: CIDEr-D, CLIPScore, RefCLIPScore, BLEU, METEOR, ROUGE-L, SPICE. A library and a command line.
 
-CIDEr asks how far a caption says what people said of the image, each n-gram weighed by how rare it is among all the
-references; CLIPScore asks CLIP how well the caption fits the picture and needs no reference. Both give one number an
-image, and their means are what is reported:
+CIDEr asks how far a caption says what people said of the image, each n-gram weighted by how rare it is among all the
+references; CLIPScore asks CLIP how well the caption fits the picture and needs no reference. Both give one number per
+image, and their means are reported:
 
     python evaluate.py --pred_file pred.json --images_root images/val --annotation_file val.json
     CIDEr: 0.8844035428513431 | CLIPScore: 0.6921499633789062
 
-Standard output holds that line and what --bootstrap and --compare add below it; which tokenizer, model and precision
-made the numbers stands on standard error and in the --json file.
+Standard output is that line and what --bootstrap and --compare add below it. Which tokenizer, model and precision made
+the numbers goes to standard error and to the --json file. The scores themselves are in captioning/scoring.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from captioning.cli import BAD_INPUT, PARTIAL, FlagParser, command, setup_logging
+from captioning.cli import BAD_INPUT, PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
 from captioning.data.annotations import (
     Annotations,
     check_keys,
@@ -34,15 +34,11 @@ from captioning.device import pick_device
 from captioning.files import write_csv, write_json, write_text
 from captioning.profiles import PROFILES
 from captioning.scoring.caption_stats import caption_statistics
-from captioning.scoring.clipscore import (
-    PRECISIONS,
-    ClipScorer,
-    clipscore,
-)
+from captioning.scoring.clipscore import PRECISIONS, ClipScorer, clipscore
 from captioning.scoring.evaluator import (
     DEFAULT_METRICS,
+    MEANS_OF_IMAGES,
     METRICS,
-    NO_MEANS,
     Evaluation,
     Evaluator,
     cider,
@@ -69,11 +65,7 @@ __all__ = [
     "ptb_tokenize",
 ]
 
-
 log = logging.getLogger("captioning")
-
-
-# ------------------------------------------------------------------------------------------------------- command line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,8 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images-root", help="folder of the images; only CLIPScore and RefCLIPScore need it")
     parser.add_argument("--annotation-file", required=True, help="COCO-style references of exactly those images")
     parser.add_argument("--metrics", default=",".join(DEFAULT_METRICS), help=f"{','.join(METRICS)}, or all")
-    parser.add_argument("--tokenizer", default="auto", help="ptb-java, ptb (pure Python), or auto: Java's if there")
-    parser.add_argument("--allow-partial", action="store_true", help="score the images that both files name; says so")
+    parser.add_argument("--tokenizer", default="auto", help="ptb-java, ptb (pure Python), or auto: Java's if installed")
+    parser.add_argument("--allow-partial", action="store_true", help="score only the images that all files name")
     parser.add_argument("--bootstrap", type=int, metavar="N", help="add intervals from N resamples of the images")
     parser.add_argument("--compare", metavar="OTHER", help="other predictions: paired test, --pred-file minus OTHER")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
@@ -95,26 +87,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip-model", help="open_clip name, or folder with open_clip_config.json (the profile's)")
     parser.add_argument("--clip-weights", help="open_clip tag or file (the profile's; a folder has its own)")
     parser.add_argument("--clip-prompt", default="", help='put before each caption; the paper has "A photo depicts "')
-    parser.add_argument("--batch-size", type=int, default=64, help="images per CLIP forward pass")
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="images per CLIP forward pass")
     parser.add_argument(
         "--cache",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="keep CLIP's features of the images, and the references' tokens and document "
-        "frequencies, in the profile's cache folder",
+        help="keep CLIP's features of the images, and the references' tokens and document frequencies, in the "
+        "profile's cache folder",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="CLIP's; auto: fp16 on CUDA, else fp32")
-    parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
-    parser.add_argument("--verbose", action="store_true", help="log more")
+    add_common_flags(parser)
     return parser
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse wrong flags before anything slow starts."""
     parse_metrics(args.metrics)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
     if args.bootstrap is not None and args.bootstrap < 2:
         raise ValueError(f"--bootstrap {args.bootstrap}: must be at least 2; 1000 is usual")
     if args.per_image and Path(args.per_image).suffix not in (".json", ".csv"):
@@ -123,17 +111,20 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--html {args.html}: needs --images-root, whose pictures it shows")
 
 
-def _read(args: argparse.Namespace) -> tuple[Annotations, dict[str, dict[str, str]]]:
-    """Return the annotations and the predictions by file, cut down to shared images under --allow-partial."""
+def _read(args: argparse.Namespace) -> tuple[Annotations, dict[str, dict[str, str]], int]:
+    """Return annotations, and predictions by file, of the images to score; and how many images are annotated.
+
+    Those to score are all of them; under --allow-partial they are the images that all files name.
+    """
     annotations = load_annotations(args.annotation_file)
-    files = [args.pred_file, *([args.compare] if args.compare else [])]
-    predictions = {name: load_predictions(name) for name in files}
+    annotated = len(annotations.references)
+    predictions = {name: load_predictions(name) for name in (args.pred_file, args.compare) if name}
     if args.allow_partial:
-        for name in files:
-            annotations, predictions[name] = shared_images(annotations, predictions[name])
-        for name in files:
-            annotations, predictions[name] = shared_images(annotations, predictions[name])
-    return annotations, predictions
+        for captions in predictions.values():
+            annotations, _ = shared_images(annotations, captions)
+        shared = annotations.references
+        predictions = {name: {stem: captions[stem] for stem in shared} for name, captions in predictions.items()}
+    return annotations, predictions, annotated
 
 
 def _make_evaluator(args: argparse.Namespace, annotations: Annotations) -> Evaluator:
@@ -153,7 +144,7 @@ def _make_evaluator(args: argparse.Namespace, annotations: Annotations) -> Evalu
 
 def _add_uncertainty(args: argparse.Namespace, result: Evaluation, other: Evaluation | None) -> None:
     """Fill in intervals and comparison, for the metrics that are means over images."""
-    for metric in (metric for metric in result.means if metric not in NO_MEANS):
+    for metric in (metric for metric in result.means if metric in MEANS_OF_IMAGES):
         scores = result.per_image[metric]
         if args.bootstrap is not None:
             result.intervals[metric] = bootstrap_interval(np.array([*scores.values()]), args.bootstrap, args.seed)
@@ -167,7 +158,7 @@ def _add_statistics(
     predictions: Mapping[str, str],
     training: Mapping[str, Sequence[str]] | None,
 ) -> None:
-    """Fill in what the captions are like; without their words the scores still stand."""
+    """Fill in what the captions are like; where they cannot be tokenized, the scores are still reported."""
     try:
         result.statistics = evaluator.statistics(predictions, training)
         known = evaluator.reference_side.tokens.values()
@@ -203,17 +194,15 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging(args.verbose)
     _check(args)
-    annotated = len(load_annotations(args.annotation_file).references)
-    annotations, files = _read(args)
+    annotations, files, annotated = _read(args)
     training = load_references(args.train_annotations) if args.train_annotations else None
     evaluator = _make_evaluator(args, annotations)
-    predictions = files[args.pred_file]
-    result = evaluator.evaluate(predictions, parse_metrics(args.metrics))
+    metrics, predictions = parse_metrics(args.metrics), files[args.pred_file]
+    result = evaluator.evaluate(predictions, metrics)
     if not result.means:
         return BAD_INPUT
-    if len(annotations.references) < annotated:
-        result.annotated = annotated
-    other = evaluator.evaluate(files[args.compare], parse_metrics(args.metrics)) if args.compare else None
+    result.annotated = annotated if len(predictions) < annotated else None
+    other = evaluator.evaluate(files[args.compare], metrics) if args.compare else None
     _add_uncertainty(args, result, other)
     if args.json or training:
         _add_statistics(evaluator, result, predictions, training)

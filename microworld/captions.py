@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from microworld.scene import Group, Scene
+if TYPE_CHECKING:
+    from microworld.scenes import Group, Scene
 
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 PLACE_PHRASES = {

@@ -1,4 +1,8 @@
-"""All scores of predictions against references and images, as a library."""
+"""All scores of predictions against references and images, as a library.
+
+An `Evaluator` holds what prediction files are scored against. Its ``evaluate`` looks each metric up in `METRICS`, calls
+its function with a `Context` (the evaluator and one file's predictions), and collects what they return as `Evaluation`.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,16 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from captioning.data.annotations import (
-    Annotations,
-    check_keys,
-    find_images,
-)
+from captioning.data.annotations import Annotations, check_keys, find_images
 from captioning.messages import some
 from captioning.scoring import coco_metrics
 from captioning.scoring.cache import (
@@ -32,7 +32,6 @@ from captioning.scoring.cache import (
 )
 from captioning.scoring.caption_stats import caption_statistics
 from captioning.scoring.cider import DocumentFrequencies, cider_d
-
 from captioning.scoring.clipscore import (
     ClipScorer,
     clip_scores,
@@ -41,90 +40,56 @@ from captioning.scoring.clipscore import (
     ref_clip_scores,
     text_features,
 )
-from captioning.scoring.coco_metrics import rouge_l
+from captioning.scoring.coco_metrics import Scores
 from captioning.scoring.significance import CONFIDENCE, Comparison
 from captioning.scoring.tokenizers import TOKENIZERS, pick_tokenizer, ptb_tokenize
 
 log = logging.getLogger(__name__)
 
-METRICS = {  # what --metrics takes and what the results call it, in the order of the results
-    "cider": ("CIDEr",),
-    "clipscore": ("CLIPScore",),
-    "refclipscore": ("RefCLIPScore",),
-    "bleu": ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"),
-    "meteor": ("METEOR",),
-    "rouge": ("ROUGE-L",),
-    "spice": ("SPICE",),
-}
+DEFAULT_METRICS = ("cider", "clipscore")  # those that reports quote
 
 
-CLIP_METRICS = ("clipscore", "refclipscore")  # computed beside the others, which are of words alone
+# --- what comes out -------------------------------------------------------------------------------------------------
 
 
-DEFAULT_METRICS = ("cider", "clipscore")  # the report's line
+@dataclass(frozen=True)
+class Scored:
+    """What a metric's function returns: its scores, and where they come from."""
 
-
-NO_MEANS = {*METRICS["bleu"], *METRICS["meteor"]}  # of the corpus, and not the mean of its images
-
-
-def cider(
-    references: Mapping[str, Sequence[str]], predictions: Mapping[str, str], tokenizer: str = "auto"
-) -> tuple[float, dict[str, float]]:
-    """Return CIDEr-D, the mean over the images and ``{key: score}``: pycocoevalcap's ``Cider`` on PTB tokens.
-
-    The document frequencies come from the references given, so scores of different image sets are not comparable, and
-    a single image always scores 0. Values lie between 0 and 10 (Vedantam et al. 2015; n = 1..4, sigma = 6, clipped).
-
-    Raises:
-        FileNotFoundError, ChildProcessError: as ``cocometrics.ptb_java``.
-        ValueError: the keys differ, or an image has no reference with a word in it.
-    """
-    check_keys(references, predictions)
-    candidates = ptb_tokenize({key: [predictions[key]] for key in references}, tokenizer)
-    return _cider(ptb_tokenize(references, tokenizer), {key: caption for key, (caption,) in candidates.items()})
-
-
-def _cider(
-    references: Mapping[str, Sequence[str]],
-    candidates: Mapping[str, str],
-    frequencies: DocumentFrequencies | None = None,
-) -> tuple[float, dict[str, float]]:
-    if len(references) == 1:
-        log.warning("CIDEr of a single image is 0 by definition: every n-gram occurs in all (one) images")
-    wordless = [key for key, captions in references.items() if not any(captions)]
-    if wordless or not references:
-        raise ValueError(f"CIDEr needs references with words; {len(wordless)} images have none: {some(wordless)}")
-    words = [[caption.split() for caption in captions] for captions in references.values()]
-    scores = cider_d(words, [candidates[key].split() for key in references], frequencies)
-    return float(scores.mean()), dict(zip(references, scores.tolist(), strict=True))
+    scores: Sequence[Scores]  # by label
+    made_by: Mapping[str, str | None]  # tokenizer; or CLIP's model, device, precision, prompt
+    counts: Mapping[str, int] = field(default_factory=dict)  # of captions that could only be scored in part
 
 
 @dataclass
 class Evaluation:
-    """What was computed: the mean and the scores by image of every metric, and why another one has none."""
+    """What was computed: the mean and the scores by image of every metric, and why a metric has none."""
 
     images: int
     means: dict[str, float] = field(default_factory=dict)  # {"CIDEr": 0.88, "CLIPScore": 0.69}
     per_image: dict[str, dict[str, float]] = field(default_factory=dict)  # metric to {stem: score}
     errors: dict[str, str] = field(default_factory=dict)
-    clip: dict[str, str | None] = field(default_factory=dict)  # ClipScorer.description of the scorer used
-    tokenizer: str = ""  # that made the words, where a metric used words
+    made_by: dict[str, str | None] = field(default_factory=dict)  # tokenizer; CLIP's model, device, precision, prompt
     annotated: int | None = None  # how many images the annotations name, where fewer were scored
     counts: dict[str, int] = field(default_factory=dict)  # references, empty and truncated captions
-    statistics: dict[str, Any] = field(default_factory=dict)  # wording.caption_statistics
+    statistics: dict[str, Any] = field(default_factory=dict)  # caption_stats.caption_statistics
     reference_statistics: dict[str, Any] = field(default_factory=dict)  # the same of people's captions
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     comparison: dict[str, Comparison] = field(default_factory=dict)
 
-    def add(self, metric: str, mean: float, scores: Mapping[str, float]) -> None:
-        """Take in a metric's mean (or corpus score) and its scores by image; ValueError where one is not finite."""
-        lost = [stem for stem, score in scores.items() if not math.isfinite(score)]
-        if lost or not math.isfinite(mean):
-            raise ValueError(f"{metric} of {len(lost)} images is not a finite number: {some(lost)}")
-        self.means[metric], self.per_image[metric] = mean, dict(scores)
+    def add(self, labels: Sequence[str], scored: Scored, stems: Iterable[str]) -> None:
+        """Take in what a metric returned for the images ``stems``; ValueError where a score is not finite."""
+        for label, (mean, scores) in zip(labels, scored.scores, strict=True):
+            by_image = dict(zip(stems, scores, strict=True))
+            lost = [stem for stem, score in by_image.items() if not math.isfinite(score)]
+            if lost or not math.isfinite(mean):
+                raise ValueError(f"{label} of {len(lost)} images is not a finite number: {some(lost)}")
+            self.means[label], self.per_image[label] = mean, by_image
+        self.made_by.update(scored.made_by)
+        self.counts.update(scored.counts)
 
     def line(self) -> str:
-        """The line that reports quote: ``CIDEr: 0.88… | CLIPScore: 0.69…``, every digit kept."""
+        """The line that reports quote: ``CIDEr: 0.88… | CLIPScore: 0.69…``, with every digit."""
         return self.marked(" | ".join(f"{metric}: {mean}" for metric, mean in self.means.items()))
 
     def marked(self, line: str) -> str:
@@ -132,7 +97,7 @@ class Evaluation:
         return line if self.annotated is None else f"{line} | PARTIAL: {self.images} of {self.annotated} images"
 
     def lines(self, images: bool = True) -> list[str]:
-        """The report's line, and below it intervals and comparison, with ``images`` the images that differ most."""
+        """The line that reports quote, then intervals and comparison; with ``images``, those that differ most."""
         lines = [self.line()]
         for metric, (low, high) in self.intervals.items():
             lines.append(self.marked(f"{metric}: {CONFIDENCE:.0%} interval [{low}, {high}]"))
@@ -144,9 +109,9 @@ class Evaluation:
 
     def origin(self) -> str:
         """One line on what made the numbers: tokenizer, CLIP model, device, precision."""
-        parts = [f"tokenizer {self.tokenizer}: {TOKENIZERS[self.tokenizer]}"] if self.tokenizer else []
-        if self.clip:
-            parts.append("{clip_model} on {device} in {precision} (fp16: other fourth digit)".format(**self.clip))
+        parts = ["tokenizer {tokenizer}".format(**self.made_by)] if "tokenizer" in self.made_by else []
+        if "clip_model" in self.made_by:
+            parts.append("{clip_model} on {device} in {precision} (fp16: other fourth digit)".format(**self.made_by))
         return self.marked(" | ".join(parts))
 
     def ranking(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float | str]]:
@@ -160,7 +125,7 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """Everything needed to quote the numbers: means, counts, model, device, precision, tokenizer, versions."""
-        packages = ["torch", "torchvision", "open_clip_torch", "pillow"] if self.clip else ["torch"]
+        packages = ["torch", "torchvision", "open_clip_torch", "pillow"] if "clip_model" in self.made_by else ["torch"]
         packages += ["pycocoevalcap"] if importlib.util.find_spec("pycocoevalcap") else []
         return {
             **self.means,
@@ -169,8 +134,7 @@ class Evaluation:
             "metrics": list(self.means),
             "errors": self.errors,
             "counts": self.counts,
-            **({"tokenizer": f"{self.tokenizer}: {TOKENIZERS[self.tokenizer]}"} if self.tokenizer else {}),
-            **self.clip,
+            **self.made_by,
             **({"captions": self.statistics} if self.statistics else {}),
             **({"references": self.reference_statistics} if self.reference_statistics else {}),
             **({"intervals": self.intervals, "confidence": CONFIDENCE} if self.intervals else {}),
@@ -179,11 +143,14 @@ class Evaluation:
         }
 
 
+# --- what goes in ---------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Evaluator:
     """Scores prediction files against the same images: references, pictures and model are read once, and when needed.
 
-    ``make_scorer`` is called only for CLIPScore and only once all images are known to exist.
+    ``make_scorer`` is called only for CLIP's metrics and only when all images are known to exist.
     """
 
     annotations: Annotations
@@ -211,15 +178,17 @@ class Evaluator:
             log.warning("%d of %d predicted captions are empty: %s", len(empty), len(predictions), some(empty))
         references = sum(map(len, self.annotations.references.values()))
         result = Evaluation(len(predictions), counts={"references": references, "empty": len(empty)})
-        run = _Run(self, predictions, result)
-        for metric, scored in run.all(wanted).items():
+        context = Context(self, predictions)
+        with ThreadPoolExecutor(1) as on_words, ThreadPoolExecutor(1) as by_clip:  # one metric at a time in each
+            pools = {name: by_clip if METRICS[name].by_clip else on_words for name in wanted}
+            futures = {name: pool.submit(METRICS[name].compute, context) for name, pool in pools.items()}
+        for name, future in futures.items():
+            labels = METRICS[name].labels
             try:
-                for label, mean, scores in scored():
-                    result.add(label, mean, dict(zip(predictions, scores, strict=True)))
+                result.add(labels, future.result(), predictions)
             except (ValueError, OSError, torch.OutOfMemoryError) as error:
-                for label in METRICS[metric]:
-                    result.errors[label] = str(error)
-                log.error("%s not computed: %s", "/".join(METRICS[metric]), error)
+                result.errors.update(dict.fromkeys(labels, str(error)))
+                log.error("%s not computed: %s", "/".join(labels), error)
         return result
 
     def tokenize(self, predictions: Mapping[str, str]) -> dict[str, str]:
@@ -230,7 +199,7 @@ class Evaluator:
     def statistics(
         self, predictions: Mapping[str, str], training: Mapping[str, Sequence[str]] | None = None
     ) -> dict[str, Any]:
-        """Return ``wording.caption_statistics`` of predictions, with copies from ``training`` references if given."""
+        """Return ``caption_statistics`` of predictions, with copies from ``training`` references if given."""
         tokens = None if training is None else ptb_tokenize(training, self.tokenizer)
         known = None if tokens is None else [caption for captions in tokens.values() for caption in captions]
         return caption_statistics([*self.tokenize(predictions).values()], known)
@@ -250,7 +219,7 @@ class Evaluator:
 
     @functools.cached_property
     def scorer(self) -> ClipScorer:
-        """The CLIP model, loaded when the images are known to be there."""
+        """The CLIP model, loaded when the images are known to exist."""
         assert self.paths
         return self.make_scorer()
 
@@ -269,83 +238,104 @@ class Evaluator:
         return text_features(self.scorer, captions, self.batch_size, self.clip_prompt)
 
 
-Scored = list[tuple[str, float, Sequence[float]]]  # label, the corpus' score, those of the images in order
+@dataclass
+class Context:
+    """What the metrics of one prediction file are computed from; each part is made when a metric first needs it.
 
+    Metrics on words and metrics by CLIP run in two threads, and no part of this or of the evaluator serves both.
+    """
 
-class _Run:
-    """The metrics of one prediction file, a method by the name of each; what several of them need is made once."""
-
-    def __init__(self, evaluator: Evaluator, predictions: Mapping[str, str], result: Evaluation) -> None:
-        self.evaluator, self.predictions, self.result = evaluator, predictions, result
-
-    def all(self, metrics: Sequence[str]) -> dict[str, Callable[[], Scored]]:
-        """Compute every metric, those of CLIP and those of words at the same time; a call returns one's or raises."""
-        with ThreadPoolExecutor(1) as with_clip, ThreadPoolExecutor(1) as of_words:  # one after the other in each
-            futures = {
-                metric: (with_clip if metric in CLIP_METRICS else of_words).submit(getattr(self, metric))
-                for metric in metrics
-            }
-        return {metric: future.result for metric, future in futures.items()}
+    evaluator: Evaluator
+    predictions: dict[str, str]  # {stem: caption}, in the order of the references
 
     @functools.cached_property
     def words(self) -> tuple[dict[str, list[str]], dict[str, str]]:
-        words = self.evaluator.reference_side.tokens, self.evaluator.tokenize(self.predictions)
-        self.result.tokenizer = self.evaluator.tokenizer
-        return words
+        """The tokens of the references and of the predictions."""
+        return self.evaluator.reference_side.tokens, self.evaluator.tokenize(self.predictions)
+
+    def on_words(self, *scores: Scores) -> Scored:
+        """Return scores by label, of ``words``, with their origin."""
+        tokenizer = self.evaluator.tokenizer
+        return Scored(scores, {"tokenizer": f"{tokenizer}: {TOKENIZERS[tokenizer]}"})
 
     @functools.cached_property
     def texts(self) -> torch.Tensor:
+        """Unit-length features of the predicted captions ``(n, dim)``."""
         evaluator, captions = self.evaluator, list(self.predictions.values())
-        self.result.clip.update(evaluator.scorer.description, clip_prompt=evaluator.clip_prompt)
-        cut = evaluator.scorer.truncated([evaluator.clip_prompt + caption for caption in captions])
-        self.result.counts["truncated"] = len(cut)
-        if cut:
-            names = some([list(self.predictions)[place] for place in cut])
-            log.warning("%d captions are longer than CLIP's context and were cut for it: %s", len(cut), names)
         return text_features(evaluator.scorer, captions, evaluator.batch_size, evaluator.clip_prompt)
 
-    def cider(self) -> Scored:
-        mean, scores = _cider(*self.words, self.evaluator.reference_side.frequencies)
-        return [("CIDEr", mean, list(scores.values()))]
+    @functools.cached_property
+    def truncated(self) -> list[str]:
+        """The images whose caption is longer than CLIP's context."""
+        stems, prompt = list(self.predictions), self.evaluator.clip_prompt
+        cut = self.evaluator.scorer.truncated([prompt + caption for caption in self.predictions.values()])
+        if cut:
+            names = some([stems[place] for place in cut])
+            log.warning("%d captions are longer than CLIP's context and were cut for it: %s", len(cut), names)
+        return [stems[place] for place in cut]
 
-    def bleu(self) -> Scored:
-        return [(label, *scored) for label, scored in zip(METRICS["bleu"], coco_metrics.bleu(*self.words), strict=True)]
-
-    def meteor(self) -> Scored:
-        return [("METEOR", *coco_metrics.meteor(*self.words))]
-
-    def rouge(self) -> Scored:
-        return [("ROUGE-L", *rouge_l(*self.words))]
-
-    def spice(self) -> Scored:
-        return [("SPICE", *coco_metrics.spice(*self.words))]
-
-    def clipscore(self) -> Scored:
-        scores = clip_scores(self.evaluator.images, self.texts)
-        return [_mean("CLIPScore", self.predictions, scores)]
-
-    def refclipscore(self) -> Scored:
-        images, texts, references = self.evaluator.images, self.texts, self.evaluator.reference_features
-        counts = [len(group) for group in self.evaluator.annotations.references.values()]
-        scores = ref_clip_scores(clip_scores(images, texts), texts, references, counts)
-        return [_mean("RefCLIPScore", self.predictions, scores)]
+    def by_clip(self, label: str, scores: torch.Tensor) -> Scored:
+        """Return scores ``(n,)``, their mean and their origin; ValueError where one is not finite."""
+        values = list(named_scores(label, self.predictions, scores).values())
+        made_by = {**self.evaluator.scorer.description, "clip_prompt": self.evaluator.clip_prompt}
+        return Scored([(sum(values) / len(values), values)], made_by, {"truncated": len(self.truncated)})
 
 
-def _mean(label: str, keys: Mapping[str, str], scores: torch.Tensor) -> tuple[str, float, list[float]]:
-    values = list(named_scores(label, keys, scores).values())
-    return label, sum(values) / len(values), values
+# --- the metrics ----------------------------------------------------------------------------------------------------
 
 
-def evaluate_predictions(
-    predictions: Mapping[str, str],
-    annotations: Annotations,
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    images_root: str | os.PathLike | None = None,
-    make_scorer: Callable[[], ClipScorer] = ClipScorer,
-    batch_size: int = 64,
-) -> Evaluation:
-    """Score one ``{stem: caption}``; see ``Evaluator``, which serves several, and its ``evaluate`` for errors."""
-    return Evaluator(annotations, images_root, make_scorer, batch_size).evaluate(predictions, metrics)
+def _cider(context: Context) -> Scored:
+    mean, scores = _cider_of_tokens(*context.words, context.evaluator.reference_side.frequencies)
+    return context.on_words((mean, list(scores.values())))
+
+
+def _clipscore(context: Context) -> Scored:
+    return context.by_clip("CLIPScore", clip_scores(context.evaluator.images, context.texts))
+
+
+def _ref_clipscore(context: Context) -> Scored:
+    evaluator = context.evaluator
+    counts = [len(group) for group in evaluator.annotations.references.values()]
+    scores = clip_scores(evaluator.images, context.texts)
+    scores = ref_clip_scores(scores, context.texts, evaluator.reference_features, counts)
+    return context.by_clip("RefCLIPScore", scores)
+
+
+def _bleu(context: Context) -> Scored:
+    return context.on_words(*coco_metrics.bleu(*context.words))
+
+
+def _meteor(context: Context) -> Scored:
+    return context.on_words(coco_metrics.meteor(*context.words))
+
+
+def _rouge(context: Context) -> Scored:
+    return context.on_words(coco_metrics.rouge_l(*context.words))
+
+
+def _spice(context: Context) -> Scored:
+    return context.on_words(coco_metrics.spice(*context.words))
+
+
+class Metric(NamedTuple):
+    """How a metric is named in the results and computed."""
+
+    labels: tuple[str, ...]
+    compute: Callable[[Context], Scored]
+    by_clip: bool = False  # else on words; the two kinds are computed at the same time
+    is_mean: bool = True  # over the images; else it is of the corpus
+
+
+METRICS = {  # by the name that --metrics takes, in the order of the results
+    "cider": Metric(("CIDEr",), _cider),
+    "clipscore": Metric(("CLIPScore",), _clipscore, by_clip=True),
+    "refclipscore": Metric(("RefCLIPScore",), _ref_clipscore, by_clip=True),
+    "bleu": Metric(("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"), _bleu, is_mean=False),
+    "meteor": Metric(("METEOR",), _meteor, is_mean=False),
+    "rouge": Metric(("ROUGE-L",), _rouge),
+    "spice": Metric(("SPICE",), _spice),
+}
+MEANS_OF_IMAGES = {label for metric in METRICS.values() if metric.is_mean for label in metric.labels}
 
 
 def parse_metrics(text: str) -> list[str]:
@@ -360,3 +350,52 @@ def parse_metrics(text: str) -> list[str]:
     if not wanted <= METRICS.keys():
         raise ValueError(f"--metrics {text}: unknown; choose from {', '.join(METRICS)}, with a comma between, or all")
     return [metric for metric in METRICS if metric in wanted]
+
+
+# --- in one call ----------------------------------------------------------------------------------------------------
+
+
+def evaluate_predictions(
+    predictions: Mapping[str, str],
+    annotations: Annotations,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    images_root: str | os.PathLike | None = None,
+    make_scorer: Callable[[], ClipScorer] = ClipScorer,
+    batch_size: int = 64,
+) -> Evaluation:
+    """Score one ``{stem: caption}``; see ``Evaluator``, which serves several, and its ``evaluate`` for errors."""
+    return Evaluator(annotations, images_root, make_scorer, batch_size).evaluate(predictions, metrics)
+
+
+def cider(
+    references: Mapping[str, Sequence[str]], predictions: Mapping[str, str], tokenizer: str = "auto"
+) -> tuple[float, dict[str, float]]:
+    """Return CIDEr-D, the mean over the images and ``{key: score}``: pycocoevalcap's ``Cider`` on PTB tokens.
+
+    The document frequencies come from the references given, so scores of different image sets are not comparable, and
+    a single image always scores 0. Values lie between 0 and 10 (Vedantam et al. 2015; n = 1..4, sigma = 6, clipped).
+
+    Raises:
+        FileNotFoundError, ChildProcessError: as ``tokenizers.ptb_java``.
+        ValueError: the keys differ, or an image has no reference with a word in it.
+    """
+    check_keys(references, predictions)
+    candidates = ptb_tokenize({key: [predictions[key]] for key in references}, tokenizer)
+    return _cider_of_tokens(
+        ptb_tokenize(references, tokenizer), {key: caption for key, (caption,) in candidates.items()}
+    )
+
+
+def _cider_of_tokens(
+    references: Mapping[str, Sequence[str]],
+    candidates: Mapping[str, str],
+    frequencies: DocumentFrequencies | None = None,
+) -> tuple[float, dict[str, float]]:
+    if len(references) == 1:
+        log.warning("CIDEr of a single image is 0 by definition: every n-gram occurs in all (one) images")
+    wordless = [key for key, captions in references.items() if not any(captions)]
+    if wordless or not references:
+        raise ValueError(f"CIDEr needs references with words; {len(wordless)} images have none: {some(wordless)}")
+    words = [[caption.split() for caption in captions] for captions in references.values()]
+    scores = cider_d(words, [candidates[key].split() for key in references], frequencies)
+    return float(scores.mean()), dict(zip(references, scores.tolist(), strict=True))

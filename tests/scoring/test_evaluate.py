@@ -26,7 +26,7 @@ from captioning.data.annotations import find_images
 from captioning.imports import import_guarded
 from captioning.profiles import ROOT
 from captioning.scoring import clipscore as clip_module
-from captioning.scoring import evaluator, ptb, tokenizers
+from captioning.scoring import coco_metrics, evaluator, ptb, tokenizers
 
 COURSE_DATA = ROOT.parent / "shared" / "data" / "hw3_2023"
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="CIDEr's tokenizer needs Java")
@@ -896,7 +896,7 @@ def test_a_caption_id_that_is_a_list_is_named(files, capsys):
 
 
 def test_a_metric_that_is_not_finite_is_no_score(monkeypatch, caplog, files, capsys):
-    monkeypatch.setattr(evaluator, "rouge_l", lambda *_: (float("nan"), [1.0, float("nan"), 1.0, 1.0]))
+    monkeypatch.setattr(coco_metrics, "rouge_l", lambda *_: (float("nan"), [1.0, float("nan"), 1.0, 1.0]))
     assert evaluate.main([*files(), "--metrics", "rouge,cider", "--tokenizer", "ptb"]) == PARTIAL
     assert capsys.readouterr().out.startswith("CIDEr: ")
     assert "ROUGE-L of 1 images is not a finite number" in caplog.text
