@@ -36,7 +36,8 @@ from captioning.scoring.cider import cider_d
 from captioning.scoring.clipscore import ClipScorer, clip_scores
 from captioning.scoring.evaluator import Evaluator
 from captioning.scoring.tokenizers import drop_punctuation, ptb_java, ptb_python
-from microworld.scenes import generate, make_scene
+from microworld.composer import make_scene
+from microworld.scenes import generate
 
 IMAGES, REFERENCES = 2000, 5
 TOLERANCE = 1e-5  # of scores: batches are summed in another order than single images

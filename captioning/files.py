@@ -201,6 +201,7 @@ def waiting_lock(path: Path) -> Iterator[None]:
     """Hold the lock of ``path``, made where it is missing, once no other process or thread holds it."""
     import fcntl
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it when the process dies
         yield

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from microworld.scenes import Group, Scene
+from microworld.scene import Group, Scene
 
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 PLACE_PHRASES = {

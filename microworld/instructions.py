@@ -7,16 +7,12 @@ style is asked in several wordings; two of them are the report's prompts, so tha
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
 from captioning.models.llava import PROMPTS
 from microworld.captions import INVERSE, NUMBERS, RELATION_PHRASES, Caption, be, noun_phrase, place_phrase, verb_phrase
+from microworld.scene import SIZE, Group, Scene
 from microworld.things import KINDS
 
-if TYPE_CHECKING:
-    from microworld.scenes import Group, Scene
-
-WIDTH = 224  # pixels of a scene, for "on the left"
 SHORT = (
     PROMPTS[1],
     "Briefly describe this image.",
@@ -96,7 +92,7 @@ def _clause(group: Group, rng: random.Random) -> Caption:
 
 def _side(group: Group) -> str:
     centres = [t.box[0] + t.box[2] / 2 for t in group.things]
-    share = sum(centres) / len(centres) / WIDTH
+    share = sum(centres) / len(centres) / SIZE
     return "on the left" if share < 0.36 else "on the right" if share > 0.64 else "in the middle"
 
 

@@ -12,11 +12,7 @@ writes, with processor and chat template.
 
 from __future__ import annotations
 
-import logging
 import random
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,26 +25,23 @@ from captioning.device import seed_everything
 from captioning.imports import import_guarded
 from captioning.models.llava import TEMPLATE
 from captioning.profiles import MICRO_WEIGHTS
+from microworld.composer import make_scene
 from microworld.instructions import conversation
-from microworld.pretrain import (
+from microworld.recipes import (
     CLIP_CONFIGS,
     MEAN,
     SCENE_SEEDS,
     STD,
-    Recipe,
+    VOCAB_SIZE,
+    Run,
     draw_scenes,
-    index_batches,
     normalise,
     optimise,
     write_record,
 )
-from microworld.scenes import make_scene
-
-log = logging.getLogger(__name__)
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<image>")  # ids 0 to 3
 PAD, BOS, EOS, IMAGE = range(4)
-VOCAB_SIZE = 1024
 LLAMA = {
     "hidden_size": 256,
     "intermediate_size": 704,
@@ -58,6 +51,7 @@ LLAMA = {
     "max_position_embeddings": 512,
 }
 TEXT_SCENES = 4000  # scenes whose questions and answers the tokenizer is trained on
+HELD_OUT = 512  # scenes that are not trained on
 # One turn after another; only the system's own form is written: LLaVA 1.5 was tuned without a system message.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -171,13 +165,13 @@ def build_processor(texts: list[str]) -> Any:
 
 
 def conversations(index: int, epoch: int) -> list[tuple[str, str]]:
-    """Return the questions and answers of scene ``index``, worded anew in every epoch."""
+    """Return the questions and answers of scene ``index``, in other words in every epoch."""
     scene, captions = make_scene("pretrain", SCENE_SEEDS["llava"], index)
     return conversation(scene, [c.text for c in captions], random.Random(f"llava {epoch} {index}"))
 
 
 def encode_pair(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Return the ids behind ``<image>`` up to ``ASSISTANT:``, and those of the answer with its end."""
+    """Return the ids after ``<image>`` up to ``ASSISTANT:``, and those of the answer with its end."""
     tail = TEMPLATE.format(question).split("<image>")[1]
     ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (tail, f" {answer}"))
     return next(ids), [*next(ids), EOS]
@@ -238,46 +232,29 @@ def encode_scenes(model: Any, pixels: np.ndarray, device: torch.device) -> torch
     return torch.cat(kept)
 
 
-def train_llava(recipe: Recipe, out: Path, device: torch.device, workers: int) -> None:
+def train_llava(run: Run) -> None:
     """Pre-train and write the folder that ``from_pretrained`` and ``AutoProcessor`` load."""
-    seed_everything(recipe.seed)
+    scenes, device = run.recipe.scenes, run.device
+    seed_everything(run.recipe.seed)
     texts = [f"{q} {a}" for k in range(TEXT_SCENES) for q, a in conversations(k, 0)]
     processor = build_processor([TEMPLATE.format(text) for text in texts])
-    tokenizer = processor.tokenizer
     model = build_model().to(device)
     size = CLIP_CONFIGS["encoder"]["vision_cfg"]["image_size"]
-    held_out = 512
-    count = recipe.scenes + held_out
-    features = encode_scenes(model, draw_scenes(SCENE_SEEDS["llava"], count, size, workers).pixels, device)
-    head = torch.tensor(tokenizer(TEMPLATE.split("<image>")[0]).input_ids, device=device)
-    steps = recipe.epochs * (recipe.scenes // recipe.batch_size)
-    start, losses = time.time(), []
+    drawn = draw_scenes(SCENE_SEEDS["llava"], scenes + HELD_OUT, size, run.workers)
+    features = encode_scenes(model, drawn.pixels, device)
+    head = torch.tensor(processor.tokenizer(TEMPLATE.split("<image>")[0]).input_ids, device=device)
 
-    def batch_of(indices: np.ndarray, epoch: int) -> tuple[torch.Tensor, PackedBatch]:
-        pairs = [[encode_pair(tokenizer, q, a) for q, a in conversations(int(k), epoch)] for k in indices]
-        return features[torch.from_numpy(indices)].to(device).float(), pack_pairs(pairs).to(device)
+    def loss_of(batch: tuple[int, np.ndarray]) -> torch.Tensor:
+        epoch, chosen = batch
+        pairs = [[encode_pair(processor.tokenizer, q, a) for q, a in conversations(int(k), epoch)] for k in chosen]
+        rows = features[torch.from_numpy(chosen)].to(device).float()
+        return instruction_loss(model, head, rows, pack_pairs(pairs).to(device))
 
-    def batches() -> Iterator[tuple[torch.Tensor, PackedBatch]]:
-        per_epoch = recipe.scenes // recipe.batch_size
-        for number, indices in enumerate(index_batches(recipe, recipe.scenes)):
-            yield batch_of(indices, number // per_epoch)
-
-    def loss_of(batch: tuple[torch.Tensor, PackedBatch]) -> torch.Tensor:
-        return instruction_loss(model, head, *batch)
-
-    def note(step: int, loss: float) -> None:
-        losses.append(loss)
-        if step % 50 == 0:
-            log.info("llava step %d/%d loss %.3f %.0f s", step, steps, np.mean(losses[-50:]), time.time() - start)
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimise(trained, batches(), steps, recipe, loss_of, device, note)
-    seconds = time.time() - start
+    training = optimise(run, model.parameters(), run.batches(), run.steps_per_epoch, loss_of)
     model.eval()
-    unseen = np.arange(recipe.scenes, count)
+    unseen = np.arange(scenes, scenes + HELD_OUT)
     with torch.no_grad():
-        loss = np.mean([loss_of(batch_of(unseen[k : k + 32], 0)).item() for k in range(0, held_out, 32)])
-    model.half().save_pretrained(out)
-    processor.save_pretrained(out)
-    metrics = {"last_loss": float(np.mean(losses[-50:])), "held_out_loss": float(loss)}
-    write_record(out, "llava", recipe, steps, seconds, metrics, model)
+        loss = np.mean([loss_of((0, unseen[k : k + 32])).item() for k in range(0, HELD_OUT, 32)])
+    model.half().save_pretrained(run.out)
+    processor.save_pretrained(run.out)
+    write_record(run, training, {"last_loss": training.last_loss, "held_out_loss": float(loss)}, model)

@@ -38,11 +38,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "constant rate": ("--schedule", "constant"),
     "rank 16": ("--lora-rank", "16", "--lora-alpha", "16"),
     "alpha 1": ("--lora-alpha", "1"),
-    "rank-stabilised": ("--rank-stabilized",),
     "no lm_head": ("--no-lora-lm-head",),
     "no dropout": ("--lora-dropout", "0"),
     "label smoothing 0.1": ("--label-smoothing", "0.1"),
-    "average of 2": ("--average-last", "2"),
     "layer before the last": ("--encoder-layer", "-2"),
     "no CLS": ("--no-cls",),
 }

@@ -6,13 +6,11 @@ thing's box, and draws in the pen's colour and its shades. Drawing is supersampl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi, sin
 
-from PIL import ImageDraw
-
-RGB = tuple[int, int, int]
+from microworld.pen import RGB, STEEL, TYRE, Pen, mix
 
 COLOURS: dict[str, RGB] = {
     "red": (214, 48, 49),
@@ -26,103 +24,8 @@ COLOURS: dict[str, RGB] = {
     "black": (42, 42, 48),
     "white": (246, 246, 242),
 }
-SKIN, HAIR, STEEL, GLASS, WOOD, TYRE = (
-    (243, 200, 164),
-    (92, 60, 38),
-    (150, 156, 166),
-    (190, 226, 242),
-    (156, 108, 64),
-    (48, 48, 54),
-)
-
-
-def mix(a: RGB, b: RGB, share: float) -> RGB:
-    """Return colour ``a`` moved towards ``b`` by ``share`` (0 keeps ``a``, 1 gives ``b``)."""
-    return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
-
-
-class Pen:
-    """Draws shapes in unit coordinates of one box, mirrored when ``flip``, in ``colour`` and its shades."""
-
-    def __init__(self, draw: ImageDraw.ImageDraw, box: tuple[float, float, float, float], colour: RGB, flip: bool):
-        self.draw, self.flip = draw, flip
-        self.x0, self.y0, self.w, self.h = box
-        self.main = colour
-        self.dark = mix(colour, (10, 10, 20), 0.38)
-        self.light = mix(colour, (255, 255, 255), 0.4 if sum(colour) > 200 else 0.25)
-        self.edge = max(2, round(0.018 * min(self.w, self.h)))
-
-    def _xy(self, x: float, y: float) -> tuple[float, float]:
-        return self.x0 + (1 - x if self.flip else x) * self.w, self.y0 + y * self.h
-
-    def _box(self, x0: float, y0: float, x1: float, y1: float) -> list[float]:
-        (ax, ay), (bx, by) = self._xy(x0, y0), self._xy(x1, y1)
-        return [min(ax, bx), min(ay, by), max(ax, bx), max(ay, by)]
-
-    def poly(self, points: Sequence[tuple[float, float]], fill: RGB | None = None, edge: bool = True) -> None:
-        """Fill a polygon; with ``edge`` outline it in a darker shade."""
-        fill = fill or self.main
-        xy = [self._xy(*p) for p in points]
-        self.draw.polygon(xy, fill=fill)
-        if edge:
-            self.draw.line([*xy, xy[0]], fill=mix(fill, (10, 10, 20), 0.38), width=self.edge, joint="curve")
-
-    def oval(self, x0: float, y0: float, x1: float, y1: float, fill: RGB | None = None, edge: bool = True) -> None:
-        """Fill the ellipse inside the given box."""
-        fill = fill or self.main
-        outline = mix(fill, (10, 10, 20), 0.38) if edge else None
-        self.draw.ellipse(self._box(x0, y0, x1, y1), fill=fill, outline=outline, width=self.edge)
-
-    def rect(
-        self,
-        x0: float,
-        y0: float,
-        x1: float,
-        y1: float,
-        fill: RGB | None = None,
-        radius: float = 0.0,
-        edge: bool = True,
-    ) -> None:
-        """Fill a rectangle whose corners are rounded by ``radius`` of the box's shorter side."""
-        fill = fill or self.main
-        outline = mix(fill, (10, 10, 20), 0.38) if edge else None
-        self.draw.rounded_rectangle(
-            self._box(x0, y0, x1, y1), radius * min(self.w, self.h), fill=fill, outline=outline, width=self.edge
-        )
-
-    def line(self, points: Sequence[tuple[float, float]], width: float = 0.05, fill: RGB | None = None) -> None:
-        """Draw an open line of ``width`` times the box's shorter side."""
-        pixels = max(2, round(width * min(self.w, self.h)))
-        self.draw.line([self._xy(*p) for p in points], fill=fill or self.main, width=pixels, joint="curve")
-
-    def arc(
-        self,
-        x0: float,
-        y0: float,
-        x1: float,
-        y1: float,
-        start: float,
-        end: float,
-        width: float = 0.05,
-        fill: RGB | None = None,
-    ) -> None:
-        """Draw the arc of an ellipse, degrees clockwise from three o'clock."""
-        if self.flip:
-            start, end = 180 - end, 180 - start
-        pixels = max(2, round(width * min(self.w, self.h)))
-        self.draw.arc(self._box(x0, y0, x1, y1), start, end, fill=fill or self.main, width=pixels)
-
-    def wheel(self, x: float, y: float, r: float, hub: RGB = STEEL) -> None:
-        """Draw a tyre with a hub; ``r`` is a share of the box's height."""
-        rx = r * self.h / self.w
-        self.oval(x - rx, y - r, x + rx, y + r, TYRE)
-        self.oval(x - rx * 0.45, y - r * 0.45, x + rx * 0.45, y + r * 0.45, hub, edge=False)
-
-    def eye(self, x: float, y: float, r: float = 0.025) -> None:
-        """Draw a dark eye with a light ring, visible on every colour."""
-        rx = r * self.h / self.w
-        self.oval(x - 1.6 * rx, y - 1.6 * r, x + 1.6 * rx, y + 1.6 * r, (250, 250, 250), edge=False)
-        self.oval(x - rx, y - r, x + rx, y + r, (20, 20, 24), edge=False)
+SKIN, HAIR = (243, 200, 164), (92, 60, 38)
+GLASS, WOOD = (190, 226, 242), (156, 108, 64)
 
 
 # --- vehicles ---------------------------------------------------------------------------------------------------------
@@ -538,92 +441,59 @@ class Kind:
     places: tuple[str, ...]
     verbs: tuple[str, ...]  # third person singular
     plural: str = ""
-    synonyms: tuple[tuple[str, str], ...] = ()  # (singular, plural)
+    also: tuple[str, str] | None = None  # another (singular, plural)
     coloured: bool = True
 
     def names(self) -> tuple[tuple[str, str], ...]:
         """Return every (singular, plural) pair that people use for it, the usual one first."""
-        return ((self.name, self.plural or self.name + "s"), *self.synonyms)
+        usual = (self.name, self.plural or self.name + "s")
+        return (usual, self.also) if self.also else (usual,)
 
 
-_LAND = ("field", "beach", "snow", "street", "night")
+_TOWN = ("street", "night", "field", "snow")
 _GREEN = ("field", "street", "night")
+_DAY = ("field", "beach", "snow", "street")
+_ROOM = ("room",)
 KINDS: dict[str, Kind] = {
     k.name: k
     for k in (
-        Kind("bike", _bike, 60, 1.45, "ground", _LAND, ("stands", "is parked"), synonyms=(("bicycle", "bicycles"),)),
-        Kind(
-            "car",
-            _car,
-            46,
-            1.95,
-            "ground",
-            ("street", "night", "field", "snow"),
-            ("is parked", "drives"),
-            synonyms=(("automobile", "automobiles"),),
-        ),
+        Kind("bike", _bike, 60, 1.45, "ground", OUTDOORS, ("stands", "is parked"), also=("bicycle", "bicycles")),
+        Kind("car", _car, 46, 1.95, "ground", _TOWN, ("is parked", "drives"), also=("automobile", "automobiles")),
         Kind("bus", _bus, 58, 2.0, "ground", ("street", "night", "snow"), ("is parked", "drives"), "buses"),
-        Kind(
-            "truck",
-            _truck,
-            56,
-            1.85,
-            "ground",
-            ("street", "night", "snow", "field"),
-            ("is parked", "drives"),
-            synonyms=(("lorry", "lorries"),),
-        ),
+        Kind("truck", _truck, 56, 1.85, "ground", _TOWN, ("is parked", "drives"), also=("lorry", "lorries")),
         Kind("train", _train, 58, 1.75, "ground", ("field", "snow", "night"), ("stops", "rolls along")),
-        Kind("boat", _boat, 70, 1.05, "ground", ("beach",), ("lies", "waits"), synonyms=(("sailboat", "sailboats"),)),
-        Kind("plane", _plane, 44, 1.7, "sky", OUTDOORS, ("flies",), synonyms=(("airplane", "airplanes"),)),
-        Kind("cat", _cat, 54, 0.9, "small", PLACES, ("sits", "rests"), synonyms=(("kitten", "kittens"),)),
-        Kind("dog", _dog, 52, 1.15, "ground", PLACES, ("stands", "waits"), synonyms=(("puppy", "puppies"),)),
+        Kind("boat", _boat, 70, 1.05, "ground", ("beach",), ("lies", "waits"), also=("sailboat", "sailboats")),
+        Kind("plane", _plane, 44, 1.7, "sky", OUTDOORS, ("flies",), also=("airplane", "airplanes")),
+        Kind("cat", _cat, 54, 0.9, "small", PLACES, ("sits", "rests"), also=("kitten", "kittens")),
+        Kind("dog", _dog, 52, 1.15, "ground", PLACES, ("stands", "waits"), also=("puppy", "puppies")),
         Kind("sheep", _sheep, 54, 1.25, "ground", ("field", "snow", "night"), ("stands", "grazes"), "sheep"),
         Kind("bird", _bird, 44, 1.15, "sky", OUTDOORS, ("flies",)),
         Kind("duck", _duck, 46, 1.1, "small", ("field", "beach", "street", "night"), ("stands", "waddles")),
         Kind("fish", _fish, 38, 1.5, "small", ("beach", "room"), ("lies",), "fish"),
-        Kind("girl", _girl, 78, 0.55, "ground", PLACES, ("stands", "smiles"), synonyms=(("lady", "ladies"),)),
-        Kind("boy", _boy, 78, 0.52, "ground", PLACES, ("stands", "smiles"), synonyms=(("kid", "kids"),)),
+        Kind("girl", _girl, 78, 0.55, "ground", PLACES, ("stands", "smiles"), also=("lady", "ladies")),
+        Kind("boy", _boy, 78, 0.52, "ground", PLACES, ("stands", "smiles"), also=("kid", "kids")),
         Kind("skier", _skier, 74, 0.85, "ground", ("snow",), ("skis", "glides")),
         Kind("tree", _tree, 92, 0.8, "ground", _GREEN, ("stands", "grows")),
         Kind("flower", _flower, 54, 0.62, "small", ("field", "street", "room", "night"), ("grows", "blooms")),
         Kind("mushroom", _mushroom, 44, 0.95, "ground", ("field", "night"), ("grows",)),
-        Kind("sun", _sun, 46, 1.0, "sky", ("field", "beach", "snow", "street"), ("shines",), coloured=False),
+        Kind("sun", _sun, 46, 1.0, "sky", _DAY, ("shines",), coloured=False),
         Kind("moon", _moon, 42, 1.0, "sky", ("night",), ("shines",), coloured=False),
         Kind("cloud", _cloud, 34, 1.75, "sky", OUTDOORS, ("drifts",), coloured=False),
         Kind("star", _star, 36, 1.0, "sky", ("night",), ("shines",)),
         Kind("kite", _kite, 62, 0.72, "sky", OUTDOORS, ("flies",)),
         Kind("balloon", _balloon, 62, 0.62, "sky", PLACES, ("floats",)),
         Kind("ball", _ball, 38, 1.0, "small", PLACES, ("lies",)),
-        Kind(
-            "umbrella",
-            _umbrella,
-            84,
-            1.05,
-            "ground",
-            ("field", "beach", "street", "snow"),
-            ("stands",),
-            synonyms=(("parasol", "parasols"),),
-        ),
-        Kind("pizza", _pizza, 42, 1.0, "small", ("room",), ("lies",), coloured=False),
+        Kind("umbrella", _umbrella, 84, 1.05, "ground", _DAY, ("stands",), also=("parasol", "parasols")),
+        Kind("pizza", _pizza, 42, 1.0, "small", _ROOM, ("lies",), coloured=False),
         Kind("apple", _apple, 38, 0.95, "small", ("room", "field"), ("lies",)),
-        Kind("cake", _cake, 46, 1.1, "small", ("room",), ("stands",)),
-        Kind("cup", _cup, 40, 1.05, "small", ("room",), ("stands",), synonyms=(("mug", "mugs"),)),
-        Kind("table", _table, 62, 1.6, "ground", ("room",), ("stands",)),
+        Kind("cake", _cake, 46, 1.1, "small", _ROOM, ("stands",)),
+        Kind("cup", _cup, 40, 1.05, "small", _ROOM, ("stands",), also=("mug", "mugs")),
+        Kind("table", _table, 62, 1.6, "ground", _ROOM, ("stands",)),
         Kind("chair", _chair, 74, 0.65, "ground", ("room", "beach"), ("stands",)),
-        Kind("clock", _clock, 46, 1.0, "small", ("room",), ("ticks",)),
-        Kind("lamp", _lamp, 60, 0.72, "small", ("room",), ("stands", "glows")),
-        Kind(
-            "house",
-            _house,
-            88,
-            1.05,
-            "ground",
-            ("field", "snow", "street", "night"),
-            ("stands",),
-            synonyms=(("home", "homes"),),
-        ),
+        Kind("clock", _clock, 46, 1.0, "small", _ROOM, ("ticks",)),
+        Kind("lamp", _lamp, 60, 0.72, "small", _ROOM, ("stands", "glows")),
+        Kind("house", _house, 88, 1.05, "ground", _TOWN, ("stands",), also=("home", "homes")),
         Kind("snowman", _snowman, 82, 0.62, "ground", ("snow",), ("stands", "smiles"), "snowmen"),
-        Kind("book", _book, 36, 1.45, "small", ("room",), ("lies",)),
+        Kind("book", _book, 36, 1.45, "small", _ROOM, ("lies",)),
     )
 }

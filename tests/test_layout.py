@@ -48,7 +48,7 @@ SHARED = {
     "workers": {"imports"},
 }
 DECODER = {"captioning.kernels", "captioning.tensors", "captioning.messages"}
-PENDING = {"microworld", "captioning.models.export", "captioning.data.feature_cache"}
+PENDING = {"captioning.models.export"}
 PENDING |= {"captioning.report.sections", "bench.full_size"}
 
 

@@ -1,17 +1,31 @@
-"""The frozen encoder's tokens of every image, computed once and kept on disk."""
+"""The frozen encoder's tokens of every image, computed once and kept on disk.
+
+:class:`CacheSpec` names a folder with three files:
+
+    key.json       what decides the features: encoder, weights, transform, shape, number format
+    features.bin   rows of N x D numbers, one image after another
+    rows.sha256    line i: SHA-256 of the image file that row i was made from, and the row's CRC-32
+
+Rows are found by the *content* of image files: a changed image is encoded again, a renamed or copied one is not, and
+splits share a folder. A row is listed only once it is on disk, so a killed build resumes where it stopped. One run
+builds at a time (a POSIX file lock), with all its processes in parallel; another run waits, and then finds the rows.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import math
+import operator
 import os
 import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,112 +34,117 @@ import torch
 from tqdm import tqdm
 
 from captioning.distributed import ALONE, Processes
-from captioning.files import read_json, write_json
+from captioning.files import read_json, sha256_of, waiting_lock, write_json
 from captioning.messages import some
 from captioning.timing import Timer
 
 log = logging.getLogger(__name__)
 
+Encode = Callable[[list[Path]], torch.Tensor]  # b paths to (b, N, D) on any device
+Images = list[tuple[str, Path]]  # SHA-256 of an image's file, and its path
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Which cache it is, and how it grows.
+
+    Attributes:
+        root: parent folder of all caches.
+        key: whatever decides the features beside the image: encoder name, hash of its weights, transform, …
+        shape: (N, D) of one image's features.
+        dtype: float16 or float32 on disk.
+        limit: bytes; images for which the folder has no room below it are not stored.
+        batch_size: images that are encoded at once.
+        progress: show a bar where stderr is a terminal.
+
+    Raises:
+        ValueError: a batch size below 1, or an unsupported dtype.
+    """
+
+    root: str | os.PathLike
+    key: dict[str, str]
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float16
+    limit: float = math.inf
+    batch_size: int = 16
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be 1 or more")
+        if self.dtype not in (torch.float16, torch.float32):
+            raise ValueError(f"features are cached as torch.float16 or torch.float32, not as {self.dtype}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The content of ``key.json``; its hash names the folder, so another key is another cache."""
+        return {"key": self.key, "shape": list(self.shape), "dtype": str(self.dtype), "format": 2}
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where the three files are."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode())
+        return Path(self.root) / digest.hexdigest()[:16]
+
+    @property
+    def features(self) -> Path:
+        """The file of the rows."""
+        return self.folder / "features.bin"
+
+    @property
+    def listing(self) -> Path:
+        """The file that says which image each row is of."""
+        return self.folder / "rows.sha256"
+
+    @property
+    def row_bytes(self) -> int:
+        """The size of one image's features on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class FeatureCache:
-    """Encoder tokens of a list of images, computed once, then memory-mapped.
+    """Encoder tokens of a list of images, memory-mapped; :meth:`open` encodes and stores what is missing.
 
-    One folder per key holds ``features.bin`` (rows of N x D numbers), ``rows.sha256`` (line i: digest of the image
-    file that row i was made from, and the row's CRC-32, checked whenever a cache is opened) and ``key.json``. Rows are
-    found by the *content* of image files, so a changed image is encoded anew, a renamed or copied one is not, and
-    splits share a folder. A row is listed only after it is on disk, so a killed build goes on where it stopped. One
-    run builds at a time (a POSIX file lock), all its processes in parallel; another one waits, then finds the rows.
-    Images beyond the limit of its size are encoded whenever they are asked for, and rounded as the cached ones are.
+    Images beyond the limit of the cache's size are encoded whenever they are asked for, and rounded as stored ones are.
     """
 
     def __init__(
-        self,
-        file: Path,
-        rows: np.ndarray,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        encode: Callable[[list[int]], torch.Tensor] | None = None,
+        self, spec: CacheSpec, rows: np.ndarray, encode: Callable[[list[int]], torch.Tensor] | None = None
     ) -> None:
-        self._arguments = (file, rows, shape, dtype, encode)
-        self._rows = rows  # (images,), row in the file of each image; -1 for those that are not in it
-        self._encode = encode
-        whole, kind = (int(rows.max()) + 1, *shape), _numpy_dtype(dtype)
-        self._features = np.memmap(file, kind, mode="r", shape=whole) if whole[0] else np.empty(whole, kind)
+        self._arguments = (spec, rows, encode)
+        self._rows = rows  # (images,), each image's row in the file; -1 for those that are not stored
+        self._encode = encode  # of the numbers of images that are not stored
+        shape, kind = (int(rows.max()) + 1, *spec.shape), str(spec.dtype).removeprefix("torch.")
+        self._features: np.ndarray = np.empty(shape, kind)
+        if shape[0]:  # numpy maps no empty file
+            self._features = np.memmap(spec.features, kind, mode="r", shape=shape)
 
     @classmethod
-    def open(
-        cls,
-        root: str | os.PathLike,
-        key: dict[str, str],
-        paths: Sequence[Path],
-        shape: tuple[int, int],
-        encode: Callable[[list[Path]], torch.Tensor],
-        dtype: torch.dtype = torch.float16,
-        batch_size: int = 16,
-        progress: bool = True,
-        limit: float = math.inf,
-        processes: Processes = ALONE,
-    ) -> FeatureCache:
-        """Open the cache of ``paths`` under ``root``, encoding what is not yet there.
+    def open(cls, spec: CacheSpec, paths: Sequence[Path], encode: Encode, processes: Processes = ALONE) -> FeatureCache:
+        """Open the cache for ``paths``, after encoding and storing what is missing.
 
         Args:
-            root: parent of the caches of all keys.
-            key: whatever else decides the features: encoder name, hash of its weights, transform, …
+            spec: which cache.
             paths: the images; ``cache[i]`` belongs to ``paths[i]``.
-            shape: (N, D) of one image's features.
             encode: maps b paths to (b, N, D) on any device.
-            dtype: float16 or float32 on disk.
-            batch_size: the largest b.
-            progress: show a bar where stderr is a terminal.
-            limit: bytes; images for which the folder has no room below it are not cached.
-            processes: those that open it together; ``root`` must be one folder for all of them.
+            processes: those that open it together; ``spec.root`` must be one folder for all of them.
 
         Raises:
             FileNotFoundError: an image is missing.
-            ValueError: no paths, a batch size below 1, an unsupported dtype, too little disk space, or features of
-                the wrong shape or out of the range of ``dtype``.
+            ValueError: no paths, too little disk space, or features of the wrong shape or out of the range of
+                ``spec.dtype``.
         """
         if not paths:
             raise ValueError("a feature cache needs at least one image")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
-        row_bytes = int(np.prod(shape)) * _numpy_dtype(dtype).itemsize
-        identity = {"key": key, "shape": list(shape), "dtype": str(dtype), "format": 2}
-        folder = Path(root) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        digests = processes.spread(_digest, paths)
-
-        def begin() -> tuple[dict[str, int], list[tuple[str, Path]]]:
-            row_of = _recover_rows(folder, identity, row_bytes)
-            missing = {digest: path for digest, path in zip(digests, paths, strict=True) if digest not in row_of}
-            room = int(max(0, min(limit / row_bytes - len(row_of), len(missing))))
-            if room < len(missing):
-                log.warning(
-                    "feature cache %s: %d images are beyond its limit of %.1f GB and are encoded every time",
-                    folder,
-                    len(missing) - room,
-                    limit / 1e9,
-                )
-            _check_disk(folder, room, len(set(digests)), row_bytes)
-            return row_of, list(missing.items())[:room]
-
-        with _locked(folder) if processes.first else contextlib.nullcontext():
-            row_of, missing = processes.from_first(begin)
-            timer = Timer("cache")
-            share = processes.share([missing[i : i + batch_size] for i in range(0, len(missing), batch_size)])
-            batches = _shown(share, progress and processes.first)
-            added = processes.together(lambda: _build_rows(folder, batches, encode, shape, dtype))
-            for rows in processes.gather(added):
-                row_of |= rows
-        processes.together(lambda: _check_seen(folder, len(row_of) * row_bytes))
-        if missing:
-            timer.report(log, len(missing), "feature cache: %d images encoded")
+        digests = processes.spread(sha256_of, paths)
+        with waiting_lock(spec.folder / "lock") if processes.first else contextlib.nullcontext():
+            row_of, missing = processes.from_first(lambda: _plan(spec, digests, paths))
+            row_of |= _fill(spec, missing, encode, processes)
+        processes.together(lambda: _check_seen(spec, len(row_of)))
         rows = np.array([row_of.get(digest, -1) for digest in digests])
-
-        def encode_rest(indices: list[int]) -> torch.Tensor:
-            return _encode_checked(encode, [Path(paths[i]) for i in indices], shape, dtype)
-
-        rest = encode_rest if rows.min() < 0 else None  # a closure, which would keep a whole cache from being pickled
-        return cls(folder / "features.bin", rows, tuple(shape), dtype, rest)
+        if rows.min() >= 0:  # data loaders pickle the cache, and most encoders cannot be pickled
+            return cls(spec, rows)
+        return cls(spec, rows, lambda indices: _encode(spec, [paths[i] for i in indices], encode))
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -136,87 +155,98 @@ class FeatureCache:
         return self.gather([index])[0]
 
     def gather(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Return a copy of the features of ``indices``: (B, N, D).
+        """Return a copy of the features of the images ``indices``: (B, N, D).
 
         Raises:
             IndexError: an index is outside of the list of images.
         """
-        indices = np.asarray(indices, dtype=np.int64)
-        rows = self._rows[indices]
-        cached = rows >= 0
-        if cached.all():
+        numbers = np.asarray(indices, dtype=np.int64)
+        rows = self._rows[numbers]
+        stored = rows >= 0
+        if self._encode is None or stored.all():
             return torch.from_numpy(np.asarray(self._features[rows]))
         found = np.empty((len(rows), *self._features.shape[1:]), self._features.dtype)
-        found[cached] = self._features[rows[cached]]
-        found[~cached] = self._encode(indices[~cached].tolist()).numpy()
+        found[stored] = self._features[rows[stored]]
+        found[~stored] = self._encode(numbers[~stored].tolist()).numpy()
         return torch.from_numpy(found)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the place of the features and not the features: a data loader's worker maps the file anew."""
+        """Pickle where the features are, not the features: a data loader's worker maps the file again."""
         return FeatureCache, self._arguments
 
 
-def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    if dtype not in (torch.float16, torch.float32):
-        raise ValueError(f"features are cached as torch.float16 or torch.float32, not as {dtype}")
-    return np.dtype(str(dtype).removeprefix("torch."))
+# --- what is stored, and what is missing ----------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    import fcntl  # POSIX only; the other parts of this module run anywhere
+def _plan(spec: CacheSpec, digests: Sequence[str], paths: Sequence[Path]) -> tuple[dict[str, int], Images]:
+    """Return {digest: row} of what is stored, and the images that are to be encoded and stored.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when the process dies
-        yield
+    Raises:
+        ValueError: the disk has no room for them.
+    """
+    row_of = _stored_rows(spec)
+    missing = {digest: path for digest, path in zip(digests, paths, strict=True) if digest not in row_of}
+    room = int(max(0, min(spec.limit / spec.row_bytes - len(row_of), len(missing))))
+    if room < len(missing):
+        log.warning(
+            "feature cache %s: %d images are beyond its limit of %.1f GB and are encoded every time",
+            spec.folder,
+            len(missing) - room,
+            spec.limit / 1e9,
+        )
+    _check_disk(spec, room, len(set(digests)))
+    return row_of, list(missing.items())[:room]
 
 
-def _recover_rows(folder: Path, identity: dict[str, Any], row_bytes: int) -> dict[str, int]:
-    """Return {digest: row} of what a cache folder holds; drop unfinished rows, and everything where it is damaged."""
-    features, listing, key_file = folder / "features.bin", folder / "rows.sha256", folder / "key.json"
+def _stored_rows(spec: CacheSpec) -> dict[str, int]:
+    """Return {digest: row} of what a cache holds; drop unfinished rows, and everything where it is damaged."""
+    features, listing = spec.features, spec.listing
     if not features.exists() and not listing.exists():
-        return _new_cache(folder, identity)
-    try:
-        stale = read_json(key_file) != identity
-    except (FileNotFoundError, ValueError):
-        stale = True
-    if stale:
-        log.warning("feature cache %s is stale: its key.json is not this encoder's; building it anew", folder)
-        return _new_cache(folder, identity)
+        return _start_empty(spec)
+    if not _has_key(spec):
+        log.warning("feature cache %s is stale: its key.json is not this encoder's; rebuilding it", spec.folder)
+        return _start_empty(spec)
     lines = listing.read_bytes().split(b"\n")[:-1] if listing.exists() else []  # a torn last line has no newline
-    parts = [re.fullmatch("([0-9a-f]{64}) ([0-9a-f]{8})", line.decode("ascii", "replace")) for line in lines]
-    row_of = {part[1]: row for row, part in enumerate(parts) if part}
-    size, expected = features.stat().st_size if features.exists() else -1, len(lines) * row_bytes
-    if size < expected or len(row_of) < len(lines) or not _rows_are_whole(features, row_bytes, parts):
-        log.warning("feature cache %s is damaged (%d bytes for %d rows); building it anew", folder, size, len(lines))
-        return _new_cache(folder, identity)
+    entries = [re.fullmatch("([0-9a-f]{64}) ([0-9a-f]{8})", line.decode("ascii", "replace")) for line in lines]
+    row_of = {entry[1]: row for row, entry in enumerate(entries) if entry}
+    size, expected = features.stat().st_size if features.exists() else -1, len(lines) * spec.row_bytes
+    if size < expected or len(row_of) < len(lines) or not _fit_checksums(spec, [e[2] for e in entries if e]):
+        log.warning("feature cache %s is damaged (%d bytes for %d rows); rebuilding it", spec.folder, size, len(lines))
+        return _start_empty(spec)
     if size > expected:
-        log.warning("feature cache %s: dropping %d bytes of unfinished rows", folder, size - expected)
+        log.warning("feature cache %s: dropping %d bytes of unfinished rows", spec.folder, size - expected)
         os.truncate(features, expected)
     if listing.exists():
         os.truncate(listing, sum(len(line) + 1 for line in lines))
     return row_of
 
 
-def _rows_are_whole(features: Path, row_bytes: int, parts: list[re.Match]) -> bool:
-    with features.open("rb") as file:
-        return all(zlib.crc32(file.read(row_bytes)) == int(part[2], 16) for part in parts)
+def _has_key(spec: CacheSpec) -> bool:
+    try:
+        return read_json(spec.folder / "key.json") == spec.identity
+    except (FileNotFoundError, ValueError):
+        return False
 
 
-def _new_cache(folder: Path, identity: dict[str, Any]) -> dict[str, int]:
+def _fit_checksums(spec: CacheSpec, checksums: Iterable[str]) -> bool:
+    with spec.features.open("rb") as file:
+        return all(zlib.crc32(file.read(spec.row_bytes)) == int(checksum, 16) for checksum in checksums)
+
+
+def _start_empty(spec: CacheSpec) -> dict[str, int]:
     for name in ("key.json", "rows.sha256", "features.bin"):
-        (folder / name).unlink(missing_ok=True)  # not truncated: another process may still have the old file mapped
-    (folder / "features.bin").touch()
-    write_json(folder / "key.json", identity)
+        # Not truncated: another process may still have the old file mapped.
+        (spec.folder / name).unlink(missing_ok=True)
+    spec.features.touch()
+    write_json(spec.folder / "key.json", spec.identity)
     return {}
 
 
-def _check_disk(folder: Path, missing: int, wanted: int, row_bytes: int) -> None:
-    needed, free = missing * row_bytes, shutil.disk_usage(folder).free
+def _check_disk(spec: CacheSpec, missing: int, wanted: int) -> None:
+    needed, free = missing * spec.row_bytes, shutil.disk_usage(spec.folder).free
     log.info(
         "feature cache %s: %d of %d images to encode, %.1f MB to write, %.1f GB free on that disk",
-        folder,
+        spec.folder,
         missing,
         wanted,
         needed / 1e6,
@@ -224,80 +254,75 @@ def _check_disk(folder: Path, missing: int, wanted: int, row_bytes: int) -> None
     )
     if needed > free:
         raise ValueError(
-            f"{folder}: the features of {missing} images need {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free; "
-            "free some space or choose another folder with --cache"
+            f"{spec.folder}: the features of {missing} images need {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are "
+            "free; free some space or choose another folder with --cache"
         )
 
 
-def _check_seen(folder: Path, size: int) -> None:
-    """Make sure that what other processes wrote is there in this one's file system too."""
-    file = folder / "features.bin"
-    if (file.stat().st_size if file.exists() else -1) < size:
+def _check_seen(spec: CacheSpec, count: int) -> None:
+    """Check that the rows that other processes wrote are in this one's file system too."""
+    if not spec.features.exists() or spec.features.stat().st_size < count * spec.row_bytes:
         raise ValueError(
-            f"{folder}: a process does not see the features that the others wrote; choose a folder with "
+            f"{spec.folder}: a process does not see the features that the others wrote; choose a folder with "
             "--cache that all machines share"
         )
 
 
-def _build_rows(
-    folder: Path,
-    batches: Iterable[list[tuple[str, Path]]],
-    encode: Callable[[list[Path]], torch.Tensor],
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-) -> dict[str, int]:
-    """Encode and store batches of (digest, image); return {digest: row}."""
-    _check_seen(folder, 0)
-    added = {}
-    for batch in batches:
-        features = _encode_checked(encode, [path for _, path in batch], shape, dtype)
-        first = _append_rows(folder, [digest for digest, _ in batch], features.numpy())
-        added |= {digest: first + i for i, (digest, _) in enumerate(batch)}
-    return added
+# --- encoding and storing -------------------------------------------------------------------------------------------
 
 
-def _digest(path: str | os.PathLike) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _fill(spec: CacheSpec, missing: Images, encode: Encode, processes: Processes) -> dict[str, int]:
+    """Encode and store images, every process its share; return {digest: row} of them, in every process."""
+    timer, size = Timer("cache"), spec.batch_size
+    batches = processes.share([missing[i : i + size] for i in range(0, len(missing), size)])
+
+    def build() -> dict[str, int]:
+        _check_seen(spec, 0)
+        row_of: dict[str, int] = {}
+        for batch in _shown(batches, spec.progress and processes.first):
+            row_of |= _append_rows(spec, [d for d, _ in batch], _encode(spec, [path for _, path in batch], encode))
+        return row_of
+
+    added = processes.gather(processes.together(build))
+    if missing:
+        timer.report(log, len(missing), "feature cache: %d images encoded")
+    return functools.reduce(operator.or_, added)
 
 
-def _shown(batches: Sequence[list[Any]], progress: bool) -> Iterator[list[Any]]:
+def _shown(batches: Sequence[Images], progress: bool) -> Iterator[Images]:
     with tqdm(total=sum(map(len, batches)), desc="encoding", unit="image", disable=None if progress else True) as bar:
         for batch in batches:
             yield batch
             bar.update(len(batch))
 
 
-def _encode_checked(
-    encode: Callable[[list[Path]], torch.Tensor], paths: list[Path], shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
+def _encode(spec: CacheSpec, paths: list[Path], encode: Encode) -> torch.Tensor:
+    """Return checked features (b, N, D) in main memory, rounded as they are stored."""
     features = encode(paths).detach()
-    if features.shape != (len(paths), *shape):
-        raise ValueError(f"the encoder gave features {tuple(features.shape)}, not {(len(paths), *shape)}")
-    stored = features.to(dtype).cpu()  # (b, N, D)
+    if features.shape != (len(paths), *spec.shape):
+        raise ValueError(f"the encoder gave features {tuple(features.shape)}, not {(len(paths), *spec.shape)}")
+    stored = features.to(spec.dtype).cpu()
     finite = stored.isfinite().all(dim=2).all(dim=1)  # (b,)
     if not finite.all():
         names = [path for path, good in zip(paths, finite.tolist(), strict=True) if not good]
-        raise ValueError(f"features not finite in {dtype}: {some(names)}; cache in float32, or check the encoder")
+        raise ValueError(f"features not finite in {spec.dtype}: {some(names)}; cache in float32, or check the encoder")
     return stored
 
 
-def _append_rows(folder: Path, digests: Sequence[str], features: np.ndarray) -> int:
-    """Append rows (b, N, D) to a cache that several processes build; return the number of the first one."""
-    import fcntl
-
-    stored, listing, row_bytes = folder / "features.bin", folder / "rows.sha256", features[0].nbytes
-    lines = [f"{digest} {zlib.crc32(row):08x}\n" for digest, row in zip(digests, features, strict=True)]
-    with stored.open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        listing.touch()
-        count = listing.stat().st_size // len(lines[0])
+def _append_rows(spec: CacheSpec, digests: Sequence[str], features: torch.Tensor) -> dict[str, int]:
+    """Append rows (b, N, D) to a cache that several processes build; return {digest: row} of them."""
+    rows = features.numpy()
+    lines = [f"{digest} {zlib.crc32(row):08x}\n" for digest, row in zip(digests, rows, strict=True)]
+    with waiting_lock(spec.features):
+        spec.listing.touch()
+        count = spec.listing.stat().st_size // len(lines[0])
         # What a process left that died in between: rows that are not listed, half of a line.
-        os.truncate(stored, count * row_bytes)
-        os.truncate(listing, count * len(lines[0]))
-        # Order matters: a row that is listed must be on disk, whenever the process dies.
-        _append(stored, features.tobytes())
-        _append(listing, "".join(lines).encode())
-    return count
+        os.truncate(spec.features, count * spec.row_bytes)
+        os.truncate(spec.listing, count * len(lines[0]))
+        # The order matters: a row that is listed must be on disk, whenever the process dies.
+        _append(spec.features, rows.tobytes())
+        _append(spec.listing, "".join(lines).encode())
+    return {digest: count + i for i, digest in enumerate(digests)}
 
 
 def _append(file: Path, content: bytes) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from captioning.data.feature_cache import FeatureCache
+from captioning.data.feature_cache import CacheSpec, FeatureCache
 from captioning.data.images import DRAFT_FACTOR, load_image
 from captioning.device import autocast
 from captioning.distributed import ALONE, Processes
@@ -60,8 +60,8 @@ def cached_features(
         key["layer"] = str(config.encoder_layer)
     if draft:
         key["draft"] = str(draft)
-    shape = captioner.feature_shape
-    return FeatureCache.open(cache, key, list(paths), shape, encode, limit=limit, processes=processes)
+    spec = CacheSpec(cache, key, captioner.feature_shape, limit=limit)
+    return FeatureCache.open(spec, paths, encode, processes)
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,11 @@ class TrainConfig:
     log_every: int = 10  # steps
     save_every: int = 200  # steps; what a kill costs at most
     max_skipped: int = 10  # steps in a row without a finite loss and gradient
-    rank_stabilized: bool = False  # scale LoRA by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732)
     encoder_layer: int = -1  # that feeds the projector; -2 is the second to last
     projector_epochs: int = 0  # first epochs that train the projector alone
-    average_last: int = 0  # epochs whose weights are averaged at the end; 0 or 1 averages nothing
     patience: int = 0  # epochs without a better one after which training stops; 0 never stops
     objective: str = "xe"  # cross-entropy, or scst: CIDEr-D as a reward (scst.py)
-    draws: str = "beam"  # where an image's captions come from: a beam search, or sample, scst
     samples: int = 5  # captions an image, scst
-    temperature: float = 1.0  # of samples, scst
     clip_reward: float = 0.0  # weight of CLIPScore in the reward, scst
     brevity: float = 1.5  # exponent of the brevity penalty on the reward, scst
     xe_weight: float = 0.25  # of cross-entropy beside the rewards, scst
@@ -73,9 +69,8 @@ class TrainConfig:
         for name in ("warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be in [0, 1)")
-        for name in ("projector_epochs", "average_last"):
-            if not 0 <= getattr(self, name) <= self.epochs:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be from 0 to --epochs")
+        if not 0 <= self.projector_epochs <= self.epochs:
+            raise ValueError(f"--projector-epochs {self.projector_epochs}: must be from 0 to --epochs")
         if self.patience < 0:
             raise ValueError(f"--patience {self.patience}: must be 0 or more")
         if self.encoder_layer >= 0:
@@ -84,8 +79,6 @@ class TrainConfig:
             raise ValueError(f"--samples {self.samples}: each is compared with the others, so at least 2")
         if self.objective == "scst" and self.label_smoothing:
             raise ValueError("--label-smoothing is of --objective xe; leave it out with scst")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"--temperature {self.temperature}: must be a positive number")
         for name in ("clip_reward", "brevity", "xe_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
@@ -94,11 +87,10 @@ class TrainConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
 
     def lora(self) -> LoraConfig:
-        """The decoder's LoRA, whose scaling is always its alpha / rank."""
-        alpha = self.lora_alpha * math.sqrt(self.lora_rank) if self.rank_stabilized else self.lora_alpha
+        """The decoder's LoRA."""
         return LoraConfig(
             rank=self.lora_rank,
-            alpha=alpha,
+            alpha=self.lora_alpha,
             dropout=self.lora_dropout,
             enable_lora=self.lora_enable,
             lm_head=self.lora_lm_head,
@@ -110,7 +102,6 @@ CHOICES = {
     "schedule": ("cosine", "constant"),
     "precision": ("auto", "fp32", "bf16"),
     "objective": ("xe", "scst"),
-    "draws": ("beam", "sample"),
 }
 
 
@@ -172,15 +163,11 @@ HELP = {
     "log_every": "steps between lines of metrics.jsonl",
     "save_every": "steps between states for --resume, beside one an epoch: what a kill costs at most",
     "max_skipped": "end the run when so many steps in a row had no finite loss and gradient",
-    "rank_stabilized": "scale LoRA by alpha / sqrt(rank) instead of alpha / rank",
     "encoder_layer": "layer that feeds the projector, from the end: -1 is the last, -2 the one before",
     "projector_epochs": "first epochs that train the projector alone",
-    "average_last": "last epochs whose weights are averaged in the end",
     "patience": "epochs without a better one after which training stops; 0 never stops",
     "objective": "xe (cross-entropy), or scst (CIDEr-D as a reward; needs --init-adapter)",
-    "draws": "an image's captions: beam (all that a beam search finds), or sample, scst",
-    "samples": "captions an image: so many beams, or samples, scst",
-    "temperature": "of samples, scst",
+    "samples": "captions an image, all found by a beam search of that width, scst",
     "clip_reward": "weight of CLIPScore in the reward, scst",
     "brevity": "exponent of BLEU's brevity penalty on the reward, scst; 0 leaves it out",
     "xe_weight": "weight of cross-entropy beside the rewards, scst: holds captions near people's",

@@ -142,7 +142,7 @@ class Run:
     Attributes:
         name: its folder, relative to where the search began.
         config: config.json.
-        steps, epochs, averages: lines of metrics.jsonl, in order.
+        steps, epochs: lines of metrics.jsonl, in order.
         scores: by split, what ``evaluate.py --json`` wrote into ``<split>_scores.json``.
     """
 
@@ -151,7 +151,6 @@ class Run:
     config: dict[str, Any]
     steps: list[dict[str, Any]] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
-    averages: list[dict[str, Any]] = field(default_factory=list)
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -171,8 +170,8 @@ class Run:
 
     @property
     def best_cider(self) -> float | None:
-        """The best validation CIDEr of an epoch or of averaged weights, on the run's own validation subset."""
-        return max((r["val_cider"] for r in (*self.epochs, *self.averages) if "val_cider" in r), default=None)
+        """The best validation CIDEr of an epoch, on the run's own validation subset."""
+        return max((e["val_cider"] for e in self.epochs if "val_cider" in e), default=None)
 
 
 @dataclass(frozen=True)
@@ -205,8 +204,8 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
     if not (folder / "best.safetensors").is_file():
         raise ValueError("best.safetensors is missing")
     scores = {p.name.removesuffix("_scores.json"): _object(p) for p in sorted(folder.glob("*_scores.json"))}
-    steps, averages = ([r for r in records if r["kind"] == kind] for kind in ("step", "average"))
-    return Run(name or folder.name, folder, config, steps, epochs, averages, scores)
+    steps = [r for r in records if r["kind"] == "step"]
+    return Run(name or folder.name, folder, config, steps, epochs, scores)
 
 
 def find_runs(root: str | os.PathLike, depth: int = 3) -> tuple[list[Run], list[Omitted]]:

@@ -1,10 +1,9 @@
 """Self-critical sequence training: a captioner's own captions, rewarded by CIDEr-D (Rennie et al., arXiv 1612.00563).
 
-Several captions of an image are drawn behind one shared prefix. Each is rewarded by its CIDEr-D on token ids, with the
-document frequencies of the training references, and its advantage is its reward less the mean of the image's other
-captions (Luo, arXiv 2003.09971), so no greedy pass is needed. They are those of a beam search (Cornia et al., arXiv
-1912.08226), which teaches what inference will find, or samples. ``clip_reward`` mixes CLIPScore in (Cho et al., arXiv
-2205.13115).
+Several captions of an image are found by one beam search, which teaches what inference will find (Cornia et al., arXiv
+1912.08226). Each is rewarded by its CIDEr-D on token ids, with the document frequencies of the training references, and
+its advantage is its reward minus the mean of the image's other captions (Luo, arXiv 2003.09971), so no greedy pass is
+needed. ``clip_reward`` mixes CLIPScore in (Cho et al., arXiv 2205.13115).
 
 Three guards against what rewards invite: EOS is a token of captions and references, so that an ending in the middle of
 a phrase costs n-grams; a caption that repeats more bigrams than most references of its image earns nothing; and one
@@ -15,8 +14,7 @@ arXiv 1705.04304), which holds wording near people's.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,38 +39,13 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
     return rewards - (rewards.sum(1, keepdims=True) - rewards) / (count - 1)
 
 
-def draw(
-    captioner: Captioner,
-    tokenizer: Tokenizer,
-    features: torch.Tensor,
-    count: int,
-    longest: int,
-    temperature: float,
-    generator: torch.Generator,
-    places: Sequence[int] | None = None,
-    images: int | None = None,
-) -> list[list[list[int]]]:
-    """Draw ``count`` captions of each of B images behind one prefix: ``[image][sample]`` token ids.
-
-    A sample that ended has EOS as its last token; one that was cut at ``longest`` tokens has not.
-
-    With ``places`` the B images are those of a batch of so many ``images``, and they get the very samples that they
-    get when the whole batch is drawn at once.
-    """
-    step = own_history(captioner.step_function(features, count, longest), count, tokenizer.vocab_size)
-    eos, images = tokenizer.eos_id, images or len(features)
-    places = range(images) if places is None else places
-    if len(places) < images:
-        own = torch.tensor([place * count + k for place in places for k in range(count)], device=features.device)
-        step = among_others(step, own, images * count, eos)
-    found = search.sample(step, images * count, eos, eos, generator, temperature, None, 1.0, longest, features.device)
-    return [ended(found.tokens[place * count : (place + 1) * count], eos, longest) for place in places]
-
-
 def beams(
     captioner: Captioner, tokenizer: Tokenizer, features: torch.Tensor, count: int, longest: int
 ) -> list[list[list[int]]]:
-    """Return the captions of a beam search in place of ``draw``'s (Cornia et al., arXiv 1912.08226)."""
+    """Return the ``count`` captions that a beam search finds for each of B images: ``[image][caption]`` token ids.
+
+    A caption that ended has EOS as its last token; one that was cut at ``longest`` tokens has not.
+    """
     eos, read_on = tokenizer.eos_id, captioner.step_function(features, count, longest)
     step = within_vocabulary(read_on, tokenizer.vocab_size)
     found = search.beam_search(step, len(features), eos, eos, count, longest, device=features.device, keep=read_on.keep)
@@ -82,33 +55,6 @@ def beams(
 def ended(captions: Sequence[list[int]], eos: int, longest: int) -> list[list[int]]:
     """Give every caption its EOS back, but for those that were cut at ``longest`` tokens."""
     return [tokens if len(tokens) == longest else [*tokens, eos] for tokens in captions]
-
-
-def among_others(step: Callable, own: torch.Tensor, rows: int, eos: int) -> Callable:
-    """Make of a step function for the rows ``own`` one for all ``rows`` of a batch, of which the others end at once.
-
-    A process that holds a part of a batch so takes from the generator what one takes that holds all of it.
-    """
-
-    def whole(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-        logits = step(tokens[own], ancestors[own])  # (n, 1, V)
-        every = logits.new_full((rows, *logits.shape[1:]), -math.inf)
-        every[..., eos] = 0.0
-        every[own] = logits
-        return every
-
-    return whole
-
-
-def own_history(step: Callable, count: int, vocab_size: int) -> Callable:
-    """Make of a step function for B images of ``count`` beams one for B * count rows that never branch."""
-
-    def single(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-        own = torch.eye(count, dtype=torch.bool, device=tokens.device).repeat(1, ancestors.shape[2])  # (K, K t)
-        logits = step(tokens.view(-1, count), own.expand(len(tokens) // count, -1, -1))
-        return logits[..., :vocab_size].reshape(len(tokens), 1, -1)
-
-    return single
 
 
 def weighted_loss(
@@ -146,11 +92,9 @@ class ScstTrainer(Trainer):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.reward = CiderReward(self.train_split.captions, self.tokenizer.eos_id, self.config.brevity)
-        self.generator = torch.Generator(self.device)
         self.scorer: ClipScorer | None = None
         self.clip_reward: ClipReward | None = None
         self.rewards: list[float] = []
-        self.drawn: tuple[int, int] | None = None  # of the batch before in this step: images, tokens of the longest
 
     def use_clip(self, scorer: ClipScorer) -> None:
         """Log CLIPScore in validation, and mix it into the reward where the config gives it a weight."""
@@ -170,29 +114,18 @@ class ScstTrainer(Trainer):
         self.rewards = []
         return super().train_epoch(bar)
 
-    def train_step(self, batches: list[list[int]]) -> float:
-        """Take one optimiser step; what it draws depends on its number and on each image's place in it alone.
-
-        So a resumed run draws the same, and so do several processes.
-        """
-        self.generator.manual_seed(self.config.seed * 1_000_000 + self.step)
-        self.drawn = None
-        return super().train_step(batches)
-
     def batch_loss(self, indices: list[int]) -> torch.Tensor:
         """Draw, reward, and return this process's part of the loss of one batch of images.
 
         Policy loss and cross-entropy are means over all tokens of the batch, drawn ones and those of references.
         """
         self.captioner.eval()  # no dropout: probabilities must be those of the draw
-        self.catch_up()
         eos, places = self.tokenizer.eos_id, self.processes.share(range(len(indices)))
         own = [indices[place] for place in places]
         features = self.train_split.features.gather(own).float().to(self.device) if own else None
-        samples = self.draw(features, places, len(indices)) if own else []
+        samples = self.draw(features) if own else []
         rewards = self.score(own, samples) if own else np.zeros((0, self.config.samples))
         lengths = [len(sample) for group in samples for sample in group]
-        self.drawn = len(indices), max(lengths, default=0)
         all_drawn, all_reward = self.processes.total(sum(lengths), float(rewards.sum()))
         self.rewards.append(all_reward / (len(indices) * self.config.samples))
         if features is None:
@@ -207,26 +140,11 @@ class ScstTrainer(Trainer):
         with autocast(self.device, self.config.precision):
             return weighted_loss(self.captioner, features, samples, weights, eos)
 
-    def draw(self, features: torch.Tensor, places: Sequence[int], images: int) -> list[list[list[int]]]:
-        """Return captions of the images that have these places in a batch, ``[image][caption]``."""
+    def draw(self, features: torch.Tensor) -> list[list[list[int]]]:
+        """Return captions of the images with these features, ``[image][caption]``."""
         config = self.config
-        common = (self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens)
         with autocast(self.device, config.precision):
-            if config.draws == "beam":
-                return beams(*common)
-            return draw(*common, config.temperature, self.generator, places, images)
-
-    def catch_up(self) -> None:
-        """Bring the generator to where a lone process has it behind the batches of this step drawn so far.
-
-        It draws for the rows of all images until the last one ends, and that may be another process's.
-        """
-        if self.drawn is None or self.processes.count == 1 or self.config.draws == "beam":
-            return
-        images, length = self.drawn
-        rows = torch.ones(images * self.config.samples, self.tokenizer.vocab_size, device=self.device)
-        for _ in range(length, max(self.processes.gather(length))):
-            torch.multinomial(rows, 1, generator=self.generator)
+            return beams(self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens)
 
     def score(self, indices: Sequence[int], samples: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
         """Return the rewards (B, K)."""

@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 FILES_OF_WEIGHTS = 11  # best, last, and weights with two moments in each of three states, one of them being written
 
 
+REMOVED = {"average_last": 0, "rank_stabilized": False, "draws": "beam"}  # options of earlier versions: off
+
+
 FREE = ("train.log_every", "train.save_every", "train.max_skipped")  # a resumed run may have other values of these
 
 
@@ -140,6 +143,7 @@ def check_resumed_config(out: Path, described: dict[str, Any]) -> None:
     parts = ("train", "captioner")
     changed = [f"{part}.{k}" for part in parts for k in now[part] if now[part][k] != before[part].get(k)]
     changed = [name for name in changed if name not in FREE]
+    changed += [f"train.{k}" for k, value in REMOVED.items() if before["train"].get(k, value) != value]
     changed += [k for k in ("shuffled_captions", "data") if now[k] != before.get(k)]
     if changed:
         raise ValueError(f"--resume: {out} was begun with other values of {', '.join(changed)}")
@@ -151,7 +155,7 @@ def resolve_config(args: Any) -> TrainConfig:
     if given.get("objective") == "scst":
         given = SCST_NUMBERS | given
     if args.report_faithful:
-        given = {"lora_alpha": 1.0, "rank_stabilized": False, "encoder_layer": -1} | given
+        given = {"lora_alpha": 1.0, "encoder_layer": -1} | given
     if "lr" in given and "projector_lr" not in given:
         given["projector_lr"] = given["lr"]  # one --lr is meant for both
     if args.init_adapter:
@@ -251,7 +255,6 @@ def adopted(stored: CaptionerConfig, given: dict[str, Any], path: Path) -> dict[
         "lora_rank": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "rank_stabilized": False,
         "lora_enable": lora.enable_lora,
         "lora_lm_head": lora.lm_head,
         "cls": stored.use_cls,

@@ -24,7 +24,6 @@ from captioning.device import autocast, product_dtype
 from captioning.distributed import ALONE, Processes
 from captioning.files import write_text
 from captioning.inference.captions import caption_features
-from captioning.models.adapter import read_adapter
 from captioning.models.captioner import Captioner
 from captioning.scoring import evaluator
 from captioning.timing import Timer
@@ -143,7 +142,7 @@ class Trainer:
         if self.out_of_patience:
             log.info("stopped after epoch %d: none of the last %d was better", self.epoch, self.stale)
             self.write_metrics({"kind": "stopped", "epoch": self.epoch, "step": self.step})
-        return (self.average() if self.finished else None) or record
+        return record
 
     def asked_to_stop(self) -> bool:
         """Whether a signal has come to any of the processes; what all of them hear is kept in ``stopping``."""
@@ -154,28 +153,6 @@ class Trainer:
     def out_of_patience(self) -> bool:
         """Whether ``patience`` is at its end."""
         return 0 < self.config.patience <= self.stale
-
-    def average(self) -> dict[str, Any]:
-        """Average the last epochs' adapters; where that validates better than every epoch, it becomes the best.
-
-        Averaged are A and B of LoRA each, as weights of one trajectory (Izmailov et al., arXiv 1803.05407).
-        """
-        first = self.epoch - self.config.average_last + 1
-        paths = [self.out / f"epoch{epoch}.safetensors" for epoch in range(first, self.epoch + 1)]
-        mean = self.processes.from_first(lambda: mean_adapter(paths))
-        if not mean:
-            return {}
-        self.captioner.load_adapter_state(mean)
-        record = {"kind": "average", "epochs": len(paths), "step": self.step, **self.validate()}
-        sign = 1 if self.criterion == "val_cider" else -1
-        record["best"] = sign * record.get(self.criterion, -sign * math.inf) > self.best
-        if self.processes.first:
-            if record["best"]:
-                self.captioner.save_adapter(self.out / "best.safetensors")
-            self.write_metrics(record)
-            for path in paths:
-                path.unlink()
-        return record
 
     @property
     def finished(self) -> bool:
@@ -370,13 +347,10 @@ class Trainer:
         )
 
     def save_adapters(self, best: bool) -> None:
-        """Write the adapter as the last one, as the best one where it is, and as one of those to be averaged."""
+        """Write the adapter as the last one, and as the best one where it is."""
         self.captioner.save_adapter(self.out / "last.safetensors")
         if best:
             self.captioner.save_adapter(self.out / "best.safetensors")
-        if self.config.average_last:
-            self.captioner.save_adapter(self.out / f"epoch{self.epoch}.safetensors")
-            (self.out / f"epoch{self.epoch - self.config.average_last}.safetensors").unlink(missing_ok=True)
 
     def write_metrics(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and tell the listeners, in the first process."""
@@ -474,14 +448,6 @@ def name_for(rank: int, kind: str) -> str:
 def count_targets(captions: Sequence[Sequence[Sequence[int]]]) -> int:
     """Count the tokens that captions are to be learned by, EOS included: ``captions[image][caption]``."""
     return sum(len(caption) + 1 for group in captions for caption in group)
-
-
-def mean_adapter(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """Return the mean of several adapters; nothing for fewer than two, or where one is missing."""
-    if len(paths) < 2 or not all(path.is_file() for path in paths):
-        return {}
-    states = [read_adapter(path)[1] for path in paths]
-    return {k: sum(s[k] for s in states) / len(states) for k in states[0]}
 
 
 def memory_advice(config: TrainConfig, device: torch.device) -> str:

@@ -19,7 +19,7 @@ from PIL import Image
 
 import p3_attention
 from captioning.data.annotations import load_annotations, load_predictions, load_split
-from captioning.data.feature_cache import FeatureCache
+from captioning.data.feature_cache import CacheSpec, FeatureCache
 from captioning.data.images import load_image
 from captioning.data.tokenizer import Tokenizer
 from captioning.inference.folder import PredictionLog
@@ -124,7 +124,7 @@ def test_damaged_caches_are_built_anew(tmp_path, try_damage, count):
         return torch.stack([torch.arange(600.0).reshape(20, 30) + path.read_bytes()[0] for path in batch])
 
     def read():
-        cache = FeatureCache.open(tmp_path / "cache", {"k": "v"}, paths, (20, 30), encode, progress=False)
+        cache = FeatureCache.open(CacheSpec(tmp_path / "cache", {"k": "v"}, (20, 30), progress=False), paths, encode)
         return cache.gather(range(9)).tolist()
 
     expected = read()

@@ -11,9 +11,13 @@ from PIL import Image, ImageDraw
 from captioning.data.annotations import load_split
 from captioning.data.tokenizer import Tokenizer
 from captioning.models.llava import PROMPTS
+from microworld.composer import held_out, make_scene
+from microworld.drawing import render
 from microworld.instructions import KEY_OBJECTS, SHORT, conversation
-from microworld.scenes import SIZE, generate, held_out, main, make_image, make_scene, render
-from microworld.things import COLOURS, KINDS, PLACES, Pen
+from microworld.pen import Pen
+from microworld.scene import SIZE
+from microworld.scenes import generate, main, make_image
+from microworld.things import COLOURS, KINDS, PLACES
 
 MANY = 500
 COUNTS = {"two": 2, "three": 3, "four": 4, "five": 5}

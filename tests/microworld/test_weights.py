@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from captioning.data.tokenizer import Tokenizer
 from captioning.imports import import_guarded
@@ -17,7 +18,7 @@ from captioning.models.encoder import build_encoder, build_transform
 from captioning.profiles import MICRO_WEIGHTS, PROFILES
 from captioning.scoring.clipscore import ClipScorer, clipscore
 from decoder import LoraConfig, build_decoder
-from microworld import pretrain, pretrain_llava
+from microworld import pretrain_llava, recipes
 from microworld.scenes import make_image
 
 MICRO = PROFILES["micro"]
@@ -44,7 +45,7 @@ def test_weights_are_light():
 
 
 def test_the_pre_training_splits_share_no_seed():
-    assert len(set(pretrain.SCENE_SEEDS.values())) == len(pretrain.SCENE_SEEDS)
+    assert len(set(recipes.SCENE_SEEDS.values())) == len(recipes.SCENE_SEEDS)
 
 
 def test_timm_and_open_clip_see_the_same():
@@ -63,8 +64,8 @@ def test_timm_and_open_clip_see_the_same():
 def test_preprocessing_is_that_of_the_pre_training():
     encoder = build_encoder(MICRO.encoder, MICRO.encoder_weights, MICRO.encoder_kwargs)
     image, _, _ = scenes(1)[0]
-    small = image.resize((pretrain.ENCODER_IMAGE, pretrain.ENCODER_IMAGE), pretrain.Image.Resampling.BICUBIC)
-    expected = pretrain.normalise(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(1, 96, 96, 3))
+    small = image.resize((recipes.ENCODER_IMAGE, recipes.ENCODER_IMAGE), Image.Resampling.BICUBIC)
+    expected = recipes.normalise(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(1, 96, 96, 3))
     torch.testing.assert_close(build_transform(encoder)(image)[None], expected)
 
 
@@ -122,7 +123,7 @@ def test_llava_loads_by_the_librarys_own_calls_and_sees_with_the_encoders_tower(
 
 
 def test_questions_of_one_scene_do_not_see_each_other():
-    """Packed behind one image, questions are learned as if each came alone."""
+    """Packed after one image, questions are learned as if each came alone."""
     torch.manual_seed(0)
     model = pretrain_llava.build_model()
     tokenizer = import_guarded("transformers").AutoProcessor.from_pretrained(MICRO.llava).tokenizer

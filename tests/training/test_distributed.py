@@ -83,7 +83,7 @@ import math, os, sys
 from pathlib import Path
 import torch
 from captioning import distributed
-from captioning.data.feature_cache import FeatureCache
+from captioning.data.feature_cache import CacheSpec, FeatureCache
 
 with distributed.join(torch.device("cpu")) as crew:
     rank, count = crew.rank, crew.count
@@ -112,8 +112,8 @@ with distributed.join(torch.device("cpu")) as crew:
         return torch.stack([torch.full((2, 3), float(path.read_text())) for path in batch])
     def open_cache(limit=math.inf):
         encoded.clear()
-        return FeatureCache.open(sys.argv[2], {"encoder": "e"}, paths, (2, 3), encode, batch_size=2, limit=limit,
-                                 processes=crew)
+        spec = CacheSpec(sys.argv[2], {"encoder": "e"}, (2, 3), limit=limit, batch_size=2)
+        return FeatureCache.open(spec, paths, encode, crew)
     cache = open_cache(limit=7 * 12)
     assert sorted(path for part in crew.gather(encoded) for path in part) == paths[:7]  # each once, by one of them
     cache = open_cache()
@@ -147,7 +147,8 @@ with distributed.join(torch.device("cpu")) as crew:
         assert not encoded
     del paths[0]
     try:  # as on two machines without a common file system
-        FeatureCache.open(f"{sys.argv[2]}-{rank // 2}", {"encoder": "e"}, paths, (2, 3), encode, processes=crew)
+        spec = CacheSpec(f"{sys.argv[2]}-{rank // 2}", {"encoder": "e"}, (2, 3))
+        FeatureCache.open(spec, paths, encode, crew)
     except ValueError as error:
         assert rank == 2 and "does not see the features" in str(error), error
     except SystemExit:
@@ -286,8 +287,6 @@ CASES = {
         "0.1",
         "--clip",
         "0.3",
-        "--average-last",
-        "2",
         "--lora-enable",
         "1,0,1",
     ),
@@ -311,18 +310,14 @@ def test_three_processes_learn_what_one_learns(tmp_path):
     assert json.loads((ours / "uneven" / "config.json").read_text())["processes"] == 3
 
 
-@pytest.mark.parametrize(("draws", "reward"), [("sample", None), ("beam", "even")])  # None is the real one
-def test_rewarded_training_draws_the_same_captions(tmp_path, draws, reward):
+def test_rewarded_training_rewards_the_same_captions(tmp_path):
     start = tmp_path / "start"
     assert train(start, *EXACT, "--epochs", "1") == 0
-    # 12 images in batches of 5, 5 and 2; the second batch of a step draws behind the first one
     flags = (
         *SMALL[:4],
         *SMALL[6:],
         "--objective",
         "scst",
-        "--draws",
-        draws,
         "--samples",
         "3",
         "--batch-size",
@@ -336,8 +331,8 @@ def test_rewarded_training_draws_the_same_captions(tmp_path, draws, reward):
         "--init-adapter",
         str(start / "last.safetensors"),
     )
-    assert train(tmp_path / "one", *flags, fault=reward) == 0
-    train_together(3, tmp_path, (tmp_path / "three", flags, reward, 0))
+    assert train(tmp_path / "one", *flags, fault="even") == 0
+    train_together(3, tmp_path, (tmp_path / "three", flags, "even", 0))
     assert_same_run(tmp_path / "three", tmp_path / "one")
     assert len({line["reward"] for line in records(tmp_path / "one", "epoch") if "reward" in line}) == 2
 
@@ -345,7 +340,7 @@ def test_rewarded_training_draws_the_same_captions(tmp_path, draws, reward):
 def test_a_signal_at_one_process_stops_all_behind_one_step_and_any_number_goes_on(tmp_path):
     """Three processes are stopped in an epoch, two in the next one, one ends it: an unbroken run's adapter."""
     unbroken, out = tmp_path / "unbroken", tmp_path / "run"
-    flags = (*EXACT, "--batch-size", "5", "--epochs", "3", "--average-last", "2")  # three steps an epoch
+    flags = (*EXACT, "--batch-size", "5", "--epochs", "3")  # three steps an epoch
     assert train(unbroken, *flags) == 0
     result = train_together(3, tmp_path, (out, flags, "terminate", 4))
     assert "stopped behind step 4 of 9" in result.stdout

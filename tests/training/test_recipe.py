@@ -1,7 +1,6 @@
 """Options of the training recipe, each through the command line or on the part that it changes."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from captioning.models.adapter import load_captioner, read_adapter
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import PROFILES
 from captioning.scoring import evaluator
-from captioning.training.config import TrainConfig
 from captioning.training.run_folder import load_state
 from decoder import LoraConfig, build_decoder
 from p2_train import main
@@ -102,37 +100,6 @@ def test_the_projector_has_a_learning_rate_of_its_own(tmp_path, monkeypatch):
     assert set(map(tuple, seen)) == {(0.001, 0.004)}
 
 
-def test_the_last_epochs_are_averaged_and_kept_where_that_is_better(tmp_path, scores, monkeypatch):
-    kept = {}
-    unlink = Path.unlink
-
-    def remember(path, **kwargs):
-        if path.name.startswith("epoch") and path.is_file():
-            kept[path.name] = load_file(path)
-        unlink(path, **kwargs)
-
-    monkeypatch.setattr(Path, "unlink", remember)
-    scores[:] = [0.1, 0.2, 0.3, 0.9]
-    out = tmp_path / "run"
-    assert train(out, "--epochs", 3, "--average-last", 2) == 0
-    (record,) = lines(out, "average")
-    assert (record["epochs"], record["best"], record["val_cider"]) == (2, True, 0.9)
-    best = load_file(out / "best.safetensors")
-    for name, tensor in best.items():
-        wanted = (kept["epoch2.safetensors"][name] + kept["epoch3.safetensors"][name]) / 2
-        assert torch.allclose(tensor, wanted, atol=1e-6), name
-    assert not list(out.glob("epoch*.safetensors"))
-
-
-def test_an_average_that_is_worse_is_not_kept(tmp_path, scores):
-    scores[:] = [0.1, 0.2, 0.3, 0.05]
-    out = tmp_path / "run"
-    assert train(out, "--epochs", 3, "--average-last", 2) == 0
-    best, last = (load_file(out / f"{name}.safetensors") for name in ("best", "last"))
-    assert all(torch.equal(best[name], last[name]) for name in best)
-    assert lines(out, "average")[0]["best"] is False
-
-
 def test_training_stops_when_patience_is_at_its_end(tmp_path, scores):
     scores[:] = [0.5, 0.4, 0.45, 0.9]
     out = tmp_path / "run"
@@ -164,20 +131,13 @@ def test_the_layer_is_remembered_by_the_adapter_and_adapters_without_one_have_th
     assert CaptionerConfig.from_dict(plain).encoder_layer == -1
 
 
-def test_rank_stabilised_lora_scales_by_alpha_over_the_root_of_the_rank():
-    plain, stable = (TrainConfig(lora_rank=16, lora_alpha=8.0, rank_stabilized=on).lora() for on in (False, True))
-    assert (plain.scaling, stable.scaling) == (0.5, 2.0)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--projector-epochs", "9"), "--projector-epochs 9"),
-        (("--average-last", "-1"), "--average-last -1"),
         (("--patience", "-1"), "--patience -1"),
         (("--encoder-layer", "0"), "--encoder-layer 0"),
         (("--encoder-layer", "-9"), "--encoder-layer -9"),
-        (("--temperature", "0"), "--temperature 0"),
         (("--clip-reward", "-1"), "--clip-reward -1"),
         (("--xe-weight", "-1"), "--xe-weight -1"),
     ],

@@ -17,10 +17,10 @@ from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import MICRO_WEIGHTS, PROFILES
 from captioning.scoring import evaluator, tokenizers
 from captioning.scoring.clipscore import ClipScorer
-from captioning.training import scst, setup
+from captioning.training import setup
 from captioning.training.rewards import CiderReward, ClipReward, repeats
 from captioning.training.run_folder import read_run
-from captioning.training.scst import advantages, beams, own_history, weighted_loss
+from captioning.training.scst import advantages, beams, weighted_loss
 from decoder import LoraConfig, build_decoder
 from p2_train import main
 
@@ -127,35 +127,6 @@ def test_each_sample_is_compared_with_the_others_and_not_with_itself():
 # ------------------------------------------------------------------------------------------------------------- draws
 
 
-def test_samples_behind_a_shared_prefix_follow_the_models_own_distribution(captioner, tokenizer):
-    """Samples of one image once saw each other's tokens when ancestors were laid out row by row."""
-    features = torch.randn(2, *captioner.feature_shape, generator=torch.Generator().manual_seed(3))
-    shared = own_history(captioner.step_function(features, 3, 4), 3, tokenizer.vocab_size)
-    alone = captioner.step_function(features.repeat_interleave(3, 0), 1, 4)
-    tokens = torch.tensor([tokenizer.eos_id] * 6)
-    for length in range(1, 5):
-        ancestors = torch.ones(6, 1, length, dtype=torch.bool)
-        ours, plain = shared(tokens[:, None], ancestors), alone(tokens[:, None], ancestors)
-        assert torch.allclose(ours, plain[..., : tokenizer.vocab_size], atol=1e-4)
-        tokens = torch.arange(6) * 7 + length  # different ones in every row
-
-
-def test_draws_are_repeatable_and_end_with_eos_unless_cut(captioner, tokenizer):
-    features = torch.randn(2, *captioner.feature_shape, generator=torch.Generator().manual_seed(3))
-
-    def draw(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return scst.draw(captioner, tokenizer, features, 4, 6, 1.0, generator)
-
-    samples = draw(0)
-    assert samples == draw(0)
-    assert samples != draw(1)
-    assert [len(group) for group in samples] == [4, 4]
-    for sample in (s for group in samples for s in group):
-        assert sample[-1] == tokenizer.eos_id or len(sample) == 6
-        assert tokenizer.eos_id not in sample[:-1]
-
-
 def test_beams_are_what_a_beam_search_finds_with_eos_unless_cut(captioner, tokenizer):
     features = torch.randn(2, *captioner.feature_shape, generator=torch.Generator().manual_seed(3))
     groups = beams(captioner, tokenizer, features, 3, 6)
@@ -226,17 +197,16 @@ def epochs(out):
     return [line for line in lines if line["kind"] == "epoch"]
 
 
-@pytest.mark.parametrize(("draws", "lr", "first"), [("sample", "0.02", 0.5), ("beam", "0.003", 0.7)])
-def test_the_reward_rises_and_the_captioner_takes_over_what_the_adapter_has(begun, tmp_path, draws, lr, first):
+def test_the_reward_rises_and_the_captioner_takes_over_what_the_adapter_has(begun, tmp_path):
     """The reward is the share of tokens with an even id, which a few steps can teach even a tiny random model."""
     out = tmp_path / "run"
-    flags = ("--draws", draws, "--epochs", "6", "--lr", lr, "--patience", "0", "--xe-weight", "0")
+    flags = ("--epochs", "6", "--lr", "0.003", "--patience", "0", "--xe-weight", "0")
     with launched.patched(launched.even(ALONE)):
         assert tune(out, begun, *flags) == 0
     config = json.loads((out / "config.json").read_text())
     assert (config["train"]["lora_rank"], config["captioner"]["use_cls"]) == (4, False)
     rewards = [e["reward"] for e in epochs(out) if e["epoch"]]
-    assert abs(rewards[0] - first) < 0.15
+    assert abs(rewards[0] - 0.7) < 0.15
     assert rewards[-1] > rewards[0] + 0.25
 
 
