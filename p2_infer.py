@@ -15,7 +15,7 @@ import torch
 from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
 from captioning.data.images import DRAFT_FACTOR, list_images
 from captioning.data.tokenizer import Tokenizer
-from captioning.device import autocast, pick_device
+from captioning.device import PRECISIONS, autocast, pick_device
 from captioning.inference.batches import Job
 from captioning.inference.captions import caption_features, check_vocabulary, compile_steps
 from captioning.inference.encode import Encoded, Encoder, draft_side
@@ -42,7 +42,7 @@ def build_parser() -> Any:
     parser.add_argument("--max-new-tokens", type=positive_int, default=30, help="longest caption in tokens")
     parser.add_argument("--length-penalty", type=float, default=1.0, help="above 1 favours longer captions")
     parser.add_argument("--batch-size", type=positive_int, default=16, help="images at once")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA")
     parser.add_argument(
         "--jpeg-draft",
         action=argparse.BooleanOptionalAction,

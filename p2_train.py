@@ -10,27 +10,18 @@ import contextlib
 import logging
 import math
 import sys
-from argparse import BooleanOptionalAction
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from captioning import distributed
 from captioning.cli import STOPPED, FlagParser, command, setup_logging
 from captioning.profiles import PROFILES
-from captioning.training.config import CHOICES, HELP, SETTINGS, TrainConfig
+from captioning.training.config import SETTINGS, add_flags
 from captioning.training.setup import pick_device, prepare
 from captioning.training.trackers import CHOICES as TRACKERS
 from captioning.training.trainer import Trainer
 
 log = logging.getLogger("captioning")
-
-
-def _triple(text: str) -> tuple[bool, ...]:
-    parts = text.split(",")
-    if len(parts) != 3 or not set(parts) <= {"0", "1"}:
-        raise ValueError(f"--lora-enable {text}: give three of 0 and 1 for q, k and v, such as 1,0,1")
-    return tuple(part == "1" for part in parts)
 
 
 def build_parser() -> Any:
@@ -74,21 +65,7 @@ def build_parser() -> Any:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
-    group = parser.add_argument_group("numbers (defaults are those of --setting best)")
-    for f in fields(TrainConfig):
-        flag, default = "--" + f.name.replace("_", "-"), getattr(SETTINGS["best"], f.name)
-        shown = "" if default is None else f" (default: {default})"
-        if isinstance(default, bool):
-            group.add_argument(flag, action=BooleanOptionalAction, help=HELP[f.name] + shown)
-        else:
-            kind = _triple if f.name == "lora_enable" else int if default is None else type(default)
-            group.add_argument(
-                flag,
-                type=kind,
-                choices=CHOICES.get(f.name),
-                metavar=None if f.name in CHOICES else "X",
-                help=HELP[f.name] + shown,
-            )
+    add_flags(parser.add_argument_group("numbers (defaults are those of --setting best)"))
     return parser
 
 

@@ -8,6 +8,8 @@ import random
 import numpy as np
 import torch
 
+PRECISIONS = ("auto", "fp32", "bf16")  # auto is bf16 on CUDA, fp32 elsewhere
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device for ``name``: ``auto`` prefers CUDA, then Apple's MPS, then CPU.
@@ -39,7 +41,7 @@ def seed_everything(seed: int) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context for ``fp32``, ``bf16``, or ``auto``, which is bf16 on CUDA and fp32 elsewhere."""
+    """Return the context of one of PRECISIONS."""
     return torch.autocast(device.type, torch.bfloat16, enabled=product_dtype(device, precision) == torch.bfloat16)
 
 

@@ -16,8 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from captioning.cli import FlagParser, command
+from captioning.device import PRECISIONS
 from captioning.profiles import PROFILES
-from captioning.training.config import CHOICES, SCST_NUMBERS, SETTINGS
+from captioning.training.config import SCST_NUMBERS, SETTINGS
 from captioning.training.run_folder import has_state, read_run
 from microworld.demo import BATCH, WIDTH_RATIO, Runner, scaled
 
@@ -234,7 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's (ablation)")
     parser.add_argument(
         "--precision",
-        choices=CHOICES["precision"],
+        choices=PRECISIONS,
         default="auto",
         help="of every training; bf16 is fast where the CPU has it",
     )

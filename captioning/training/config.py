@@ -1,90 +1,112 @@
-"""How to train: every number with its limits, and the settings."""
+"""How to train: every number with its default, help and limits, and the settings."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import operator
+from argparse import ArgumentTypeError, BooleanOptionalAction
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
+from captioning.device import PRECISIONS
 from decoder import LoraConfig
+
+T = TypeVar("T")
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
+
+
+def option(default: T, text: str, **more: Any) -> T:
+    """Return a field of TrainConfig with its default and help text.
+
+    Args:
+        default: of the setting ``best``; its type parses the flag's value.
+        text: what ``--help`` says.
+        more: ``parse`` in place of that type, ``choices``, and the bounds ``at_least``, ``above`` and ``below``.
+    """
+    return field(default=default, metadata={"help": text, "parse": type(default), **more})
+
+
+def _triple(text: str) -> tuple[bool, ...]:
+    parts = text.split(",")
+    if len(parts) != 3 or not set(parts) <= {"0", "1"}:
+        raise ArgumentTypeError(f"{text}: give three of 0 and 1 for q, k and v, such as 1,0,1")
+    return tuple(part == "1" for part in parts)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. The defaults are the setting ``best``; see SETTINGS for the report's five."""
+    """How to train. The defaults are the setting ``best``; see SETTINGS for the report's five.
 
-    epochs: int = 8
-    batch_size: int = 16  # images; all their captions go with them
-    accumulate: int = 1  # batches an optimiser step
-    lr: float = 2e-3  # of LoRA
-    projector_lr: float = 2e-3
-    optimizer: str = "adamw"  # or adam
-    weight_decay: float = 0.01
-    schedule: str = "cosine"  # or constant
-    warmup: float = 0.05  # share of all steps
-    clip: float = 1.0  # largest gradient norm; 0 clips nothing
-    label_smoothing: float = 0.0
-    captions_per_image: int | None = None  # None is all of them
-    seed: int = 0
-    precision: str = "auto"  # fp32 or bf16; auto is bf16 on CUDA
-    cls: bool = True
-    lora_rank: int = 32
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.1
-    lora_enable: tuple[bool, bool, bool] | None = None  # None is lora.Linear on c_attn, else MergedLinear on q, k, v
-    lora_lm_head: bool = True
-    max_trainable: int = 10_000_000
-    val_images: int = 200  # captioned every epoch
-    beam_size: int = 5
-    max_new_tokens: int = 30
-    log_every: int = 10  # steps
-    save_every: int = 200  # steps; what a kill costs at most
-    max_skipped: int = 10  # steps in a row without a finite loss and gradient
-    encoder_layer: int = -1  # that feeds the projector; -2 is the second to last
-    projector_epochs: int = 0  # first epochs that train the projector alone
-    patience: int = 0  # epochs without a better one after which training stops; 0 never stops
-    objective: str = "xe"  # cross-entropy, or scst: CIDEr-D as a reward (scst.py)
-    samples: int = 5  # captions an image, scst
-    clip_reward: float = 0.0  # weight of CLIPScore in the reward, scst
-    brevity: float = 1.5  # exponent of the brevity penalty on the reward, scst
-    xe_weight: float = 0.25  # of cross-entropy beside the rewards, scst
+    Raises:
+        ValueError: a value is out of its bounds, or two do not go together.
+    """
+
+    epochs: int = option(8, "passes over the training images", at_least=1)
+    batch_size: int = option(
+        16, "images a batch, over all processes together; all their captions go with them", at_least=1
+    )
+    accumulate: int = option(1, "batches an optimiser step", at_least=1)
+    lr: float = option(2e-3, "learning rate of LoRA", above=0, below=10)
+    projector_lr: float = option(2e-3, "learning rate of the projector", above=0, below=10)
+    optimizer: str = option("adamw", "adam or adamw", choices=("adam", "adamw"))
+    weight_decay: float = option(0.01, "of adamw", at_least=0)
+    schedule: str = option("cosine", "cosine (to a hundredth) or constant", choices=("cosine", "constant"))
+    warmup: float = option(0.05, "share of all steps in which the rate rises", at_least=0, below=1)
+    clip: float = option(1.0, "largest gradient norm; 0 clips nothing", at_least=0)
+    label_smoothing: float = option(0.0, "share of the target spread over the vocabulary", at_least=0, below=1)
+    captions_per_image: int | None = option(
+        None, "captions of an image that an epoch shows (default: all)", parse=int, at_least=1
+    )
+    seed: int = option(0, "of weights, order and dropout", at_least=0)
+    precision: str = option("auto", "fp32, bf16, or auto: bf16 on CUDA", choices=PRECISIONS)
+    cls: bool = option(True, "give the encoder's CLS token to the decoder too")
+    lora_rank: int = option(32, "LoRA's rank")  # LoraConfig has its bounds
+    lora_alpha: float = option(32.0, "LoRA's update is scaled by alpha / rank")
+    lora_dropout: float = option(0.1, "dropout before LoRA")
+    lora_enable: tuple[bool, bool, bool] | None = option(
+        None, "q, k, v of c_attn as MergedLinear, such as 1,0,1 (default: one lora.Linear)", parse=_triple
+    )
+    lora_lm_head: bool = option(True, "LoRA on the output layer too, untied from the embeddings")
+    max_trainable: int = option(10_000_000, "refuse to train more parameters than this")
+    val_images: int = option(200, "validation images captioned and scored every epoch", at_least=1)
+    beam_size: int = option(5, "beams in validation", at_least=1)
+    max_new_tokens: int = option(30, "longest caption in validation", at_least=1)
+    log_every: int = option(10, "steps between lines of metrics.jsonl", at_least=1)
+    save_every: int = option(
+        200, "steps between states for --resume, beside one an epoch: what a kill costs at most", at_least=1
+    )
+    max_skipped: int = option(
+        10, "end the run after this many steps in a row without a finite loss and gradient", at_least=1
+    )
+    encoder_layer: int = option(
+        -1, "layer that feeds the projector, from the end: -1 is the last, -2 the one before", below=0
+    )
+    projector_epochs: int = option(0, "first epochs that train the projector alone", at_least=0)
+    patience: int = option(0, "epochs without a better one after which training stops; 0 never stops", at_least=0)
+    objective: str = option(
+        "xe", "xe (cross-entropy), or scst (CIDEr-D as a reward; needs --init-adapter)", choices=("xe", "scst")
+    )
+    samples: int = option(
+        5, "scst: captions an image, compared with each other; the width of the beam search", at_least=2
+    )
+    clip_reward: float = option(0.0, "scst: weight of CLIPScore in the reward", at_least=0)
+    brevity: float = option(1.5, "scst: exponent of BLEU's brevity penalty on the reward; 0 leaves it out", at_least=0)
+    xe_weight: float = option(
+        0.25, "scst: weight of cross-entropy beside the rewards; holds captions near people's", at_least=0
+    )
 
     def __post_init__(self) -> None:
-        at_least_one = (
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "beam_size",
-            "max_new_tokens",
-            "val_images",
-            "log_every",
-            "save_every",
-            "max_skipped",
-        )
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "projector_lr"):
-            if not 0 < getattr(self, name) < 10:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be between 0 and 10")
-        for name in ("warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be in [0, 1)")
-        if not 0 <= self.projector_epochs <= self.epochs:
+        for f in fields(self):
+            value, limits = getattr(self, f.name), f.metadata
+            if "choices" in limits and value not in limits["choices"]:
+                raise ValueError(f"{flag(f.name)} {value}: choose from {', '.join(limits['choices'])}")
+            for bound, holds in BOUNDS.items():
+                if bound in limits and value is not None and not (holds(value, limits[bound]) and math.isfinite(value)):
+                    raise ValueError(f"{flag(f.name)} {value}: must be {bound.replace('_', ' ')} {limits[bound]}")
+        if self.projector_epochs > self.epochs:
             raise ValueError(f"--projector-epochs {self.projector_epochs}: must be from 0 to --epochs")
-        if self.patience < 0:
-            raise ValueError(f"--patience {self.patience}: must be 0 or more")
-        if self.encoder_layer >= 0:
-            raise ValueError(f"--encoder-layer {self.encoder_layer}: count from the end, -1 is the last layer")
-        if self.samples < 2:
-            raise ValueError(f"--samples {self.samples}: each is compared with the others, so at least 2")
         if self.objective == "scst" and self.label_smoothing:
             raise ValueError("--label-smoothing is of --objective xe; leave it out with scst")
-        for name in ("clip_reward", "brevity", "xe_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
 
     def lora(self) -> LoraConfig:
         """The decoder's LoRA."""
@@ -97,12 +119,21 @@ class TrainConfig:
         )
 
 
-CHOICES = {
-    "optimizer": ("adam", "adamw"),
-    "schedule": ("cosine", "constant"),
-    "precision": ("auto", "fp32", "bf16"),
-    "objective": ("xe", "scst"),
-}
+def flag(name: str) -> str:
+    """Return the flag of a field: ``--batch-size`` for ``batch_size``."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser: Any) -> None:
+    """Add a flag for every field; where it is not given its value is None, and the setting's holds."""
+    for f in fields(TrainConfig):
+        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        if isinstance(f.default, bool):
+            parser.add_argument(flag(f.name), action=BooleanOptionalAction, help=text)
+        else:
+            choices = f.metadata.get("choices")
+            metavar = None if choices else "X"
+            parser.add_argument(flag(f.name), type=f.metadata["parse"], choices=choices, metavar=metavar, help=text)
 
 
 # The report's own: plain Adam at 5e-5, no schedule, and loralib's default lora_alpha of 1 (a scaling of 1 / rank).
@@ -118,8 +149,6 @@ _REPORT = TrainConfig(
     lora_dropout=0.0,
     lora_lm_head=False,
 )
-
-
 SETTINGS = {
     "best": TrainConfig(),
     "1": replace(_REPORT, epochs=10),
@@ -128,47 +157,6 @@ SETTINGS = {
     "4": replace(_REPORT, epochs=7, lora_enable=(True, False, True), lora_dropout=0.2, lora_lm_head=True, cls=False),
     "5": replace(_REPORT, epochs=13),
 }
-
-
-# Rewards are noisy and start from a trained captioner: small rates, that rise slowly. Most is gained where the cosine
-# ends, so patience must not end it before.
+# What --objective scst changes of a setting. Rewards are noisy and start from a trained captioner: small rates that
+# rise slowly. Most is gained where the cosine ends, so patience must not end it before.
 SCST_NUMBERS = {"lr": 1e-4, "schedule": "cosine", "epochs": 4, "warmup": 0.1, "patience": 4, "weight_decay": 0.0}
-
-
-HELP = {
-    "epochs": "passes over the training images",
-    "batch_size": "images a batch, over all processes together; all their captions go with them",
-    "accumulate": "batches an optimiser step",
-    "lr": "learning rate of LoRA",
-    "projector_lr": "learning rate of the projector",
-    "optimizer": "adam or adamw",
-    "weight_decay": "of adamw",
-    "schedule": "cosine (to a hundredth) or constant",
-    "warmup": "share of all steps in which the rate rises",
-    "clip": "largest gradient norm; 0 clips nothing",
-    "label_smoothing": "share of the target spread over the vocabulary",
-    "captions_per_image": "captions of an image that an epoch shows (default: all)",
-    "seed": "of weights, order and dropout",
-    "precision": "fp32, bf16, or auto: bf16 on CUDA",
-    "cls": "give the encoder's CLS token to the decoder too",
-    "lora_rank": "LoRA's rank",
-    "lora_alpha": "LoRA's update is scaled by alpha / rank",
-    "lora_dropout": "dropout before LoRA",
-    "lora_enable": "q, k, v of c_attn as MergedLinear, such as 1,0,1 (default: one lora.Linear)",
-    "lora_lm_head": "LoRA on the output layer too, untied from the embeddings",
-    "max_trainable": "refuse to train more parameters than this",
-    "val_images": "validation images captioned and scored every epoch",
-    "beam_size": "beams in validation",
-    "max_new_tokens": "longest caption in validation",
-    "log_every": "steps between lines of metrics.jsonl",
-    "save_every": "steps between states for --resume, beside one an epoch: what a kill costs at most",
-    "max_skipped": "end the run when so many steps in a row had no finite loss and gradient",
-    "encoder_layer": "layer that feeds the projector, from the end: -1 is the last, -2 the one before",
-    "projector_epochs": "first epochs that train the projector alone",
-    "patience": "epochs without a better one after which training stops; 0 never stops",
-    "objective": "xe (cross-entropy), or scst (CIDEr-D as a reward; needs --init-adapter)",
-    "samples": "captions an image, all found by a beam search of that width, scst",
-    "clip_reward": "weight of CLIPScore in the reward, scst",
-    "brevity": "exponent of BLEU's brevity penalty on the reward, scst; 0 leaves it out",
-    "xe_weight": "weight of cross-entropy beside the rewards, scst: holds captions near people's",
-}

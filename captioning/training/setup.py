@@ -32,7 +32,7 @@ from captioning.models.encoder import RANDOM, preprocessing_by_name
 from captioning.profiles import PROFILES, downloaded_encoder
 from captioning.scoring.clipscore import ClipScorer
 from captioning.tensors import fingerprint
-from captioning.training.config import SCST_NUMBERS, SETTINGS, TrainConfig
+from captioning.training.config import SCST_NUMBERS, SETTINGS, TrainConfig, flag
 from captioning.training.run_folder import check_room, has_state, lock_folder
 from captioning.training.scst import ScstTrainer
 from captioning.training.trackers import Trackers
@@ -262,6 +262,5 @@ def adopted(stored: CaptionerConfig, given: dict[str, Any], path: Path) -> dict[
     }
     for name, value in numbers.items():
         if given.get(name, value) != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {given[name]}: --init-adapter {path} has {value}; leave the flag out")
+            raise ValueError(f"{flag(name)} {given[name]}: --init-adapter {path} has {value}; leave the flag out")
     return numbers

@@ -259,8 +259,7 @@ def test_options_train(flags, tmp_path, no_scoring):
     ("flags", "message"),
     [
         (("--epochs", "0"), "--epochs 0"),
-        (("--lr", "-1"), "--lr -1"),
-        (("--label-smoothing", "1"), "--label-smoothing"),
+        (("--encoder-layer", "-9"), "--encoder-layer -9"),
         (("--lora-rank", "0"), "--lora-rank"),
         (("--data", "nowhere"), "nowhere"),
         (("--device", "cuda:99"), "cuda:99"),

@@ -131,22 +131,6 @@ def test_the_layer_is_remembered_by_the_adapter_and_adapters_without_one_have_th
     assert CaptionerConfig.from_dict(plain).encoder_layer == -1
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--projector-epochs", "9"), "--projector-epochs 9"),
-        (("--patience", "-1"), "--patience -1"),
-        (("--encoder-layer", "0"), "--encoder-layer 0"),
-        (("--encoder-layer", "-9"), "--encoder-layer -9"),
-        (("--clip-reward", "-1"), "--clip-reward -1"),
-        (("--xe-weight", "-1"), "--xe-weight -1"),
-    ],
-)
-def test_numbers_out_of_range_are_refused_by_flag(flags, message, tmp_path, capsys):
-    assert train(tmp_path / "run", "--epochs", 2, *flags) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_report_faithful_preprocesses_by_name_and_scales_by_one_over_the_rank(tmp_path, tiny_data):
     """timm answers a name with ImageNet's mean, deviation and crop, whatever the model's own; inference must agree."""
     out = tmp_path / "run"
