@@ -22,8 +22,8 @@ from captioning.cli import FlagParser, command
 from captioning.data.images import list_images, load_image
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
-from captioning.maps.attention import Look
-from captioning.maps.explainers import DEFAULTS, Explainer, P1Explainer, P2Explainer, read
+from captioning.maps.attention import MapSpec
+from captioning.maps.explainers import DEFAULTS, CaptionerExplainer, Explainer, LlavaExplainer, read
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.llava import PROMPTS, load_llava
 from captioning.profiles import PROFILES
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def captioner(full_size: bool, max_new_tokens: int, device: torch.device) -> P2Explainer:
+def captioner(full_size: bool, max_new_tokens: int, device: torch.device) -> CaptionerExplainer:
     """Return the captioner with an untrained adapter."""
     profile, lora = PROFILES["full" if full_size else "micro"], LoraConfig()
     torch.manual_seed(0)
@@ -53,24 +53,24 @@ def captioner(full_size: bool, max_new_tokens: int, device: torch.device) -> P2E
         lora=lora,
     )
     tokenizer = Tokenizer(PROFILES["micro"].tokenizer)  # at full size a stand-in: any ids take the same time
-    return P2Explainer(Captioner(config, decoder).to(device).merge(), tokenizer, 5, max_new_tokens)
+    return CaptionerExplainer(Captioner(config, decoder).to(device).merge(), tokenizer, 5, max_new_tokens)
 
 
 def compare(explainer: Explainer, paths: list[Path], repeats: int, device: torch.device) -> list[dict[str, Any]]:
     """Time captions alone, and captions with the maps of each method."""
-    look = DEFAULTS[explainer.name]
-    looks = {f"{look.method} (default)": look, **{m: Look(m, "all", "mean") for m in ("raw", "grad", "rollout")}}
-    looks = dict({repr(value): (name, value) for name, value in reversed(looks.items())}.values())
+    spec = DEFAULTS[explainer.name]
+    specs = {f"{spec.method} (default)": spec, **{m: MapSpec(m, "all", "mean") for m in ("raw", "grad", "rollout")}}
+    specs = dict({repr(value): (name, value) for name, value in reversed(specs.items())}.values())
 
-    def caption(look: Look | None) -> None:
+    def caption(spec: MapSpec | None) -> None:
         for path in paths:
             inputs = explainer.prepare(load_image(path))
-            tokens = explainer.caption([inputs])[0]
-            if look and explainer.text(tokens).strip():
-                read(explainer, inputs, tokens, [look], "words").maps(look)
+            tokens = explainer.caption(inputs)
+            if spec and explainer.text(tokens).strip():
+                read(explainer, inputs, tokens, [spec]).maps(spec)
 
     rivals = {"captions alone": lambda: caption(None)}
-    rivals |= {name: (lambda look=look: caption(look)) for name, look in looks.items()}
+    rivals |= {name: (lambda spec=spec: caption(spec)) for name, spec in specs.items()}
     for run in rivals.values():
         run()
     seconds = in_turn(rivals, repeats, device)
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     explainers: list[Explainer] = [captioner(args.full_size, args.max_new_tokens, device)]
     if not args.full_size:
         llava = load_llava(PROFILES["micro"].llava, device, torch.float32)
-        explainers.append(P1Explainer(llava, PROMPTS[1], 1, args.max_new_tokens))
+        explainers.append(LlavaExplainer(llava, PROMPTS[1], 1, args.max_new_tokens))
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder), "val", args.count, seed=0, workers=1)
         paths = list_images(Path(folder) / "images" / "val")

@@ -1,1 +1,11 @@
-"""Which pixels each word looked at."""
+"""Which pixels each word of a caption looked at.
+
+``attention`` turns weights into word maps and begins with the package's words; ``explainers`` gets the weights from
+LLaVA and from the captioner; ``grounding`` measures maps against boxes; ``pairs`` picks the best and the worst caption;
+``figures`` draws PNGs and ``viewer`` an HTML page.
+"""
+
+from captioning.maps.attention import MapSpec
+from captioning.maps.explainers import CaptionerExplainer, LlavaExplainer, explain
+
+__all__ = ["CaptionerExplainer", "LlavaExplainer", "MapSpec", "explain"]

@@ -1,15 +1,24 @@
 """From attention weights to word maps: methods, layers, heads, words, and the way back to the original's pixels.
 
-Rows are what looks, columns what is looked at. In a causal decoder the row at a token's position *predicts the next*
-token, so a token has two rows, "predict" (the position before it, where it was chosen) and "own" (its own position,
-where it has been read); they are different maps (He et al. 2022, arXiv 2210.10914), and both are offered.
+Five words of this package:
+
+    MapSpec           what to compute: the method, the layers, the heads, and which of a token's two rows
+    Capture           what a model gives: the attention weights and logits of one caption, from one pass
+    CaptionAttention  a capture and the words of its caption; it makes the maps of any spec
+    WordMaps          the maps of all words of a caption by one spec
+    Explanation       an image, its caption and its WordMaps: what figures.py and viewer.py draw
+
+Rows of an attention matrix are queries, columns are keys. In a causal decoder the row at a token's position *predicts
+the next* token, so a token has two rows: "predict" (the position before it, where it was chosen) and "own" (its own
+position, where it has been read). Their maps differ (He et al. 2022, arXiv 2210.10914), and both are offered.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,66 +29,78 @@ ROWS = ("predict", "own")
 Window = tuple[float, float, float, float]
 
 
-# --- what a picture is made of --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class MapSpec:
+    """What to compute.
+
+    Attributes:
+        method: ``raw``, ``rollout``, ``grad`` or ``relative``; see :func:`token_maps`.
+        layers: as :func:`parse_layers` reads them: ``"all"``, ``"last"``, ``"3"``, ``"2-5"``.
+        heads: as :meth:`Heads.parse` reads them: ``"max"``, ``"mean"``, ``"2"``, ``"top3"``.
+        row: ``predict`` or ``own``: which row of a token.
+    """
+
+    method: str = "raw"
+    layers: str = "last"
+    heads: str = "mean"
+    row: str = "predict"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"--method {self.method}: use one of {', '.join(METHODS)}")
+        if self.row not in ROWS:
+            raise ValueError(f"--row {self.row}: use one of {', '.join(ROWS)}")
+
+    def __str__(self) -> str:
+        return f"{self.method}, layers {self.layers}, heads {self.heads}"
 
 
 @dataclass(frozen=True)
-class View:
-    """One way of looking: the maps of all words by one method over some layers and heads.
+class WordMaps:
+    """The maps of all W words of a caption by one spec: (W, gh, gw) float32, not negative, on the method's scale."""
 
-    Attributes:
-        method: ``raw``, ``rollout``, ``grad`` or ``relative``.
-        layers: the layers taken, as one reads them: ``"3"``, ``"2-3"``, ``"all"``.
-        heads: ``"max"``, ``"mean"``, ``"head 2"``, ``"top 3"``.
-        maps: (W, gh, gw) float32, one grid a word, not negative; scale as the method has it.
-    """
-
-    method: str
-    layers: str
-    heads: str
+    spec: MapSpec
     maps: np.ndarray
 
 
 @dataclass(frozen=True)
-class Explained:
-    """An image, its caption in words, and the maps of every view.
+class Explanation:
+    """An image, its caption in words, and the maps of those words.
 
     Attributes:
         path: the image file.
         caption: the whole caption.
         words: its W words, as titles.
-        views: at least one; the first is the default.
+        word_maps: at least one; the first is the default.
         window: (left, top, right, bottom) in pixels of the *original* image: what the model's grid covers. It is less
             than the image where preprocessing crops, and never more.
         model: "p1" or "p2".
-        notes: more to tell, such as ``{"CLIPScore": "0.81"}``.
-        image_mass: (W,) share of the word's attention that falls on the image at all (default view), in 0..1.
+        notes: further facts to show, such as ``{"CLIPScore": "0.81"}``.
+        image_mass: (W,) share of each word's attention that falls on the image at all (of the default maps), in 0..1.
     """
 
     path: Path
     caption: str
     words: list[str]
-    views: list[View]
+    word_maps: list[WordMaps]
     window: Window
     model: str
     notes: dict[str, str] = field(default_factory=dict)
     image_mass: np.ndarray | None = None
 
 
-# --- what a model hands out -----------------------------------------------------------------------------------------
-
-
 @dataclass
 class Capture:
-    """The attention of one caption behind one image, from a single pass over both.
+    """The attention of one caption on everything before it, from a single pass over image and caption.
 
     Attributes:
-        weights: one (1, nh, R, S) tensor a layer, rows summing to 1. The last T + 1 rows belong to the caption: first
-            the position that predicts its first token, then its T tokens. ``whole``: the rows are all S positions.
+        weights: a (1, nh, R, S) tensor per layer, rows summing to 1. The last T + 1 rows belong to the caption: first
+            the position that predicts its first token, then its T tokens. R is T + 1, or S with the image's own rows.
         logits: (T + 1, V) of the caption's rows.
         tokens: the T ids of the caption.
         patches: (P,) columns that are image patches, row by row of the grid.
         grid: (gh, gw), gh * gw = P.
+        gradients: of the sum of every token's own logit by ``weights``; computed when a spec first needs them.
     """
 
     weights: list[torch.Tensor]
@@ -87,11 +108,11 @@ class Capture:
     tokens: list[int]
     patches: torch.Tensor
     grid: tuple[int, int]
-    gradients: tuple[torch.Tensor, ...] | None = None  # of every token's own logit, when asked for
+    gradients: tuple[torch.Tensor, ...] | None = None
 
     @property
-    def whole(self) -> bool:
-        """Whether the image's own rows are there too, which rollout needs."""
+    def has_image_rows(self) -> bool:
+        """Whether the rows of the whole sequence are there, which rollout needs."""
         return self.weights[0].shape[2] == self.weights[0].shape[3]
 
     @property
@@ -101,7 +122,7 @@ class Capture:
 
     @property
     def n_head(self) -> int:
-        """The number of heads a layer."""
+        """The number of heads per layer."""
         return self.weights[0].shape[1]
 
     def rows(self, row: str) -> slice:
@@ -116,6 +137,36 @@ class Capture:
         """Return the attention of every layer and head on every patch: (L, nh, T, P)."""
         rows = self.rows(row)
         return torch.stack([self.caption_rows(n)[:, rows][..., self.patches] for n in range(self.n_layer)])
+
+
+@dataclass
+class CaptionAttention:
+    """A capture with the words of its caption.
+
+    Attributes:
+        capture: of the caption.
+        words: each word with the indices of its tokens.
+        generic: of a caption that fits every image; ``relative`` divides by its attention, or, without it, by the mean
+            over the caption's own tokens.
+    """
+
+    capture: Capture
+    words: list[tuple[str, list[int]]]
+    generic: Capture | None = None
+
+    def maps(self, spec: MapSpec) -> np.ndarray:
+        """Return one map per word: (W, gh, gw) float32."""
+        common = None
+        if self.generic is not None and spec.method == "relative":
+            common = token_maps(self.generic, replace(spec, method="raw")).mean(0)
+        maps = token_maps(self.capture, spec, common)  # (T, P)
+        merged = torch.stack([maps[indices].mean(0) for _, indices in self.words])
+        return merged.reshape(len(self.words), *self.capture.grid).float().cpu().numpy()
+
+    def image_mass(self, spec: MapSpec) -> np.ndarray:
+        """Return (W,): the share of each word's attention, mean over layers and heads, that falls on the image."""
+        mass = self.capture.image_part(spec.row).sum(-1).mean((0, 1))  # (T,)
+        return np.array([float(mass[indices].mean()) for _, indices in self.words], np.float32)
 
 
 # --- which layers and heads -----------------------------------------------------------------------------------------
@@ -168,11 +219,11 @@ class Heads:
     def __str__(self) -> str:
         return {"index": f"head {self.number}", "top": f"top {self.number}"}.get(self.rule, self.rule)
 
-    def chosen(self, part: torch.Tensor, layers: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """Return ``(layer, heads)`` pairs of what counts, from the attention on the patches (L, nh, T, P).
+    def choose(self, part: torch.Tensor, layers: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """Return the ``(layer, heads)`` pairs to use, given the attention on the patches (L, nh, T, P).
 
-        ``top`` takes, over all ``layers``, the heads that look at the image at all (more than the average head) and
-        look at one place (lowest entropy over the patches), as Kang et al. 2025 find localisation heads.
+        ``top`` takes, of the heads of all ``layers`` with at least the average attention on the image, those that
+        concentrate it most (lowest entropy over the patches), as Kang et al. 2025 find localisation heads.
         """
         if self.rule == "index":
             return [(layer, [self.number]) for layer in layers]
@@ -183,9 +234,12 @@ class Heads:
         entropy = -(share * share.clamp(min=1e-12).log()).sum(-1).mean(-1)  # (L, nh)
         mass = mass.mean(-1)  # (L, nh)
         pairs = [(layer, head) for layer in layers for head in range(part.shape[1])]
-        looking = [pair for pair in pairs if mass[pair] >= torch.stack([mass[p] for p in pairs]).mean()]
-        best = sorted(looking, key=lambda pair: float(entropy[pair]))[: self.number]
-        return [(layer, [h for at, h in best if at == layer]) for layer in layers if layer in {at for at, _ in best}]
+        average = torch.stack([mass[pair] for pair in pairs]).mean()
+        looking = [pair for pair in pairs if mass[pair] >= average]
+        best: dict[int, list[int]] = {}
+        for layer, head in sorted(looking, key=lambda pair: float(entropy[pair]))[: self.number]:
+            best.setdefault(layer, []).append(head)
+        return sorted(best.items())
 
     def reduce(self, weights: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         """Reduce (nh, …) to (…)."""
@@ -196,60 +250,37 @@ class Heads:
 # --- methods --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Look:
-    """What to compute: the method, layers as text, heads as text, and which row of a token."""
-
-    method: str = "raw"
-    layers: str = "last"
-    heads: str = "mean"
-    row: str = "predict"
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"--method {self.method}: use one of {', '.join(METHODS)}")
-        if self.row not in ROWS:
-            raise ValueError(f"--row {self.row}: use one of {', '.join(ROWS)}")
-
-    @property
-    def needs_whole(self) -> bool:
-        """Whether the image's own rows must be captured."""
-        return self.method == "rollout"
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether the capture must keep its graph."""
-        return self.method == "grad"
-
-
-def token_maps(capture: Capture, look: Look, generic: torch.Tensor | None = None) -> torch.Tensor:
-    """Return one map a token of the caption: (T, P), not negative.
+def token_maps(capture: Capture, spec: MapSpec, generic: torch.Tensor | None = None) -> torch.Tensor:
+    """Return one map per token of the caption: (T, P), not negative.
 
     ``raw`` is the attention itself. ``relative`` divides it by what every word gets: ``generic`` (P,), or else the mean
-    over the caption's tokens; that takes sink patches away, which light up for every word. ``rollout`` follows
-    attention back through the layers (Abnar and Zuidema 2020). ``grad`` weighs it by the gradient of the token's own
-    logit, keeps what speaks for the token and sums over layers (after Chefer et al. 2021, whose rule also passes
-    relevance from token to token; here every token answers for its own row, the predicting one).
+    over the caption's tokens; that removes sink patches, which light up for every word. ``rollout`` follows attention
+    back through the layers (Abnar and Zuidema 2020). ``grad`` multiplies it by the gradient of the token's own logit,
+    keeps the positive part and sums over layers (after Chefer et al. 2021, whose rule also passes relevance from token
+    to token; here a token's relevance comes from its own row alone, always the predicting one).
+
+    Raises:
+        ValueError: the spec names layers or heads that the model lacks, or the capture lacks what the method needs.
     """
-    layers = parse_layers(look.layers, capture.n_layer)
-    heads = Heads.parse(look.heads, capture.n_head)
-    part = capture.image_part(look.row)
-    chosen = heads.chosen(part, layers)
-    if look.method == "rollout":
-        return _rollout(capture, chosen, heads)[capture.rows(look.row)][:, capture.patches]
-    if look.method == "grad":
+    layers = parse_layers(spec.layers, capture.n_layer)
+    heads = Heads.parse(spec.heads, capture.n_head)
+    part = capture.image_part(spec.row)
+    chosen = heads.choose(part, layers)
+    if spec.method == "rollout":
+        return _rollout(capture, chosen, heads)[capture.rows(spec.row)][:, capture.patches]
+    if spec.method == "grad":
         return _gradient(capture, chosen, heads)
     maps = torch.stack([heads.reduce(part[layer], which) for layer, which in chosen]).mean(0)  # (T, P)
-    if look.method == "relative":
+    if spec.method == "relative":
         common = maps.mean(0) if generic is None else generic
-        return maps / (common + common.mean())  # the added mean keeps patches that nobody looks at from exploding
+        return maps / (common + common.mean())  # the added mean keeps patches that no word looks at from exploding
     return maps
 
 
 def _rollout(capture: Capture, chosen: list[tuple[int, list[int]]], heads: Heads) -> torch.Tensor:
-    """Return (T + 1, S): where the caption's rows look when every layer keeps half of what it had."""
-    if not capture.whole:
-        raise ValueError("rollout needs the attention of the image's own rows; capture the whole sequence")
+    """Return (T + 1, S): where the caption's rows look when every layer keeps half of its input (the residual)."""
+    if not capture.has_image_rows:
+        raise ValueError("rollout needs the attention of the image's own rows; capture all rows")
     size = capture.weights[0].shape[-1]
     flow = torch.eye(size, device=capture.weights[0].device)
     for layer, which in chosen:
@@ -262,8 +293,8 @@ def _rollout(capture: Capture, chosen: list[tuple[int, list[int]]], heads: Heads
 def _gradient(capture: Capture, chosen: list[tuple[int, list[int]]], heads: Heads) -> torch.Tensor:
     """Return (T, P): relevance of the patches for each token's own logit, whose row is the predicting one.
 
-    The captures pass no gradient from one caption row to another, so one backward pass of the sum of all tokens' logits
-    gives every row the gradient of its own token alone.
+    A capture passes no gradient from one caption row to another, so a single backward pass of the sum of all tokens'
+    logits gives every row the gradient of its own token alone.
     """
     if not capture.logits.requires_grad:
         raise ValueError("grad needs a capture with gradients")
@@ -271,12 +302,12 @@ def _gradient(capture: Capture, chosen: list[tuple[int, list[int]]], heads: Head
         count = len(capture.tokens)
         own = capture.logits[range(count), capture.tokens].float().sum()
         capture.gradients = torch.autograd.grad(own, capture.weights)
-    rows, relevance = capture.rows("predict"), 0.0
+    rows, steps = capture.rows("predict"), []
     for layer, which in chosen:
         gradient = capture.gradients[layer][0, :, -len(capture.tokens) - 1 :]  # (nh, T + 1, S)
         step = heads.reduce((capture.caption_rows(layer) * gradient).clamp(min=0), which)  # (T + 1, S)
-        relevance = relevance + step[rows][:, capture.patches]
-    return relevance
+        steps.append(step[rows][:, capture.patches])
+    return functools.reduce(torch.add, steps)
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -286,10 +317,11 @@ def words_of(tokens: Sequence[int], decode: Callable[[list[int]], str]) -> list[
     """Return the caption's words between white space, each with the indices of its tokens.
 
     Grouped by position and never by text: a word that comes twice stays two words. A token that holds only white space
-    belongs to the word behind it; what belongs to no word (a token that decodes to nothing) is left out.
+    belongs to the word after it; a token that decodes to nothing belongs to none.
     """
     words: list[tuple[str, list[int]]] = []
-    before, pending = "", []
+    pending: list[int] = []
+    before = ""
     for index in range(len(tokens)):
         text = decode(list(tokens[: index + 1]))
         piece = text[len(before) :]
@@ -307,21 +339,15 @@ def words_of(tokens: Sequence[int], decode: Callable[[list[int]], str]) -> list[
     return words
 
 
-def word_maps(maps: torch.Tensor, groups: Sequence[Sequence[int]], grid: tuple[int, int]) -> np.ndarray:
-    """Return the mean over each word's tokens as grids: (T, P) to (W, gh, gw) float32."""
-    merged = torch.stack([maps[list(group)].mean(0) for group in groups])
-    return merged.reshape(len(groups), *grid).float().cpu().numpy()
-
-
 # --- pixels ---------------------------------------------------------------------------------------------------------
 
 
 def crop_window(size: tuple[int, int], resized: int | None, crop: tuple[int, int]) -> Window:
-    """Return what of an image of ``size`` (width, height) a model sees that resizes and crops it.
+    """Return which part of an image of ``size`` (width, height) is left after resizing and a centre crop.
 
     Args:
         size: of the original, in pixels.
-        resized: length of the shorter side after resizing; None when the image is squashed to ``crop`` as a whole.
+        resized: length of the shorter side after resizing; None when the image is squashed to ``crop``.
         crop: (width, height) of the centre crop.
 
     Raises:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +11,43 @@ import numpy as np
 import torch
 from PIL import Image
 
+from captioning.data.images import load_image
 from captioning.data.tokenizer import Tokenizer
+from captioning.files import atomic_path
 from captioning.imports import import_guarded
 from captioning.inference.captions import caption_features
 from captioning.maps.attention import (
     METHODS,
+    ROWS,
+    CaptionAttention,
     Capture,
-    Explained,
-    Look,
-    View,
+    Explanation,
+    Heads,
+    MapSpec,
     Window,
+    WordMaps,
     crop_window,
-    token_maps,
-    word_maps,
+    parse_layers,
     words_of,
 )
 from captioning.models.captioner import Captioner
 from captioning.models.llava import Llava
 
-GENERIC = "A picture."  # what every image is: the attention of its words says what is looked at in any case
-# What --grounding found best on scenes of the split `train` (p1: 500, p2: 1,500); the README reports the split `val`.
-DEFAULTS = {"p1": Look("grad", "all", "mean", "predict"), "p2": Look("raw", "all", "mean", "predict")}
-REPORT = {  # the report's own choices, for the grounding table
-    "p1": Look("raw", "last", "max", "predict"),
-    "p2": Look("raw", "last", "mean", "predict"),
-}
-MANY_LAYERS = 6  # so many single layers are offered in viewer and table, evenly spread
+GENERIC = "A picture."  # true of every image: the attention of its words shows what is looked at in any case
+# What --grounding found best on scenes of the split `train` (p1: 500, p2: 1,500).
+DEFAULTS = {"p1": MapSpec("grad", "all", "mean"), "p2": MapSpec("raw", "all", "mean")}
+REPORTED = {"p1": MapSpec("raw", "last", "max"), "p2": MapSpec("raw", "last", "mean")}  # the original report's choices
+MANY_LAYERS = 6  # how many single layers the viewer and the grounding table offer, evenly spread
 
 
-class P2Explainer:
+class CaptionerExplainer:
     """The trained captioner.
 
     Args:
         captioner: merged, on its device.
         tokenizer: the decoder's.
-        beam_size: of the search that writes captions.
-        max_new_tokens: the longest caption.
+        beam_size: of the search.
+        max_new_tokens: length limit of a caption.
     """
 
     name = "p2"
@@ -70,10 +71,10 @@ class P2Explainer:
         """Return the encoder's tokens (1, N, D) of an image."""
         return self.captioner.encode(self.captioner.transform(image)[None].to(self.captioner.device))
 
-    def caption(self, inputs: list[torch.Tensor]) -> list[list[int]]:
-        """Return captions' ids of prepared images."""
-        texts = caption_features(self.captioner, self.tokenizer, torch.cat(inputs), self.beam_size, self.max_new_tokens)
-        return [self.tokens(text) for text in texts]
+    def caption(self, inputs: torch.Tensor) -> list[int]:
+        """Return the ids of a prepared image's caption."""
+        (text,) = caption_features(self.captioner, self.tokenizer, inputs, self.beam_size, self.max_new_tokens)
+        return self.tokens(text)
 
     def tokens(self, text: str) -> list[int]:
         """Return a caption's ids."""
@@ -84,25 +85,26 @@ class P2Explainer:
         return self.tokenizer.decode(list(tokens))
 
     def capture(self, inputs: torch.Tensor, tokens: list[int], whole: bool = False) -> Capture:
-        """Read a caption behind a prepared image and keep where it looked."""
+        """Read a caption after a prepared image and keep its attention; ``whole``: that of all rows."""
         ids = [self.tokenizer.eos_id, *tokens]
         weights, logits = self.captioner.attend(inputs, ids, whole)
-        grid = tuple(self.captioner.encoder.patch_embed.grid_size)
-        return Capture(weights, logits, tokens, self.captioner.patch_columns.to(logits.device), grid)
+        patch_embed: Any = self.captioner.encoder.patch_embed
+        patches = self.captioner.patch_columns.to(logits.device)
+        return Capture(weights, logits, tokens, patches, tuple(patch_embed.grid_size))
 
     def window(self, size: tuple[int, int]) -> Window:
-        """Return what the model sees of an image of ``size`` (width, height)."""
+        """Return which part of an image of ``size`` (width, height) the model sees."""
         return crop_window(size, self._resized, self._crop)
 
 
-class P1Explainer:
+class LlavaExplainer:
     """LLaVA.
 
     Args:
         llava: the model.
-        prompt: what it answers.
+        prompt: the question that it answers, with ``<image>`` in it.
         num_beams: of its search.
-        max_new_tokens: the longest answer.
+        max_new_tokens: length limit of an answer.
     """
 
     name = "p1"
@@ -123,12 +125,12 @@ class P1Explainer:
         """Return image and prompt as the model takes them."""
         return self.llava.row(image, self.prompt)
 
-    def caption(self, inputs: list[Any]) -> list[list[int]]:
-        """Return answers' ids of prepared images."""
-        return self.llava.generate(inputs, self.num_beams, self.max_new_tokens, keep_past=True)
+    def caption(self, inputs: Any) -> list[int]:
+        """Return the ids of the answer on a prepared image."""
+        return self.llava.generate([inputs], self.num_beams, self.max_new_tokens, keep_past=True)[0]
 
     def tokens(self, text: str) -> list[int]:
-        """Return an answer's ids; one space stands between ``ASSISTANT:`` and the answer."""
+        """Return an answer's ids; one space separates it from ``ASSISTANT:``."""
         return self.llava.processor.tokenizer(f" {text}", add_special_tokens=False).input_ids
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -136,7 +138,7 @@ class P1Explainer:
         return self.llava.processor.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def capture(self, inputs: Any, tokens: list[int], whole: bool = False) -> Capture:
-        """Read an answer behind a prepared image and prompt and keep where it looked."""
+        """Read an answer after a prepared image and prompt and keep its attention; ``whole``: that of all rows."""
         weights, logits = self.llava.attend(inputs, tokens, whole)
         patches = (inputs.input_ids == self.llava.image_token_id).nonzero()[:, 0].to(logits.device)
         vision = self.llava.model.config.vision_config
@@ -146,116 +148,144 @@ class P1Explainer:
         return Capture(weights, logits, tokens, patches, (side, side))
 
     def window(self, size: tuple[int, int]) -> Window:
-        """Return what the model sees of an image of ``size`` (width, height)."""
+        """Return which part of an image of ``size`` (width, height) the model sees."""
         return crop_window(size, self._resized, self._crop)
 
 
-Explainer = P1Explainer | P2Explainer
+Explainer = LlavaExplainer | CaptionerExplainer
 
 
-@dataclass
-class Reading:
-    """One caption read behind one image: its capture, its words, and the generic caption's attention on demand."""
-
-    capture: Capture
-    words: list[tuple[str, list[int]]]
-    generic: Callable[[Look], torch.Tensor] | None = None
-
-    def maps(self, look: Look) -> np.ndarray:
-        """Return (W, gh, gw): one map a word."""
-        common = self.generic(look) if self.generic and look.method == "relative" else None
-        maps = token_maps(self.capture, look, common)
-        return word_maps(maps, [indices for _, indices in self.words], self.capture.grid)
-
-    def image_mass(self, look: Look) -> np.ndarray:
-        """Return (W,): the share of each word's attention, mean over layers and heads, that falls on the image."""
-        mass = self.capture.image_part(look.row).sum(-1).mean((0, 1))  # (T,)
-        return np.array([float(mass[indices].mean()) for _, indices in self.words], np.float32)
-
-
-def read(explainer: Explainer, inputs: Any, tokens: list[int], looks: Sequence[Look], relative_to: str) -> Reading:
-    """Read ``tokens`` behind a prepared image once, keeping what ``looks`` need.
+def read(
+    explainer: Explainer, inputs: Any, tokens: list[int], specs: Sequence[MapSpec], relative_to: str = "words"
+) -> CaptionAttention:
+    """Read ``tokens`` once after a prepared image, keeping what ``specs`` need.
 
     Args:
         explainer: the model.
         inputs: what ``explainer.prepare`` made of the image.
         tokens: the caption.
-        looks: what will be asked of the reading.
+        specs: which maps will be asked for.
         relative_to: ``words`` or ``generic``: what the method ``relative`` divides by.
 
     Raises:
-        ValueError: the caption is empty.
+        ValueError: the caption has no word.
     """
     words = words_of(tokens, explainer.text)
     if not words:
         raise ValueError("the caption has no word to explain")
-    gradients = any(look.needs_gradients for look in looks)
-    with torch.set_grad_enabled(gradients):
-        capture = explainer.capture(inputs, tokens, whole=any(look.needs_whole for look in looks))
+    methods = {spec.method for spec in specs}
+    with torch.set_grad_enabled("grad" in methods):
+        capture = explainer.capture(inputs, tokens, whole="rollout" in methods)
     generic = None
     if relative_to == "generic":
         with torch.no_grad():
-            common = explainer.capture(inputs, explainer.tokens(GENERIC))
-
-        def generic(look: Look) -> torch.Tensor:
-            return token_maps(common, Look("raw", look.layers, look.heads, look.row)).mean(0)
-
-    return Reading(capture, words, generic)
+            generic = explainer.capture(inputs, explainer.tokens(GENERIC))
+    return CaptionAttention(capture, words, generic)
 
 
 def explain(
     explainer: Explainer,
     path: Path,
-    image: Image.Image,
-    reading: Reading,
-    looks: Sequence[Look],
+    specs: Sequence[MapSpec],
+    caption: str | None = None,
+    relative_to: str = "words",
     notes: dict[str, str] | None = None,
-) -> Explained:
-    """Return the maps of every look, the first being the default."""
-    views = [
-        View(look.method, look.layers, look.heads, np.maximum(reading.maps(look), 0).astype(np.float32))
-        for look in looks
-    ]
-    return Explained(
+) -> tuple[Explanation, CaptionAttention]:
+    """Return the maps of every spec for the image at ``path``, and the attention that they were made from.
+
+    Args:
+        explainer: the model.
+        path: the image file.
+        specs: which maps; the first is the default.
+        caption: what to explain; None for the model's own caption.
+        relative_to: ``words`` or ``generic``: what the method ``relative`` divides by.
+        notes: further facts to show.
+
+    Raises:
+        OSError: the image is missing or must not be read.
+        ValueError: it is damaged, or the caption is empty.
+    """
+    image = load_image(path)
+    inputs = explainer.prepare(image)
+    tokens = explainer.caption(inputs) if caption is None else explainer.tokens(caption)
+    text = explainer.text(tokens).strip()
+    if not text:
+        raise ValueError(f"{path}: the caption is empty")
+    attention = read(explainer, inputs, tokens, specs, relative_to)
+    return Explanation(
         path=path,
-        caption=explainer.text(reading.capture.tokens).strip(),
-        words=[word for word, _ in reading.words],
-        views=views,
+        caption=text,
+        words=[word for word, _ in attention.words],
+        word_maps=[WordMaps(spec, np.maximum(attention.maps(spec), 0).astype(np.float32)) for spec in specs],
         window=explainer.window(image.size),
         model=explainer.name,
         notes=notes or {},
-        image_mass=reading.image_mass(looks[0]),
+        image_mass=attention.image_mass(specs[0]),
+    ), attention
+
+
+def save_maps(out: Path, explanation: Explanation, attention: CaptionAttention) -> None:
+    """Write the default maps of an explanation and the raw attention behind them as a compressed npz.
+
+    ``attention`` (L, nh, T, gh, gw) float16 is the attention of every layer, head and token on the patches; ``maps``
+    (W, gh, gw) float32 are the word maps made from it; the other arrays say which is which.
+    """
+    capture, spec = attention.capture, explanation.word_maps[0].spec
+    part = capture.image_part(spec.row).cpu().numpy().astype(np.float16)
+    word_of_token = np.full(len(capture.tokens), -1)
+    for number, (_, indices) in enumerate(attention.words):
+        word_of_token[indices] = number
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        attention=part.reshape(*part.shape[:3], *capture.grid),
+        maps=explanation.word_maps[0].maps,
+        tokens=np.array(capture.tokens),
+        words=np.array(explanation.words),
+        word_of_token=word_of_token,
+        layers=np.array(parse_layers(spec.layers, capture.n_layer)),
+        heads=str(Heads.parse(spec.heads, capture.n_head)),
+        method=spec.method,
+        row=spec.row,
+        grid=np.array(capture.grid),
+        window=np.array(explanation.window),
+        caption=explanation.caption,
+        image=explanation.path.name,
+        model=explanation.model,
+        image_mass=attention.image_mass(spec),
     )
+    with atomic_path(out) as temporary:
+        temporary.write_bytes(content.getvalue())
 
 
-# --- choices of looks ---
+# --- which specs to offer ---
 
 
-def some_layers(count: int) -> list[str]:
-    """Return layers to choose from: single ones evenly spread, the upper half, and all."""
+def layer_choices(count: int) -> list[str]:
+    """Return layers to choose from: single ones, evenly spread; the upper half; all."""
     singles = sorted({round(n) for n in np.linspace(0, count - 1, min(count, MANY_LAYERS))})
     return [*map(str, singles), f"{count // 2}-{count - 1}", "all"]
 
 
-def many_looks(n_layer: int, n_head: int, rows: Sequence[str]) -> list[Look]:
-    """Return what the grounding table compares: every method over layers, head rules and rows."""
-    looks = [
-        Look(method, layers, heads, row)
+def specs_to_compare(n_layer: int, n_head: int) -> list[MapSpec]:
+    """Return what the grounding table compares: every method over layers, rules for heads, and rows."""
+    specs = [
+        MapSpec(method, layers, heads, row)
         for method in ("raw", "relative")
-        for layers in some_layers(n_layer)
+        for layers in layer_choices(n_layer)
         for heads in ("mean", "max", "top3")
-        for row in rows
+        for row in ROWS
     ]
-    looks += [Look("raw", str(n_layer - 1), str(head), rows[0]) for head in range(n_head)]
-    looks += [Look("rollout", layers, "mean", row) for layers in some_layers(n_layer)[-2:] for row in rows]
-    looks += [Look("grad", layers, heads) for layers in some_layers(n_layer)[-3:] for heads in ("mean", "max")]
-    return looks
+    specs += [MapSpec("raw", str(n_layer - 1), str(head)) for head in range(n_head)]
+    specs += [MapSpec("rollout", layers, "mean", row) for layers in layer_choices(n_layer)[-2:] for row in ROWS]
+    specs += [MapSpec("grad", layers, heads) for layers in layer_choices(n_layer)[-3:] for heads in ("mean", "max")]
+    return specs
 
 
-def shown_looks(default: Look, n_layer: int) -> list[Look]:
-    """Return the views of the viewer, the default first."""
-    looks = [default]
+def specs_to_show(default: MapSpec, n_layer: int) -> list[MapSpec]:
+    """Return what the viewer offers, the default first."""
+    specs = [default]
     for method in METHODS:
-        layers = some_layers(n_layer) if method in ("raw", "relative") else ["all"]
-        looks += [Look(method, layer, heads, default.row) for layer in layers for heads in ("mean", "max")]
-    return list(dict.fromkeys(looks))
+        layers = layer_choices(n_layer) if method in ("raw", "relative") else ["all"]
+        specs += [MapSpec(method, layer, heads, default.row) for layer in layers for heads in ("mean", "max")]
+    return list(dict.fromkeys(specs))

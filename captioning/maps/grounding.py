@@ -1,22 +1,23 @@
 """Do the maps point at what the words name? Pointing game, attention inside the box, IoU, against boxes.
 
-A caption that people wrote is read behind its image, and for each word that names things the map of that word is
-compared with the boxes of those things. Which word names which boxes stands in the annotations (``mentions``, as the
-micro world writes them) or is found by the name of the boxes' category (COCO instances).
+A caption that people wrote is read after its image, and the map of each word that names things is compared with the
+boxes of those things. Which word names which boxes is read from the annotations (``mentions``, as the micro world
+writes them) or found by the name of the boxes' category (COCO instances).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from captioning.data.annotations import Record, read_captions, read_object, read_records
 from captioning.data.images import load_image
-from captioning.maps.attention import Look, Window, cell_centres
+from captioning.maps.attention import MapSpec, Window, cell_centres
 from captioning.maps.explainers import Explainer, read
 
 THRESHOLDS = np.arange(0.05, 1.0, 0.05)  # of a map's maximum
@@ -32,7 +33,7 @@ class Mention:
 
 
 @dataclass(frozen=True)
-class Sample:
+class GroundedCaption:
     """An image file, one of its captions, and what the caption's words name."""
 
     path: Path
@@ -43,8 +44,8 @@ class Sample:
 # --- annotations ----------------------------------------------------------------------------------------------------
 
 
-def load_samples(annotations: Path, images: Path, boxes: Path | None = None) -> list[Sample]:
-    """Return one caption an image, the one that names most, with the boxes of its words.
+def load_grounded_captions(annotations: Path, images: Path, boxes: Path | None = None) -> list[GroundedCaption]:
+    """Return one caption per image, the one that names the most things, with the boxes of its words.
 
     Args:
         annotations: COCO-style captions; with ``mentions`` and ``objects`` they carry their own boxes.
@@ -63,7 +64,7 @@ def load_samples(annotations: Path, images: Path, boxes: Path | None = None) -> 
         record, best = max(zip(records, mentions, strict=True), key=lambda pair: len(pair[1]))
         if best:
             _check_boxes(annotations, image, best)
-            samples.append(Sample(images / image["file_name"], record["caption"], best))
+            samples.append(GroundedCaption(images / image["file_name"], record["caption"], best))
     if not samples:
         raise ValueError(
             f"{boxes or annotations}: no word of a caption names a box; the annotations need mentions and "
@@ -132,26 +133,21 @@ def _check_boxes(path: Path, image: Record, mentions: Sequence[Mention]) -> None
 # --- measures -------------------------------------------------------------------------------------------------------
 
 
+def inside(boxes: Sequence[Box], xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
+    """Return (len(ys), len(xs)): whether the point at each x and y lies in one of the boxes, borders included."""
+    return np.any([np.outer((ys >= y) & (ys <= y + h), (xs >= x) & (xs <= x + w)) for x, y, w, h in boxes], axis=0)
+
+
 def coverage(boxes: Sequence[Box], window: Window, grid: tuple[int, int], fine: int = 4) -> np.ndarray:
-    """Return (gh, gw): which share of each cell the boxes cover together."""
+    """Return (gh, gw): which share of each cell the boxes cover together, by ``fine`` x ``fine`` points per cell."""
     gh, gw = grid
-    xs, ys = cell_centres(window, (gh * fine, gw * fine))
-    inside = np.zeros((gh * fine, gw * fine), bool)
-    for x, y, w, h in boxes:
-        inside |= np.outer((ys >= y) & (ys <= y + h), (xs >= x) & (xs <= x + w))
-    return inside.reshape(gh, fine, gw, fine).mean((1, 3))
-
-
-def centre_in(cell: tuple[int, int], boxes: Sequence[Box], window: Window, grid: tuple[int, int]) -> bool:
-    """Say whether the centre of a cell (row, column) lies in one of the boxes."""
-    xs, ys = cell_centres(window, grid)
-    x, y = xs[cell[1]], ys[cell[0]]
-    return any(left <= x <= left + w and top <= y <= top + h for left, top, w, h in boxes)
+    covered = inside(boxes, *cell_centres(window, (gh * fine, gw * fine)))
+    return covered.reshape(gh, fine, gw, fine).mean((1, 3))
 
 
 @dataclass
 class Score:
-    """Sums over the mentions of one way of looking; the properties are the means that are reported."""
+    """Sums over the mentions, for one spec; the properties are the means that are reported."""
 
     count: int = 0
     hits: float = 0.0
@@ -162,9 +158,10 @@ class Score:
 
     def add(self, word_map: np.ndarray, boxes: Sequence[Box], covered: np.ndarray, window: Window) -> None:
         """Count one word: its map (gh, gw), its boxes, and their ``coverage``."""
-        peak = np.unravel_index(int(word_map.argmax()), word_map.shape)
+        row, column = divmod(int(word_map.argmax()), word_map.shape[1])
+        xs, ys = cell_centres(window, word_map.shape)
         self.count += 1
-        self.hits += centre_in(peak, boxes, window, word_map.shape)
+        self.hits += inside(boxes, xs[[column]], ys[[row]]).item()
         total = float(word_map.sum())
         self.mass += float((word_map * covered).sum() / total) if total > 0 else float(covered.mean())
         self.area += float(covered.mean())
@@ -189,44 +186,65 @@ class Score:
         return float((np.asarray(self.intersections) / np.asarray(self.unions)).max())
 
 
-def baselines(mentions: Sequence[tuple[Sequence[Box], np.ndarray, Window]]) -> dict[str, float]:
-    """Return the pointing accuracy of maps that know nothing of the word: the bar that attention must clear.
+def baselines(mentions: Sequence[tuple[Sequence[Box], Window]], grid: tuple[int, int]) -> dict[str, float]:
+    """Return the pointing accuracy of points that know nothing of the word: what attention must beat.
 
-    ``centre`` points at the middle of the image, ``random`` at any cell, ``mean image`` at the one cell that lies in
+    ``centre`` is the middle of the image, ``random`` any cell of the grid, ``mean image`` the one cell that lies in the
     most boxes of these very mentions, the best that any fixed point can do.
-
-    Args:
-        mentions: boxes, their coverage (gh, gw) and the window.
     """
-    grid = mentions[0][1].shape
     hits = np.zeros(grid)
     centre = 0
-    for boxes, covered, window in mentions:
-        xs, ys = cell_centres(window, grid)
-        inside = np.zeros(covered.shape, bool)
-        for x, y, w, h in boxes:
-            inside |= np.outer((ys >= y) & (ys <= y + h), (xs >= x) & (xs <= x + w))
-        hits += inside
-        middle = ((window[0] + window[2]) / 2, (window[1] + window[3]) / 2)
-        centre += any(x <= middle[0] <= x + w and y <= middle[1] <= y + h for x, y, w, h in boxes)
+    for boxes, window in mentions:
+        hits += inside(boxes, *cell_centres(window, grid))
+        left, top, right, bottom = window
+        centre += inside(boxes, np.array([(left + right) / 2]), np.array([(top + bottom) / 2])).item()
     count = len(mentions)
     return {"centre": centre / count, "random": float(hits.mean() / count), "mean image": float(hits.max() / count)}
 
 
 def measure(
-    explainer: Explainer, samples: Sequence[Sample], looks: Sequence[Look], relative_to: str
-) -> tuple[dict[Look, Score], dict[str, float]]:
-    """Score every look on the mentions of ``samples``; return the scores and the baselines' pointing accuracy."""
-    scores = {look: Score() for look in looks}
-    seen = []
+    explainer: Explainer, samples: Sequence[GroundedCaption], specs: Sequence[MapSpec], relative_to: str
+) -> tuple[dict[MapSpec, Score], dict[str, float]]:
+    """Score every spec on the mentions of ``samples``; return the scores and the baselines' pointing accuracy."""
+    scores = {spec: Score() for spec in specs}
+    mentions = []
     for sample in tqdm(samples, "grounding", disable=None):
         image = load_image(sample.path)
         window = explainer.window(image.size)
-        reading = read(explainer, explainer.prepare(image), explainer.tokens(sample.caption), looks, relative_to)
-        covered = [coverage(m.boxes, window, reading.capture.grid) for m in sample.mentions]
-        seen += [(m.boxes, c, window) for m, c in zip(sample.mentions, covered, strict=True)]
-        for look in looks:
-            maps = reading.maps(look)
+        attention = read(explainer, explainer.prepare(image), explainer.tokens(sample.caption), specs, relative_to)
+        grid = attention.capture.grid
+        covered = [coverage(mention.boxes, window, grid) for mention in sample.mentions]
+        mentions += [(mention.boxes, window) for mention in sample.mentions]
+        for spec in specs:
+            maps = attention.maps(spec)
             for mention, share in zip(sample.mentions, covered, strict=True):
-                scores[look].add(maps[mention.word], mention.boxes, share, window)
-    return scores, baselines(seen)
+                scores[spec].add(maps[mention.word], mention.boxes, share, window)
+    return scores, baselines(mentions, grid)
+
+
+class Row(NamedTuple):
+    """A row of grounding.csv: a spec with its measures, or a baseline, which has a name and a pointing accuracy."""
+
+    method: str
+    layers: str | None
+    heads: str | None
+    row: str | None
+    pointing: float
+    mass_ratio: float | None
+    iou: float | None
+    note: str
+
+    def __str__(self) -> str:
+        if self.layers is None:
+            return f"{self.method:<44}{self.pointing:>7.3f}{'':>14}  {self.note}"
+        name = f"{self.method} layers {self.layers} heads {self.heads} {self.row}"
+        return f"{name:<44}{self.pointing:>7.3f}{self.mass_ratio:>7.2f}{self.iou:>7.3f}  {self.note}"
+
+
+def table(scores: Mapping[MapSpec, Score], floor: Mapping[str, float], notes: Mapping[MapSpec, str]) -> list[Row]:
+    """Return a row per spec, the best pointing accuracy first, and after them those of the baselines (``floor``)."""
+    rows = [
+        Row(s.method, s.layers, s.heads, s.row, score.pointing, score.mass_ratio, score.iou, notes.get(s, ""))
+        for s, score in sorted(scores.items(), key=lambda item: -item[1].pointing)
+    ]
+    return rows + [Row(name, None, None, None, value, None, None, "baseline") for name, value in floor.items()]

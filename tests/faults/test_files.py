@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from mutate import damaged_bytes, damaged_json
 from PIL import Image
 
-import p3_attention
 from captioning.data.annotations import load_annotations, load_predictions, load_split
 from captioning.data.feature_cache import CacheSpec, FeatureCache
 from captioning.data.images import load_image
 from captioning.data.tokenizer import Tokenizer
 from captioning.inference.folder import PredictionLog
-from captioning.maps import grounding
+from captioning.maps.grounding import load_grounded_captions
+from captioning.maps.pairs import read_per_image
 from captioning.models.adapter import load_captioner
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.tensors import fingerprint, read_state_dict
@@ -170,10 +170,13 @@ def scenes(tmp_path_factory):
 JSON_READERS = {
     "captions for training": ("val.json", lambda f: load_split(f, "val")),
     "captions for scoring": ("val.json", lambda f: load_annotations(f / "val.json")),
-    "captions with boxes": ("val.json", lambda f: grounding.load_samples(f / "val.json", f)),
-    "instances": ("instances.json", lambda f: grounding.load_samples(f / "val.json", f, f / "instances.json")),
+    "captions with boxes": ("val.json", lambda f: load_grounded_captions(f / "val.json", f)),
+    "instances": (
+        "instances.json",
+        lambda f: load_grounded_captions(f / "val.json", f, f / "instances.json"),
+    ),
     "predictions": ("predictions.json", lambda f: load_predictions(f / "predictions.json")),
-    "scores per image": ("per_image.json", lambda f: p3_attention.read_per_image(f / "per_image.json")),
+    "scores per image": ("per_image.json", lambda f: read_per_image(f / "per_image.json")),
 }
 
 

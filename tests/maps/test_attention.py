@@ -5,19 +5,19 @@ import pytest
 import torch
 
 from captioning.maps.attention import (
+    CaptionAttention,
     Capture,
     Heads,
-    Look,
+    MapSpec,
     cell_centres,
     crop_window,
     parse_layers,
     token_maps,
-    word_maps,
     words_of,
 )
 
 GRID = (3, 4)
-L, H, T, BEFORE, P = 3, 2, 5, 2, 12  # two positions before the patches, BOS behind them
+L, H, T, BEFORE, P = 3, 2, 5, 2, 12  # two positions before the patches, BOS after them
 S = BEFORE + P + 1 + T
 PATCHES = torch.arange(BEFORE, BEFORE + P)
 
@@ -65,14 +65,14 @@ def test_heads_by_name():
 def test_heads_reduce_as_named(random_capture):
     part = random_capture.image_part("predict")  # (L, H, T, P)
     assert part.shape == (L, H, T, P)
-    assert torch.allclose(token_maps(random_capture, Look("raw", "1", "mean")), part[1].mean(0))
-    assert torch.allclose(token_maps(random_capture, Look("raw", "1", "max")), part[1].amax(0))
-    assert torch.allclose(token_maps(random_capture, Look("raw", "1", "1")), part[1, 1])
-    assert torch.allclose(token_maps(random_capture, Look("raw", "0-1", "0")), part[:2, 0].mean(0))
+    assert torch.allclose(token_maps(random_capture, MapSpec("raw", "1", "mean")), part[1].mean(0))
+    assert torch.allclose(token_maps(random_capture, MapSpec("raw", "1", "max")), part[1].amax(0))
+    assert torch.allclose(token_maps(random_capture, MapSpec("raw", "1", "1")), part[1, 1])
+    assert torch.allclose(token_maps(random_capture, MapSpec("raw", "0-1", "0")), part[:2, 0].mean(0))
 
 
 def test_the_two_rows_of_a_token_are_neighbours(random_capture):
-    predict, own = (token_maps(random_capture, Look("raw", "2", "0", row)) for row in ("predict", "own"))
+    predict, own = (token_maps(random_capture, MapSpec("raw", "2", "0", row)) for row in ("predict", "own"))
     whole = random_capture.weights[2][0, 0][:, PATCHES]
     assert torch.equal(predict, whole[-T - 1 : -1])
     assert torch.equal(own, whole[-T:])
@@ -86,7 +86,7 @@ def test_top_heads_are_those_that_look_at_one_place_of_the_image():
     weights[0, 1, :, 0] = 0.1
     weights[0, 2, :, PATCHES[1]] = 0.01
     weights[0, 2, :, 0] = 0.99
-    maps = token_maps(capture([weights]), Look("raw", "0", "top1"))
+    maps = token_maps(capture([weights]), MapSpec("raw", "0", "top1"))
     assert (maps.argmax(-1) == 5).all()
     assert maps.max() == pytest.approx(0.9)
 
@@ -99,15 +99,22 @@ def test_relative_takes_away_what_every_word_gets():
     weights = torch.full((1, 1, T + 1, S), 1e-3)
     weights[..., PATCHES[0]] = 0.5
     weights[0, 0, 2, PATCHES[7]] = 0.2
-    found = {m: token_maps(capture([weights]), Look(m, "0", "mean"))[2].argmax().item() for m in ("raw", "relative")}
+    found = {m: token_maps(capture([weights]), MapSpec(m, "0", "mean"))[2].argmax().item() for m in ("raw", "relative")}
     assert found == {"raw": 0, "relative": 7}
 
 
 def test_relative_to_a_given_map(random_capture):
-    look = Look("relative", "1", "mean")
-    raw = token_maps(random_capture, Look("raw", "1", "mean"))
+    spec = MapSpec("relative", "1", "mean")
+    raw = token_maps(random_capture, MapSpec("raw", "1", "mean"))
     generic = torch.rand(P)
-    assert torch.allclose(token_maps(random_capture, look, generic), raw / (generic + generic.mean()))
+    assert torch.allclose(token_maps(random_capture, spec, generic), raw / (generic + generic.mean()))
+
+
+def test_relative_to_a_generic_caption(random_capture):
+    spec, other = MapSpec("relative", "1", "mean"), capture([w.roll(1, 1) ** 2 for w in random_capture.weights])
+    maps = CaptionAttention(random_capture, [("all", list(range(T)))], other).maps(spec)
+    expected = token_maps(random_capture, spec, token_maps(other, MapSpec("raw", "1", "mean")).mean(0)).mean(0)
+    assert np.allclose(maps.ravel(), expected)
 
 
 def test_rollout_follows_attention_through_layers():
@@ -117,12 +124,12 @@ def test_rollout_follows_attention_through_layers():
     bos = BEFORE + P
     first[0, 0, bos] = torch.eye(S)[PATCHES[3]]
     second[0, 0, bos + 1] = torch.eye(S)[bos]
-    maps = token_maps(capture([first, second]), Look("rollout", "all", "mean", "own"))
+    maps = token_maps(capture([first, second]), MapSpec("rollout", "all", "mean", "own"))
     assert maps[0].argmax() == 3
     assert maps[0, 3] == pytest.approx(0.25)
     assert maps[1].sum() == 0
     with pytest.raises(ValueError, match="image's own rows"):
-        token_maps(capture([w[:, :, -T - 1 :] for w in (first, second)]), Look("rollout", "all"))
+        token_maps(capture([w[:, :, -T - 1 :] for w in (first, second)]), MapSpec("rollout", "all"))
 
 
 def test_grad_keeps_what_speaks_for_the_token():
@@ -131,19 +138,19 @@ def test_grad_keeps_what_speaks_for_the_token():
     value = torch.zeros(S)
     value[PATCHES[4]], value[PATCHES[9]] = 1.0, -1.0
     logits = torch.zeros(T + 1, 9).index_put((torch.tensor([1]), torch.tensor([1])), (weights[0, 0, 1] * value).sum())
-    maps = token_maps(capture([weights], logits=logits), Look("grad", "0", "mean"))
+    maps = token_maps(capture([weights], logits=logits), MapSpec("grad", "0", "mean"))
     assert maps[1].argmax() == 4
     assert maps[1, 9] == 0
     assert maps[[0, 2, 3, 4]].sum() == 0
     with pytest.raises(ValueError, match="needs a capture with gradients"):
-        token_maps(capture([weights.detach()]), Look("grad", "0"))
+        token_maps(capture([weights.detach()]), MapSpec("grad", "0"))
 
 
 def test_unknown_methods_and_rows():
     with pytest.raises(ValueError, match="--method"):
-        Look("deep")
+        MapSpec("deep")
     with pytest.raises(ValueError, match="--row"):
-        Look(row="next")
+        MapSpec(row="next")
 
 
 # -------------------------------------------------------------------------------------------------------------- words
@@ -172,7 +179,10 @@ def test_white_space_tokens_belong_to_the_next_word_and_empty_ones_to_none():
 
 def test_the_map_of_a_word_is_the_mean_of_its_tokens():
     maps = torch.arange(24.0).reshape(2, 12)
-    merged = word_maps(maps, [[0, 1], [1]], GRID)
+    weights = torch.zeros(1, 1, 3, S)
+    weights[0, 0, :2, PATCHES] = maps
+    words = [("one", [0, 1]), ("two", [1])]
+    merged = CaptionAttention(capture([weights], tokens=[0, 1]), words).maps(MapSpec("raw", "0", "0"))
     assert merged.shape == (2, *GRID)
     assert np.allclose(merged[0].ravel(), maps.mean(0))
     assert merged[1, 2, 3] == 23

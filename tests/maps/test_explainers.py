@@ -1,12 +1,19 @@
-"""explain.py: both models hand out their attention, and a planted patch comes back to the right pixels."""
+"""explainers.py: both models give their attention, and a planted patch comes back to the right pixels."""
 
 import pytest
 import torch
 from PIL import Image
 
 from captioning.data.tokenizer import Tokenizer
-from captioning.maps.attention import Look, cell_centres, token_maps
-from captioning.maps.explainers import P1Explainer, P2Explainer, explain, many_looks, read, shown_looks
+from captioning.maps.attention import MapSpec, cell_centres, token_maps
+from captioning.maps.explainers import (
+    CaptionerExplainer,
+    LlavaExplainer,
+    explain,
+    read,
+    specs_to_compare,
+    specs_to_show,
+)
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.llava import PROMPTS, load_llava
 from captioning.profiles import PROFILES
@@ -27,14 +34,14 @@ def p2(tiny_profile):
             encoder=tiny_profile.encoder, encoder_weights="random", encoder_kwargs=kwargs, use_cls=use_cls, lora=lora
         )
         captioner = Captioner(config, build_decoder(tiny_profile.decoder, lora)).merge()
-        return P2Explainer(captioner, Tokenizer(tiny_profile.tokenizer), 3, 12)
+        return CaptionerExplainer(captioner, Tokenizer(tiny_profile.tokenizer), 3, 12)
 
     return build
 
 
 @pytest.fixture(scope="module")
 def p1():
-    return P1Explainer(load_llava(PROFILES["micro"].llava, CPU, torch.float32), PROMPTS[1], 1, 32)
+    return LlavaExplainer(load_llava(PROFILES["micro"].llava, CPU, torch.float32), PROMPTS[1], 1, 32)
 
 
 @pytest.fixture(params=["p1", "p2", "p2 without CLS"])
@@ -50,8 +57,8 @@ def test_weights_are_attention_and_equal_with_and_without_the_images_rows(explai
     inputs, tokens = explainer.prepare(image()), explainer.tokens(CAPTION)
     with torch.no_grad():
         part, whole = (explainer.capture(inputs, tokens, w) for w in (False, True))
-    assert whole.whole
-    assert not part.whole
+    assert whole.has_image_rows
+    assert not part.has_image_rows
     assert part.grid[0] * part.grid[1] == len(part.patches)
     for few, many in zip(part.weights, whole.weights, strict=True):
         assert torch.allclose(many.sum(-1), torch.ones(()), atol=1e-5)
@@ -89,9 +96,9 @@ def test_llavas_weights_are_the_librarys_eager_ones(p1):
 
 def test_capturing_leaves_the_captions_alone(explainer):
     inputs = explainer.prepare(image())
-    before = explainer.caption([inputs])
-    read(explainer, inputs, explainer.tokens(CAPTION), [Look("grad", "all")], "words")
-    assert explainer.caption([inputs]) == before
+    before = explainer.caption(inputs)
+    read(explainer, inputs, explainer.tokens(CAPTION), [MapSpec("grad", "all")])
+    assert explainer.caption(inputs) == before
 
 
 def test_a_tokens_gradient_is_its_own(explainer):
@@ -99,7 +106,7 @@ def test_a_tokens_gradient_is_its_own(explainer):
     inputs, tokens = explainer.prepare(image()), explainer.tokens(CAPTION)
     with torch.enable_grad():
         capture = explainer.capture(inputs, tokens)
-    together = token_maps(capture, Look("grad", "all", "mean"))
+    together = token_maps(capture, MapSpec("grad", "all", "mean"))
     for t in (0, 3, len(tokens) - 1):
         with torch.enable_grad():
             alone = explainer.capture(inputs, tokens)
@@ -153,29 +160,27 @@ def test_a_planted_patch_lands_on_its_pixels(size, model, p1, p2):
         assert abs(ys[row] - y) <= side + (bottom - top) / gh / 2
 
 
-def test_explained_holds_what_pictures_need(explainer, tmp_path):
-    picture = image()
-    inputs = explainer.prepare(picture)
-    looks = shown_looks(Look("grad", "all", "mean"), explainer.n_layer)
-    reading = read(explainer, inputs, explainer.tokens(CAPTION), looks, "generic")
-    explained = explain(explainer, tmp_path / "x.png", picture, reading, looks)
-    assert explained.words == CAPTION.split()
-    assert explained.caption == CAPTION
-    assert {v.method for v in explained.views} == {"raw", "rollout", "grad", "relative"}
-    assert explained.views[0].method == "grad"
-    for view in explained.views:
-        assert view.maps.shape == (7, *reading.capture.grid)
-        assert (view.maps >= 0).all()
-        assert view.maps.max() > 0
-    assert ((explained.image_mass > 0) & (explained.image_mass < 1)).all()
+def test_an_explanation_holds_what_pictures_need(explainer, tmp_path):
+    image().save(tmp_path / "x.png")
+    specs = specs_to_show(MapSpec("grad", "all", "mean"), explainer.n_layer)
+    explanation, attention = explain(explainer, tmp_path / "x.png", specs, CAPTION, "generic")
+    assert explanation.words == CAPTION.split()
+    assert explanation.caption == CAPTION
+    assert {found.spec.method for found in explanation.word_maps} == {"raw", "rollout", "grad", "relative"}
+    assert explanation.word_maps[0].spec.method == "grad"
+    for found in explanation.word_maps:
+        assert found.maps.shape == (7, *attention.capture.grid)
+        assert (found.maps >= 0).all()
+        assert found.maps.max() > 0
+    assert ((explanation.image_mass > 0) & (explanation.image_mass < 1)).all()
 
 
 def test_tables_have_every_method_once(explainer):
-    looks = many_looks(explainer.n_layer, explainer.n_head, ("predict", "own"))
-    assert len(looks) == len(set(looks))
-    assert {look.method for look in looks} == {"raw", "rollout", "grad", "relative"}
+    specs = specs_to_compare(explainer.n_layer, explainer.n_head)
+    assert len(specs) == len(set(specs))
+    assert {spec.method for spec in specs} == {"raw", "rollout", "grad", "relative"}
 
 
 def test_an_empty_caption_has_nothing_to_explain(explainer):
     with pytest.raises(ValueError, match="no word"):
-        read(explainer, explainer.prepare(image()), [], [Look()], "words")
+        read(explainer, explainer.prepare(image()), [], [MapSpec()])

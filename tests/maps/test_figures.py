@@ -8,19 +8,26 @@ import pytest
 from PIL import Image
 
 from captioning.maps import figures
-from captioning.maps.attention import Explained, View
+from captioning.maps.attention import Explanation, MapSpec, WordMaps
+from captioning.maps.grounding import Row
+from captioning.maps.pairs import Pair
 
 LONG = " ".join(["a", "remarkably", "well-lit", "$5", "photograph", "of"] * 5)
 
 
-def explained(path, size=(120, 80), window=None, words=("a", "dog"), grid=(4, 6), hot=None, **more):
-    """A grey image of ``size``; the last word of the only view has its hot cell at row, column ``hot``."""
+def explanation(path, size=(120, 80), window=None, words=("a", "dog"), grid=(4, 6), hot=None, **more):
+    """A grey image of ``size``; the last word of the only maps has its hot cell at row, column ``hot``."""
     Image.new("RGB", size, (128, 128, 128)).save(path)
-    maps = np.full((len(words), *grid), 0.01, dtype=np.float32)
+    found = [WordMaps(MapSpec("raw", "2-3", "mean"), planted(hot, len(words), grid))]
+    return Explanation(Path(path), " ".join(words), list(words), found, window or (0, 0, *size), "p2", **more)
+
+
+def planted(hot=None, words=1, grid=(4, 6)):
+    """Maps with little attention everywhere, but for the cell ``hot`` of the last word."""
+    maps = np.full((words, *grid), 0.01, dtype=np.float32)
     if hot is not None:
         maps[-1][hot] = 0.5
-    views = [View("raw", "2-3", "mean", maps)]
-    return Explained(Path(path), " ".join(words), list(words), views, window or (0, 0, *size), "p2", **more)
+    return maps
 
 
 @pytest.fixture
@@ -63,9 +70,8 @@ SHAPES = {  # size, window, and the hot cell of a 4 x 6 grid
 
 
 @pytest.mark.parametrize(("size", "window", "hot"), SHAPES.values(), ids=SHAPES)
-def test_a_planted_patch_lands_on_its_pixels_of_the_original(tmp_path, size, window, hot):
-    item = explained(tmp_path / "a.png", size, window, hot=hot)
-    heat = figures.overlay(item, item.views[0].maps[-1])
+def test_a_planted_patch_lands_on_its_pixels_of_the_original(size, window, hot):
+    heat = figures.spread(planted(hot)[0], size, window)
     assert heat.shape == size[::-1]
     left, top, right, bottom = window
     x0, x1 = (left + (right - left) * (hot[1] + n) / 6 for n in (0, 1))
@@ -80,39 +86,45 @@ def test_a_planted_patch_lands_on_its_pixels_of_the_original(tmp_path, size, win
         assert (rows.min() + rows.max() + 1) / 2 == pytest.approx((y0 + y1) / 2, abs=0.5 * (y1 - y0))
 
 
-def test_an_inner_patch_is_centred_to_the_pixel(tmp_path):
+def test_an_inner_patch_is_centred_to_the_pixel():
     """A grid that is shifted by half a cell, or a window by a pixel, still has its maximum in the right cell."""
-    item = explained(tmp_path / "a.png", (200, 120), (20, 10, 180, 110), grid=(5, 8), hot=(2, 5))
-    heat = np.nan_to_num(figures.overlay(item, item.views[0].maps[-1]) - 0.01)
+    heat = np.nan_to_num(figures.spread(planted((2, 5), grid=(5, 8))[0], (200, 120), (20, 10, 180, 110)) - 0.01)
     x, y = (heat.sum(axis) @ (np.arange(heat.shape[1 - axis]) + 0.5) / heat.sum() for axis in (0, 1))
     assert (x, y) == pytest.approx((20 + 160 * 5.5 / 8, 10 + 100 * 2.5 / 5), abs=0.05)
 
 
-def test_only_the_window_is_filled_and_values_stay_in_their_range(tmp_path):
-    item = explained(tmp_path / "a.png", (160, 80), (40, 0, 120, 80), hot=(2, 1))
-    heat = figures.overlay(item, item.views[0].maps[-1])
+def test_only_the_window_is_filled_and_values_stay_in_their_range():
+    heat = figures.spread(planted((2, 1))[0], (160, 80), (40, 0, 120, 80))
     assert np.isnan(heat[:, :40]).all() and np.isnan(heat[:, 120:]).all()
     inside = heat[:, 40:120]
     assert inside.min() == pytest.approx(0.01)  # bicubic filters undershoot: attention below zero
     assert inside.max() <= 0.5
 
 
-def test_even_attention_stays_even_up_to_the_border(tmp_path):
-    item = explained(tmp_path / "a.png", (33, 21), (0.4, 0.6, 32.7, 20.2))
-    heat = figures.overlay(item, item.views[0].maps[0])
+def test_even_attention_stays_even_up_to_the_border():
+    heat = figures.spread(planted()[0], (33, 21), (0.4, 0.6, 32.7, 20.2))
     assert np.isfinite(heat[1:20, 1:32]).all()
     assert heat[np.isfinite(heat)] == pytest.approx(0.01)
 
 
-def test_the_map_follows_a_photograph_that_a_camera_stored_lying_down(tmp_path):
+@pytest.fixture
+def tiles(monkeypatch):
+    """The pixels (H, W, 3) of each word's tile that is drawn."""
+    drawn, coloured = [], figures._coloured
+    monkeypatch.setattr(figures, "_coloured", lambda *args: drawn.append(coloured(*args)) or drawn[-1])
+    return drawn
+
+
+def test_the_map_follows_a_photograph_that_a_camera_stored_lying_down(tmp_path, tiles):
     """The window is in pixels of the upright image, as the model sees it, not of the stored one."""
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
-    item = explained(tmp_path / "a.jpg", (80, 120), hot=(0, 5))
+    item = explanation(tmp_path / "a.jpg", (80, 120), hot=(0, 5))
     Image.new("RGB", (120, 80)).save(item.path, exif=exif)
-    heat = figures.overlay(item, item.views[0].maps[-1])
-    y, x = np.unravel_index(np.nanargmax(heat), heat.shape)
-    assert heat.shape == (120, 80) and x > 66 and y < 30
+    figures.word_grid(item, tmp_path / "out.png")
+    height, width = tiles[-1].shape[:2]
+    y, x = np.unravel_index(tiles[-1].sum(-1).argmax(), (height, width))
+    assert height / width == pytest.approx(1.5, rel=0.01) and x / width > 0.8 and y / height < 0.25
 
 
 def test_colours_grow_lighter_and_denser_with_attention():
@@ -136,7 +148,7 @@ def test_the_scale_forgives_single_outliers_and_no_attention():
 @pytest.mark.parametrize("caption", ["a", "a $5 dog and a $6 cat", LONG], ids=["word", "dollars", "long"])
 def test_word_grids_of_any_shape_cut_nothing_off(tmp_path, texts, size, caption):
     words = tuple(caption.split())
-    item = explained(
+    item = explanation(
         tmp_path / f"{'name' * 30}.png",
         size,
         words=words,
@@ -144,7 +156,7 @@ def test_word_grids_of_any_shape_cut_nothing_off(tmp_path, texts, size, caption)
         notes={"CLIPScore": "0.81"},
         image_mass=np.linspace(0, 1, len(words)),
     )
-    figures.word_grid(item, item.views[0], tmp_path / "out.png")
+    figures.word_grid(item, tmp_path / "out.png")
     assert_nothing_is_cut_off_or_run_together(texts)
     (found,) = ([text for text, _ in found] for found in texts.values())
     shown = [text for text in found if text in {*words, "<|endoftext|>"}]
@@ -159,12 +171,9 @@ def test_word_grids_of_any_shape_cut_nothing_off(tmp_path, texts, size, caption)
         assert 800 <= picture.width <= 3600 and picture.height <= 3600
 
 
-def test_tiles_keep_the_aspect_ratio_and_show_the_patch(tmp_path, monkeypatch):
-    item = explained(tmp_path / "a.png", (320, 160), (80, 0, 240, 160), hot=(0, 0))
-    tiles = []
-    coloured = figures._coloured
-    monkeypatch.setattr(figures, "_coloured", lambda *args: tiles.append(coloured(*args)) or tiles[-1])
-    figures.word_grid(item, item.views[0], tmp_path / "out.png")
+def test_tiles_keep_the_aspect_ratio_and_show_the_patch(tmp_path, tiles):
+    item = explanation(tmp_path / "a.png", (320, 160), (80, 0, 240, 160), hot=(0, 0))
+    figures.word_grid(item, tmp_path / "out.png")
     height, width = tiles[1].shape[:2]
     assert width / height == pytest.approx(2, rel=0.01)
     points = ((7 / 24, 1 / 8), (0.1, 0.1), (0.6, 0.6))
@@ -174,16 +183,9 @@ def test_tiles_keep_the_aspect_ratio_and_show_the_patch(tmp_path, monkeypatch):
     assert np.ptp(outside) == 0 and outside.mean() == pytest.approx(figures.OUTSIDE * 128 / 255, abs=0.01)
 
 
-def test_image_mass_stands_only_below_the_view_that_it_was_measured_in(tmp_path, texts):
-    item = explained(tmp_path / "a.png", image_mass=np.array([0.25, 0.5]))
-    item.views.append(View("grad", "all", "max", item.views[0].maps))
-    figures.word_grid(item, item.views[1], tmp_path / "out.png")
-    assert not [text for found in texts.values() for text, _ in found if text.startswith("image ")]
-
-
 def test_one_word_longer_than_its_tile_is_shrunk_and_then_cut(tmp_path, texts):
-    item = explained(tmp_path / "a.png", (100, 500), words=("unbelievable", "pneumono" * 12, "a"))
-    figures.word_grid(item, item.views[0], tmp_path / "out.png")
+    item = explanation(tmp_path / "a.png", (100, 500), words=("unbelievable", "pneumono" * 12, "a"))
+    figures.word_grid(item, tmp_path / "out.png")
     (found,) = ([text for text, _ in found] for found in texts.values())
     assert {"unbelievable", "<|endoftext|>"} <= set(found), "what fits when it is smaller stays whole"
     assert any(text.startswith("pneumono") and text.endswith("…") for text in found)
@@ -191,33 +193,30 @@ def test_one_word_longer_than_its_tile_is_shrunk_and_then_cut(tmp_path, texts):
 
 
 def broken(item, **change):
-    return Explained(**{**item.__dict__, **change})
+    return Explanation(**{**item.__dict__, **change})
 
 
 def test_bad_maps_name_the_file_and_leave_the_old_picture(tmp_path):
-    item = explained(tmp_path / "a.png", hot=(1, 1))
+    item = explanation(tmp_path / "a.png", hot=(1, 1))
     out = tmp_path / "out.png"
     out.write_text("old")
-    good = item.views[0].maps
+    good = item.word_maps[0].maps
 
     def seen(*maps):
-        return [{"views": [View("raw", "3", "max", m)]} for m in maps]
+        return [{"word_maps": [WordMaps(MapSpec("raw", "3", "max"), m)]} for m in maps]
 
     bad = {
         "finite and not negative": seen(-good, good * np.nan),
         r"not \(2, rows, columns\)": seen(good[:1], good[0], good[:, :0]),
-        "at least one of each": [{"views": []}, {"words": []}],
+        "at least one of each": [{"word_maps": []}, {"words": []}],
         "masses": [{"image_mass": np.ones(3)}, {"image_mass": np.array([0.5, np.nan])}],
         "larger than the image": [{"window": (0, 0, 121, 80)}, {"window": (0, 0, 120, 82)}],
         "is not": [{"window": (40, 0, 40, 80)}, {"window": (0, -1, 120, 80)}],
     }
     for message, changes in bad.items():
         for change in changes:
-            wrong = broken(item, **change)
             with pytest.raises(ValueError, match=rf"a\.png.*{message}"):
-                figures.word_grid(wrong, (wrong.views or item.views)[0], out)
-    with pytest.raises(ValueError, match=r"a\.png: a map of shape"):
-        figures.overlay(item, good)
+                figures.word_grid(broken(item, **change), out)
     assert out.read_text() == "old"
 
 
@@ -226,7 +225,8 @@ def test_best_and_worst_show_caption_references_and_score(tmp_path, texts):
     for name, size in (("wide", (300, 60)), ("tall", (60, 300))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
         references = ["one $x$ two", LONG, *["three"] * 3] if name == "tall" else ["four"]
-        pairs.append((f"{name} " * 9, tmp_path / f"{name}.png", LONG if name == "wide" else "a", references, 0.32196))
+        caption = LONG if name == "wide" else "a"
+        pairs.append(Pair(f"{name} " * 9, tmp_path / f"{name}.png", caption, references, 0.32196))
     figures.best_worst(pairs, tmp_path / "out.png")
     (found,) = ([" ".join(text.split()) for text, _ in found] for found in texts.values())
     assert_nothing_is_cut_off_or_run_together(texts)
@@ -236,37 +236,41 @@ def test_best_and_worst_show_caption_references_and_score(tmp_path, texts):
         figures.best_worst([], tmp_path / "none.png")
 
 
-def row(pointing, layers="3", **more):
-    return {"method": "raw", "layers": layers, "heads": "mean", "pointing": pointing, **more}
+def row(pointing, layers="3"):
+    return Row("raw", layers, "mean", "predict", pointing, 1.5, 0.2, "")
+
+
+def baseline(name, pointing):
+    return Row(name, None, None, None, pointing, None, None, "baseline")
 
 
 @pytest.mark.parametrize("count", [1, 40])
 def test_the_chart_has_the_best_rows_in_order_and_every_baseline(tmp_path, texts, count):
-    rows = [row((n * 7 % count + 1) / (count + 1), str(n), mass_ratio=1.5, iou=0.2) for n in range(count)]
-    baselines = [{"name": name, "pointing": p} for name, p in (("random cell", 0.0), ("mean $image$", 0.3))]
+    rows = [row((n * 7 % count + 1) / (count + 1), str(n)) for n in range(count)]
+    baselines = [baseline("random cell", 0.0), baseline("mean $image$", 0.3)]
     figures.grounding_chart([*baselines, *rows], tmp_path / "out.png")
     assert_nothing_is_cut_off_or_run_together(texts)
     (found,) = ([text for text, _ in found] for found in texts.values())
     named = [text for text in found if text.startswith("raw · ")]
-    best = sorted(rows, key=lambda r: -r["pointing"])[:12]
-    assert named == [f"raw · layers {r['layers']} · mean" for r in best]
-    assert {"random cell", "mean $image$", "0.0%", "30.0%", f"{best[0]['pointing']:.1%}"} <= set(found)
+    best = sorted(rows, key=lambda r: -r.pointing)[:12]
+    assert named == [f"raw · layers {r.layers} · mean" for r in best]
+    assert {"random cell", "mean $image$", "0.0%", "30.0%", f"{best[0].pointing:.1%}"} <= set(found)
     assert found.count("1.50") == found.count("0.20") == min(count, 12)
 
 
-def test_a_chart_without_baselines_further_measures_or_success(tmp_path, texts):
+def test_a_chart_without_baselines_or_success(tmp_path, texts):
     figures.grounding_chart([row(0.0)], tmp_path / "out.png")
     (found,) = ([text for text, _ in found] for found in texts.values())
-    assert "0.0%" in found and "IoU" not in found
-    with pytest.raises(ValueError, match="no way of looking"):
-        figures.grounding_chart([{"name": "centre point", "pointing": 0.2}], tmp_path / "none.png")
+    assert "0.0%" in found
+    with pytest.raises(ValueError, match="nothing to chart but baselines"):
+        figures.grounding_chart([baseline("centre point", 0.2)], tmp_path / "none.png")
 
 
 def test_odd_text_is_drawn_without_a_complaint(tmp_path):
-    item = explained(tmp_path / "a.png", words=("$", "$\\frac{$", "a\nb", "_x^2", "\udc80"))
+    item = explanation(tmp_path / "a.png", words=("$", "$\\frac{$", "a\nb", "_x^2", "\udc80", "\x01"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figures.word_grid(item, item.views[0], tmp_path / "out.png")
+        figures.word_grid(item, tmp_path / "out.png")
 
 
 def test_pictures_leave_matplotlib_as_it_was(tmp_path):
@@ -275,6 +279,6 @@ def test_pictures_leave_matplotlib_as_it_was(tmp_path):
     from matplotlib import pyplot as plt
 
     before, open_figures = dict(mpl.rcParams), plt.get_fignums()
-    item = explained(tmp_path / "a.png")
-    figures.word_grid(item, item.views[0], tmp_path / "out.png")
+    item = explanation(tmp_path / "a.png")
+    figures.word_grid(item, tmp_path / "out.png")
     assert (dict(mpl.rcParams), plt.get_fignums()) == (before, open_figures)

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from captioning.maps.grounding import Score, baselines, centre_in, coverage, load_samples
+from captioning.maps.attention import MapSpec
+from captioning.maps.grounding import Score, baselines, coverage, inside, load_grounded_captions, table
 
 WINDOW, GRID = (0.0, 0.0, 80.0, 60.0), (6, 8)  # cells of 10 pixels
 
@@ -32,8 +33,15 @@ def test_boxes_outside_the_crop_do_not_count():
 
 def test_pointing_needs_the_peak_inside_a_box_of_the_right_orientation():
     boxes = [(10, 20, 20, 10)]
-    assert centre_in((2, 1), boxes, WINDOW, GRID)
-    assert not centre_in((1, 2), boxes, WINDOW, GRID)
+    right, turned = Score(), Score()
+    right.add(planted(2, 1), boxes, coverage(boxes, WINDOW, GRID), WINDOW)
+    turned.add(planted(1, 2), boxes, coverage(boxes, WINDOW, GRID), WINDOW)
+    assert (right.pointing, turned.pointing) == (1, 0)
+
+
+def test_points_on_the_border_of_a_box_are_inside():
+    found = inside([(10, 20, 20, 10), (0, 0, 1, 1)], np.array([0, 10, 30, 31]), np.array([1, 30]))
+    assert found.tolist() == [[True, False, False, False], [False, True, True, False]]
 
 
 def test_measures_of_a_perfect_and_of_a_flat_map():
@@ -61,11 +69,25 @@ def test_scores_are_means_over_words():
 
 def test_baselines_know_nothing_of_the_word():
     one, two = [(30, 20, 20, 20)], [(35, 25, 10, 10)]
-    mentions = [(boxes, coverage(boxes, WINDOW, GRID), WINDOW) for boxes in (one, two)]
-    found = baselines(mentions)
+    found = baselines([(boxes, WINDOW) for boxes in (one, two)], GRID)
     assert found["centre"] == 1.0
     assert found["mean image"] >= 0.5
     assert found["random"] == pytest.approx((4 + 4) / 48 / 2)  # borders count: 4 centres each
+
+
+def test_the_table_has_the_best_spec_first_and_the_baselines_last():
+    boxes, specs = [(10, 20, 10, 10)], [MapSpec("raw"), MapSpec("grad")]
+    covered = coverage(boxes, WINDOW, GRID)
+    scores = {spec: Score() for spec in specs}
+    scores[specs[0]].add(planted(0, 0), boxes, covered, WINDOW)
+    scores[specs[1]].add(planted(2, 1), boxes, covered, WINDOW)
+    rows = table(scores, {"centre": 0.25}, {specs[0]: "default"})
+    assert [(row.method, row.pointing, row.note) for row in rows] == [
+        ("grad", 1.0, ""),
+        ("raw", 0.0, "default"),
+        ("centre", 0.25, "baseline"),
+    ]
+    assert rows[0].mass_ratio == scores[specs[1]].mass_ratio and rows[2].iou is None
 
 
 # -------------------------------------------------------------------------------------------------------- annotations
@@ -85,7 +107,7 @@ def captions(*texts, **extra):
 
 
 def test_the_micro_world_carries_its_own_boxes(tiny_data):
-    samples = load_samples(tiny_data / "val.json", tiny_data / "images" / "val")
+    samples = load_grounded_captions(tiny_data / "val.json", tiny_data / "images" / "val")
     assert len(samples) == 8
     content = json.loads((tiny_data / "val.json").read_text())
     boxes = {tuple(o["bbox"]) for o in content["objects"]}
@@ -106,22 +128,22 @@ def test_coco_instances_are_found_by_their_categorys_name(tmp_path):
             {"image_id": 1, "category_id": 6, "bbox": [20, 20, 30, 30]},
         ],
     }
-    (sample,) = load_samples(text, tmp_path, write(tmp_path / "i.json", instances))
+    (sample,) = load_grounded_captions(text, tmp_path, write(tmp_path / "i.json", instances))
     assert sample.caption.startswith("Two dogs")
     assert {m.word: len(m.boxes) for m in sample.mentions} == {1: 2, 4: 1}
 
 
 def test_bad_annotations_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        load_samples(tmp_path / "none.json", tmp_path)
+        load_grounded_captions(tmp_path / "none.json", tmp_path)
     with pytest.raises(ValueError, match="needs a list 'images'"):
-        load_samples(write(tmp_path / "a.json", {}), tmp_path)
+        load_grounded_captions(write(tmp_path / "a.json", {}), tmp_path)
     with pytest.raises(ValueError, match="no word of a caption names a box"):
-        load_samples(write(tmp_path / "b.json", captions("A dog.")), tmp_path)
+        load_grounded_captions(write(tmp_path / "b.json", captions("A dog.")), tmp_path)
     content = captions("A dog.", objects=[{"id": 0, "image_id": 1, "bbox": [90, 0, 30, 10]}])
     content["annotations"][0]["mentions"] = [{"word": 1, "objects": [0], "role": "noun"}]
     with pytest.raises(ValueError, match="outside or is empty"):
-        load_samples(write(tmp_path / "d.json", content), tmp_path)
+        load_grounded_captions(write(tmp_path / "d.json", content), tmp_path)
 
 
 MENTIONED = {
@@ -154,11 +176,11 @@ def test_annotations_of_another_form_are_refused_by_place(tmp_path, place, value
     content = copy.deepcopy(MENTIONED)
     file = tmp_path / "captions.json"
     file.write_text(json.dumps(content))
-    assert load_samples(file, tmp_path)[0].mentions[0].word == 2
+    assert load_grounded_captions(file, tmp_path)[0].mentions[0].word == 2
     spot = content
     for step in place[:-1]:
         spot = spot[step]
     spot[place[-1]] = value
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        load_samples(file, tmp_path)
+        load_grounded_captions(file, tmp_path)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from captioning.maps import viewer
-from captioning.maps.attention import Explained, View
+from captioning.maps.attention import Explanation, MapSpec, WordMaps
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
@@ -58,7 +58,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         still = {"name": "prefers-reduced-motion", "value": "reduce"}  # pictures must not catch a transition halfway
         self.devtools("Emulation.setEmulatedMedia", features=[scheme, still])
-        self.post("/url", url="about:blank")  # a change of the fragment alone would not load the page anew
+        self.post("/url", url="about:blank")  # a change of the fragment alone would not load the page again
         self.log()
         self.post("/url", url=page.as_uri() + fragment)
 
@@ -119,13 +119,16 @@ def browser():
             driver.terminate()
 
 
-def explained(path, size=(120, 80), window=None, hot=(1, 4), words=("a", "dog", "runs"), views=None, **more):
+def explanation(path, size=(120, 80), window=None, hot=(1, 4), words=("a", "dog", "runs"), found=None, **more):
     """An image of ``size`` whose last word has its hot cell at row, column ``hot`` of a 4 x 6 grid."""
     Image.new("RGB", size, (90, 140, 190)).save(path)
     maps = np.full((len(words), 4, 6), 0.01, dtype=np.float32)
     maps[-1][hot] = 0.5
-    views = [View("raw", "3", "mean", maps)] if views is None else views
-    return Explained(path, " ".join(words), list(words), views, window or (0, 0, *size), "p2", **more)
+    return Explanation(path, " ".join(words), list(words), found or raw(maps), window or (0, 0, *size), "p2", **more)
+
+
+def raw(maps):
+    return [WordMaps(MapSpec("raw", "3", "mean"), maps)]
 
 
 def content(text):
@@ -144,20 +147,20 @@ def coloured_centre(picture, box):
 
 @pytest.fixture(scope="module")
 def plain_page(tmp_path_factory):
-    """Two images; the first with five views, of which not every combination of choices exists."""
+    """Two images; the first with five sets of maps, which are not every combination of choices."""
     folder = tmp_path_factory.mktemp("viewer")
     maps = np.random.default_rng(0).random((3, 4, 6), dtype=np.float32)
     names = ["raw 3 mean", "raw 3 max", "raw all mean", "grad all top", "grad 2 mean"]
-    views = [View(*name.split(), maps * n) for n, name in enumerate(names, start=1)]
-    first = explained(folder / "first.png", views=views, image_mass=np.array([0.25, 0.5, 0.75]))
-    second = explained(folder / "second.png", notes={"CLIPScore": "0.81"})
+    found = [WordMaps(MapSpec(*name.split()), maps * n) for n, name in enumerate(names, start=1)]
+    first = explanation(folder / "first.png", found=found, image_mass=np.array([0.25, 0.5, 0.75]))
+    second = explanation(folder / "second.png", notes={"CLIPScore": "0.81"})
     viewer.write([first, second], folder / "page.html", "Word maps")
     return folder / "page.html"
 
 
 def test_the_maps_keep_their_values_within_half_a_step_of_a_byte(tmp_path):
     maps = np.random.default_rng(1).random((3, 4, 6), dtype=np.float32) * 7
-    item = explained(tmp_path / "a.png", views=[View("raw", "3", "mean", maps)])
+    item = explanation(tmp_path / "a.png", found=raw(maps))
     view = content(viewer.page([item], "t"))["items"][0]["views"][0]
     levels = np.frombuffer(base64.b64decode(view["maps"]), dtype=np.uint8).reshape(3, *view["grid"])
     assert np.abs(levels / 255 * view["peak"] - maps).max() <= maps.max() / 255 * 0.51
@@ -166,12 +169,12 @@ def test_the_maps_keep_their_values_within_half_a_step_of_a_byte(tmp_path):
 
 def test_maps_without_any_attention_are_no_division_by_zero(tmp_path):
     maps = np.zeros((3, 4, 6), dtype=np.float32)
-    view = content(viewer.page([explained(tmp_path / "a.png", views=[View("raw", "3", "mean", maps)])], "t"))
+    view = content(viewer.page([explanation(tmp_path / "a.png", found=raw(maps))], "t"))
     assert base64.b64decode(view["items"][0]["views"][0]["maps"]) == bytes(72)
 
 
 def test_photographs_are_embedded_small_and_the_window_in_shares(tmp_path):
-    item = content(viewer.page([explained(tmp_path / "a.png", (2000, 1000), (500, 0, 1500, 1000))], "t"))["items"][0]
+    item = content(viewer.page([explanation(tmp_path / "a.png", (2000, 1000), (500, 0, 1500, 1000))], "t"))["items"][0]
     encoded = base64.b64decode(item["photo"].removeprefix("data:image/jpeg;base64,"))
     (tmp_path / "a.jpg").write_bytes(encoded)
     with Image.open(tmp_path / "a.jpg") as photo:
@@ -180,7 +183,7 @@ def test_photographs_are_embedded_small_and_the_window_in_shares(tmp_path):
 
 
 def test_small_photographs_are_not_blown_up(tmp_path):
-    item = content(viewer.page([explained(tmp_path / "a.png")], "t"))["items"][0]
+    item = content(viewer.page([explanation(tmp_path / "a.png")], "t"))["items"][0]
     (tmp_path / "a.jpg").write_bytes(base64.b64decode(item["photo"].split(",")[1]))
     with Image.open(tmp_path / "a.jpg") as photo:
         assert photo.size == (120, 80)
@@ -188,7 +191,7 @@ def test_small_photographs_are_not_blown_up(tmp_path):
 
 @pytest.mark.parametrize("text", ["</script>", "<!--", "<script>", "</SCRIPT >", "\u2028", "\udc80", "{{policy}}"])
 def test_no_text_ends_its_script_or_breaks_the_page(tmp_path, text):
-    item = explained(tmp_path / "a.png", words=("a", text), notes={text: text})
+    item = explanation(tmp_path / "a.png", words=("a", text), notes={text: text})
     out = tmp_path / "page.html"
     viewer.write([item], out, f"title {text}")
     written = out.read_text(encoding="utf-8")
@@ -208,10 +211,10 @@ def test_bad_input_names_the_file(tmp_path):
     with pytest.raises(ValueError, match="at least one"):
         viewer.page([], "Word maps")
     with pytest.raises(ValueError, match=r"a\.png: window .* larger than the image"):
-        viewer.page([explained(tmp_path / "a.png", window=(0, 0, 130, 80))], "t")
+        viewer.page([explanation(tmp_path / "a.png", window=(0, 0, 130, 80))], "t")
     with pytest.raises(ValueError, match=r"a\.png: raw, layers 3.*not \(3, rows, columns\)"):
-        viewer.page([explained(tmp_path / "a.png", views=[View("raw", "3", "mean", np.ones((2, 4, 6)))])], "t")
-    item = explained(tmp_path / "a.png")
+        viewer.page([explanation(tmp_path / "a.png", found=raw(np.ones((2, 4, 6))))], "t")
+    item = explanation(tmp_path / "a.png")
     item.path.unlink()
     with pytest.raises(FileNotFoundError, match=r"a\.png"):
         viewer.page([item], "t")
@@ -221,7 +224,7 @@ def test_a_failed_page_leaves_the_old_one(tmp_path):
     out = tmp_path / "page.html"
     out.write_text("old")
     with pytest.raises(ValueError, match="masses"):
-        viewer.write([explained(tmp_path / "a.png", image_mass=np.ones(2))], out, "t")
+        viewer.write([explanation(tmp_path / "a.png", image_mass=np.ones(2))], out, "t")
     assert out.read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"page.html", "a.png"}
 
@@ -240,7 +243,7 @@ def test_a_failed_page_leaves_the_old_one(tmp_path):
 )
 @pytest.mark.parametrize("smooth", [True, False], ids=["smooth", "cells"])
 def test_a_planted_patch_lights_up_at_its_place_of_the_image(browser, tmp_path, size, window, hot, smooth):
-    item = explained(tmp_path / "a.png", size, window, hot)
+    item = explanation(tmp_path / "a.png", size, window, hot)
     viewer.write([item], tmp_path / "page.html", "t")
     browser.open(tmp_path / "page.html", fragment="#item=0&word=2")
     browser.choose("cells", not smooth)
@@ -262,7 +265,7 @@ def test_captions_and_file_names_are_text_and_never_run(browser, tmp_path):
     path = tmp_path / EVIL_FILE
     if not path.exists():
         pytest.skip("this file system refuses such a file name")
-    item = explained(path, words=("a", EVIL, f"</script>{EVIL}"), notes={"<!--": EVIL})
+    item = explanation(path, words=("a", EVIL, f"</script>{EVIL}"), notes={"<!--": EVIL})
     viewer.write([item], tmp_path / "page.html", f"</title>{EVIL}")
     browser.open(tmp_path / "page.html")
     browser.choose("all", True)
@@ -278,7 +281,7 @@ def test_captions_and_file_names_are_text_and_never_run(browser, tmp_path):
 @needs_browser
 def test_the_policy_stops_what_escaping_would_miss(browser, tmp_path):
     """The second wall: were markup ever to get through, the browser itself would run and load nothing."""
-    viewer.write([explained(tmp_path / "a.png")], tmp_path / "page.html", "t")
+    viewer.write([explanation(tmp_path / "a.png")], tmp_path / "page.html", "t")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     hole = f'<main>{EVIL}<img src="https://example.org/x.png" onerror="window.hacked=2">'
     (tmp_path / "page.html").write_text(text.replace("<main>", hole), encoding="utf-8")
@@ -370,7 +373,7 @@ def test_all_words_at_once_and_own_scales(browser, plain_page):
 @pytest.mark.parametrize("width", [320, 360, 768])
 def test_nothing_is_wider_than_a_phone(browser, tmp_path, width):
     words = ("a", "pneumonoultramicroscopicsilicovolcanoconiosis" * 2, *["word"] * 30)
-    item = explained(tmp_path / f"{'long_name' * 20}.png", (600, 60), words=words, notes={"note": "x" * 200})
+    item = explanation(tmp_path / f"{'long_name' * 20}.png", (600, 60), words=words, notes={"note": "x" * 200})
     viewer.write([item], tmp_path / "page.html", "title" * 30)
     browser.open(tmp_path / "page.html", width, 700)
     browser.choose("all", True)
