@@ -213,7 +213,7 @@ def instruction_loss(model: Any, head: torch.Tensor, features: torch.Tensor, bat
     patches = model.model.multi_modal_projector(features)
     x = torch.cat([before.to(patches.dtype), patches, embed(batch.inputs).to(patches.dtype)], 1)
     prefix = x.shape[1] - batch.inputs.shape[1]
-    positions, mask = batch.behind_prefix(prefix)
+    positions, mask = batch.positions_with_prefix(prefix), batch.mask_with_prefix(prefix)
     output = model.model.language_model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False)
     kept = batch.targets != -100
     hidden = output.last_hidden_state[:, prefix:][kept]

@@ -1,33 +1,33 @@
-"""Training batches: captions packed behind their image, and the order in which images come.
+"""Training batches: captions packed after their image, and the order in which images come.
 
 A training sequence holds one image and all of its captions, ``[prefix | caption 1 | … | caption k]``. Every caption
 attends to the prefix and to itself only, and its positions restart after the prefix, so one pass gives exactly the
-losses and gradients of k separate ones.
+losses and gradients of k separate sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from captioning.data.annotations import Sample
 
-IGNORED = -100  # the label that torch's cross_entropy passes over
+IGNORED = -100  # the label that torch's cross_entropy leaves out
 
 
 @dataclass
 class PackedBatch:
-    """Captions of B images, those of one image one after another in a row; tensors are (B, S) long, slots apart.
+    """Captions of B images, those of one image side by side in a row of S tokens; long tensors, (B, S) but for slots.
 
     Attributes:
         inputs: ``BOS tokens`` of every caption, then padding.
         targets: ``tokens EOS`` of every caption, -100 on padding.
-        positions: 0, 1, … anew for every caption; the model adds the length of the prefix.
-        segments: number of the caption from 1 on, 0 on padding. A token sees its own segment and the prefix.
-        slots: (B, k, T), where in the row the tokens of each caption stand, -1 behind its end; None if nobody knows.
+        positions: 0, 1, … for every caption; the model adds the length of the prefix.
+        segments: number of the caption, from 1; 0 on padding. A token sees its own segment and the prefix.
+        slots: (B, k, T), the index in the row of each token of each caption, -1 past its end; None if unknown.
     """
 
     inputs: torch.Tensor
@@ -38,20 +38,16 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on ``device``."""
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return PackedBatch(*(None if t is None else t.to(device, non_blocking=non_blocking) for t in tensors))
+        given = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return PackedBatch(**{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in given.items()})
 
-    def behind_prefix(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return positions (B, P+S) and mask (B, 1, P+S, P+S) of ``[prefix of count tokens | captions]``."""
-        return self.positions_behind(count), self.mask_behind(count)
-
-    def positions_behind(self, count: int) -> torch.Tensor:
+    def positions_with_prefix(self, count: int) -> torch.Tensor:
         """Return the positions (B, P+S) of ``[prefix of count tokens | captions]``."""
         prefix = torch.arange(count, device=self.positions.device).expand(len(self.positions), -1)
         return torch.cat([prefix, self.positions + count], 1)
 
-    def mask_behind(self, count: int) -> torch.Tensor:
-        """Return where a token may look in ``[prefix of count tokens | captions]``: bool (B, 1, P+S, P+S)."""
+    def mask_with_prefix(self, count: int) -> torch.Tensor:
+        """Return what each token of ``[prefix of count tokens | captions]`` may see: bool (B, 1, P+S, P+S)."""
         # The prefix is segment 0 and padding is segment -1, so that "same segment or prefix" is one comparison.
         padding = torch.where(self.segments == 0, -1, self.segments)
         segments = torch.nn.functional.pad(padding, (count, 0))  # (B, P+S)
@@ -66,7 +62,7 @@ def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_
 
     Args:
         batch: captions of B images.
-        eos_id: BOS and EOS at once. It also fills the padding, where segment 0 and target -100 keep it unseen.
+        eos_id: both BOS and EOS. It also fills the padding, where segment 0 and target -100 keep it unseen.
         pad_to_multiple: S is rounded up to a multiple of this, for fewer distinct shapes.
 
     Raises:
@@ -99,9 +95,9 @@ def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_
 class CaptionDataset(torch.utils.data.Dataset):
     """Items ``(index of the image, its captions as token lists)``.
 
-    With ``captions_per_image`` an epoch shows that many captions of an image (all, where it has fewer): epochs walk
-    round a fixed shuffled order of the image's captions, so each is shown equally often. What an epoch shows depends
-    on ``seed``, the epoch and the index only, not on the order of access or on the number of workers.
+    With ``captions_per_image`` an epoch shows that many captions of an image (all, where it has fewer): epochs cycle
+    through a fixed shuffled order of the image's captions, so each is shown equally often. What an epoch shows depends
+    on ``seed``, the epoch and the index only, not on the order of access or the number of workers.
 
     Raises:
         ValueError: ``captions_per_image`` is below 1.
@@ -140,10 +136,10 @@ class CaptionDataset(torch.utils.data.Dataset):
 
 
 def length_grouped_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return batches of indices of like length, every index once, in an order drawn from ``seed`` and ``epoch``.
+    """Return batches of indices of similar length, every index once, in an order drawn from ``seed`` and ``epoch``.
 
-    Indices are shuffled, then sorted by length within pools of 32 batches only, so that a batch has little padding
-    and yet other members in every epoch.
+    Indices are shuffled, then sorted by length only within pools of 32 batches, so that a batch has little padding and
+    still other members in every epoch.
 
     Raises:
         ValueError: ``batch_size`` is below 1.
@@ -151,29 +147,28 @@ def length_grouped_batches(lengths: Sequence[int], batch_size: int, seed: int, e
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: must be 1 or more")
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
-    lengths = np.asarray(lengths)
+    order, length_of = rng.permutation(len(lengths)), np.asarray(lengths)
     pool_size = 32 * batch_size
-    batches = []
+    batches: list[list[int]] = []
     for start in range(0, len(order), pool_size):
         pool = order[start : start + pool_size]
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        pool = pool[np.argsort(length_of[pool], kind="stable")]
         batches += [pool[i : i + batch_size].tolist() for i in range(0, len(pool), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def shuffle_captions(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """Deal all captions of each image to another image: the blind baseline, which can learn the language only.
+    """Give the captions of each image to another image: the blind baseline, which can learn only the language.
 
-    The images form one random cycle, and each hands its captions to the next, so none keeps its own.
+    The images form one random cycle, and each passes its captions to the next, so none keeps its own.
 
     Raises:
         ValueError: there are fewer than two samples.
     """
     if len(samples) < 2:
-        raise ValueError(f"captions of {len(samples)} image(s) cannot be dealt to other images; two are needed")
+        raise ValueError(f"captions of {len(samples)} image(s) cannot be given to another image; two are needed")
     order = np.random.default_rng(seed).permutation(len(samples))
     shuffled = list(samples)
-    for giver, taker in zip(order, np.roll(order, -1), strict=True):
-        shuffled[taker] = replace(samples[taker], captions=samples[giver].captions)
+    for source, target in zip(order, np.roll(order, -1), strict=True):
+        shuffled[target] = replace(samples[target], captions=samples[source].captions)
     return shuffled

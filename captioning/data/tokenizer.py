@@ -22,11 +22,11 @@ END_OF_TEXT = "<|endoftext|>"  # GPT-2 begins and ends every text with it
 class Tokenizer:
     """GPT-2's byte-level BPE, read from ``encoder.json`` and ``vocab.bpe`` (Radford et al. 2019).
 
-    Equal to ``transformers.GPT2TokenizerFast`` with one exception on purpose: the characters ``<|endoftext|>`` inside
+    Equal to ``transformers.GPT2TokenizerFast`` with one deliberate exception: the characters ``<|endoftext|>`` inside
     a text are ordinary characters and never the special token, so no caption can end a sequence in its middle.
 
     Attributes:
-        eos_id: id of ``<|endoftext|>``, which is BOS too.
+        eos_id: id of ``<|endoftext|>``, which is also BOS.
         vocab_size: number of ids, 0 to ``vocab_size - 1``.
 
     Raises:
@@ -49,16 +49,16 @@ class Tokenizer:
         self._tokenizer = _byte_level(tokenizers.models.BPE(vocab=vocab, merges=merges))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``; no special id is added, and none can come out of the text."""
+        """Return the ids of ``text``; no special id is added, and the text cannot contain one."""
         return self._tokenizer.encode(text).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids`` without ``<|endoftext|>`` and without white space at its ends.
 
-        Bytes that are no UTF-8, as of a character cut in half, become U+FFFD.
+        Bytes that are not UTF-8, such as half a character, become U+FFFD.
 
         Raises:
-            ValueError: an id is outside of the vocabulary (a decoder with a larger one made it).
+            ValueError: an id is outside the vocabulary (it comes from a decoder with a larger one).
         """
         ids = [int(i) for i in ids]
         strange = [i for i in ids if not 0 <= i < self.vocab_size]
@@ -71,11 +71,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.Path
     """Train a byte-level BPE on ``texts``, write ``encoder.json`` and ``vocab.bpe`` to ``folder`` and load them.
 
     The same texts give the same files. All 256 bytes are in the vocabulary, so every text can be encoded, and
-    ``<|endoftext|>`` is the last id, as in GPT-2. Where the texts hold too few repeated pairs, the vocabulary stays
-    smaller than asked, and a warning says so.
+    ``<|endoftext|>`` is the last id, as in GPT-2. Where the texts have too few repeated pairs, the vocabulary is
+    smaller than requested, and a warning says so.
 
     Raises:
-        ValueError: ``vocab_size`` is below 257, the 256 bytes and the end of text.
+        ValueError: ``vocab_size`` is below 257: 256 bytes and the end of text.
     """
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
@@ -89,7 +89,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.Path
     vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
     vocab[END_OF_TEXT] = len(vocab)
     if len(vocab) < vocab_size:
-        log.warning("the texts give a vocabulary of %d, not of the %d asked for", len(vocab), vocab_size)
+        log.warning("the texts give a vocabulary of %d, not the requested %d", len(vocab), vocab_size)
     folder = Path(folder)
     write_json(folder / "encoder.json", vocab, indent=None)
     write_text(folder / "vocab.bpe", "\n".join(["#version: 0.2", *map(" ".join, model["merges"])]) + "\n")
@@ -107,26 +107,28 @@ def _read_vocab(file: Path) -> dict[str, int]:
     vocab = read_json(file)
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
     if not ids or not all(map(is_integer, ids)) or sorted(ids) != list(range(len(ids))):
-        raise ValueError(f"{file}: not a vocabulary; expected one object of tokens with the ids 0 to its size less 1")
+        raise ValueError(f"{file}: not a vocabulary; expected one object that maps its N tokens to the ids 0 to N - 1")
     missing = [token for token in (END_OF_TEXT, *tokenizers.pre_tokenizers.ByteLevel.alphabet()) if token not in vocab]
     if missing:
-        raise ValueError(f"{file}: not GPT-2's kind of vocabulary; it lacks {some(missing)}")
+        raise ValueError(f"{file}: not a vocabulary of GPT-2's kind; it lacks {some(missing)}")
     return vocab
 
 
 def _read_merges(file: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: tokens hold no newline but odd spaces
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: tokens may hold other line separators
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from error
-    merges = []
+    merges: list[tuple[str, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
-        pair = tuple(line.split(" "))
-        if len(pair) != 2 or any(token not in vocab for token in (*pair, "".join(pair))):
-            raise ValueError(f"{file}: line {number} ({line!r:.80}) merges no two tokens of the encoder.json beside it")
-        merges.append(pair)
+        first, _, second = line.partition(" ")
+        if any(token not in vocab for token in (first, second, first + second)):
+            raise ValueError(
+                f"{file}: line {number} ({line!r:.80}) does not merge two tokens of the encoder.json beside it"
+            )
+        merges.append((first, second))
     return merges
 
 

@@ -179,10 +179,10 @@ class Captioner(nn.Module):
         prefix = self.prefix(features)
         count = prefix.shape[1]
         x = torch.cat([prefix, self.decoder.embed(batch.inputs).to(prefix.dtype)], 1)
-        positions = batch.positions_behind(count)
+        positions = batch.positions_with_prefix(count)
         if batch.slots is None:
-            return x, positions, batch.mask_behind(count)
-        return x, positions, Packing(count, batch.slots, batch.inputs.shape[1], lambda: batch.mask_behind(count))
+            return x, positions, batch.mask_with_prefix(count)
+        return x, positions, Packing(count, batch.slots, batch.inputs.shape[1], lambda: batch.mask_with_prefix(count))
 
     @torch.no_grad()
     def step_function(self, features: torch.Tensor, beam_size: int, max_new_tokens: int) -> SharedPrefix:
