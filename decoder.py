@@ -1,8 +1,15 @@
 """GPT-2 (Radford et al., 2019) with LoRA (Hu et al., arXiv 2106.09685), read from top to bottom.
 
-The decoder knows nothing of images: it takes embeddings, positions and a mask, and gives hidden states. What makes
-it fast for captioning is left to those two arguments. Positions may restart and the mask may be any boolean pattern,
-so several captions of one image share one prefix in training, and all beams share it in search, without copies.
+    DecoderConfig, LoraConfig        the shape of a GPT-2; which of its layers LoRA adapts, and how
+    LoraLinear, MergedLinear         the two LoRA layers, and products by frozen weights
+    KVCache                          keys and values of earlier tokens
+    Attention, MLP, Block, Decoder   the network
+    mark_trainable … merge_lora      LoRA's tensors: train, save, load, and fold into the weights
+    build_decoder … gpt2_state_dict  GPT-2 checkpoints in Hugging Face layout
+
+The decoder knows nothing of images: it maps embeddings, positions and a mask to hidden states. Captioning is fast by
+what is passed for the last two. Positions may restart and the mask may be any boolean pattern, so all captions of an
+image share one prefix in training, and all beams share it in search, without copies.
 
 Shapes in comments: B batch, T new tokens, S tokens attended to, C width, nh heads, hs = C / nh, V vocabulary.
 """
@@ -14,27 +21,24 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import loralib
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from captioning.kernels.onednn import MANY_ROWS, OneDnnLinear, _has_onednn
+from captioning.kernels.frozen_linear import frozen_linear, keep_cast_weight
 from captioning.kernels.packed_attention import PackedAttention, Packing, can_attend_packed
-from captioning.messages import some
-from captioning.tensors import read_state_dict
+from captioning.tensors import copy_exactly, read_state_dict
 
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # the linear layers of a block, for LoRA to adapt
 
-
-State = Mapping[str, torch.Tensor]
-
-
-_CONV1D = tuple(f"{name}.weight" for name in LINEARS)  # GPT-2 checkpoints store these (in, out)
+State = Mapping[str, Tensor]
+Mask = Tensor | Packing | None
 
 
-_MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old checkpoints carry along
+# ---- Configuration ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class DecoderConfig:
     def from_state_dict(cls, state: State, n_head: int | None = None) -> DecoderConfig:
         """Infer the shape from a GPT-2 state dict in Hugging Face layout.
 
-        The number of heads leaves no trace in the weights; it defaults to width / 64, as in every GPT-2 size.
+        The weights do not show the number of heads; it defaults to width / 64, as in every GPT-2 size.
 
         Raises:
             ValueError: the embeddings are missing, or the width is no multiple of 64 and ``n_head`` is not given.
@@ -86,14 +90,14 @@ class DecoderConfig:
 class LoraConfig:
     """Which layers get a low-rank update, and how: ``y = W x + (alpha / rank) B A x``.
 
-    loralib's ``alpha`` defaults to 1, so the update is scaled by 1 / rank unless a larger one is asked for.
+    loralib's ``alpha`` defaults to 1, so the update is scaled by 1 / rank unless a larger one is given.
     """
 
     rank: int = 32
     alpha: float = 1.0
     dropout: float = 0.0
     targets: tuple[str, ...] = LINEARS
-    enable_lora: tuple[bool, bool, bool] | None = None  # adapt only these of query, key, value (MergedLinear)
+    enable_lora: tuple[bool, ...] | None = None  # adapt only these three of query, key, value (MergedLinear)
     lm_head: bool = False
 
     def __post_init__(self) -> None:
@@ -111,13 +115,13 @@ class LoraConfig:
         if not self.targets and not self.lm_head:
             raise ValueError("--lora-targets names no layer and --lora-lm-head is off: nothing is left to adapt")
         if self.enable_lora is not None:
-            self._check_enable_lora()
+            object.__setattr__(self, "enable_lora", tuple(self.enable_lora))
+            self._check_enable_lora(tuple(self.enable_lora))
 
-    def _check_enable_lora(self) -> None:
-        object.__setattr__(self, "enable_lora", tuple(self.enable_lora))
-        if len(self.enable_lora) != 3 or not all(isinstance(on, bool) for on in self.enable_lora):
-            raise ValueError(f"--enable-lora wants three booleans (query, key, value), not {self.enable_lora}")
-        if not any(self.enable_lora):
+    def _check_enable_lora(self, enable: tuple[bool, ...]) -> None:
+        if len(enable) != 3 or not all(isinstance(on, bool) for on in enable):
+            raise ValueError(f"--enable-lora wants three booleans (query, key, value), not {enable}")
+        if not any(enable):
             raise ValueError("--enable-lora is false for query, key and value; leave attn.c_attn out instead")
         if "attn.c_attn" not in self.targets:
             raise ValueError("--enable-lora splits attn.c_attn, which --lora-targets does not name")
@@ -127,19 +131,31 @@ class LoraConfig:
         """The factor alpha / rank of every update."""
         return self.alpha / self.rank
 
+    @property
+    def layer_options(self) -> dict[str, Any]:
+        """Arguments of loralib's layers.
+
+        Their default ``merge_weights=True`` merges in ``eval()`` and un-merges in ``train()``: weights loaded after
+        ``eval()`` would be ignored and the base would drift. Here only ``merge_lora`` merges.
+        """
+        return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "merge_weights": False}
+
+
+# ---- Linear layers ---------------------------------------------------------------------------------------------------
+
 
 class LoraLinear(loralib.Linear):
     """loralib's Linear, its update added to the output by the product itself instead of in two more passes."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not for either product
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both products
         rows = x.reshape(-1, x.shape[-1])
         out = frozen_linear(self, rows, self.bias)
         if not self.merged:
             low = self.lora_dropout(rows) @ self.lora_A.T * self.scaling  # (rows, rank)
-            out.addmm_(low.to(out.dtype), self.lora_B.T.to(out.dtype))  # a fresh tensor that nobody else holds
+            out.addmm_(low.to(out.dtype), self.lora_B.T.to(out.dtype))  # a new tensor that nothing else refers to
         return out.view(*x.shape[:-1], -1)
 
 
@@ -150,7 +166,7 @@ class MergedLinear(loralib.MergedLinear):
     input goes through A and then B, as in loralib's Linear. The parameters and the result are the same.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         out = frozen_linear(self, x.reshape(-1, x.shape[-1]), self.bias).view(*x.shape[:-1], -1)
         if not self.merged:
@@ -165,36 +181,34 @@ class MergedLinear(loralib.MergedLinear):
         return [slice(i * size, (i + 1) * size) for i, on in enumerate(self.enable_lora) if on]
 
 
-def frozen_linear(layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply by a layer's frozen weight, (rows, in) to (rows, out), in training by the fastest product there is."""
-    weight = frozen_weight(layer)
-    if torch.is_grad_enabled() and x.dim() == 2 and len(x) >= MANY_ROWS and _has_onednn(x, weight, bias):
-        return OneDnnLinear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+def _linear(name: str, n_in: int, n_out: int, lora: LoraConfig | None) -> nn.Linear:
+    if lora is None or name not in lora.targets:
+        return nn.Linear(n_in, n_out)
+    if name == "attn.c_attn" and lora.enable_lora is not None:
+        return MergedLinear(n_in, n_out, enable_lora=list(lora.enable_lora), **lora.layer_options)
+    return LoraLinear(n_in, n_out, **lora.layer_options)
 
 
-def frozen_weight(layer: nn.Module) -> torch.Tensor:
-    """The layer's weight, or where autocast would cast it anew the copy that ``cast_frozen`` made of it."""
-    weight, copy = layer.weight, getattr(layer, "cast_weight", None)
-    kind = weight.device.type
-    if copy is None or copy.device != weight.device or not torch.is_autocast_enabled(kind):
-        return weight
-    return copy if copy.dtype == torch.get_autocast_dtype(kind) else weight
+def _lora_layers(decoder: Decoder) -> Iterator[Any]:
+    return (module for module in decoder.modules() if isinstance(module, loralib.LoRALayer))
 
 
 def cast_frozen(decoder: Decoder, dtype: torch.dtype | None) -> None:
-    """Keep copies of the big frozen matrices in ``dtype`` for autocast, which would else cast them at every use.
+    """Keep copies of the big frozen matrices in ``dtype`` for autocast, which would otherwise cast them at every use.
 
     The weights themselves, and with them fingerprints, what is saved and what runs without autocast, stay as they
     are; the copies take as much memory again as the matrices have numbers times the size of ``dtype``. With None, or
     the weights' own type, there are none. For training: what changes the weights drops the copies.
     """
-    for layer in [decoder.wte, *_lora_layers(decoder)]:
-        weight = layer.weight
-        if layer is not decoder.wte and weight is decoder.wte.weight:
-            layer.cast_weight = decoder.wte.cast_weight  # the output layer's, tied
+    keep_cast_weight(decoder.wte, dtype)
+    for layer in _lora_layers(decoder):
+        if layer.weight is decoder.wte.weight:
+            layer.cast_weight = decoder.wte.cast_weight  # the tied output layer's
         else:
-            layer.cast_weight = None if dtype in (None, weight.dtype) else weight.detach().to(dtype)
+            keep_cast_weight(layer, dtype)
+
+
+# ---- The network -----------------------------------------------------------------------------------------------------
 
 
 class KVCache:
@@ -207,7 +221,7 @@ class KVCache:
         config: shape of the decoder.
         batch_size: rows B.
         max_length: slots S_max a row.
-        device: where the buffers lie.
+        device: where the buffers are.
         dtype: their type; under autocast the autocast type, which ``Decoder.new_cache`` chooses.
     """
 
@@ -225,10 +239,10 @@ class KVCache:
         self.max_length = max_length
         self.length = 0
 
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v (B, nh, T, hs) after the filled slots; return all keys and values so far, (B, nh, length + T, hs).
 
-        ``length`` is left to the decoder, which moves it on when all layers have written.
+        ``length`` is left to the decoder, which increases it when all layers have written.
 
         Raises:
             ValueError: no room for T more tokens, or another batch size than the cache was made for.
@@ -236,14 +250,14 @@ class KVCache:
         end = self.length + k.shape[2]
         if end > self.max_length:
             raise ValueError(f"the KV cache holds {self.max_length} tokens and {end} are needed; allocate a longer one")
-        if k.shape[0] != self.keys[layer].shape[0]:  # copying a batch of 1 would broadcast in silence
+        if k.shape[0] != self.keys[layer].shape[0]:  # copying a batch of 1 would silently broadcast
             raise ValueError(f"the KV cache has {self.keys[layer].shape[0]} rows and the input has {k.shape[0]}")
         self.keys[layer][:, :, self.length : end] = k.detach()
         self.values[layer][:, :, self.length : end] = v.detach()
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows (n,) alone; they move to the front of the same memory, and only what is filled."""
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these (n,), which move to the front of the same memory; only what is filled is copied."""
         for buffers in (self.keys, self.values):
             for layer, buffer in enumerate(buffers):
                 buffer[: len(rows), :, : self.length] = buffer[rows, :, : self.length]
@@ -261,53 +275,55 @@ class Attention(nn.Module):
         self.c_proj = _linear("attn.c_proj", config.n_embd, config.n_embd, lora)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | Packing | None,
-        cache: KVCache | None,
-        kept: list[torch.Tensor] | None,
-        last: int,
-    ) -> torch.Tensor:
-        """Map (B, T, C) to the rows of the last tokens, (B, last, C); without a mask each sees all up to itself."""
+        self, x: Tensor, mask: Mask, cache: KVCache | None, attentions: list[Tensor] | None, last: int
+    ) -> Tensor:
+        """Map (B, T, C) to the last rows, (B, last, C); the arguments are those of ``Decoder.forward``."""
+        new = x.shape[1]
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, nh, hs)
         if isinstance(mask, Packing):
-            if cache is None and kept is None and can_attend_packed(qkv):
-                return self.c_proj(PackedAttention.apply(qkv, mask, qkv.shape[1] - last))
+            if cache is None and attentions is None and can_attend_packed(qkv):
+                assert last in (new, new - mask.n_prefix)
+                return self.c_proj(PackedAttention.apply(qkv, mask, last < new))
             mask = mask.mask
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
-        if last < x.shape[1]:
-            q, mask = q[:, :, -last:], _rows_of_mask(mask, last, x)
+        if last < new:
+            q, mask = q[:, :, -last:], _last_rows(mask, last, x)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)  # (B, nh, S, hs)
-        if kept is None:
+        if attentions is None:
             # A single query sees all that is cached; is_causal would align it with the first key instead of the last.
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and new > 1)
         else:
-            # Keys and values pass no gradient on: the gradient of a row's weights is then that of the row's own output.
+            # Keys and values pass no gradient on, so the gradient of a row's weights comes from that row's output only.
             weights = attention_weights(q, k.detach(), mask)  # (B, nh, T, S)
-            kept.append(weights)
+            attentions.append(weights)
             y = weights.to(v.dtype) @ v.detach()
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, C)
 
 
-def _rows_of_mask(mask: torch.Tensor | None, last: int, x: torch.Tensor) -> torch.Tensor:
-    """Return what the last rows of x (B, T, C) may see, a mask broadcastable to (B, 1, last, T)."""
-    if mask is None:
-        return torch.ones(last, x.shape[1], dtype=torch.bool, device=x.device).tril(x.shape[1] - last)
-    return mask if mask.shape[-2] == 1 else mask[..., -last:, :]
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+    """Return softmax(scale q k^T) in float32, which no fused kernel returns: (B, nh, T, S), rows sum to 1.
 
-
-def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return softmax(q k^T / sqrt(hs)) in float32, what the fused kernel never shows: (B, nh, T, S), rows sum to 1.
-
-    Where gradients are on the result asks for one even when no weight does, so that a loss can be traced back to it.
+    Without a mask the T queries are the last ones and see causally; ``scale`` defaults to 1 / sqrt(hs). Where gradients
+    are on, the result requires one even when no weight does, so that a loss can be traced back to it.
     """
-    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])
+    scores = (q @ k.transpose(-2, -1)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is None:
-        new, total = scores.shape[-2:]
-        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+        mask = _causal(q.shape[-2], k.shape[-2], q.device)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     return weights.requires_grad_() if torch.is_grad_enabled() else weights
+
+
+def _causal(rows: int, total: int, device: torch.device) -> Tensor:
+    """What the last rows of a sequence see of it, bool (rows, total): all up to themselves."""
+    return torch.ones(rows, total, dtype=torch.bool, device=device).tril(total - rows)
+
+
+def _last_rows(mask: Tensor | None, last: int, x: Tensor) -> Tensor:
+    """Return what the last rows of x (B, T, C) may see, a mask broadcastable to (B, 1, last, T)."""
+    if mask is None:
+        return _causal(last, x.shape[1], x.device)
+    return mask if mask.shape[-2] == 1 else mask[..., -last:, :]
 
 
 class MLP(nn.Module):
@@ -318,7 +334,7 @@ class MLP(nn.Module):
         self.c_fc = _linear("mlp.c_fc", config.n_embd, 4 * config.n_embd, lora)
         self.c_proj = _linear("mlp.c_proj", 4 * config.n_embd, config.n_embd, lora)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 has the tanh form, not erf
 
@@ -334,15 +350,10 @@ class Block(nn.Module):
         self.mlp = MLP(config, lora)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | Packing | None,
-        cache: KVCache | None,
-        kept: list[torch.Tensor] | None,
-        last: int,
-    ) -> torch.Tensor:
-        """Map (B, T, C) to the rows of the last tokens, (B, last, C)."""
-        x = x[:, x.shape[1] - last :] + self.attn(self.ln_1(x), mask, cache, kept, last)
+        self, x: Tensor, mask: Mask, cache: KVCache | None, attentions: list[Tensor] | None, last: int
+    ) -> Tensor:
+        """Map (B, T, C) to the last rows, (B, last, C); the arguments are those of ``Decoder.forward``."""
+        x = x[:, x.shape[1] - last :] + self.attn(self.ln_1(x), mask, cache, attentions, last)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -361,38 +372,38 @@ class Decoder(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer, lora) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.lm_head = None
+        self.lm_head: nn.Linear | None = None
         if lora is not None and lora.lm_head:
-            self.lm_head = LoraLinear(config.n_embd, config.vocab_size, bias=False, **_lora_options(lora))
+            self.lm_head = LoraLinear(config.n_embd, config.vocab_size, bias=False, **lora.layer_options)
             self.lm_head.weight = self.wte.weight
         init_weights(self)
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings (B, T, C) of ids (B, T); positions are added by ``forward``."""
         return self.wte(ids)
 
     def forward(
         self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        mask: torch.Tensor | Packing | None = None,
+        x: Tensor,
+        positions: Tensor,
+        mask: Mask = None,
         cache: KVCache | None = None,
-        attentions: list[torch.Tensor] | None = None,
+        attentions: list[Tensor] | None = None,
         last: int | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the hidden states (B, T, C) after the last layer norm.
 
         Args:
             x: embeddings (B, T, C), of tokens or projected image patches.
-            positions: long (T,) or (B, T); positions on the CPU spare a GPU the wait of the range check.
+            positions: long (T,) or (B, T); on the CPU, or the range check waits for the GPU.
             mask: bool, broadcastable to (B, 1, T, S), True where a query may look; every query must see something.
                 None is causal. S counts the cached tokens first, then the T new ones. Or a ``Packing``, which is
                 faster than its mask where the device has a kernel for it.
             cache: keys and values of earlier tokens; those of x are appended to it.
             attentions: a list to be filled with every layer's attention weights (B, nh, T, S), float32. Slower than
                 the fused kernel, and equal to it but for rounding.
-            last: return the last so many rows alone, (B, last, C): the others' work in the last block is spared. With
-                a ``Packing`` all rows or those behind the prefix.
+            last: return only that many last rows, (B, last, C), and spare the others' work in the last block. With a
+                ``Packing`` all rows or those after the prefix.
 
         Raises:
             ValueError: a position beyond the context, a mask that is not boolean, or a full cache.
@@ -402,26 +413,38 @@ class Decoder(nn.Module):
                 f"position {int(positions.max())} is beyond the decoder's context of {self.config.n_positions} tokens; "
                 "use shorter captions (--max-new-tokens) or fewer image tokens"
             )
-        if isinstance(mask, torch.Tensor) and mask.dtype != torch.bool:
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
             raise ValueError(f"the attention mask must be boolean (True = visible), not {mask.dtype}")
         new, past = x.shape[1], 0 if cache is None else cache.length
         if mask is None and past and new > 1:
-            mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past)  # (T, S)
-        x = x + self.wpe(positions.to(x.device))
-        last = new if last is None else last
-        trimmed = new if cache is not None or attentions is not None else last  # in the last block already
-        for block in self.h:
-            x = block(x, mask, cache, attentions, trimmed if block is self.h[-1] else new)
+            mask = _causal(new, past + new, x.device)
+        x = self.blocks(x + self.wpe(positions.to(x.device)), mask, cache, attentions, last)
         if cache is not None:
             cache.length += new
+        return x
+
+    def blocks(
+        self,
+        x: Tensor,
+        mask: Mask,
+        cache: KVCache | None = None,
+        attentions: list[Tensor] | None = None,
+        last: int | None = None,
+    ) -> Tensor:
+        """``forward`` after the positions are added and checked: all blocks and the last layer norm."""
+        new = x.shape[1]
+        last = new if last is None else last
+        for block in self.h[:-1]:
+            x = block(x, mask, cache, attentions, new)
+        x = self.h[-1](x, mask, cache, attentions, last if cache is None and attentions is None else new)
         return self.ln_f(x[:, x.shape[1] - last :])
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Next-token logits (..., V) of hidden states (..., C); dear, so call it on caption positions only."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (..., V) of hidden states (..., C); expensive, so call it on caption positions only."""
         return frozen_linear(self.wte, hidden) if self.lm_head is None else self.lm_head(hidden)
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache on the decoder's device, in autocast's type where autocast is on and else in the weights'."""
+        """An empty cache on the decoder's device, of autocast's type where autocast is on, else of the weights'."""
         weight = self.wte.weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -434,7 +457,7 @@ class Decoder(nn.Module):
 
 
 def init_weights(decoder: Decoder) -> None:
-    """Fill the base weights at random as GPT-2 does, LoRA's left alone (loralib: A uniform, B zero).
+    """Fill the base weights at random as GPT-2 does, and leave LoRA's (loralib: A uniform, B zero).
 
     Normal with standard deviation 0.02; the layers that write to the residual stream get it divided by the square
     root of their number, 2 n_layer, so that the stream's variance does not grow with depth.
@@ -447,7 +470,7 @@ def init_weights(decoder: Decoder) -> None:
             nn.init.normal_(parameter, std=residual_std if name.endswith("c_proj.weight") else 0.02)
 
 
-# ---- LoRA ------------------------------------------------------------------------------------------------------------
+# ---- LoRA's tensors --------------------------------------------------------------------------------------------------
 
 
 def mark_trainable(decoder: Decoder) -> None:
@@ -456,12 +479,12 @@ def mark_trainable(decoder: Decoder) -> None:
     Raises:
         ValueError: LoRA is merged already, so that training it would change nothing.
     """
-    _refuse_merged(decoder, "train LoRA")
+    refuse_merged(decoder, "train LoRA")
     for name, parameter in decoder.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
 
-def lora_state_dict(decoder: Decoder) -> dict[str, torch.Tensor]:
+def lora_state_dict(decoder: Decoder) -> dict[str, Tensor]:
     """LoRA's tensors by parameter name (``h.0.attn.c_attn.lora_A``, …): what an adapter file keeps of the decoder."""
     return {name: p.detach() for name, p in decoder.named_parameters() if "lora_" in name}
 
@@ -472,9 +495,9 @@ def load_lora_state_dict(decoder: Decoder, state: State) -> None:
     Raises:
         ValueError: LoRA is merged already, or the tensors belong to another LoRA layout.
     """
-    _refuse_merged(decoder, "load LoRA tensors")
+    refuse_merged(decoder, "load LoRA tensors")
     remedy = "build the decoder with the LoRA options (rank, targets, enable_lora, lm_head) that the adapter has"
-    _copy_exactly(lora_state_dict(decoder), state, "the adapter's LoRA tensors", remedy)
+    copy_exactly(lora_state_dict(decoder), state, "the adapter's LoRA tensors", remedy)
 
 
 @torch.no_grad()
@@ -495,7 +518,7 @@ def merge_lora(decoder: Decoder) -> None:
         layer.merged = True
 
 
-def _full_update(layer: LoraLinear | MergedLinear) -> torch.Tensor:
+def _full_update(layer: LoraLinear | MergedLinear) -> Tensor:
     """(alpha / rank) B A as one float32 matrix (out, in)."""
     rows = layer.enabled_rows() if isinstance(layer, MergedLinear) else [slice(None)]
     update = torch.zeros_like(layer.weight, dtype=torch.float32)
@@ -506,33 +529,22 @@ def _full_update(layer: LoraLinear | MergedLinear) -> torch.Tensor:
     return update
 
 
-def _linear(name: str, n_in: int, n_out: int, lora: LoraConfig | None) -> nn.Linear:
-    if lora is None or name not in lora.targets:
-        return nn.Linear(n_in, n_out)
-    if name == "attn.c_attn" and lora.enable_lora is not None:
-        return MergedLinear(n_in, n_out, enable_lora=list(lora.enable_lora), **_lora_options(lora))
-    return LoraLinear(n_in, n_out, **_lora_options(lora))
-
-
-def _lora_options(lora: LoraConfig) -> dict[str, float | bool]:
-    # loralib's default merge_weights=True merges in eval() and un-merges in train(): weights loaded after eval() would
-    # be ignored and the base would drift. Here merging is merge_lora's business alone.
-    return {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "merge_weights": False}
-
-
-def _lora_layers(decoder: Decoder) -> Iterator[loralib.LoRALayer]:
-    return (module for module in decoder.modules() if isinstance(module, loralib.LoRALayer))
-
-
-def _refuse_merged(decoder: Decoder, what: str) -> None:
+def refuse_merged(decoder: Decoder, what: str) -> None:
+    """Raise ValueError saying that ``what`` cannot be done if LoRA is merged."""
     if decoder.merged:
-        raise ValueError(f"cannot {what} after merge_lora; build the decoder anew, and merge last")
+        raise ValueError(f"cannot {what} after merge_lora; build the decoder again, and merge last")
+
+
+# ---- GPT-2 checkpoints -----------------------------------------------------------------------------------------------
+
+_CONV1D = tuple(f"{name}.weight" for name in LINEARS)  # GPT-2 checkpoints store these (in, out)
+_MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old checkpoints contain
 
 
 def build_decoder(
     source: str | os.PathLike | State, lora: LoraConfig | None = None, n_head: int | None = None
 ) -> Decoder:
-    """Build a decoder, shaped after a GPT-2 state dict (or the file of one) and filled from it, LoRA added on top.
+    """Build a decoder with the shape and weights of a GPT-2 state dict, or of a file with one, and add LoRA.
 
     Raises:
         FileNotFoundError, ValueError: see ``read_state_dict``, ``DecoderConfig.from_state_dict`` and ``load_gpt2``.
@@ -549,15 +561,15 @@ def build_decoder(
 
 
 def load_gpt2(decoder: Decoder, state: State) -> None:
-    """Copy a GPT-2 state dict in Hugging Face layout into the decoder's base weights; LoRA's are left alone.
+    """Copy a GPT-2 state dict in Hugging Face layout into the decoder's base weights; LoRA's stay as they are.
 
     A ``transformer.`` prefix, the causal-mask buffers and a tied ``lm_head.weight`` are accepted. Matrices of Conv1D
-    layers come as (in, out) and are transposed.
+    layers are stored (in, out) and get transposed.
 
     Raises:
         ValueError: missing or unexpected keys, other shapes, an ``lm_head`` that is not tied, or LoRA merged already.
     """
-    _refuse_merged(decoder, "load base weights")
+    refuse_merged(decoder, "load base weights")
     cast_frozen(decoder, None)
     state = _plain_keys(state)
     head = state.pop("lm_head.weight", None)
@@ -565,14 +577,14 @@ def load_gpt2(decoder: Decoder, state: State) -> None:
         raise ValueError("lm_head.weight differs from wte.weight; the decoder ties them, as GPT-2 does")
     remedy = "give a GPT-2 state dict in Hugging Face layout (Conv1D weights as (in, out)) of the decoder's size"
     weights = {key: t.T if key.endswith(_CONV1D) and t.ndim == 2 else t for key, t in state.items()}
-    _copy_exactly(dict(_base_parameters(decoder)), weights, "the decoder weights", remedy)
+    copy_exactly(dict(_base_parameters(decoder)), weights, "the decoder weights", remedy)
 
 
-def gpt2_state_dict(decoder: Decoder, untied: bool = False) -> dict[str, torch.Tensor]:
+def gpt2_state_dict(decoder: Decoder, untied: bool = False) -> dict[str, Tensor]:
     """The inverse of ``load_gpt2``: copies of the base weights in Hugging Face layout, without LoRA's tensors.
 
     After ``merge_lora`` the updates are part of the weights, so that a plain GPT-2 captions like the tuned decoder.
-    With ``untied`` a merged output layer comes along as ``lm_head.weight``, which ``load_gpt2`` does not take.
+    With ``untied`` a merged output layer is included as ``lm_head.weight``, which ``load_gpt2`` does not take.
 
     Raises:
         ValueError: the output layer was merged, and without ``untied`` GPT-2's layout has no room for it.
@@ -590,26 +602,9 @@ def _base_parameters(decoder: Decoder) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in decoder.named_parameters() if "lora_" not in name)
 
 
-def _plain_keys(state: State) -> dict[str, torch.Tensor]:
+def _plain_keys(state: State) -> dict[str, Tensor]:
     """Strip the prefix that GPT2LMHeadModel adds, and leave out the mask buffers."""
     plain = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
     if len(plain) < len(state):
         raise ValueError("the decoder weights hold some keys twice, with and without the prefix 'transformer.'")
     return {key: tensor for key, tensor in plain.items() if not _MASK_BUFFER.fullmatch(key)}
-
-
-@torch.no_grad()
-def _copy_exactly(targets: State, sources: State, what: str, remedy: str) -> None:
-    """Copy sources into targets if names and shapes agree, else change nothing and say what differs."""
-    missing, unexpected = sorted(targets.keys() - sources.keys()), sorted(sources.keys() - targets.keys())
-    if missing or unexpected:
-        raise ValueError(f"{what}: missing {some(missing, 8)}; unexpected {some(unexpected, 8)}; {remedy}")
-    wrong = [
-        f"{name} {tuple(sources[name].shape)} for {tuple(target.shape)}"
-        for name, target in targets.items()
-        if sources[name].shape != target.shape
-    ]
-    if wrong:
-        raise ValueError(f"{what}: wrong shapes: {some(wrong, 8)}; {remedy}")
-    for name, target in targets.items():
-        target.copy_(sources[name])

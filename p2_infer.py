@@ -110,7 +110,7 @@ def load_job(args: Any) -> Job:
     fallback = PROFILES[args.profile].encoder_weights
     captioner = load_captioner(args.adapter, args.decoder, args.encoder_weights, device, fallback)
     check_vocabulary(tokenizer, captioner.decoder)
-    prepare(captioner, args.precision, pack=not args.compile)
+    prepare(captioner, args.precision, reorder=not args.compile)
     draft = draft_side(captioner.transform) if args.jpeg_draft else None
     encoder = Encoder(captioner, args.precision)
     caption = caption_function(captioner, tokenizer, encoder, args)

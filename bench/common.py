@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from captioning.files import markdown_table, write_json, write_text
-from captioning.kernels.onednn import PackedLinear, can_pack
+from captioning.kernels.onednn import ReorderedLinear, can_reorder
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -85,7 +85,7 @@ def add_clock(parser: argparse.ArgumentParser) -> None:
 class Floor:
     """What the hardware allows: bytes over the measured rate of copying, operations over that of one big product.
 
-    On a CPU that is the faster of a plain product and one with a packed weight (``packing.py``).
+    On a CPU that is the faster of a plain product and one with a weight reordered for oneDNN.
 
     Args:
         device: where.
@@ -101,13 +101,13 @@ class Floor:
         source = torch.ones(16 * size * size, device=device)
         target = torch.empty_like(source)
         rivals = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
-        if can_pack(device, dtype):  # on some CPUs more than twice as fast as the plain product
-            packed = PackedLinear(b, None, dtype)
-            rivals["packed"] = lambda: packed(a)
+        if can_reorder(device, dtype):  # on some CPUs more than twice as fast as the plain product
+            reordered = ReorderedLinear(b, None, dtype)
+            rivals["reordered"] = lambda: reordered(a)
         in_turn(rivals, 1, device, clock)
         seconds = in_turn(rivals, 5, device, clock)
         self.bytes_a_second = 2 * source.nbytes / seconds["copy"]  # read and written
-        self.operations_a_second = 2 * size**3 / min(seconds["product"], seconds.get("packed", math.inf))
+        self.operations_a_second = 2 * size**3 / min(seconds["product"], seconds.get("reordered", math.inf))
 
     def seconds(self, moved: float, operations: float) -> float:
         """Return the least time in which ``moved`` bytes are read and ``operations`` done, both at once."""

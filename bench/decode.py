@@ -26,7 +26,7 @@ from captioning.device import autocast, pick_device
 from captioning.imports import import_guarded
 from captioning.inference import search
 from captioning.models.inference_weights import prepare_decoder
-from captioning.models.step_functions import SharedPrefix
+from captioning.models.step_functions import StepFunction
 from decoder import Decoder, DecoderConfig, gpt2_state_dict
 
 BEAMS = 5
@@ -96,7 +96,7 @@ class Rivals:
     def ours(self) -> None:
         """Search as p2_infer.py does."""
         with autocast(self.device, self.precision):
-            step = SharedPrefix(self.prepared, self.prefix, BEAMS, self.size.tokens)
+            step = StepFunction(self.prepared, self.prefix, BEAMS, self.size.tokens)
             self.captions["ours"] = self._search(step, len(self.prefix), step.keep)
         self.cache_bytes["ours"] = sum(t.nbytes for t in step.cache.keys + step.cache.values)
 

@@ -25,3 +25,8 @@ def one_line(text: str, limit: int = 300) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def first_sentence(error: Exception) -> str:
+    """Return the first sentence of an error's message, or its type where it has none."""
+    return one_line(str(error)).split(". ")[0].rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors with a checksum, and state dicts of others without running a pickle."""
+"""Named tensors: in safetensors files with a checksum, from others' files without running a pickle, and copied."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from captioning.files import atomic_path
-from captioning.messages import first_line
+from captioning.messages import first_line, some
 
 DIGEST = "digest"  # name of the checksum among a file's texts
 
@@ -37,13 +37,13 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], 
     """Write tensors and texts to one safetensors file, atomically, with a checksum over both.
 
     Raises:
-        OSError: the disk is full, or the folder must not be written.
+        OSError: the disk is full, or the folder is read-only.
     """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={**texts, DIGEST: _digest(tensors, texts)})
-    except SafetensorError as error:  # what the library makes of a full disk
+    except SafetensorError as error:  # the library's for a full disk
         raise OSError(f"{path}: cannot be written ({error})") from error
 
 
@@ -52,7 +52,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file, or damaged.
+        ValueError: it is not a safetensors file, or damaged.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -73,7 +73,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> st
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-# What the readers stumble over in damaged files; for pickles found by cutting and flipping bytes at random.
+# What the readers raise for damaged files; for pickles found by cutting and flipping bytes at random.
 _DAMAGE = (
     safetensors.SafetensorError,
     OSError,
@@ -102,7 +102,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"no weights file {path}; check the path, or run `bash hw3_download.sh p2`")
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
         raise ValueError(f"{path}: unknown suffix {path.suffix!r}; expected .safetensors, .bin, .pt or .pth")
-    with path.open("rb") as file:  # opened out here, so that a refused permission is reported as such
+    with path.open("rb") as file:  # outside of the try, so that a missing permission is reported as such
         try:
             if path.suffix == ".safetensors":
                 return safetensors.torch.load_file(path)
@@ -119,3 +119,29 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise ValueError(f"{path}: holds no plain dict of tensors; save the model's state_dict() alone")
     return state
+
+
+@torch.no_grad()
+def copy_exactly(
+    targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor], what: str, remedy: str
+) -> None:
+    """Copy sources into targets if names and shapes agree, else change nothing and raise ValueError with what differs.
+
+    Args:
+        targets: tensors to be overwritten, by name.
+        sources: their new values.
+        what: begins the message: what the sources are.
+        remedy: ends the message.
+    """
+    missing, unexpected = sorted(targets.keys() - sources.keys()), sorted(sources.keys() - targets.keys())
+    if missing or unexpected:
+        raise ValueError(f"{what}: missing {some(missing, 8)}; unexpected {some(unexpected, 8)}; {remedy}")
+    wrong = [
+        f"{name} {tuple(sources[name].shape)} for {tuple(target.shape)}"
+        for name, target in targets.items()
+        if sources[name].shape != target.shape
+    ]
+    if wrong:
+        raise ValueError(f"{what}: wrong shapes: {some(wrong, 8)}; {remedy}")
+    for name, target in targets.items():
+        target.copy_(sources[name])

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
-import pickle
 
 import loralib
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from packings import packing_of, play_cuda
 
 import decoder as decoder_module
 from captioning.imports import import_guarded
-from captioning.kernels import packed_attention
-from captioning.kernels.onednn import OneDnnLinear
-from captioning.kernels.packed_attention import PackedAttention, Packing
-from captioning.tensors import read_state_dict
+from captioning.kernels.frozen_linear import frozen_weight
 from decoder import (
     LINEARS,
     Decoder,
@@ -28,8 +24,6 @@ from decoder import (
     MergedLinear,
     build_decoder,
     cast_frozen,
-    frozen_linear,
-    frozen_weight,
     gpt2_state_dict,
     load_gpt2,
     load_lora_state_dict,
@@ -246,114 +240,8 @@ def test_packed_captions_equal_one_by_one_in_value_and_gradient():
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4)
 
 
-def packing_of(lengths, prefix, longer=0):
-    """Captions of these lengths behind a prefix: the layout, the mask built token by token, and what is padding."""
-    size = max(map(sum, lengths)) + longer
-    slots = torch.full((len(lengths), max(map(len, lengths)), max(map(max, lengths))), -1)
-    mask = torch.eye(prefix + size, dtype=torch.bool).repeat(len(lengths), 1, 1, 1)
-    mask[..., :prefix, :prefix] = torch.ones(prefix, prefix).tril().bool()
-    padding = torch.ones(len(lengths), size, dtype=torch.bool)
-    for row, counts in enumerate(lengths):
-        start = 0
-        for number, count in enumerate(counts):
-            slots[row, number, :count] = torch.arange(start, start + count)
-            for i in range(count):
-                mask[row, 0, prefix + start + i, :prefix] = True
-                mask[row, 0, prefix + start + i, prefix + start : prefix + start + i + 1] = True
-            padding[row, start : start + count] = False
-            start += count
-    return Packing(prefix, slots, size, lambda: mask), mask, padding
-
-
-def behind_a_mask(qkv, mask):
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
-class CudaFlash:
-    """CUDA's fused kernel played by the CPU's: other arguments, other results, and causal from the last key on."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def forward(self, q, k, v, dropout, causal):
-        assert not causal or q.shape[2] == k.shape[2]
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal)
-        self.calls += 1
-        return out, lse, "lengths of q", "lengths of k", q.shape[2], k.shape[2], "seed", "offset", torch.empty(0)
-
-    def backward(self, grad, q, k, v, out, lse, lq, lk, nq, nk, dropout, causal, seed, offset):
-        assert (lq, lk, nq, nk) == ("lengths of q", "lengths of k", q.shape[2], k.shape[2])
-        assert (seed, offset, lse.is_contiguous()) == ("seed", "offset", True)
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return kernel(grad, q, k, v, out, lse, dropout, causal)
-
-
-def test_autocast_leaves_the_gradient_of_packed_attention_as_it_is():
-    """The forward's scores were once rounded by autocast and the backward's not: training with large ones diverged."""
-    torch.manual_seed(0)
-    packing, mask, padding = packing_of([[9, 12, 7]], prefix=20)
-    grad = torch.randn(1, 20 + padding.shape[1], 16)
-    qkv = (8 * torch.randn(1, 20 + padding.shape[1], 3, 2, 8)).bfloat16()
-    gradients = []
-    for autocast in (False, True):
-        x = qkv.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = PackedAttention.apply(x, packing)
-        out.backward(grad.to(out.dtype))
-        gradients.append(x.grad)
-    assert torch.equal(*gradients)
-    exact = qkv.float().requires_grad_()
-    behind_a_mask(exact, mask).backward(grad)
-    wrong = (gradients[1].float() - exact.grad).norm() / exact.grad.norm()
-    assert wrong < 0.02
-
-
-@pytest.mark.parametrize("device", ["cpu", "as on cuda"])
-@pytest.mark.parametrize("lengths", [[[3, 1, 5], [2]], [[4] * 7, [1, 9, 2, 2]], [[1]]])
-def test_attending_apart_equals_the_mask_in_value_and_gradient(monkeypatch, device, lengths):
-    if device != "cpu":
-        flash = CudaFlash()
-        monkeypatch.setattr(packed_attention, "is_cpu", lambda x: False)
-        monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash.forward)
-        monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_backward", flash.backward)
-    packing, mask, padding = packing_of(lengths, prefix=70, longer=3)
-    total = mask.shape[-1]
-    qkv = (3 * torch.randn(len(lengths), total, 3, 2, 8, dtype=torch.float64)).requires_grad_()
-    grad = torch.randn(len(lengths), total, 16, dtype=torch.float64)
-    grad[:, 70:][padding] = 0  # what is behind the captions is never looked at
-    results = []
-    for out in (PackedAttention.apply(qkv, packing), behind_a_mask(qkv, mask)):
-        results.append((out.detach().clone(), torch.autograd.grad(out, qkv, grad)[0]))
-        assert torch.isfinite(results[-1][0]).all()
-        results[-1][0][:, 70:][padding] = 0
-    for ours, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
-    if device != "cpu":
-        assert flash.calls == 2
-
-
-def test_attending_apart_holds_where_scores_are_large_and_one_part_has_all_the_weight():
-    packing, mask, _ = packing_of([[4, 2]], prefix=5)
-    for part in (slice(5), slice(5, None)):
-        qkv = torch.randn(1, 11, 3, 2, 8, dtype=torch.float64)
-        qkv[:, :, 0] += 40  # every query points to these keys: the other part's share of the softmax is nothing
-        qkv[:, part, 1] += 40
-        qkv.requires_grad_()
-        outs = PackedAttention.apply(qkv, packing), behind_a_mask(qkv, mask)
-        grads = [torch.autograd.grad(out.square().sum(), qkv)[0] for out in outs]
-        torch.testing.assert_close(*outs)
-        torch.testing.assert_close(*grads)
-
-
-def test_gradient_of_attending_apart_is_the_derivative():
-    packing, _, _ = packing_of([[2, 1], [3]], prefix=4)
-    qkv = torch.randn(2, 7, 3, 1, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: PackedAttention.apply(x, packing), qkv)
-
-
-def test_a_decoder_takes_the_mask_where_parts_cannot_be_attended_apart(monkeypatch):
-    """Without a kernel, and when attention is asked for; in neither case are the numbers others."""
+def test_a_decoder_takes_the_mask_where_packed_attention_has_no_kernel(monkeypatch):
+    """And when attention weights are wanted; in neither case do the numbers differ."""
     torch.manual_seed(0)
     decoder = Decoder(TINY, LAYOUTS["all linears"]).eval()
     x, asked = torch.randn(1, 12, TINY.n_embd), []
@@ -364,25 +252,21 @@ def test_a_decoder_takes_the_mask_where_parts_cannot_be_attended_apart(monkeypat
         with torch.no_grad():
             return decoder(x, torch.arange(12), packing, **options)
 
-    apart = hidden()
+    packed = hidden()
     assert not asked
     attentions = []
-    torch.testing.assert_close(hidden(attentions=attentions), apart)
+    torch.testing.assert_close(hidden(attentions=attentions), packed)
     assert (len(attentions), len(asked)) == (TINY.n_layer, 1)
     monkeypatch.setattr(decoder_module, "can_attend_packed", lambda qkv: False)
-    torch.testing.assert_close(hidden(), apart)
+    torch.testing.assert_close(hidden(), packed)
     assert len(asked) == 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "as on cuda"])
 def test_the_last_block_gives_the_wanted_rows_in_value_and_gradient(monkeypatch, device):
-    """With a packing, with its mask, and causal: those of the whole, and less work."""
+    """With a packing, with its mask, and causal: those of a full pass, and less work."""
     if device != "cpu":
-        flash = CudaFlash()
-        monkeypatch.setattr(packed_attention, "is_cpu", lambda x: False)
-        monkeypatch.setattr(decoder_module, "can_attend_packed", lambda qkv: True)
-        monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash.forward)
-        monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_backward", flash.backward)
+        play_cuda(monkeypatch)
     decoder = lora_decoder(LAYOUTS["all linears"])
     x, grad = torch.randn(1, 12, TINY.n_embd, requires_grad=True), torch.randn(1, 5, TINY.n_embd)
     packing, mask, _ = packing_of([[3, 2]], prefix=7)
@@ -396,20 +280,8 @@ def test_the_last_block_gives_the_wanted_rows_in_value_and_gradient(monkeypatch,
     assert rows == [12, 5] * 3
 
 
-def test_bfloat16_attends_apart_as_near_to_float32_as_behind_the_mask():
-    packing, mask, padding = packing_of([[9, 14, 11], [12, 8]], prefix=60)
-    exact = torch.randn(2, mask.shape[-1], 3, 2, 16, requires_grad=True)
-    rounded = exact.detach().bfloat16().requires_grad_()
-    wanted = behind_a_mask(exact, mask)
-    errors = [
-        (out.float() - wanted)[:, 60:][~padding].norm()
-        for out in (PackedAttention.apply(rounded, packing), behind_a_mask(rounded, mask))
-    ]
-    assert 0 < errors[0] < 1.2 * errors[1]
-
-
-def test_captions_behind_a_cached_prefix_equal_one_by_one():
-    """What beam search does: several branches in one row, told apart by the mask and by equal positions."""
+def test_captions_after_a_cached_prefix_equal_one_by_one():
+    """What beam search does: several branches in one row, separated by the mask and by equal positions."""
     decoder = lora_decoder(None)
     prefix, branches = torch.randint(TINY.vocab_size, (2, 6)), torch.randint(TINY.vocab_size, (2, 3, 4))
     cache = decoder.new_cache(2, 6 + 3 * 4)
@@ -510,29 +382,6 @@ def test_lora_linear_equals_loralib_and_drops_out_like_it(shape):
         torch.testing.assert_close(mine, wanted)
 
 
-def test_onednn_multiplies_by_frozen_weights_in_training_alone(monkeypatch):
-    """Equal in value and gradient; left alone are trained weights, other types, autocast, few rows, and inference."""
-    calls = []
-    apply = OneDnnLinear.apply
-    monkeypatch.setattr(OneDnnLinear, "apply", lambda *given: calls.append(1) or apply(*given))
-    layer = torch.nn.Linear(40, 24).requires_grad_(False)
-    x = torch.randn(70, 40, requires_grad=True)
-    outs = frozen_linear(layer, x, layer.bias), layer(x)
-    torch.testing.assert_close(*outs)
-    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in outs))
-    assert len(calls) == 2  # forward and backward
-    with torch.no_grad():
-        frozen_linear(layer, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        frozen_linear(layer, x)
-    frozen_linear(layer, x[:9])
-    frozen_linear(torch.nn.Linear(40, 24), x)
-    frozen_linear(layer.double(), x.double())
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    frozen_linear(layer.float(), x)
-    assert len(calls) == 2
-
-
 @pytest.mark.parametrize("lora", LAYOUTS.values(), ids=LAYOUTS)
 def test_copies_of_frozen_weights_change_no_number_and_nothing_that_is_kept(lora):
     decoder = lora_decoder(lora).eval()
@@ -578,7 +427,7 @@ def test_merged_linear_drops_out_like_loralib():
         torch.manual_seed(1)
         results.append(layer(x))
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
-    assert not torch.allclose(ours(x), results[1])  # drawn anew
+    assert not torch.allclose(ours(x), results[1])  # drawn again
 
 
 @pytest.mark.parametrize("lora", LAYOUTS.values(), ids=LAYOUTS)
@@ -594,7 +443,7 @@ def test_eval_and_train_never_touch_weights(lora):
 
 
 def test_weights_loaded_after_eval_count():
-    """With loralib's default, LoRA weights loaded after eval() are ignored in silence."""
+    """With loralib's default, LoRA weights loaded after eval() are silently ignored."""
     trained = lora_decoder(LAYOUTS["all linears"])
     fresh = build_decoder(gpt2_state_dict(trained), trained.lora, TINY.n_head).eval()
     load_lora_state_dict(fresh, lora_state_dict(trained))
@@ -736,7 +585,7 @@ def test_export_has_the_layout_of_transformers():
     assert all(torch.equal(theirs[k], v) and v.is_contiguous() for k, v in ours.items())
 
 
-def test_mask_buffers_and_prefix_are_passed_over_but_biases_are_not():
+def test_mask_buffers_and_prefix_are_ignored_but_biases_are_not():
     decoder = lora_decoder(None)
     with torch.no_grad():
         decoder.h[1].attn.c_attn.bias.fill_(7.0)
@@ -782,70 +631,6 @@ def test_shape_is_inferred_and_heads_default_to_width_over_64():
         DecoderConfig.from_state_dict(gpt2_state_dict(Decoder(TINY)))
     with pytest.raises(ValueError, match=r"wte\.weight"):
         DecoderConfig.from_state_dict({"conv.weight": torch.ones(2, 2)})
-
-
-class Malicious:
-    """Pickles as a call that leaves a file behind."""
-
-    def __init__(self, trace: str) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (self.trace,)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path, zipped):
-    path, trace = tmp_path / "decoder.bin", tmp_path / "trace"
-    torch.save({"wte.weight": Malicious(str(trace))}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"decoder\.bin: not a plain dict of tensors .*run code"):
-        read_state_dict(path)
-    assert not trace.exists()
-    torch.load(path, weights_only=False)
-    assert trace.exists()  # the trap was live
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-@pytest.mark.parametrize("kind", ["safetensors", "zipped", "legacy"])
-def test_truncated_files_are_refused(tmp_path, kind, share):
-    path = tmp_path / ("decoder.safetensors" if kind == "safetensors" else "decoder.bin")
-    state = gpt2_state_dict(Decoder(TINY))
-    if kind == "safetensors":
-        safetensors.torch.save_file(state, path)
-    else:
-        torch.save(state, path, _use_new_zipfile_serialization=kind == "zipped")
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(ValueError, match=rf"{path.name}: (damaged|not a plain dict)"):
-        read_state_dict(path)
-
-
-@pytest.mark.parametrize("value", [[torch.ones(1)], {"model": {"wte.weight": torch.ones(1)}}, torch.ones(2), {"a": 1}])
-def test_files_without_a_plain_dict_of_tensors_are_refused(tmp_path, value):
-    torch.save(value, tmp_path / "decoder.pt")
-    with pytest.raises(ValueError, match=r"decoder\.pt: holds no plain dict of tensors"):
-        read_state_dict(tmp_path / "decoder.pt")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"version https://git-lfs.github.com/spec/v1\n", pickle.dumps(object(), protocol=2), b"\x80", b"PK\x03\x04"],
-)
-@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_other_contents_are_refused(tmp_path, content, suffix):
-    path = tmp_path / f"decoder.{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"decoder\.{suffix}: "):
-        read_state_dict(path)
-
-
-def test_missing_files_and_unknown_suffixes_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no weights file .*gone\.bin.*hw3_download"):
-        read_state_dict(tmp_path / "gone.bin")
-    with pytest.raises(FileNotFoundError, match="no weights file"):
-        read_state_dict(tmp_path)
-    (tmp_path / "decoder.npz").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"unknown suffix '\.npz'"):
-        read_state_dict(tmp_path / "decoder.npz")
 
 
 def test_errors_of_a_file_name_it(tmp_path):

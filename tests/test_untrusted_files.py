@@ -1,4 +1,4 @@
-"""Strangers' weights: no pickle is ever executed, wherever one can be named; each is refused in one line."""
+"""Untrusted weights: no pickle is ever executed, wherever one can be given; each is refused in one line."""
 
 import os
 import pickle

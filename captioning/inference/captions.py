@@ -7,7 +7,7 @@ import torch
 from captioning.data.tokenizer import Tokenizer
 from captioning.inference import search
 from captioning.models.captioner import Captioner
-from captioning.models.step_functions import CompiledSteps
+from captioning.models.step_functions import CompiledStepFunction
 from decoder import Decoder
 
 
@@ -18,7 +18,7 @@ def caption_features(
     beam_size: int = 5,
     max_new_tokens: int = 30,
     length_penalty: float = 1.0,
-    steps: CompiledSteps | None = None,
+    steps: CompiledStepFunction | None = None,
 ) -> list[str]:
     """Caption B images from their encoder tokens (B, N, D); one beam is greedy search.
 
@@ -59,10 +59,10 @@ def check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
 
 def compile_steps(
     captioner: Captioner, batch_size: int, beam_size: int = 5, max_new_tokens: int = 30, backend: str = "inductor"
-) -> CompiledSteps:
+) -> CompiledStepFunction:
     """Return what ``caption_features`` takes as ``steps``; call both under the same ``autocast``.
 
     Raises:
         ValueError: there is no compiler, or prefix and caption do not fit into the decoder's context.
     """
-    return CompiledSteps(captioner.decoder, batch_size, captioner.n_prefix, beam_size, max_new_tokens, backend)
+    return CompiledStepFunction(captioner.decoder, batch_size, captioner.n_prefix, beam_size, max_new_tokens, backend)

@@ -1,4 +1,8 @@
-"""Matrix products by oneDNN, on CPUs where torch itself would ask a slower library."""
+"""Matrix products by oneDNN on CPUs, where torch itself may call a slower library.
+
+In float32 ``F.linear`` calls MKL, which on AMD's processors reaches less than half of oneDNN's speed. The operators
+here are those that torch's compiler calls; there is no public call. Results differ in the order of sums only.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from captioning.kernels.packed_attention import is_cpu
-
-MANY_ROWS = 64  # from here on bringing a weight into oneDNN's layout costs little beside multiplying by it
+MANY_ROWS = 64  # from here on reordering the weight for oneDNN costs little beside multiplying by it
+CPU_DTYPES = (torch.float32, torch.bfloat16)  # of weights that oneDNN reorders
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """``F.linear`` by oneDNN, for a weight and a bias that take no gradient.
-
-    In float32 ``F.linear`` asks MKL, which on AMD's processors reaches less than half of what oneDNN does. The
-    operator is the one that torch's compiler calls; the numbers are the same but for the order of their sum.
-    """
+    """``F.linear`` by oneDNN, for a weight and a bias that take no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -31,21 +30,18 @@ class OneDnnLinear(torch.autograd.Function):
         return OneDnnLinear.apply(grad, ctx.saved_tensors[0].T, None), None, None
 
 
-def _has_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    plain = not weight.requires_grad and (bias is None or not bias.requires_grad)
+def can_use_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether ``OneDnnLinear`` takes these and is worth it: float32 on a CPU, x (rows, in) with many rows."""
+    many = x.dim() == 2 and len(x) >= MANY_ROWS
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return plain and float32 and is_cpu(x) and available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    enabled = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return many and frozen and float32 and x.device.type == "cpu" and enabled and known
 
 
-CPU_DTYPES = (torch.float32, torch.bfloat16)  # what oneDNN packs
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for inference on a CPU, its weight packed for oneDNN.
-
-    torch has no public call for this outside of its compiler, whose operators these are; ``can_pack`` says whether
-    this torch has them.
+class ReorderedLinear(nn.Module):
+    """A linear layer for inference on a CPU, its weight reordered once into oneDNN's own layout.
 
     Args:
         weight: (out, in).
@@ -55,17 +51,17 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        # A module's parameter cannot be in the packed layout, and a buffer would end up in state dicts.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
+        # A module's parameter cannot have oneDNN's layout, and a buffer would be part of state dicts.
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
         self._bias = None if bias is None else bias.detach().to(dtype)
         self.dtype = dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self._packed, self._bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self._weight, self._bias, "none", [], "")
 
 
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether weights of this type can be packed on this device by this torch."""
+def can_reorder(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch has ``ReorderedLinear``'s operators for weights of this type on this device."""
     known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return device.type == "cpu" and dtype in CPU_DTYPES and torch.backends.mkldnn.is_available() and known

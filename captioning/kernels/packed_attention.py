@@ -1,38 +1,42 @@
-"""Attention of captions packed behind one prefix, in fused kernels and without a mask."""
+"""Attention of captions packed after one image prefix, by fused kernels and without a mask.
+
+A row of a batch is ``[prefix | caption 1 | … | caption k]``. The prefix is causal; a caption's tokens see the prefix
+and, up to themselves, their own caption. `Packing` says where the captions are, `PackedAttention` attends.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property, wraps
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 
+_CPU_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+
 
 class Packing:
-    """Captions packed behind a prefix, as a mask: ``[prefix | caption 1 | … | caption k]``, padded to one length.
-
-    The prefix is causal; a caption's tokens see the prefix and what their own caption holds up to them.
+    """Where the captions of each row are, to gather them by caption: no mask needed.
 
     Args:
-        prefix: tokens P of the prefix.
-        slots: long (B, k, T), where the tokens of each caption stand behind the prefix, in order; -1 behind its end.
-        length: tokens S behind the prefix, padding included.
-        mask: returns the same as a boolean mask (B, 1, P+S, P+S), for where the parts cannot be attended apart.
+        n_prefix: tokens P of the prefix.
+        slots: long (B, k, T), where after the prefix each caption's tokens are, in order; -1 past its end.
+        length: tokens S after the prefix, padding included.
+        mask: builds the same as a boolean mask (B, 1, P+S, P+S), for attention that takes one.
     """
 
-    def __init__(self, prefix: int, slots: torch.Tensor, length: int, mask: Callable[[], torch.Tensor]) -> None:
-        self.prefix, self._mask = prefix, mask
+    def __init__(self, n_prefix: int, slots: torch.Tensor, length: int, mask: Callable[[], torch.Tensor]) -> None:
+        self.n_prefix, self._mask = n_prefix, mask
         rows = torch.arange(len(slots), device=slots.device)[:, None]  # (B, 1)
         self.valid = slots >= 0  # (B, k, T)
         flat, size = slots.flatten(1), slots[0].numel()
-        # Places without a counterpart read the one at 0, which is thrown away.
-        self.to_grid = rows, flat.clamp_min(0)
+        # Places without a counterpart read the one at 0, and the result is thrown away.
+        self._to_grid = rows, flat.clamp_min(0)
         back = torch.full((len(slots), length + 1), -1, device=slots.device)
         back[rows, torch.where(flat < 0, length, flat)] = torch.arange(size, device=slots.device)
-        self.covered = back[:, :-1] >= 0  # (B, S), False on padding
-        self.from_grid = rows, back[:, :-1].clamp_min(0)
+        self._covered = back[:, :-1] >= 0  # (B, S), False on padding
+        self._from_grid = rows, back[:, :-1].clamp_min(0)
 
     @cached_property
     def mask(self) -> torch.Tensor:
@@ -40,12 +44,12 @@ class Packing:
         return self._mask()
 
     def grid(self, x: torch.Tensor) -> torch.Tensor:
-        """Lay out what stands behind the prefix, (B, S, nh, n), by caption: (B, k, nh, T, n)."""
-        return x[self.to_grid].unflatten(1, self.valid.shape[1:]).transpose(2, 3)
+        """Gather what is after the prefix, (B, S, nh, n), by caption: (B, k, nh, T, n)."""
+        return x[self._to_grid].unflatten(1, self.valid.shape[1:]).transpose(2, 3)
 
     def row(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse of ``grid``, zeros on padding: (B, k, nh, T, n) to (B, S, nh, n)."""
-        return x.transpose(2, 3).flatten(1, 2)[self.from_grid] * self.covered[:, :, None, None]
+        return x.transpose(2, 3).flatten(1, 2)[self._from_grid] * self._covered[:, :, None, None]
 
 
 def can_attend_packed(qkv: torch.Tensor) -> bool:
@@ -59,47 +63,31 @@ def can_attend_packed(qkv: torch.Tensor) -> bool:
     return ampere and dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256
 
 
-_CPU_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
-
-
-def _without_autocast(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Let a forward compute in the types that it is given."""
-
-    @wraps(function)
-    def plain(ctx: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return function(ctx, x, *args)
-
-    return plain
-
-
 class PackedAttention(torch.autograd.Function):
-    """Attention of captions packed behind one prefix, without a mask: it does no work on what is not seen.
+    """Attention of captions packed after one prefix, exact, without work on pairs that do not see each other.
 
-    All rows attend to the prefix in a fused kernel. A caption's rows also attend to their own caption, all captions
-    side by side as small products. Both parts are shares of one softmax, and their log-sum-exp says how large: the
-    sum is exact. So is the gradient, since with the whole output and the whole log-sum-exp in place of its own each
-    part's backward gives its share of the whole (Liu et al., arXiv 2310.01889, split sequences over devices so).
+    All rows attend to the prefix in a fused kernel; each caption attends to itself, all captions side by side, in small
+    products. For a query q and a set X of keys let ``lse_X = log sum_X exp(q k_j / sqrt(hs))`` and ``out_X`` be the
+    output of attending to X alone. With prefix P and caption C the forward merges two shares of one softmax:
+
+        lse_total = logaddexp(lse_P, lse_C)
+        out = exp(lse_P - lse_total) out_P + exp(lse_C - lse_total) out_C
+
+    The backward needs no such sum. The gradient of a score s_j is
+
+        d s_j = exp(s_j - lse_total) (d out · v_j - d out · out)
+
+    so the fused kernel's own backward, given the total ``out`` and ``lse_total`` in place of its own, returns the
+    prefix's share of the gradient (as Ring Attention does over devices, Liu et al., arXiv 2310.01889).
     """
 
     @staticmethod
-    @_without_autocast  # which would round the scores; the backward, beyond its reach, would find others
-    def forward(ctx: Any, qkv: torch.Tensor, packing: Packing, first: int = 0) -> torch.Tensor:
-        """Map qkv (B, P+S, 3, nh, hs) to (B, P+S, C), or to the captions' rows (B, S, C) if these are the first."""
-        count = packing.prefix
-        assert first in (0, count)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, P+S, hs)
-        out, lse, ctx.kernel = _attend_prefix(q[:, :, first:], k[:, :, :count], v[:, :, :count], not first)
-        scores, value = _own_scores(qkv[:, count:], packing)
-        seen, caption = lse[:, :, count - first :], out[:, :, count - first :]  # the captions' rows, views
-        before = packing.grid(seen.transpose(1, 2)[..., None])  # (B, k, nh, T, 1)
-        total = torch.logaddexp(before, scores.logsumexp(-1, keepdim=True))
-        part = packing.row((scores - total).exp() @ value)  # (B, S, nh, hs)
-        more = packing.row(total - before)[..., 0].transpose(1, 2)  # (B, nh, S); the prefix's share is exp(-more)
-        caption.copy_(caption * (-more).exp()[..., None] + part.transpose(1, 2))
-        seen.add_(more)
+    def forward(ctx: Any, qkv: torch.Tensor, packing: Packing, captions_only: bool = False) -> torch.Tensor:
+        """Map qkv (B, P+S, 3, nh, hs) to (B, P+S, C), or to the rows of the captions only, (B, S, C)."""
+        with torch.autocast(qkv.device.type, enabled=False):  # it would round scores here and not in the backward
+            out, lse, ctx.kernel_states = _attend(qkv, packing, captions_only)
         ctx.save_for_backward(qkv, out, lse)
-        ctx.packing, ctx.first = packing, first
+        ctx.packing, ctx.captions_only = packing, captions_only
         return out.transpose(1, 2).flatten(2)
 
     @staticmethod
@@ -107,109 +95,123 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Return the gradient of qkv."""
         qkv, out, lse = ctx.saved_tensors
-        packing, count, first = ctx.packing, ctx.packing.prefix, ctx.first
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        n_prefix, first = ctx.packing.n_prefix, ctx.packing.n_prefix if ctx.captions_only else 0
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, P+S, hs)
         grad = grad.unflatten(-1, qkv.shape[-2:])  # (B, P+S or S, nh, hs)
+        prefix = q[:, :, first:], k[:, :, :n_prefix], v[:, :, :n_prefix]
         result = torch.empty_like(qkv)
-        parts = result.permute(2, 0, 3, 1, 4)  # a view, (3, B, nh, P+S, hs)
-        given = grad.transpose(1, 2), q[:, :, first:], k[:, :, :count], v[:, :, :count], out, lse
-        parts[0, :, :, :first] = 0
-        parts[0, :, :, first:], parts[1, :, :, :count], parts[2, :, :, :count] = _attend_prefix_backward(
-            ctx.kernel, *given, not first
+        grad_q, grad_k, grad_v = result.permute(2, 0, 3, 1, 4)  # views, each (B, nh, P+S, hs)
+        grad_q[:, :, :first] = 0
+        grad_q[:, :, first:], grad_k[:, :, :n_prefix], grad_v[:, :, :n_prefix] = _attend_prefix_backward(
+            ctx.kernel_states, grad.transpose(1, 2), *prefix, out, lse, ctx.captions_only
         )
-        behind = slice(count - first, None)
-        own = _own_backward(qkv[:, count:], grad[:, behind], out[:, :, behind], lse[:, :, behind], packing)
-        result[:, count:, 0] += own[0]
-        result[:, count:, 1], result[:, count:, 2] = own[1], own[2]
+        captions = slice(n_prefix - first, None)
+        own_q, own_k, own_v = _attend_caption_backward(
+            qkv[:, n_prefix:], grad[:, captions], out[:, :, captions], lse[:, :, captions], ctx.packing
+        )
+        result[:, n_prefix:, 0] += own_q
+        result[:, n_prefix:, 1], result[:, n_prefix:, 2] = own_k, own_v
         return result, None, None
 
 
+def _attend(qkv: torch.Tensor, packing: Packing, captions_only: bool) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """Return output (B, nh, n, hs), log-sum-exp (B, nh, n) and kernel states of all n = P+S rows, or the captions'."""
+    n_prefix, first = packing.n_prefix, packing.n_prefix if captions_only else 0
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, P+S, hs)
+    out, lse, states = _attend_prefix(q[:, :, first:], k[:, :, :n_prefix], v[:, :, :n_prefix], captions_only)
+    caption_out, caption_lse = out[:, :, n_prefix - first :], lse[:, :, n_prefix - first :]  # views, written below
+    *_, values, scores = _caption_scores(qkv[:, n_prefix:], packing)
+    lse_prefix = packing.grid(caption_lse.transpose(1, 2)[..., None])  # (B, k, nh, T, 1)
+    lse_total = torch.logaddexp(lse_prefix, scores.logsumexp(-1, keepdim=True))
+    caption_share = packing.row((scores - lse_total).exp() @ values).transpose(1, 2)  # (B, nh, S, hs)
+    increase = packing.row(lse_total - lse_prefix)[..., 0].transpose(1, 2)  # (B, nh, S), 0 on padding
+    prefix_share = caption_out * (-increase).exp()[..., None]
+    caption_out.copy_(prefix_share + caption_share)
+    caption_lse.add_(increase)
+    return out, lse, states
+
+
 def _attend_prefix(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, whole: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captions_only: bool
 ) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """Let rows q (B, nh, n, hs) attend to the prefix: the captions' see all of it, its own what is not after them.
+    """Let rows q (B, nh, n, hs) attend to the prefix: the captions' rows see all of it, its own see it causally.
 
     Args:
-        q: all rows, or the captions' alone.
+        q: the prefix's rows and then the captions', or the captions' only.
         k, v: the prefix's, (B, nh, P, hs).
-        whole: whether q has the prefix's own rows too, in front.
+        captions_only: which of the two q is.
 
     Returns:
-        Output (B, nh, n, hs), log-sum-exp (B, nh, n), and what the backward of the kernel wants to have back.
+        Output (B, nh, n, hs), log-sum-exp (B, nh, n), and what the backward of the CUDA kernel needs.
     """
-    if is_cpu(q):  # causal counts from the first key on, so the rows behind the prefix see all of it
-        return *getattr(torch.ops.aten, _CPU_FLASH)(q, k, v, 0.0, whole), []
+    if is_cpu(q):  # causal counts from the first key, so the rows after the prefix see all of it
+        return *getattr(torch.ops.aten, _CPU_FLASH)(q, k, v, 0.0, not captions_only), []
     out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     lse, states = torch.empty(q.shape[:3], dtype=_at_least_float32(q), device=q.device), []
-    for part, causal in _cuda_parts(k.shape[2], whole):
-        out[:, :, part], lse[:, :, part], *state = torch.ops.aten._scaled_dot_product_flash_attention(
-            q[:, :, part], k, v, 0.0, causal
+    for rows, causal in _cuda_calls(k.shape[2], captions_only):
+        out[:, :, rows], lse[:, :, rows], *state = torch.ops.aten._scaled_dot_product_flash_attention(
+            q[:, :, rows], k, v, 0.0, causal
         )
         states.append(state[:6])  # lengths of the sequences, the longest, state of the random numbers
     return out, lse, states
 
 
-def _cuda_parts(count: int, whole: bool) -> list[tuple[slice, bool]]:
-    """Rows that take one kernel, and whether it is causal: on CUDA that counts from the last key on."""
-    return [(slice(count), True), (slice(count, None), False)] if whole else [(slice(None), False)]
+def _cuda_calls(n_prefix: int, captions_only: bool) -> list[tuple[slice, bool]]:
+    """Rows of each kernel call, and whether it is causal: on CUDA causal counts from the last key."""
+    return [(slice(None), False)] if captions_only else [(slice(n_prefix), True), (slice(n_prefix, None), False)]
 
 
 def _attend_prefix_backward(
-    kernel: list,
+    states: list,
     grad: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    whole: bool,
-) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of queries, and of the prefix's keys and values."""
+    captions_only: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of the queries and of the prefix's keys and values."""
     if is_cpu(q):
-        return getattr(torch.ops.aten, _CPU_FLASH + "_backward")(grad, q, k, v, out, lse, 0.0, whole)
-    queries, keys, values = [], 0, 0
-    for state, (part, causal) in zip(kernel, _cuda_parts(k.shape[2], whole), strict=True):
+        return getattr(torch.ops.aten, _CPU_FLASH + "_backward")(grad, q, k, v, out, lse, 0.0, not captions_only)
+    queries, keys, values = [], [], []
+    for state, (rows, causal) in zip(states, _cuda_calls(k.shape[2], captions_only), strict=True):
+        grad_out, part_q, part_out = grad[:, :, rows], q[:, :, rows], out[:, :, rows]
         grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad[:, :, part],
-            q[:, :, part],
-            k,
-            v,
-            out[:, :, part],
-            lse[:, :, part].contiguous(),
-            *state[:4],
-            0.0,
-            causal,
-            *state[4:],
+            grad_out, part_q, k, v, part_out, lse[:, :, rows].contiguous(), *state[:4], 0.0, causal, *state[4:]
         )
         queries.append(grad_q)
-        keys, values = keys + grad_k, values + grad_v
-    return torch.cat(queries, 2), keys, values
+        keys.append(grad_k)
+        values.append(grad_v)
+    return torch.cat(queries, 2), reduce(torch.add, keys), reduce(torch.add, values)
 
 
-def is_cpu(x: torch.Tensor) -> bool:
-    """Whether ``x`` lies on the CPU."""
-    return x.device.type == "cpu"
-
-
-def _own_scores(qkv: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, ...]:
-    """Return what each caption's tokens think of each other, (B, k, nh, T, T) causal, and their values."""
-    q, k, v = (packing.grid(part) for part in qkv.to(_at_least_float32(qkv)).unbind(2))  # each (B, k, nh, T, hs)
+def _caption_scores(qkv: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, ...]:
+    """Return q, k, v of the captions (B, S, 3, nh, hs) by caption, (B, k, nh, T, hs), and causal scores (…, T, T)."""
+    q, k, v = (packing.grid(part) for part in qkv.to(_at_least_float32(qkv)).unbind(2))
     hidden = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(hidden, -torch.inf), v
+    return q, k, v, (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(hidden, -torch.inf)
 
 
-def _own_backward(
+def _attend_caption_backward(
     qkv: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, packing: Packing
-) -> tuple[torch.Tensor, ...]:
-    """Return the captions' own share of the gradient of qkv (B, S, 3, nh, hs): three of (B, S, nh, hs)."""
-    wide = _at_least_float32(qkv)
-    scores, v = _own_scores(qkv, packing)
-    q, k = (packing.grid(part) for part in qkv[:, :, :2].to(wide).unbind(2))
-    grad, out = packing.grid(grad.to(wide)), packing.grid(out.transpose(1, 2).to(wide))
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the captions' own share of the gradients of q, k and v, each (B, S, nh, hs)."""
+    q, k, v, scores = _caption_scores(qkv, packing)
+    grad, out = packing.grid(grad.to(q.dtype)), packing.grid(out.transpose(1, 2).to(q.dtype))
     weights = (scores - packing.grid(lse.transpose(1, 2)[..., None])).exp()  # (B, k, nh, T, T)
     weights = torch.where(packing.valid[:, :, None, :, None], weights, 0.0)
     inner = weights * (grad @ v.transpose(-2, -1) - (grad * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
-    return tuple(map(packing.row, (inner @ k, inner.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ grad)))
+    return (
+        packing.row(inner @ k),
+        packing.row(inner.transpose(-2, -1) @ q),
+        packing.row(weights.transpose(-2, -1) @ grad),
+    )
+
+
+def is_cpu(x: torch.Tensor) -> bool:
+    """Whether ``x`` is on the CPU; a function, so that a test can play the other device."""
+    return x.device.type == "cpu"
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.dtype:

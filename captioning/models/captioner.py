@@ -20,7 +20,7 @@ from torch import nn
 
 from captioning.kernels.packed_attention import Packing
 from captioning.models.encoder import build_encoder, build_transform
-from captioning.models.step_functions import SharedPrefix
+from captioning.models.step_functions import StepFunction
 from captioning.tensors import fingerprint, write_tensors
 from decoder import (
     Decoder,
@@ -185,13 +185,13 @@ class Captioner(nn.Module):
         return x, positions, Packing(count, batch.slots, batch.inputs.shape[1], lambda: batch.mask_with_prefix(count))
 
     @torch.no_grad()
-    def step_function(self, features: torch.Tensor, beam_size: int, max_new_tokens: int) -> SharedPrefix:
+    def step_function(self, features: torch.Tensor, beam_size: int, max_new_tokens: int) -> StepFunction:
         """Read the images (B, N, D) once and return the step function that ``search`` calls for each new token.
 
         Raises:
             ValueError: prefix and caption do not fit into the decoder's context.
         """
-        return SharedPrefix(self.decoder, self.prefix(features), beam_size, max_new_tokens)
+        return StepFunction(self.decoder, self.prefix(features), beam_size, max_new_tokens)
 
     @property
     def patch_columns(self) -> torch.Tensor:

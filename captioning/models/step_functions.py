@@ -1,8 +1,12 @@
-"""What the search calls for each new token: over a shared prefix, and compiled with fixed shapes."""
+"""What ``inference.search`` calls for each new token: over a shared prefix, and compiled with fixed shapes.
+
+The prefix, an image's projected tokens, is read once into a KV cache, one row an image. Slot K t + k after it belongs
+to beam k's token of step t and is never moved: ``ancestors`` says which slots a beam's own history is in, and is the
+attention mask. So beams share the prefix and nothing is copied when they branch.
+"""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import shutil
@@ -11,22 +15,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from decoder import (
-    Decoder,
-    KVCache,
-)
+from decoder import Decoder, KVCache
 
 
-class SharedPrefix:
-    """The step function that ``search`` calls for each new token, over projected images that are read once.
-
-    The cache holds the prefix once an image; beams lie behind it and see their own history by a mask.
+class StepFunction:
+    """The step function of a batch of images; its cache holds P + K L slots an image and is read as far as it is full.
 
     Args:
         decoder: LoRA is best merged.
-        prefix: projected image tokens (B, P, C).
-        beam_size: live beams an image.
-        max_new_tokens: longest caption.
+        prefix: projected image tokens (B, P, C), read at once.
+        beam_size: live beams K an image.
+        max_new_tokens: longest caption L.
 
     Raises:
         ValueError: prefix and caption do not fit into the decoder's context.
@@ -34,41 +33,39 @@ class SharedPrefix:
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, prefix: torch.Tensor, beam_size: int, max_new_tokens: int) -> None:
-        self.decoder, self.count = decoder, prefix.shape[1]
-        room = decoder.config.n_positions - self.count
-        if max_new_tokens > room:
-            raise ValueError(f"--max-new-tokens {max_new_tokens}: behind {self.count} image tokens only {room} fit")
-        self.cache = decoder.new_cache(len(prefix), self.count + beam_size * max_new_tokens)
-        decoder(prefix, torch.arange(self.count), cache=self.cache)
+        self.decoder, self.n_prefix = decoder, prefix.shape[1]
+        _check_room(decoder, self.n_prefix, max_new_tokens)
+        self.cache = decoder.new_cache(len(prefix), self.n_prefix + beam_size * max_new_tokens)
+        decoder(prefix, torch.arange(self.n_prefix), cache=self.cache)
 
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, K, V) behind the newest tokens (B, K), each of which sees its ancestors (B, K, n)."""
-        position = torch.tensor([self.count + ancestors.shape[2] // tokens.shape[1] - 1])
-        mask = F.pad(ancestors, (self.count, 0), value=True)[:, None]  # (B, 1, K, P + slots)
+        """Return the logits (B, K, V) after the newest tokens (B, K), each of which sees its ancestors (B, K, n)."""
+        position = torch.tensor([self.n_prefix + ancestors.shape[2] // tokens.shape[1] - 1])
+        mask = F.pad(ancestors, (self.n_prefix, 0), value=True)[:, None]  # (B, 1, K, P + n)
         hidden = self.decoder(self.decoder.embed(tokens), position, mask, self.cache)
         return self.decoder.logits(hidden)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these images alone, by place in the batch (n,)."""
+        """Drop all images but these, by place in the batch (n,)."""
         self.cache.keep(rows)
 
 
-class SlotCache(KVCache):
-    """A KV cache that can also be written at given slots and read whole, so that shapes never change.
+class StaticCache(KVCache):
+    """A KV cache that can also be written at given slots and read as a whole, so that shapes never change.
 
     Its arguments are those of ``KVCache``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.slots: torch.Tensor | None = None  # (T,) where the next tokens go; None: behind the filled ones
+        self.slots: torch.Tensor | None = None  # (T,) where the next tokens go; None: after the filled ones
         for buffer in self.keys + self.values:
             buffer.zero_()  # masked numbers are multiplied by zero, and NaN would stay NaN
             torch._dynamo.mark_static_address(buffer)  # written in place: CUDA graphs must not copy them
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put k, v (B, nh, T, hs) at ``slots`` and return everything, (B, nh, S_max, hs); without slots as ever."""
+        """Put k, v (B, nh, T, hs) at ``slots`` and return everything, (B, nh, S_max, hs); without slots as KVCache."""
         if self.slots is None:
             return super().write(layer, k, v)
         keys, values = self.keys[layer], self.values[layer]
@@ -77,13 +74,16 @@ class SlotCache(KVCache):
         return keys, values
 
 
-class CompiledSteps:
-    """Step functions for ``search``, compiled once and used for batch after batch.
+class CompiledStepFunction:
+    """A step function of fixed shapes, compiled once and used for one batch after another.
+
+    All inputs of the compiled step live in buffers: ``tokens`` (B, K), ``mask`` (B, 1, K, P + K L), ``position`` (1,)
+    and ``cache.slots`` (K,). A smaller batch fills the first rows, and the rest is computed and thrown away.
 
     Args:
-        decoder: LoRA merged; its weights may be cast and packed (``packing.prepare_decoder``).
-        batch_size: most images at once.
-        prefix: image tokens P.
+        decoder: LoRA merged; its weights may be cast (``inference_weights.prepare_decoder`` without reordering).
+        batch_size: most images B at once.
+        n_prefix: image tokens P.
         beam_size: live beams K an image.
         max_new_tokens: longest caption L.
         backend: of ``torch.compile``.
@@ -97,7 +97,7 @@ class CompiledSteps:
         self,
         decoder: Decoder,
         batch_size: int,
-        prefix: int,
+        n_prefix: int,
         beam_size: int,
         max_new_tokens: int,
         backend: str = "inductor",
@@ -105,52 +105,54 @@ class CompiledSteps:
         device = decoder.wte.weight.device
         if backend == "inductor":
             check_compiler(device)
-        if prefix + max_new_tokens > decoder.config.n_positions:
-            room = decoder.config.n_positions - prefix
-            raise ValueError(f"--max-new-tokens {max_new_tokens}: behind {prefix} image tokens only {room} fit")
-        self.decoder, self.count, self.beams = decoder, prefix, beam_size
-        length = prefix + beam_size * max_new_tokens
-        like = decoder.new_cache(1, 1).keys[0]  # its type under autocast
-        self.cache = SlotCache(decoder.config, batch_size, length, device, like.dtype)
-        self.tokens = torch.zeros(batch_size, beam_size, dtype=torch.long, device=device)  # (B, K)
-        self.mask = torch.zeros(batch_size, 1, beam_size, length, dtype=torch.bool, device=device)  # (B, 1, K, S_max)
-        self.mask[..., :prefix] = True
-        self.positions = torch.arange(prefix, prefix + max_new_tokens, device=device)  # (L,)
+        _check_room(decoder, n_prefix, max_new_tokens)
+        self.decoder, self.n_prefix, self.beam_size = decoder, n_prefix, beam_size
+        length = n_prefix + beam_size * max_new_tokens
+        dtype = decoder.new_cache(1, 1).keys[0].dtype  # autocast's, where it is on
+        self.cache = StaticCache(decoder.config, batch_size, length, device, dtype)
+        self.tokens = torch.zeros(batch_size, beam_size, dtype=torch.long, device=device)
+        self.mask = torch.zeros(batch_size, 1, beam_size, length, dtype=torch.bool, device=device)
+        self.mask[..., :n_prefix] = True
+        self.positions = torch.arange(n_prefix, n_prefix + max_new_tokens, device=device)  # (L,), of every step
         self.position = self.positions[:1].clone()
-        self.slots = torch.arange(beam_size, device=device)  # (K,)
+        self.slots = torch.arange(beam_size, device=device)
         mode = "reduce-overhead" if backend == "inductor" and device.type == "cuda" else None
         self._compiled = torch.compile(self._step, fullgraph=True, dynamic=False, backend=backend, mode=mode)
 
     @torch.no_grad()
-    def begin(self, prefix: torch.Tensor) -> CompiledSteps:
+    def begin(self, prefix: torch.Tensor) -> CompiledStepFunction:
         """Read up to B projected images (n, P, C), and return the step function of their captions."""
         images, rows = len(prefix), len(self.mask)
-        if images > rows or prefix.shape[1] != self.count:
-            raise ValueError(f"compiled for {rows} images of {self.count} tokens, not {tuple(prefix.shape[:2])}")
+        if images > rows or prefix.shape[1] != self.n_prefix:
+            raise ValueError(f"compiled for {rows} images of {self.n_prefix} tokens, not {tuple(prefix.shape[:2])}")
         filled = torch.cat((prefix, prefix[-1:].expand(rows - images, -1, -1)))
         self.cache.length, self.cache.slots = 0, None
-        self.decoder(filled, torch.arange(self.count), cache=self.cache)
-        self.mask[..., self.count :] = False
+        self.decoder(filled, torch.arange(self.n_prefix), cache=self.cache)
+        self.mask[..., self.n_prefix :] = False
         return self
 
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-        """Return the logits (n, K, V) behind the newest tokens (n, K), each of which sees its ancestors (n, K, s)."""
-        images, slots = len(tokens), ancestors.shape[2]
-        step = slots // self.beams - 1
+        """Return the logits (n, K, V) after the newest tokens (n, K), each of which sees its ancestors (n, K, s)."""
+        images, end = len(tokens), self.n_prefix + ancestors.shape[2]
+        step = ancestors.shape[2] // self.beam_size - 1
         self.tokens[:images] = tokens
-        self.mask[:images, 0, :, self.count : self.count + slots] = ancestors
+        self.mask[:images, 0, :, self.n_prefix : end] = ancestors
         self.position.copy_(self.positions[step : step + 1])
-        torch.arange(self.count + slots - self.beams, self.count + slots, out=self.slots)
+        torch.arange(end - self.beam_size, end, out=self.slots)
         self.cache.slots = self.slots
         return self._compiled(self.tokens, self.position, self.mask)[:images]
 
     def _step(self, tokens: torch.Tensor, position: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         decoder = self.decoder
         x = decoder.embed(tokens) + decoder.wpe(position)
-        for block in decoder.h:
-            x = block(x, mask, self.cache, None, x.shape[1])
-        return decoder.logits(decoder.ln_f(x))
+        return decoder.logits(decoder.blocks(x, mask, self.cache))
+
+
+def _check_room(decoder: Decoder, n_prefix: int, max_new_tokens: int) -> None:
+    room = decoder.config.n_positions - n_prefix
+    if max_new_tokens > room:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: after {n_prefix} image tokens only {room} fit")
 
 
 def check_compiler(device: torch.device) -> None:

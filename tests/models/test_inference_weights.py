@@ -1,4 +1,4 @@
-"""packing.py: prepared weights say what plain ones say, and whatever could not be undone is refused."""
+"""inference_weights.py: prepared weights say what plain ones say, and whatever could not be undone is refused."""
 
 import copy
 
@@ -7,10 +7,10 @@ import torch
 from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS
 
 from captioning.inference import search
-from captioning.kernels.onednn import PackedLinear, can_pack
+from captioning.kernels.onednn import ReorderedLinear, can_reorder
 from captioning.models.encoder import build_encoder
 from captioning.models.inference_weights import prepare_decoder, prepare_linears
-from captioning.models.step_functions import SharedPrefix
+from captioning.models.step_functions import StepFunction
 from decoder import Decoder, DecoderConfig, LoraConfig, merge_lora
 
 CONFIG = DecoderConfig(vocab_size=53, n_positions=64, n_embd=64, n_layer=2, n_head=2)
@@ -32,8 +32,8 @@ def logits_and_captions(decoder, dtype):
     prefix = torch.randn(3, 7, CONFIG.n_embd, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         tokens, alone = torch.ones(3, 4, dtype=torch.long), torch.eye(4, dtype=torch.bool).repeat(3, 1, 1)
-        first = SharedPrefix(decoder, prefix, 4, 9)(tokens, alone)
-        found = search.beam_search(SharedPrefix(decoder, prefix, 4, 9), 3, 0, 1, 4, 9)
+        first = StepFunction(decoder, prefix, 4, 9)(tokens, alone)
+        found = search.beam_search(StepFunction(decoder, prefix, 4, 9), 3, 0, 1, 4, 9)
     return first.float(), found.tokens
 
 
@@ -50,12 +50,12 @@ def test_a_prepared_decoder_says_the_same(decoder, dtype, own_head):
     if dtype == torch.float32:
         assert same == captions
     assert torch.equal(prepared.wte.weight, embeddings)  # rounded with a tied head, they would change every input
-    if can_pack(CPU, dtype):
-        assert sum(isinstance(module, PackedLinear) for module in prepared.modules()) == 4 * CONFIG.n_layer + 1
+    if can_reorder(CPU, dtype):
+        assert sum(isinstance(module, ReorderedLinear) for module in prepared.modules()) == 4 * CONFIG.n_layer + 1
 
 
 def test_where_nothing_can_be_packed_weights_are_cast_and_the_embeddings_stay(decoder, monkeypatch):
-    monkeypatch.setattr("captioning.models.inference_weights.can_pack", lambda device, dtype: False)
+    monkeypatch.setattr("captioning.models.inference_weights.can_reorder", lambda device, dtype: False)
     decoder.lm_head = None
     logits, _ = logits_and_captions(decoder, torch.bfloat16)
     prepared = prepare_decoder(copy.deepcopy(decoder), torch.bfloat16)

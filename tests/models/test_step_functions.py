@@ -1,4 +1,4 @@
-"""compiling.py: steps of a fixed shape give the captions of steps that grow, batch after batch, compiled or not."""
+"""step_functions.py: steps of fixed shapes caption like steps that grow, batch after batch, compiled or not."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ import torch
 from captioning.inference import search
 from captioning.models import step_functions
 from captioning.models.inference_weights import prepare_decoder
-from captioning.models.step_functions import CompiledSteps, SharedPrefix, check_compiler
+from captioning.models.step_functions import CompiledStepFunction, StepFunction, check_compiler
 from decoder import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(vocab_size=41, n_positions=40, n_embd=32, n_layer=2, n_head=2)
@@ -45,14 +45,14 @@ def captions(step, count, beams):
 @pytest.mark.parametrize("beams", [1, 4])
 def test_batches_of_any_size_are_captioned_as_ever(decoder, beams, dtype):
     """One compiled shape serves full and smaller batches, and nothing of a batch is left over in the next."""
-    prepare_decoder(decoder, dtype, pack=False)
+    prepare_decoder(decoder, dtype, reorder=False)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        steps = CompiledSteps(decoder, 5, PREFIX, beams, TOKENS, backend="eager")
+        steps = CompiledStepFunction(decoder, 5, PREFIX, beams, TOKENS, backend="eager")
         found, wanted = [], []
         for seed, count in enumerate((5, 2, 5, 1)):
             prefix = images(count, seed)
             found.append(captions(steps.begin(prefix), count, beams))
-            wanted.append(captions(SharedPrefix(decoder, prefix, beams, TOKENS), count, beams))
+            wanted.append(captions(StepFunction(decoder, prefix, beams, TOKENS), count, beams))
     assert found == wanted
     assert len({tuple(caption) for batch in wanted for caption in batch}) > 6
     if dtype == torch.bfloat16:
@@ -61,7 +61,10 @@ def test_batches_of_any_size_are_captioned_as_ever(decoder, beams, dtype):
 
 def test_the_logits_are_those_of_steps_that_grow(decoder):
     prefix = images(3, 0)
-    steps, growing = CompiledSteps(decoder, 4, PREFIX, 2, TOKENS, backend="eager"), SharedPrefix(decoder, prefix, 2, 9)
+    steps, growing = (
+        CompiledStepFunction(decoder, 4, PREFIX, 2, TOKENS, backend="eager"),
+        StepFunction(decoder, prefix, 2, 9),
+    )
     steps.begin(prefix)
     tokens, own = torch.tensor([[5, 7]] * 3), torch.eye(2, dtype=torch.bool).expand(3, 2, 2)
     torch.testing.assert_close(steps(tokens, own), growing(tokens, own), atol=1e-5, rtol=1e-5)
@@ -76,7 +79,7 @@ def test_steps_are_traced_once(decoder):
         graphs.append(graph)
         return graph.forward
 
-    steps = CompiledSteps(decoder, 3, PREFIX, 2, TOKENS, backend=backend)
+    steps = CompiledStepFunction(decoder, 3, PREFIX, 2, TOKENS, backend=backend)
     for count in (3, 1):
         captions(steps.begin(images(count, 0)), count, 2)
     assert len(graphs) == 1
@@ -85,14 +88,14 @@ def test_steps_are_traced_once(decoder):
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 def test_compiled_machine_code_captions_alike():
     decoder, prefix = make_decoder(replace(CONFIG, n_layer=1)), images(3, 0)  # a layer less takes half the time
-    steps = CompiledSteps(decoder, 3, PREFIX, 3, TOKENS)
-    assert captions(steps.begin(prefix), 3, 3) == captions(SharedPrefix(decoder, prefix, 3, TOKENS), 3, 3)
+    steps = CompiledStepFunction(decoder, 3, PREFIX, 3, TOKENS)
+    assert captions(steps.begin(prefix), 3, 3) == captions(StepFunction(decoder, prefix, 3, TOKENS), 3, 3)
 
 
 def test_what_does_not_fit_is_refused(decoder):
-    with pytest.raises(ValueError, match="--max-new-tokens 39: behind 6 image tokens only 34 fit"):
-        CompiledSteps(decoder, 2, PREFIX, 2, 39, backend="eager")
-    steps = CompiledSteps(decoder, 2, PREFIX, 2, TOKENS, backend="eager")
+    with pytest.raises(ValueError, match="--max-new-tokens 39: after 6 image tokens only 34 fit"):
+        CompiledStepFunction(decoder, 2, PREFIX, 2, 39, backend="eager")
+    steps = CompiledStepFunction(decoder, 2, PREFIX, 2, TOKENS, backend="eager")
     with pytest.raises(ValueError, match="compiled for 2 images of 6 tokens"):
         steps.begin(images(3, 0))
 
