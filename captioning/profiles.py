@@ -14,11 +14,11 @@ MICRO_WEIGHTS = ROOT / "microworld" / "weights"
 class Profile:
     """Where one size of the suite finds its models and data; every entry is a default that a flag overrides.
 
-    The full size's files are what hw3_download.sh makes, relative to the folder of the clone.
+    The full size's files are those that hw3_download.sh writes, relative to the folder of the clone.
     """
 
     data: str  # folder with train.json, val.json and images/{train,val}/
-    decoder: str  # GPT-2 state dict in Hugging Face layout
+    decoder_files: tuple[str, ...]  # GPT-2 state dict in Hugging Face layout: the first of these that exists
     tokenizer: str  # folder with encoder.json and vocab.bpe
     encoder: str  # timm model name
     encoder_weights: str | None  # local file; None lets timm take its own pretrained weights
@@ -28,29 +28,29 @@ class Profile:
     cache: str  # encoder tokens are kept here
     encoder_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
 
+    @property
+    def decoder(self) -> str:
+        """The first of ``decoder_files`` that exists now, or the first one, which a message can then name."""
+        return next((file for file in self.decoder_files if Path(file).is_file()), self.decoder_files[0])
+
 
 def downloaded_encoder(name: str) -> str | None:
-    """Return the file that hw3_download.sh made of the timm encoder ``name`` (tag included), or None without one.
+    """Return hw3_download.sh's file of the timm encoder ``name`` (tag included), or None if it does not exist.
 
-    A QuickGELU name has the weights of its plain twin.
+    A QuickGELU name has the weights of its twin without it.
     """
     file = f"weights/{name.replace('_quickgelu_', '_')}.safetensors"
     return file if Path(file).is_file() else None
-
-
-def first_there(*files: str) -> str:
-    """Return the first of ``files`` that exists, or the first one, which a message can then name."""
-    return next((file for file in files if Path(file).is_file()), files[0])
 
 
 PROFILES = {
     "full": Profile(
         data="hw3_data/p2_data",
         # hw3_download.sh keeps safetensors; the course's own archive has a .bin
-        decoder=first_there("hw3_data/p2_data/decoder_model.safetensors", "hw3_data/p2_data/decoder_model.bin"),
+        decoder_files=("hw3_data/p2_data/decoder_model.safetensors", "hw3_data/p2_data/decoder_model.bin"),
         tokenizer="hw3_data/p2_data",
         encoder="vit_large_patch14_clip_224",
-        # timm's bare name means this tag; the file is named, so that nothing is fetched behind anyone's back
+        # timm's bare name means this tag; the file is named, so that nothing is fetched without the user's knowledge
         encoder_weights="weights/vit_large_patch14_clip_224.laion2b_ft_in12k_in1k.safetensors",
         clip_model="ViT-B-32-quickgelu",
         clip_weights="weights/ViT-B-32-quickgelu.openai.safetensors",
@@ -59,7 +59,7 @@ PROFILES = {
     ),
     "micro": Profile(
         data="demo/data",
-        decoder=str(MICRO_WEIGHTS / "decoder" / "decoder_model.safetensors"),
+        decoder_files=(str(MICRO_WEIGHTS / "decoder" / "decoder_model.safetensors"),),
         tokenizer=str(MICRO_WEIGHTS / "decoder"),
         encoder="vit_base_patch32_clip_224.openai",  # CLIP's ViT layout and preprocessing, cut down by the arguments
         encoder_weights=str(MICRO_WEIGHTS / "encoder" / "open_clip_model.safetensors"),

@@ -49,7 +49,7 @@ def tiny_profile(tmp_path_factory, tiny_data, tiny_decoder_file, tokenizer_folde
     """A profile of the tiny data and models; the encoder is random, and says so."""
     return Profile(
         data=str(tiny_data),
-        decoder=str(tiny_decoder_file),
+        decoder_files=(str(tiny_decoder_file),),
         tokenizer=tokenizer_folder,
         encoder=TINY_ENCODER,
         encoder_weights="random",
