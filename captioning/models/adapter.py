@@ -12,9 +12,7 @@ import torch
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.encoder import RANDOM
 from captioning.tensors import read_tensors
-from decoder import (
-    build_decoder,
-)
+from decoder import build_decoder
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[CaptionerConfig, dict[str, torch.Tensor]]:
@@ -43,15 +41,15 @@ def load_captioner(
 ) -> Captioner:
     """Rebuild a captioner from its adapter file, LoRA merged, ready to caption.
 
-    The encoder's weights are ``encoder_weights``, or the file that the adapter remembers, or where that is gone (an
+    The encoder's weights are ``encoder_weights``, or the file that the adapter names, or where that is missing (an
     adapter from another machine) ``fallback``; the adapter's fingerprint says whether they are the right ones.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or adapter and decoder do not fit.
     """
     config, state = read_adapter(adapter)
-    remembered = config.encoder_weights
-    if not encoder_weights and remembered not in (None, RANDOM) and not Path(remembered).is_file():
+    stored = config.encoder_weights
+    if not encoder_weights and stored is not None and stored != RANDOM and not Path(stored).is_file():
         encoder_weights = fallback
     if encoder_weights:
         config = replace(config, encoder_weights=encoder_weights)
@@ -64,13 +62,13 @@ def load_captioner(
 
 
 def start_from(captioner: Captioner, path: Path) -> None:
-    """Load an adapter to train on; ValueError where it belongs to other frozen weights."""
+    """Load an adapter to train it further; ValueError where it belongs to other frozen weights."""
     stored, state = read_adapter(path)
     for part in ("encoder", "decoder"):
         wanted, found = (getattr(config, f"{part}_hash") for config in (stored, captioner.config))
         if wanted != found:
             raise ValueError(f"--init-adapter {path}: was trained on another {part} (hash {wanted}, not {found})")
-    # The same weights can be fed with other preprocessing; JSON makes tuples and lists alike.
+    # The same weights can be used with other preprocessing; JSON makes tuples and lists alike.
     before, now = (json.dumps(dict(config.encoder_kwargs), sort_keys=True) for config in (stored, captioner.config))
     if before != now:
         raise ValueError(f"--init-adapter {path}: its encoder's arguments and preprocessing are {before}, not {now}")

@@ -1,9 +1,9 @@
-"""The captioner: frozen timm encoder, linear projector, GPT-2 with LoRA; its freeze policy and its adapter file.
+"""The captioner: frozen timm encoder, linear projector, GPT-2 with LoRA.
 
-The sequence is ``[projected image tokens | BOS caption EOS]`` with one shared position index and causal attention.
-Causality makes the image part independent of the caption, and both uses here rest on that: in training all captions of
-an image follow one prefix, each seeing the prefix and itself, positions restarting after the prefix
-(`Captioner.loss`); in search the prefix's keys and values are computed once for all beams (`Captioner.step_function`).
+The sequence is ``[projected image tokens | BOS caption EOS]`` with one shared position index and causal attention, so
+the image part, the prefix, does not depend on the caption. In training all captions of an image follow one prefix,
+each sees the prefix and itself, and positions restart after the prefix (`Captioner.loss`). In search the prefix's keys
+and values are computed once for all beams (`Captioner.step_function`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,18 +21,10 @@ from torch import nn
 from captioning.kernels.packed_attention import Packing
 from captioning.models.encoder import build_encoder, build_transform
 from captioning.models.step_functions import StepFunction
-from captioning.tensors import fingerprint, write_tensors
-from decoder import (
-    Decoder,
-    LoraConfig,
-    gpt2_state_dict,
-    load_lora_state_dict,
-    lora_state_dict,
-    mark_trainable,
-    merge_lora,
-)
+from captioning.tensors import copy_exactly, fingerprint, write_tensors
+from decoder import Decoder, LoraConfig, gpt2_state_dict, lora_state_dict, mark_trainable, merge_lora, refuse_merged
 
-IGNORED = -100  # target of padding, as cross_entropy has it
+IGNORED = -100  # target of padding, cross_entropy's default
 
 
 @dataclass(frozen=True)
@@ -63,11 +55,7 @@ class CaptionerConfig:
         """Rebuild the config from plain JSON values; raises ValueError for keys that it does not know."""
         try:
             values = dict(values)
-            lora = dict(values.pop("lora"))
-            for key in ("targets", "enable_lora"):
-                if lora.get(key) is not None:
-                    lora[key] = tuple(lora[key])
-            return cls(lora=LoraConfig(**lora), **values)
+            return cls(lora=LoraConfig(**values.pop("lora")), **values)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the configuration of a captioner: {error}") from error
 
@@ -83,6 +71,8 @@ class Captioner(nn.Module):
         ValueError: the frozen weights are not the ones that ``config`` remembers.
     """
 
+    encoder: Any  # a timm VisionTransformer, whose attributes nn.Module does not declare
+
     def __init__(self, config: CaptionerConfig, decoder: Decoder) -> None:
         super().__init__()
         self.encoder = build_encoder(config.encoder, config.encoder_weights, config.encoder_kwargs)
@@ -91,27 +81,30 @@ class Captioner(nn.Module):
         depth = len(self.encoder.blocks)
         if not -depth <= config.encoder_layer < 0:
             raise ValueError(f"--encoder-layer {config.encoder_layer}: {config.encoder} has layers -1 to -{depth}")
-        self.n_patches = self.encoder.patch_embed.num_patches
-        self.skipped = 0 if config.use_cls else self.encoder.num_prefix_tokens
-        self.feature_shape = (self.encoder.num_prefix_tokens + self.n_patches, self.encoder.num_features)
-        self.n_prefix = self.feature_shape[0] - self.skipped
+        self.n_patches: int = self.encoder.patch_embed.num_patches
+        self.n_dropped_tokens: int = 0 if config.use_cls else self.encoder.num_prefix_tokens
+        self.feature_shape = (self.encoder.num_prefix_tokens + self.n_patches, self.encoder.num_features)  # (N, D)
+        self.n_prefix = self.feature_shape[0] - self.n_dropped_tokens
         if self.n_prefix + 2 > decoder.config.n_positions:
             raise ValueError(
                 f"--encoder {config.encoder}: {self.n_prefix} image tokens leave no room for a caption in the "
                 f"decoder's context of {decoder.config.n_positions}"
             )
         self.projector = nn.Linear(self.encoder.num_features, decoder.config.n_embd)
-        hashes = {
+        self.config = self._with_fingerprints(config)
+        mark_trainable(decoder)
+
+    def _with_fingerprints(self, config: CaptionerConfig) -> CaptionerConfig:
+        hashes: dict[str, Any] = {
             "encoder_hash": fingerprint(self.encoder.state_dict()),
-            "decoder_hash": fingerprint(gpt2_state_dict(decoder)),
+            "decoder_hash": fingerprint(gpt2_state_dict(self.decoder)),
         }
         for key, found in hashes.items():
             wanted = getattr(config, key)
             if wanted and wanted != found:
                 part = key.split("_")[0]
                 raise ValueError(f"the adapter was trained on another {part} (hash {wanted}, this one is {found})")
-        self.config = CaptionerConfig(**{**vars(config), **hashes})
-        mark_trainable(decoder)
+        return replace(config, **hashes)
 
     def train(self, mode: bool = True) -> Captioner:
         """Set the mode of projector and decoder; the frozen encoder stays in eval mode."""
@@ -148,7 +141,7 @@ class Captioner(nn.Module):
 
     def prefix(self, features: torch.Tensor) -> torch.Tensor:
         """Project encoder tokens (B, N, D) to the decoder's width: (B, P, C)."""
-        return self.projector(features[:, self.skipped :])
+        return self.projector(features[:, self.n_dropped_tokens :])
 
     def loss(self, features: torch.Tensor, batch: Any, label_smoothing: float = 0.0) -> torch.Tensor:
         """Return the mean next-token loss over all captions of the images; EOS is learned.
@@ -195,17 +188,16 @@ class Captioner(nn.Module):
 
     @property
     def patch_columns(self) -> torch.Tensor:
-        """Which positions of the prefix are image patches: (n_patches,); a CLS token is none."""
-        first = self.n_prefix - self.n_patches
-        return torch.arange(first, self.n_prefix)
+        """Which positions of the prefix are image patches, as a CLS token is not: (n_patches,)."""
+        return torch.arange(self.n_prefix - self.n_patches, self.n_prefix)
 
     def attend(
         self, features: torch.Tensor, tokens: Sequence[int], whole: bool = False
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Read one finished caption behind its image and return where it looked.
+        """Read one finished caption after its image and return where it looked.
 
         The image's rows take the fused path into the cache, and only the caption's rows the slow one, unless all are
-        wanted. Where gradients are on they flow from each row's logits to that row's weights, and to no other row's.
+        wanted. Where gradients are on, they flow from each row's logits to that row's weights, and to no other row's.
 
         Args:
             features: encoder tokens of one image, (1, N, D).
@@ -232,7 +224,7 @@ class Captioner(nn.Module):
         return attentions, self.decoder.logits(hidden)[0]
 
     def merge(self) -> Captioner:
-        """Fold LoRA into the decoder for inference, once and for all."""
+        """Fold LoRA into the decoder for inference; there is no way back."""
         merge_lora(self.decoder)
         return self.eval()
 
@@ -250,18 +242,7 @@ class Captioner(nn.Module):
         write_tensors(path, state, {"captioner": json.dumps(asdict(self.config))})
 
     def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Copy an adapter's tensors; names and shapes must match exactly, or ValueError says which do not."""
-        wanted = self.adapter_state()
-        wrong = [
-            k for k in wanted.keys() & state.keys() if k.startswith("projector.") and wanted[k].shape != state[k].shape
-        ]
-        wrong += [k for k in wanted.keys() ^ state.keys() if k.startswith("projector.")]
-        wrong += [k for k in state if not k.startswith(("projector.", "decoder."))]
-        if wrong:
-            raise ValueError(f"the adapter does not fit this captioner: {', '.join(sorted(wrong))}")
-        load_lora_state_dict(self.decoder, _below(state, "decoder."))
-        self.projector.load_state_dict(_below(state, "projector."))
-
-
-def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        """Copy an adapter's tensors; ValueError if LoRA is merged, or names and shapes do not match exactly."""
+        refuse_merged(self.decoder, "load an adapter")
+        remedy = "build the captioner with the encoder, decoder and LoRA options that the adapter was trained with"
+        copy_exactly(self.adapter_state(), state, "the adapter does not fit this captioner", remedy)

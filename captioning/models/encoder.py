@@ -11,16 +11,12 @@ import torch
 from torch import nn
 
 from captioning.imports import import_guarded
-from captioning.messages import first_line
-from captioning.tensors import read_state_dict
+from captioning.messages import first_line, some
+from captioning.tensors import copy_exactly, read_state_dict
 
 RANDOM = "random"  # the one word that asks for an encoder without trained weights
-
-
-PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
-
-
 RANDOM_ENCODER_SEED = 20241127  # random encoders are the same in training and in inference
+PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 
 
 def build_encoder(name: str, weights: str | None, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
@@ -40,14 +36,15 @@ def build_encoder(name: str, weights: str | None, kwargs: Mapping[str, Any] | No
     timm = import_guarded("timm")
     kwargs = dict(kwargs or {})
     if not timm.is_model(name.split(".")[0]):
-        close = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]) or "none alike"
-        raise ValueError(f"--encoder {name}: timm knows no such model (alike: {close})")
+        similar = some(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5])
+        raise ValueError(f"--encoder {name}: timm knows no such model (similar: {similar})")
     overlay: dict[str, Any] = {key: kwargs.pop(key) for key in PREPROCESSING if key in kwargs}
     if "img_size" in kwargs:
         overlay["input_size"] = (3, kwargs["img_size"], kwargs["img_size"])
-    if weights not in (None, RANDOM) and not Path(weights).is_file():
+    file = None if weights in (None, RANDOM) else weights
+    if file is not None and not Path(file).is_file():
         raise FileNotFoundError(
-            f"--encoder-weights {weights}: no such file; run `bash hw3_download.sh p2`, or name another"
+            f"--encoder-weights {file}: no such file; run `bash hw3_download.sh p2`, or name another"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_ENCODER_SEED)
@@ -60,27 +57,26 @@ def build_encoder(name: str, weights: str | None, kwargs: Mapping[str, Any] | No
             raise ValueError(f"--encoder {name}: it could not be built ({first_line(error)}){hint}") from error
     if not hasattr(encoder, "num_prefix_tokens") or not hasattr(encoder.patch_embed, "grid_size"):
         raise ValueError(f"--encoder {name}: not a vision transformer; choose one of timm's vit_* models")
-    if weights not in (None, RANDOM):
-        _load_encoder(encoder, name, weights)
+    if file is not None:
+        _load_weights(encoder, name, file)
     return encoder.requires_grad_(False).eval()
 
 
-def _load_encoder(encoder: nn.Module, name: str, path: str) -> None:
+def _load_weights(encoder: nn.Module, name: str, path: str) -> None:
     """Fill a headless encoder from a local file; all its tensors and no others but the head's must be there.
 
-    timm itself loads headless models with strict=False, and leaves at random in silence whatever the file lacks.
+    timm itself loads headless models with strict=False, which silently leaves random what the file lacks.
     """
     state = read_state_dict(path)  # never timm's own reader, which would run a pickle's code
+    what = f"--encoder-weights {path}: they do not fit {name}"
     family = importlib.import_module(type(encoder).__module__)
     rename = getattr(family, "checkpoint_filter_fn", lambda state, model: state)  # open_clip's names to timm's
     try:
-        keys = encoder.load_state_dict(rename(state, encoder), strict=False)
+        state = rename(state, encoder)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"--encoder-weights {path}: they do not fit {name} ({first_line(error)})") from error
-    extra = [key for key in keys.unexpected_keys if not key.startswith("head.")]
-    if keys.missing_keys or extra:
-        missing, more = (", ".join(sorted(part)[:5]) or "none" for part in (keys.missing_keys, extra))
-        raise ValueError(f"--encoder-weights {path}: they do not fit {name} (missing: {missing}; unexpected: {more})")
+        raise ValueError(f"{what} ({first_line(error)})") from error
+    state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+    copy_exactly(encoder.state_dict(), state, what, "give the weights of that model")
 
 
 def build_transform(encoder: nn.Module) -> Callable[[Any], torch.Tensor]:
@@ -93,7 +89,7 @@ def build_transform(encoder: nn.Module) -> Callable[[Any], torch.Tensor]:
 def preprocessing_by_name(encoder: str) -> dict[str, Any]:
     """Return the preprocessing that timm answers with when asked by name: not the model's own, but ImageNet's.
 
-    The report was trained like that; the values travel in the adapter's config, so inference has them too.
+    The report was trained like that; the values are stored in the adapter's config, so inference has them too.
     """
     found = import_guarded("timm.data").resolve_data_config({}, model=encoder)
     return {key: found[key] for key in PREPROCESSING}
