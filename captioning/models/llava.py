@@ -1,30 +1,33 @@
 """LLaVA 1.5 (Liu et al., arXiv 2304.08485 and 2310.03744) through transformers: prompts, loading, batched captions.
 
 A CLIP tower looks at the image, a projector turns its patches into tokens of a language model, and the language model
-answers a prompt. Whatever has that architecture loads: the full-size model and the micro one take the same path.
+answers a prompt. Any model of that architecture loads: the full-size and the micro one take the same path.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import logging
 import pickle
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
 from captioning.imports import import_guarded
+from captioning.messages import first_sentence
+from decoder import attention_weights
 
-log = logging.getLogger(__name__)
-
-TEMPLATE = "USER: <image>\n{} ASSISTANT:"  # LLaVA 1.5's conversation of one turn
+TEMPLATE = "USER: <image>\n{} ASSISTANT:"  # LLaVA 1.5's conversation with one turn
 PROMPTS = {  # the report's two settings
     1: "Briefly describe this image in a sentence. Thank you.",
     2: "In one sentence, describe the key objects in the image and their state. For example, "
@@ -32,6 +35,9 @@ PROMPTS = {  # the report's two settings
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ARCHITECTURE = "LlavaForConditionalGeneration"
+
+
+Past = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values (1, nh, length, hs) of each layer
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -43,13 +49,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 class Row:
     """One image with its prompt, ready for a batch: token ids (T,) and pixels (1, 3, H, W).
 
-    ``past`` is what the language model made of all but the last id, keys and values (1, nh, T - 1, hs) by layer, once
-    it has been read; then it need not be read again.
+    ``past`` holds the language model's keys and values (1, nh, T - 1, hs) of all but the last id, by layer, once they
+    have been computed; then image and prompt are not read again.
     """
 
     input_ids: torch.Tensor
     pixel_values: torch.Tensor
-    past: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+    past: Past | None = None
 
 
 class Llava:
@@ -76,7 +82,7 @@ class Llava:
 
     @property
     def image_token_id(self) -> int:
-        """The id that stands in the prompt for each patch."""
+        """The id that represents each patch in the prompt."""
         return self.model.config.image_token_id
 
     def row(self, image: Image.Image, prompt: str) -> Row:
@@ -100,7 +106,7 @@ class Llava:
     ) -> list[list[int]]:
         """Return the answers' token ids, without specials, to rows of any lengths; greedy with one beam.
 
-        ``keep_past`` leaves what was read of the prompt in the row, when there is one row.
+        ``keep_past`` leaves the prompt's keys and values in the row, if there is only one row.
         """
         tokenizer = self.processor.tokenizer
         ids = [row.input_ids for row in rows]
@@ -119,12 +125,11 @@ class Llava:
         return [self._until_end(answer) for answer in output.sequences[:, input_ids.shape[1] :].tolist()]
 
     def attend(self, row: Row, tokens: Sequence[int], whole: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Read a finished answer behind its image and prompt in one pass and return where it looked.
+        """Read a finished answer after its image and prompt in one pass and return where it looked.
 
-        Image and prompt take the fused path into a cache, if they have not yet been read, and only the answer's rows
-        the slow one, unless all are wanted.
-
-        Where gradients are on they flow from each row's logits to that row's weights, and to no other row's.
+        Image and prompt take the fused path into a cache, if they have not been read yet, and only the answer's rows
+        the slow one, unless all are wanted. Where gradients are on, they flow from each row's logits to that row's
+        weights, and to no other row's.
 
         Args:
             row: image and prompt.
@@ -137,23 +142,32 @@ class Llava:
         """
         answer = torch.tensor(list(tokens), dtype=torch.long)
         ids = torch.cat([row.input_ids, answer])[None].to(self.device)
-        pixels = row.pixel_values.to(self.device, self.model.dtype)
-        read = 0 if whole else len(row.input_ids) - 1
-        if not whole and row.past is None:
-            with torch.no_grad():
-                prompt = self.model(input_ids=ids[:, :read], pixel_values=pixels, use_cache=True, logits_to_keep=1)
-            row.past = _past(prompt.past_key_values, read)
-        inputs = {"pixel_values": pixels} if whole else {"past_key_values": _cache(row.past)}
+        inputs: dict[str, Any]
+        if whole:
+            read, inputs = 0, {"pixel_values": row.pixel_values.to(self.device, self.model.dtype)}
+        else:
+            read, inputs = len(row.input_ids) - 1, {"past_key_values": _cache(self._read_prompt(row))}
         with _capture(self.model) as attentions:
             output = self.model(
                 input_ids=ids[:, read:], attention_mask=torch.ones_like(ids), logits_to_keep=len(tokens) + 1, **inputs
             )
         if len(attentions) != self.model.config.text_config.num_hidden_layers:
             raise ValueError(
-                "the language model hands out no attention weights: its layers do not take transformers' "
+                "the language model returns no attention weights: its layers do not use transformers' "
                 "attention interface"
             )
         return attentions, output.logits[0]
+
+    @torch.no_grad()
+    def _read_prompt(self, row: Row) -> Past:
+        """Return keys and values of all but the last id of ``row``, computed once."""
+        if row.past is None:
+            length = len(row.input_ids) - 1
+            ids, pixels = row.input_ids[None, :length].to(self.device), row.pixel_values
+            pixels = pixels.to(self.device, self.model.dtype)
+            prompt = self.model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1)
+            row.past = _past(prompt.past_key_values, length)
+        return row.past
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return an answer as text, white space at its ends removed."""
@@ -184,13 +198,13 @@ def _as_list(value: int | list[int] | None) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _past(cache: Any, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the first ``length`` keys and values of a cache by layer; its beams have one prompt in common."""
+def _past(cache: Any, length: int) -> Past:
+    """Return the first ``length`` keys and values of a cache by layer; its beams share one prompt."""
     return [(layer.keys[:1, :, :length], layer.values[:1, :, :length]) for layer in cache.layers]
 
 
-def _cache(past: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
-    """Return a cache of its own, which grows without touching ``past``."""
+def _cache(past: Past) -> Any:
+    """Return a cache that begins with ``past`` and grows without changing it."""
     cache = import_guarded("transformers").DynamicCache()
     for layer, (keys, values) in enumerate(past):
         cache.update(keys, values, layer)
@@ -198,7 +212,7 @@ def _cache(past: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
 
 
 def check_prompt(prompt: str) -> str:
-    """Return ``prompt``; ValueError when it is empty or brings an image placeholder of its own."""
+    """Return ``prompt``; ValueError when it is empty or contains an image placeholder."""
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the model shall answer")
     if "<image>" in prompt:
@@ -240,12 +254,12 @@ def load_llava(
         except pickle.UnpicklingError as error:  # torch's own message says how to run its code
             raise ValueError(
                 f"--model {model}: its weights are a damaged pickle, or one that wants to run code, which "
-                "is never done; take safetensors instead"
+                "is never done; use safetensors instead"
             ) from error
-        except (OSError, EOFError, ValueError, RuntimeError, KeyError, *_safetensors_errors()) as error:
-            raise ValueError(f"--model {model}: {_one_line(error)}; {_remedy(model)}") from error
+        except (OSError, EOFError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise ValueError(f"--model {model}: {first_sentence(error)}; {_remedy(model)}") from error
     absent = sorted(info["missing_keys"]) + sorted(str(m) for m in info["mismatched_keys"])
-    if absent:  # transformers would go on with random numbers there
+    if absent:  # transformers would use random numbers there
         raise ValueError(
             f"--model {model}: {len(absent)} weights are missing or misshapen, first {absent[0]}; " + _remedy(model)
         )
@@ -259,7 +273,7 @@ def _check_architecture(transformers: Any, model: str, revision: str | None) -> 
     try:
         config = transformers.AutoConfig.from_pretrained(model, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise FileNotFoundError(f"--model {model}: {_one_line(error)}; {_remedy(model)}") from error
+        raise FileNotFoundError(f"--model {model}: {first_sentence(error)}; {_remedy(model)}") from error
     if config.model_type != "llava":
         found = ", ".join(config.architectures or [config.model_type])
         raise ValueError(f"--model {model} is a {found}; this script runs {ARCHITECTURE} (LLaVA 1.5)")
@@ -277,52 +291,19 @@ def _remedy(model: str) -> str:
     return "run `bash hw3_download.sh p1` where there is a network, or give a folder, or --profile micro"
 
 
-def _one_line(error: Exception, limit: int = 250) -> str:
-    """Return the first sentence: what follows it in transformers' messages is advice for other cases."""
-    return " ".join(str(error).split()).split(". ")[0][:limit].rstrip(".") or type(error).__name__
-
-
-def _safetensors_errors() -> tuple[type[Exception], ...]:
-    from safetensors import SafetensorError
-
-    return (SafetensorError,)
-
-
-CAPTURE = "softmax_that_shows_its_weights"
+CAPTURE = "softmax_with_captured_weights"
+_captured: ContextVar[list[torch.Tensor]] = ContextVar("captured attention weights")
 
 
 @contextlib.contextmanager
 def _capture(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Let the language model's layers put the attention weights of the rows they compute into the list given.
+    """Let the language model's layers append the attention weights of the rows they compute to the list returned.
 
-    transformers' own ``output_attentions`` returns nothing with SDPA. An attention function of our own, registered
-    beside theirs, does with a plain softmax what SDPA does in one kernel.
+    transformers' own ``output_attentions`` returns nothing with SDPA.
     """
-    transformers = import_guarded("transformers")
+    _register_attention()
     kept: list[torch.Tensor] = []
-
-    def attend(
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: None,
-        scaling: float,
-        **options: Any,
-    ) -> tuple[torch.Tensor, None]:
-        groups = query.shape[1] // key.shape[1]  # grouped-query attention shares keys among heads
-        key, value = (t.repeat_interleave(groups, 1).detach() for t in (key, value))  # (1, nh, S, hs)
-        scores = (query @ key.transpose(-2, -1)).float() * scaling  # (1, nh, R, S)
-        rows, total = scores.shape[-2:]
-        seen = torch.ones(rows, total, dtype=torch.bool, device=scores.device).tril(total - rows)
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        if torch.is_grad_enabled():
-            weights.requires_grad_()
-        kept.append(weights)
-        return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
-
-    transformers.AttentionInterface.register(CAPTURE, attend)
-    transformers.AttentionMaskInterface.register(CAPTURE, lambda *args, **kwargs: None)  # causal, one row: no mask
+    token = _captured.set(kept)
     config = model.config.text_config
     before = config._attn_implementation
     config._attn_implementation = CAPTURE
@@ -330,11 +311,30 @@ def _capture(model: Any) -> Iterator[list[torch.Tensor]]:
         yield kept
     finally:
         config._attn_implementation = before
+        _captured.reset(token)
+
+
+@functools.cache
+def _register_attention() -> None:
+    transformers = import_guarded("transformers")
+    transformers.AttentionInterface.register(CAPTURE, _attend)
+    transformers.AttentionMaskInterface.register(CAPTURE, lambda *args, **kwargs: None)  # causal, one row: no mask
+
+
+def _attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, scaling: float, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers: SDPA's result (1, R, nh, hs), its weights kept (1, nh, R, S)."""
+    groups = query.shape[1] // key.shape[1]  # grouped-query attention shares keys among heads
+    key, value = (t.repeat_interleave(groups, 1).detach() for t in (key, value))  # (1, nh, S, hs)
+    weights = attention_weights(query, key, None, scaling)
+    _captured.get().append(weights)
+    return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
 
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Mute what loading says on missing weights and lost connections, which is told here, and its bar of shards."""
+    """Mute loading's own messages on missing weights and lost connections, which we report, and its progress bar."""
     hub, ours = logging.getLogger("huggingface_hub"), transformers.utils.logging
     levels = hub.level, ours.get_verbosity()
     bars = ours.is_progress_bar_enabled()
