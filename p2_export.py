@@ -6,18 +6,16 @@ transformers' GPT2LMHeadModel.from_pretrained loads, its tokenizer, the projecto
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from captioning.cli import FlagParser, command, setup_logging
+from captioning.cli import FlagParser, add_common_flags, command, setup_logging
+from captioning.data.tokenizer import END_OF_TEXT, Tokenizer
 from captioning.files import atomic_path, write_text
 from captioning.models.export import describe_training, load_decoder, make_cards, write_gpt2
 from captioning.profiles import PROFILES
-
-log = logging.getLogger("captioning")
 
 
 def build_parser() -> Any:
@@ -29,8 +27,7 @@ def build_parser() -> Any:
     )
     parser.add_argument("--decoder", help="GPT-2 state dict that it was trained on (default: the profile's)")
     parser.add_argument("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
-    parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
-    parser.add_argument("--verbose", action="store_true", help="more log lines")
+    add_common_flags(parser, device=False)
     return parser
 
 
@@ -45,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         if folder.exists():
             raise ValueError(f"{folder}: exists already; name another OUT, or remove it")
     config, decoder, projector = load_decoder(args.adapter, args.decoder or profile.decoder)
-    write_gpt2(folders["gpt2"], decoder, projector, Path(args.tokenizer or profile.tokenizer))
+    folder = Path(args.tokenizer or profile.tokenizer)
+    write_gpt2(folders["gpt2"], decoder, projector, folder, Tokenizer(folder).eos_id, END_OF_TEXT)
     with atomic_path(folders["adapter"] / "adapter.safetensors") as temporary:
         shutil.copyfile(args.adapter, temporary)
     for name, card in make_cards(config, decoder, projector, describe_training(args.adapter.parent)).items():

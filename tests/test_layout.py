@@ -48,8 +48,7 @@ SHARED = {
     "workers": {"imports"},
 }
 DECODER = {"captioning.kernels", "captioning.tensors", "captioning.messages"}
-PENDING = {"captioning.models.export"}
-PENDING |= {"captioning.report.sections", "bench.full_size"}
+PENDING = {"captioning.report.sections", "bench.full_size"}
 
 
 def imported(nodes):

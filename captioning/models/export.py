@@ -10,7 +10,6 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from captioning.data.tokenizer import END_OF_TEXT, Tokenizer
 from captioning.files import atomic_path, write_json, write_text
 from captioning.imports import import_guarded
 from captioning.models.adapter import read_adapter
@@ -38,8 +37,7 @@ tags: [image-captioning, gpt2, lora, clip]
 | training | {training} |
 | validation | {validation} |
 
-The captioner sees what its training data showed and describes the rest in those words; it has been measured on nothing
-but what stands above.
+The captioner describes every image in the words of its training data; it has been measured only on the data above.
 
 {use}
 """
@@ -71,7 +69,7 @@ model, tokenizer = GPT2LMHeadModel.from_pretrained(folder).eval(), AutoTokenizer
 projector = load_file(f"{{folder}}/projector.safetensors")
 with torch.inference_mode():
     pixels = transform(image)[None]
-    tokens = {encode}[:, {skipped}]
+    tokens = {encode}[:, {kept}]
     prefix = tokens @ projector["weight"].T + projector["bias"]
     begin = model.get_input_embeddings()(torch.tensor([[tokenizer.bos_token_id]]))
     embeddings = torch.cat([prefix, begin], 1)
@@ -108,10 +106,19 @@ def load_decoder(adapter: Path, source: str | Path) -> tuple[CaptionerConfig, De
     return config, decoder, parts["projector"]
 
 
-def write_gpt2(out: Path, decoder: Decoder, projector: dict[str, Any], tokenizer_folder: Path) -> None:
-    """Write the merged decoder, the projector and the tokenizer in Hugging Face layout."""
+def write_gpt2(
+    out: Path, decoder: Decoder, projector: dict[str, Any], tokenizer_folder: Path, end_id: int, end_of_text: str
+) -> None:
+    """Write the merged decoder, the projector and the tokenizer in Hugging Face layout.
+
+    Args:
+        out: folder to write.
+        decoder: LoRA merged.
+        projector: tensors.
+        tokenizer_folder: holds encoder.json and vocab.bpe.
+        end_id, end_of_text: the token that begins and ends every caption.
+    """
     transformers = import_guarded("transformers")
-    tokenizer = Tokenizer(tokenizer_folder)
     c = decoder.config
     state = {
         key if key == "lm_head.weight" else f"transformer.{key}": tensor
@@ -125,15 +132,15 @@ def write_gpt2(out: Path, decoder: Decoder, projector: dict[str, Any], tokenizer
         n_head=c.n_head,
         layer_norm_epsilon=c.layer_norm_epsilon,
         tie_word_embeddings="lm_head.weight" not in state,
-        bos_token_id=tokenizer.eos_id,
-        eos_token_id=tokenizer.eos_id,
+        bos_token_id=end_id,
+        eos_token_id=end_id,
         architectures=["GPT2LMHeadModel"],
     )
     write_text(out / "config.json", config.to_json_string())
     for name, tensors in (("model", state), ("projector", projector)):
         with atomic_path(out / f"{name}.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.n_positions, "add_prefix_space": False}
     write_json(out / "tokenizer_config.json", settings | special)
     for theirs, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
@@ -142,69 +149,73 @@ def write_gpt2(out: Path, decoder: Decoder, projector: dict[str, Any], tokenizer
 
 
 def describe_training(run: Path) -> dict[str, str]:
-    """Return what the run folder beside an adapter tells of its training and its validation, for the card."""
-    told = {"training": "not recorded beside the adapter", "validation": "not recorded beside the adapter"}
+    """Return what the run folder that holds an adapter says of its training and its validation, for the card."""
+    recorded = {"training": "not recorded beside the adapter", "validation": "not recorded beside the adapter"}
     if (run / "config.json").is_file():
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        shown = ("epochs", "batch_size", "optimizer", "lr", "seed")
-        numbers = ", ".join(f"{key} {config['train'][key]}" for key in shown)
-        told["training"] = f"setting {config['setting']}: {numbers}; {config['trainable_parameters']:,} parameters"
-        told["training"] += f"; revision {config['git']}, torch {config['versions']['torch']}"
-        told["training"] += "; random encoder, a check of shapes only" if config["random_weights"] else ""
+        keys = ("epochs", "batch_size", "optimizer", "lr", "seed")
+        numbers = ", ".join(f"{key} {config['train'][key]}" for key in keys)
+        recorded["training"] = f"setting {config['setting']}: {numbers}; {config['trainable_parameters']:,} parameters"
+        recorded["training"] += f"; revision {config['git']}, torch {config['versions']['torch']}"
+        recorded["training"] += "; random encoder, a check of shapes only" if config["random_weights"] else ""
     if (run / "metrics.jsonl").is_file():
         lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         best = [line for line in lines if line["kind"] == "epoch" and line["best"]]
         if best:
             scores = {key: best[-1].get(f"val_{key}") for key in ("cider", "loss")}
             shown = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if value is not None)
-            told["validation"] = f"epoch {best[-1]['epoch']}: {shown}, on {best[-1]['val_images']} validation images"
-    return told
+            recorded["validation"] = (
+                f"epoch {best[-1]['epoch']}: {shown}, on {best[-1]['val_images']} validation images"
+            )
+    return recorded
 
 
 def make_cards(
-    config: CaptionerConfig, decoder: Decoder, projector: dict[str, Any], told: dict[str, str]
+    config: CaptionerConfig, decoder: Decoder, projector: dict[str, Any], recorded: dict[str, str]
 ) -> dict[str, str]:
-    """Return the model cards of both folders, by folder name."""
+    """Return the model cards of both folders, by folder name; ``recorded`` is from ``describe_training``."""
     lora, shape = asdict(config.lora), decoder.config
+    layer = "the last layer" if config.encoder_layer == -1 else f"layer {config.encoder_layer}"
     parts = {
         "config": config,
-        "tokens": f"{'all' if config.use_cls else 'the patch'} tokens of "
-        f"{'the last layer' if config.encoder_layer == -1 else f'layer {config.encoder_layer}'}",
+        "tokens": f"{'all' if config.use_cls else 'the patch'} tokens of {layer}",
         "decoder": f"{shape.n_layer} layers of {shape.n_embd}, {shape.vocab_size:,} tokens",
         "lora": ", ".join(f"{key} {_plain(value)}" for key, value in lora.items() if value is not None),
         "projector": " to ".join(str(size) for size in reversed(projector["weight"].shape)),
-        **told,
+        **recorded,
     }
-    overlay = {key: value for key, value in config.encoder_kwargs.items() if key in PREPROCESSING}
-    kwargs = {key: value for key, value in config.encoder_kwargs.items() if key not in PREPROCESSING}
-    kwargs |= {"pretrained_cfg_overlay": overlay} if overlay else {}
-    call = [repr(config.encoder), "pretrained=True", "num_classes=0", *(f"{k}={v!r}" for k, v in kwargs.items())]
-    encode = (
-        "encoder.forward_features(pixels)"
-        if config.encoder_layer == -1
-        else (
-            f"torch.cat(encoder.forward_intermediates(pixels, indices=[{config.encoder_layer}], norm=False, "
-            'output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)[0][::-1], 1)'
-        )
-    )
-    skipped = ":" if config.use_cls else "encoder.num_prefix_tokens :"
-    use = GPT2_USE.format(encoder=", ".join(call), skipped=skipped, encode=encode)
     return {
         "adapter": CARD.format(
             library="safetensors",
             title="LoRA adapter",
+            what="LoRA and projector that make a GPT-2 caption the images that a frozen CLIP encoder sees.",
             use=ADAPTER_USE,
             **parts,
-            what="LoRA and projector that make a GPT-2 caption the images that a frozen CLIP encoder sees.",
         ),
         "gpt2": CARD.format(
             library="transformers",
             title="GPT-2 with LoRA merged in",
-            use=use,
-            **parts,
             what="A GPT-2 that continues projected image tokens with a caption. LoRA is part of its weights.",
+            use=_gpt2_use(config),
+            **parts,
         ),
     }
+
+
+def _gpt2_use(config: CaptionerConfig) -> str:
+    """The code to caption with the merged GPT-2, which encodes images as the captioner does."""
+    overlay = {key: value for key, value in config.encoder_kwargs.items() if key in PREPROCESSING}
+    kwargs = {key: value for key, value in config.encoder_kwargs.items() if key not in PREPROCESSING}
+    kwargs |= {"pretrained_cfg_overlay": overlay} if overlay else {}
+    call = [repr(config.encoder), "pretrained=True", "num_classes=0", *(f"{k}={v!r}" for k, v in kwargs.items())]
+    encode = "encoder.forward_features(pixels)"
+    if config.encoder_layer != -1:
+        encode = (
+            f"torch.cat(encoder.forward_intermediates(pixels, indices=[{config.encoder_layer}], norm=False, "
+            'output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)[0][::-1], 1)'
+        )
+    kept = ":" if config.use_cls else "encoder.num_prefix_tokens :"
+    return GPT2_USE.format(encoder=", ".join(call), kept=kept, encode=encode)
 
 
 def _plain(value: Any) -> str:
