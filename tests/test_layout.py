@@ -48,7 +48,7 @@ SHARED = {
     "workers": {"imports"},
 }
 DECODER = {"captioning.kernels", "captioning.tensors", "captioning.messages"}
-PENDING = {"captioning.report.sections", "bench.full_size"}
+PENDING = {"bench.full_size"}
 
 
 def imported(nodes):

@@ -1,6 +1,6 @@
-"""A report as data (sections of text, tables and figures) and what it is written as: one HTML file, PNG, CSV, Markdown.
+"""A report as data (sections of text, tables and figures) and how it is written: one HTML file, PNG, CSV, Markdown.
 
-The HTML needs no other file and no script. Whatever stands in it is escaped.
+The HTML needs no other file and no script, and all content in it is escaped.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import html
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from captioning.files import atomic_path, data_url, markdown_table, write_csv, write_text
 
 Cell = str | int | float | None
-PIXELS = 1600  # the longer side of a picture inside the page; the file beside it has all of them
+PIXELS = 1600  # the longer side of a picture inside the page; the PNG beside the page has full size
 UNKNOWN = "–"
 
 STYLE = """
@@ -62,10 +62,14 @@ figcaption { padding: .5rem .8rem; font-size: .88rem; color: var(--soft); border
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; with ``world`` it is set off, since it says where numbers come from."""
+    """A paragraph; ``world`` sets it off, for the one that says where the numbers come from."""
 
     text: str
     world: bool = False
+
+    def html(self) -> str:
+        """Return the paragraph as HTML."""
+        return f"<p{' class=world' if self.world else ''}>{html.escape(self.text)}</p>\n"
 
 
 @dataclass(frozen=True)
@@ -75,20 +79,50 @@ class Missing:
     what: str
     remedy: str
 
+    def html(self) -> str:
+        """Return the note as HTML."""
+        return f'<p class="missing">Missing: {html.escape(self.what)}. <code>{html.escape(self.remedy)}</code></p>\n'
+
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under columns; floats are shown with four digits, and written to the CSV with all of them."""
+    """At least one row, each a dict of the same columns; floats are shown with four digits, in the CSV with all."""
 
     name: str
     caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Mapping[str, Cell]]
 
     def __post_init__(self) -> None:
-        """Validate."""
-        bad = [row for row in self.rows if len(row) != len(self.columns)]
-        assert not bad, f"table {self.name}: {len(self.columns)} columns, a row of {len(bad[0])}"
+        assert all(row.keys() == self.rows[0].keys() for row in self.rows), f"table {self.name}: rows differ"
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns."""
+        return list(self.rows[0])
+
+    def html(self) -> str:
+        """Return the table as HTML; numbers are aligned to the right."""
+        numeric = {c for row in self.rows for c, cell in row.items() if isinstance(cell, int | float)}
+        kind = {c: ' class="n"' if c in numeric else "" for c in self.columns}
+        head = "".join(f'<th scope="col"{kind[c]}>{html.escape(c)}</th>' for c in self.columns)
+        rows = "".join(
+            "<tr>" + "".join(f"<td{kind[c]}>{html.escape(shown(cell))}</td>" for c, cell in row.items()) + "</tr>\n"
+            for row in self.rows
+        )
+        name = html.escape(self.caption)
+        return (  # a wide table scrolls on its own, so it must take the keyboard's focus
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table><caption>{name}</caption>'
+            f"<thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>\n"
+        )
+
+    def markdown(self) -> str:
+        """Return the table as Markdown under its caption."""
+        return f"{self.caption}\n\n" + markdown_table(self.columns, [map(shown, row.values()) for row in self.rows])
+
+    def write(self, folder: Path) -> None:
+        """Write CSV and Markdown into ``folder``."""
+        write_csv(folder / f"{self.name}.csv", self.columns, [row.values() for row in self.rows])
+        write_text(folder / f"{self.name}.md", self.markdown())
 
 
 @dataclass(frozen=True)
@@ -100,20 +134,45 @@ class Figure:
     alt: str
     caption: str
 
+    def html(self) -> str:
+        """Return the figure as HTML, the picture inside."""
+        from PIL import Image
+
+        with Image.open(io.BytesIO(self.png)) as image:
+            url = data_url(image, PIXELS, ("png", "jpeg"))
+        caption = html.escape(self.caption)
+        return f'<figure><img alt="{html.escape(self.alt)}" src="{url}"><figcaption>{caption}</figcaption></figure>\n'
+
+    def write(self, folder: Path) -> None:
+        """Write the PNG into ``folder``."""
+        with atomic_path(folder / f"{self.name}.png") as temporary:
+            temporary.write_bytes(self.png)
+
 
 Block = Text | Missing | Table | Figure
 
 
 @dataclass
 class Section:
-    """A heading and what stands below it."""
+    """A heading and the blocks below it."""
 
     title: str
     blocks: list[Block] = field(default_factory=list)
 
+    @property
+    def anchor(self) -> str:
+        """What links to the section name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+    def html(self) -> str:
+        """Return the section as HTML."""
+        heading = f'<h2 id="{self.anchor}">{html.escape(self.title)}</h2>\n'
+        blocks = "".join(block.html() for block in self.blocks)
+        return f'<section aria-labelledby="{self.anchor}">{heading}{blocks}</section>\n'
+
 
 def shown(cell: Cell) -> str:
-    """A cell as people read it."""
+    """Return a cell as people read it."""
     if cell is None:
         return UNKNOWN
     if isinstance(cell, float):
@@ -122,77 +181,26 @@ def shown(cell: Cell) -> str:
 
 
 def page(title: str, head: Sequence[Block], sections: Sequence[Section]) -> str:
-    """Return the HTML file as text."""
-    names = [re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-") for section in sections]
-    links = "".join(
-        f'<li><a href="#{name}">{html.escape(s.title)}</a></li>' for name, s in zip(names, sections, strict=True)
-    )
-    body = "".join(
-        f'<section aria-labelledby="{name}"><h2 id="{name}">{html.escape(s.title)}</h2>\n'
-        + "".join(map(_html, s.blocks))
-        + "</section>\n"
-        for name, s in zip(names, sections, strict=True)
-    )
+    """Return the HTML file as text; ``head`` comes before the list of sections."""
+    links = "".join(f'<li><a href="#{s.anchor}">{html.escape(s.title)}</a></li>' for s in sections)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
         f'<a class="skip" href="#content">Skip to the content</a><header><h1>{html.escape(title)}</h1>\n'
-        + "".join(map(_html, head))
-        + f'<nav aria-label="Sections"><ol>{links}</ol></nav></header>\n<main id="content">{body}'
-        "</main></body></html>\n"
+        + "".join(block.html() for block in head)
+        + f'<nav aria-label="Sections"><ol>{links}</ol></nav></header>\n<main id="content">'
+        + "".join(section.html() for section in sections)
+        + "</main></body></html>\n"
     )
 
 
 def write(title: str, head: Sequence[Block], sections: Sequence[Section], out: str | os.PathLike) -> Path:
     """Write the page to ``out`` and every table and figure into ``<stem>_files`` beside it; return that folder."""
     out = Path(out)
-    parts = out.with_name(f"{out.stem}_files")
-    for section in sections:
-        for block in section.blocks:
-            if isinstance(block, Table):
-                write_csv(parts / f"{block.name}.csv", block.columns, block.rows)
-                write_text(parts / f"{block.name}.md", markdown(block))
-            elif isinstance(block, Figure):
-                with atomic_path(parts / f"{block.name}.png") as temporary:
-                    temporary.write_bytes(block.png)
+    folder = out.with_name(f"{out.stem}_files")
+    for block in (block for section in sections for block in section.blocks):
+        if isinstance(block, Table | Figure):
+            block.write(folder)
     write_text(out, page(title, head, sections))
-    return parts
-
-
-def markdown(table: Table) -> str:
-    """Return a table as Markdown under its caption."""
-    return f"{table.caption}\n\n" + markdown_table(table.columns, [map(shown, row) for row in table.rows])
-
-
-def _html(block: Block) -> str:
-    if isinstance(block, Text):
-        return f"<p{' class=world' if block.world else ''}>{html.escape(block.text)}</p>\n"
-    if isinstance(block, Missing):
-        return f'<p class="missing">Missing: {html.escape(block.what)}. <code>{html.escape(block.remedy)}</code></p>\n'
-    if isinstance(block, Figure):
-        alt, said = html.escape(block.alt), html.escape(block.caption)
-        return f'<figure><img alt="{alt}" src="{_data_url(block.png)}"><figcaption>{said}</figcaption></figure>\n'
-    return _table(block)
-
-
-def _table(table: Table) -> str:
-    numeric = [any(isinstance(row[i], int | float) for row in table.rows) for i in range(len(table.columns))]
-    kinds = [' class="n"' if number else "" for number in numeric]
-    head = "".join(f'<th scope="col"{kind}>{html.escape(c)}</th>' for kind, c in zip(kinds, table.columns, strict=True))
-    rows = "".join(
-        "<tr>" + "".join(f"<td{k}>{html.escape(shown(c))}</td>" for k, c in zip(kinds, row, strict=True)) + "</tr>\n"
-        for row in table.rows
-    )
-    name = html.escape(table.caption)
-    return (  # a wide table scrolls on its own, so it must take the keyboard's focus
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table><caption>{name}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>\n"
-    )
-
-
-def _data_url(png: bytes) -> str:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(png)) as image:
-        return data_url(image, PIXELS, ("png", "jpeg"))
+    return folder

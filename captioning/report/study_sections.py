@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import reduce
-from operator import getitem
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
+from typing import Any
 
-from captioning.report.document import Cell, Missing, Section, Table, Text
-from captioning.report.sections import REPORTED_P2, curves, run_table, world
+from captioning.report.document import Block, Cell, Missing, Section, Table, Text
+from captioning.report.sections import REPORTED_P2, compared, curves, origin, run_table
 from captioning.training.run_folder import Run, spread
+
+MICRO_SETTINGS = (
+    "Settings are written for 10,000 photographs. On the micro world one rule holds for all of them: half the epochs, "
+    "rounded up, at the same rank, alpha and dropout, with batches of 8, and learning rates times 3, since the decoder "
+    "is a third as wide and Adam's learning rate scales with one over the width (Yang et al., arXiv 2203.03466)."
+)
 
 
 def study(runs: Iterable[Run], name: str) -> list[Run]:
-    """The runs of one study."""
+    """Return the runs of one study."""
     return [run for run in runs if run.name.split("/")[0] == name]
 
 
-def grouped(runs: Iterable[Run], key: Callable[[Run], Hashable]) -> dict[Hashable, list[Run]]:
-    """Runs by ``key``, in order of their first one."""
-    groups: dict[Hashable, list[Run]] = defaultdict(list)
+def grouped(runs: Iterable[Run], key: Callable[[Run], str]) -> dict[str, list[Run]]:
+    """Return runs by ``key``, in order of their first one."""
+    groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[key(run)].append(run)
     return groups
+
+
+def seed(run: Run) -> int:
+    """Return the seed of a run."""
+    return run.config["train"]["seed"]
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
 
 
 def settings_section(runs: Sequence[Run]) -> Section:
@@ -38,41 +51,29 @@ def settings_section(runs: Sequence[Run]) -> Section:
         section.blocks.append(Missing(f"settings {', '.join(absent)}", "make settings"))
     scored = grouped([r for r in chosen if "val" in r.scores], lambda r: r.config["setting"])
     section.blocks += _seeds_table(scored)
-    section.blocks += [Text(text) for text in (compare_settings(scored),) if text]
+    text = compare_settings(scored)
+    section.blocks += [Text(text)] if text else []
     section.blocks.append(run_table("p2_settings", "Settings, every run", chosen))
     if any(r.config["profile"] == "micro" for r in chosen):
-        section.blocks.append(
-            Text(
-                "Settings are written for 10,000 photographs. On the micro world one rule holds for all of them: half "
-                "the epochs, rounded up, at the same rank, alpha and dropout, with batches of 8, and learning rates "
-                "times 3, since the decoder is 3 times as narrow and Adam's rate goes with one over the width "
-                "(Yang et al., arXiv 2203.03466)."
-            )
-        )
+        section.blocks.append(Text(MICRO_SETTINGS))
     section.blocks += curves("p2_settings_curves", "the settings", chosen)
     return section
 
 
-def _seeds_table(scored: dict[Hashable, list[Run]]) -> list[Table]:
-    """Mean and spread by setting, where one was run with several seeds."""
+def _seeds_table(scored: Mapping[str, list[Run]]) -> list[Table]:
+    """Return mean and spread by setting, where one was run with several seeds."""
     if all(len(group) < 2 for group in scored.values()):
         return []
-    rows = [
-        (
-            name,
-            len(group),
-            *(spread([r.scores["val"][metric] for r in group]) for metric in ("CIDEr", "CLIPScore")),
-            *REPORTED_P2.get(name, (None, None)),
-            *_origin(group),
-        )
-        for name, group in scored.items()
-    ]
-    columns = ("setting", "seeds", "CIDEr", "CLIPScore", "report's CIDEr", "report's CLIPScore", "world", "device")
-    return [Table("p2_settings_seeds", "Settings, mean ± standard deviation over seeds", columns, rows)]
+    rows = []
+    for name, group in scored.items():
+        cider, clipscore = (spread([r.scores["val"][metric] for r in group]) for metric in ("CIDEr", "CLIPScore"))
+        scores = compared(cider, clipscore, REPORTED_P2.get(name))
+        rows.append({"setting": name, "seeds": len(group), **scores, **origin(group[0])})
+    return [Table("p2_settings_seeds", "Settings, mean ± standard deviation over seeds", rows)]
 
 
-def compare_settings(scored: dict[Hashable, list[Run]]) -> str:
-    """Say how ``best`` stands against the better of the report's settings, where both were scored."""
+def compare_settings(scored: Mapping[str, list[Run]]) -> str:
+    """Compare ``best`` with the better of the report's settings, where both were scored."""
     means = {
         name: [mean(r.scores["val"][m] for r in group) for m in ("CIDEr", "CLIPScore")]
         for name, group in scored.items()
@@ -88,6 +89,9 @@ def compare_settings(scored: dict[Hashable, list[Run]]) -> str:
     )
 
 
+# --- ablation -------------------------------------------------------------------------------------------------------
+
+
 def ablation_section(runs: Sequence[Run]) -> Section:
     """What each part of the recipe is worth, over seeds."""
     section = Section("P2: ablation of the recipe")
@@ -96,50 +100,38 @@ def ablation_section(runs: Sequence[Run]) -> Section:
     if not groups:
         section.blocks.append(Missing("the ablation", "make ablation"))
         return section
-    start = {run.config["train"]["seed"]: run.best_cider for run in groups.get("start", [])}
-    rows: list[tuple[Cell, ...]] = []
-    for name, group in sorted(groups.items(), key=lambda item: -mean(run.best_cider for run in item[1])):
-        gains = [
-            run.best_cider - start[run.config["train"]["seed"]]
-            for run in group
-            if name != "start" and run.config["train"]["seed"] in start
-        ]
-        rows.append(
-            (
-                name,
-                len(group),
-                spread([run.best_cider for run in group]),
-                spread(gains) if gains else None,
-                *_origin(group),
-            )
-        )
-    section.blocks.append(
-        Table(
-            "p2_ablation",
-            "CIDEr by variant, and its difference to the start of the same seed; mean ± standard deviation "
-            "over seeds (development images, not the reported ones)",
-            ("variant", "seeds", "CIDEr", "difference", "world", "device"),
-            rows,
-        )
+    ciders = {name: [(seed(run), run.best_cider or 0.0) for run in group] for name, group in groups.items()}
+    start = dict(ciders.get("start", []))
+    rows: list[dict[str, Cell]] = []
+    for name, found in sorted(ciders.items(), key=lambda item: -mean(cider for _, cider in item[1])):
+        gains = [cider - start[number] for number, cider in found if name != "start" and number in start]
+        scores = {"CIDEr": spread([cider for _, cider in found]), "difference": _spread(gains)}
+        rows.append({"variant": name, "seeds": len(found), **scores, **origin(groups[name][0])})
+    caption = (
+        "CIDEr by variant, and its difference to the start of the same seed; mean ± standard deviation over seeds "
+        "(development images, not the reported ones)"
     )
+    section.blocks.append(Table("p2_ablation", caption, rows))
     few = min(len(group) for group in groups.values())
     if few < 3:
         section.blocks.append(Missing(f"seeds: some variants have {few}, and 3 are wanted", "make ablation"))
     return section
 
 
+# --- rewards --------------------------------------------------------------------------------------------------------
+
 REWARD_MEASURES = {
     "val_cider": "CIDEr, beam",
     "greedy_cider": "CIDEr, greedy",
     "clipscore": "CLIPScore, beam",
-    "length": "words a caption",
+    "length": "words per caption",
     "repeated_2": "captions that repeat a bigram",
-    "val_loss": "loss, nats a token",
+    "val_loss": "loss, nats per token",
 }
 
 
 def reward_section(runs: Sequence[Run]) -> Section:
-    """Self-critical training: over seeds against what it began with, and each run before and after."""
+    """Self-critical training: over seeds against the runs that it started from, and each run before and after."""
     section = Section("P2: CIDEr as a reward (SCST)")
     tuned = [r for r in runs if r.objective == "scst"]
     if not study(tuned, "rewards"):
@@ -148,33 +140,33 @@ def reward_section(runs: Sequence[Run]) -> Section:
     if not tuned:
         remedy = "python p2_train.py --objective scst --init-adapter RUNS/lora/best.safetensors --out RUNS/scst"
         section.blocks.append(Missing("a run with --objective scst", remedy))
-        return section
-    rows: list[tuple[Cell, ...]] = []
-    for run in tuned:
-        before = next((e for e in run.epochs if e["epoch"] == 0), {})
-        after = max((e for e in run.epochs if e["epoch"] > 0), key=lambda e: e.get("val_cider", -1), default={})
-        rows += [
-            (
-                run.name,
-                label,
-                before.get(key),
-                after.get(key),
-                after.get(f"reference_{key}"),
-                after.get("val_images"),
-                world(run.config["profile"]),
-                run.config["device"],
-            )
-            for key, label in REWARD_MEASURES.items()
-            if key in after
-        ]
-    columns = ("run", "measure", "before", "after", "references", "images", "world", "device")
-    section.blocks.append(
-        Table("p2_scst", "Before and after self-critical training, on the run's validation images", columns, rows)
-    )
+    rows = [row for run in tuned for row in _before_and_after(run)]
+    if rows:
+        caption = "Before and after self-critical training, on the run's validation images"
+        section.blocks.append(Table("p2_scst", caption, rows))
     return section
 
 
-def _rewards_blocks(runs: Sequence[Run]) -> list[Table | Text]:
+def _before_and_after(run: Run) -> list[dict[str, Cell]]:
+    """Return a row per measure: of the epoch before training and of the best epoch."""
+    before = next((e for e in run.epochs if e["epoch"] == 0), {})
+    after = max((e for e in run.epochs if e["epoch"] > 0), key=lambda e: e.get("val_cider", -1), default={})
+    return [
+        {
+            "run": run.name,
+            "measure": label,
+            "before": before.get(key),
+            "after": after.get(key),
+            "references": after.get(f"reference_{key}"),
+            "images": after.get("val_images"),
+            **origin(run),
+        }
+        for key, label in REWARD_MEASURES.items()
+        if key in after
+    ]
+
+
+def _rewards_blocks(runs: Sequence[Run]) -> list[Block]:
     """All validation images by beam search: cross-entropy alone, each reward of the study, and people's captions."""
     tuned = [run for run in study(runs, "rewards") if run.name.count("/") == 2 and "val" in run.scores]
     if not tuned:
@@ -182,59 +174,38 @@ def _rewards_blocks(runs: Sequence[Run]) -> list[Table | Text]:
     before = [run for run in study(runs, "settings") if run.config["setting"] == "best" and "val" in run.scores]
     people = next((run.scores["val"]["references"] for run in tuned if "references" in run.scores["val"]), None)
     groups = grouped(tuned, lambda run: run.name.split("/")[1])
-    rows: list[tuple[Cell, ...]] = [
-        (
-            name,
-            len(group),
-            _spread(_scored(group, "CIDEr")),
-            _spread(_gains(group, before), 1) if group is not before else None,
-            _spread(_scored(group, "CLIPScore")),
-            *(_spread(_scored(group, "captions", key)) for key in ("mean_length", "repeated_2")),
-            *_origin(group),
-        )
-        for name, group in {"cross-entropy": before, **groups}.items()
-        if group
-    ]
+    rows = [_reward_row("cross-entropy", before, [])] if before else []
+    rows += [_reward_row(name, group, before) for name, group in groups.items()]
     if people:
+        words, repeated = (f"{people[key]:.3f}" for key in ("mean_length", "repeated_2"))
         rows.append(
-            (
-                "references",
-                None,
-                None,
-                None,
-                None,
-                f"{people['mean_length']:.3f}",
-                f"{people['repeated_2']:.3f}",
-                world(tuned[0].config["profile"]),
-                None,
-            )
+            dict.fromkeys(rows[0])
+            | {"trained by": "references", "words per caption": words, "share that repeats a bigram": repeated}
+            | {"world": origin(tuned[0])["world"]}
         )
-    columns = (
-        "trained by",
-        "seeds",
-        "CIDEr",
-        "CIDEr's gain, %",
-        "CLIPScore",
-        "words a caption",
-        "share that repeats a bigram",
-        "world",
-        "device",
-    )
-    table = Table(
-        "p2_rewards",
-        "What rewards add to cross-entropy, on all validation images; mean ± standard deviation over seeds",
-        columns,
-        rows,
-    )
-    compared = (compare_reward(name, group, before, people) for name, group in groups.items())
-    return [table, *(Text(text) for text in compared if text)]
+    caption = "What rewards add to cross-entropy, on all validation images; mean ± standard deviation over seeds"
+    texts = [compare_reward(name, group, before, people) for name, group in groups.items()]
+    return [Table("p2_rewards", caption, rows), *(Text(text) for text in texts if text)]
+
+
+def _reward_row(name: str, group: Sequence[Run], before: Sequence[Run]) -> dict[str, Cell]:
+    return {
+        "trained by": name,
+        "seeds": len(group),
+        "CIDEr": _spread(_scored(group, "CIDEr")),
+        "CIDEr's gain, %": _spread(_gains(group, before), 1),
+        "CLIPScore": _spread(_scored(group, "CLIPScore")),
+        "words per caption": _spread(_scored(group, "captions", "mean_length")),
+        "share that repeats a bigram": _spread(_scored(group, "captions", "repeated_2")),
+        **origin(group[0]),
+    }
 
 
 def compare_reward(name: str, group: Sequence[Run], before: Sequence[Run], people: dict[str, float] | None) -> str:
-    """Say how captions by a reward stand against those before, and people's; nothing where something is not known."""
+    """Compare captions by a reward with those before it and with people's; nothing where something is unknown."""
     gains, lengths = _gains(group, before), _scored(group, "captions", "mean_length")
-    seeds = {run.config["train"]["seed"] for run in group}
-    same = [run for run in before if run.config["train"]["seed"] in seeds]
+    seeds = {seed(run) for run in group}
+    same = [run for run in before if seed(run) in seeds]
     clip, old_clip = _scored(group, "CLIPScore"), _scored(same, "CLIPScore")
     if not (gains and lengths and clip and old_clip and people):
         return ""
@@ -248,26 +219,20 @@ def compare_reward(name: str, group: Sequence[Run], before: Sequence[Run], peopl
 
 
 def _scored(group: Sequence[Run], *path: str) -> list[float]:
-    """What every run of a group has on val under these keys; empty where one lacks it."""
-    try:
-        return [reduce(getitem, path, run.scores["val"]) for run in group]
-    except KeyError:
-        return []
+    """Return what every run of a group has on val under these keys; empty where one lacks it."""
+    found: list[Any] = [run.scores["val"] for run in group]
+    for key in path:
+        if not all(key in value for value in found):
+            return []
+        found = [value[key] for value in found]
+    return found
 
 
 def _gains(group: Sequence[Run], before: Sequence[Run]) -> list[float]:
-    """By how many percent each run's CIDEr is above that of the run with its seed before."""
-    start = {run.config["train"]["seed"]: run.scores["val"]["CIDEr"] for run in before}
-    return [
-        100 * (run.scores["val"]["CIDEr"] / start[run.config["train"]["seed"]] - 1)
-        for run in group
-        if run.config["train"]["seed"] in start
-    ]
+    """Return by how many percent each run's CIDEr is above that of the run with the same seed in ``before``."""
+    start = {seed(run): run.scores["val"]["CIDEr"] for run in before}
+    return [100 * (run.scores["val"]["CIDEr"] / start[seed(run)] - 1) for run in group if seed(run) in start]
 
 
 def _spread(values: Sequence[float], digits: int = 3) -> str | None:
-    return spread(values, digits) if values else None
-
-
-def _origin(group: Sequence[Run]) -> tuple[str, str]:
-    return world(group[0].config["profile"]), group[0].config["device"]
+    return spread(list(values), digits) if values else None

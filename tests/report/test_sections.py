@@ -1,0 +1,66 @@
+"""sections.py: what is there is shown, what is not is named with the command that makes it."""
+
+from report_runs import png, write_run
+
+from captioning.report import sections
+from captioning.training.run_folder import find_runs
+
+
+def test_missing_parts_are_named_with_the_command_that_makes_them(root, make):
+    page = make(root)
+    for what in (
+        "captions and scores of both prompts",
+        "--best-worst",
+        "--grounding",
+        "make settings",
+        "--objective scst",
+        "make ablation",
+    ):
+        assert what in page, what
+
+
+def test_a_complete_part_is_not_called_missing(root, tmp_path, make):
+    folder = root / "attention" / "p2"
+    folder.mkdir(parents=True)
+    (folder / "one.png").write_bytes(png())
+    (folder / "grounding.csv").write_text(
+        "method,layers,heads,row,pointing,mass_ratio,iou,note\nraw,all,mean,predict,0.5,2.0,0.3,default\n"
+        "centre,,,,0.25,,,baseline\n"
+    )
+    (root / "attention" / "best_worst.png").write_bytes(png())
+    page = make(root)
+    assert "maps of The captioner" not in page
+    assert "--best-worst" not in page
+    assert page.count("<img ") == 3  # the map, the pair, the curves
+    assert (tmp_path / "report_files" / "p3_p2_one.png").read_bytes() == png()
+    assert "0.2500" in page
+
+
+def test_the_words_on_the_prompts_follow_the_numbers():
+    one, two = {"CIDEr": 2.0, "CLIPScore": 1.0, "words": 9}, {"CIDEr": 1.0, "CLIPScore": 1.1, "words": 18}
+    assert "as in the report" in sections.explain_prompts({"1": one, "2": two})
+    assert "2.0 times as long" in sections.explain_prompts({"1": one, "2": two})
+    turned = sections.explain_prompts({"1": two, "2": one})
+    assert turned.count("Unlike in the report") == 2
+
+
+def test_curves_have_one_colour_per_setting_and_no_runs_by_reward(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **more: drawn.append(figure) or save(figure, *args, **more)
+    )
+    for name in ("1", "1-seed1", "2"):
+        write_run(tmp_path / name)
+    write_run(tmp_path / "tuned", objective="scst")
+    runs, _ = find_runs(tmp_path)
+    (figure,) = sections.curves("c", "the runs", runs)
+    assert figure.png.startswith(b"\x89PNG") and "(micro, cpu)" in figure.caption
+    (canvas,) = drawn
+    assert [text.get_text() for text in canvas.legends[0].get_texts()] == ["1", "2"]
+    left, right = canvas.axes
+    assert [len({line.get_color() for line in axis.lines}) for axis in (left, right)] == [2, 2]
+    assert (len(left.lines), len(right.lines)) == (6, 3)
+    assert sections.curves("c", "the runs", runs[-1:]) == []
