@@ -1,7 +1,7 @@
 """What an image costs in operations and bytes, computed from the models' shapes: no model is built.
 
-One multiplication and addition are two operations. Attention counts as dense products, whether or not a mask hides a
-part of them, which is what ``torch.utils.flop_counter`` counts; norms, activations and softmax are left out.
+A multiplication and its addition are two operations. Attention counts as dense products, whether or not a mask hides a
+part of them, as ``torch.utils.flop_counter`` counts; norms, activations and softmax are left out.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BF16 = 2  # bytes a number
+BEAMS, TOKENS = 5, 30  # of a search, wherever its costs are given
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ LLAMA_7B = Decoder(32, 4096, 32064, 4 * 4096**2 + 3 * 4096 * 11008)
 
 
 @dataclass(frozen=True)
-class Captioner:
+class CaptionerShape:
     """Encoder, linear projector, decoder; LoRA of ``rank`` on every linear layer and, with ``head``, on the output."""
 
     encoder: Vit = VIT_L14
@@ -90,17 +91,17 @@ class Captioner:
     def attended(self, caption_tokens: int, captions: int = 5) -> float:
         """Operations of attention in the packed sequence: all rows to the prefix, each caption's to its own.
 
-        In the last layer the prefix's rows are left out: nobody reads them.
+        In the last layer the prefix's rows are left out: nothing reads them.
         """
         d, prefix, own = self.decoder, self.encoder.tokens, caption_tokens / captions
         rows = d.layers * attention(prefix + caption_tokens, prefix, d.width) - attention(prefix, prefix, d.width)
         return rows + d.layers * captions * attention(own, own, d.width)
 
     def train(self, caption_tokens: int, captions: int = 5) -> float:
-        """Operations of a step an image, forward and backward, with ``caption_tokens`` packed behind its prefix.
+        """Operations of a step an image, forward and backward, with ``caption_tokens`` packed after its prefix.
 
-        Frozen weights need no gradient of their own, so their layers cost once more backward; LoRA and attention
-        twice more. Behind its keys and values the last layer has the captions' rows only.
+        Frozen weights get no gradient, so their layers cost once more backward; LoRA and attention twice more. Past its
+        keys and values the last layer has the captions' rows only.
         """
         d, prefix = self.decoder, self.encoder.tokens
         first = d.layers * (prefix + caption_tokens)  # rows of c_attn, in all layers together
@@ -130,7 +131,7 @@ class Captioner:
         return self.search(samples, tokens) + self.train(samples * (tokens + 1) + caption_tokens, samples + captions)
 
     def explain(self, beams: int, tokens: int) -> float:
-        """Operations of captioning an image and reading the caption again for its maps."""
+        """Operations of captioning an image and feeding the caption again for its maps."""
         d, prefix = self.decoder, self.encoder.tokens
         again = d.read(prefix, prefix) + d.read(tokens + 1, prefix + tokens + 1) + d.logits(tokens + 1)
         return self.encoder.operations + self.search(beams, tokens) + self.project + again

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 from bench import photographs
+from bench.arithmetic import BEAMS, TOKENS
 from bench.common import Floor, machine, markdown
-from bench.stand_ins import BEAMS, FULL, SAMPLES, TINY, TOKENS, Size, write_decoder, write_tokenizer
+from bench.stand_ins import FULL, SAMPLES, TINY, Size, write_decoder, write_tokenizer
 from captioning import cli
 from captioning.cli import FlagParser, setup_logging
 from captioning.data.annotations import load_split

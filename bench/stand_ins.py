@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from bench import photographs
-from bench.arithmetic import Captioner, Vit, gpt2
+from bench.arithmetic import CaptionerShape, Vit, gpt2
 from captioning.data.tokenizer import END_OF_TEXT, Tokenizer
 from captioning.files import atomic_path, write_json, write_text
 from captioning.profiles import PROFILES
 from decoder import Decoder, DecoderConfig, gpt2_state_dict
 
-BEAMS, TOKENS, SAMPLES = 5, 30, 5
+SAMPLES = 5  # captions an image in self-critical training
 VOCABULARY = 50257
 
 
@@ -24,7 +24,7 @@ VOCABULARY = 50257
 class Size:
     """A size of the rehearsal: shapes for the arithmetic, flags that make the scripts build them, and how much."""
 
-    models: Captioner
+    models: CaptionerShape
     profile: str
     decoder: DecoderConfig
     photograph: tuple[int, int]
@@ -38,9 +38,9 @@ class Size:
     floor: int  # rows of the matrices whose product is timed
 
 
-FULL = Size(Captioner(), "full", DecoderConfig(), photographs.SIZE, 200, 50, 2000, 10, 16, 16, 64, 2048)
+FULL = Size(CaptionerShape(), "full", DecoderConfig(), photographs.SIZE, 200, 50, 2000, 10, 16, 16, 64, 2048)
 TINY = Size(
-    Captioner(Vit(145, 192, 6, 192), gpt2(2, 128, VOCABULARY)),
+    CaptionerShape(Vit(145, 192, 6, 192), gpt2(2, 128, VOCABULARY)),
     "micro",
     DecoderConfig(n_embd=128, n_layer=2, n_head=2),
     (160, 120),

@@ -15,7 +15,7 @@ from captioning.models.captioner import Captioner, CaptionerConfig
 from decoder import Decoder, DecoderConfig, LoraConfig
 
 RANK, VOCAB, EOS = 4, 61, 60
-SHAPES = arithmetic.Captioner(Vit(10, 32, 2, 768), gpt2(3, 64, VOCAB), RANK, head=True)
+SHAPES = arithmetic.CaptionerShape(Vit(10, 32, 2, 768), gpt2(3, 64, VOCAB), RANK, head=True)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_step_of_training(captioner):
 
 def test_a_search(captioner):
     """Three beams for four steps; the first step of a search is the token BOS."""
-    merged = arithmetic.Captioner(SHAPES.encoder, SHAPES.decoder, RANK)
+    merged = arithmetic.CaptionerShape(SHAPES.encoder, SHAPES.decoder, RANK)
     captioner.eval()
 
     def search():
@@ -89,15 +89,15 @@ def test_the_full_size_is_what_is_known_of_it():
     assert arithmetic.VIT_L14.operations == pytest.approx(162e9, rel=0.01)
     assert arithmetic.GPT2_SMALL.weights == pytest.approx(124e6, rel=0.01)  # without positions, norms and biases
     assert arithmetic.LLAMA_7B.weights == pytest.approx(6.74e9 - 131e6, rel=0.01)  # without the input embeddings
-    dense = 3 * 12 * arithmetic.attention(327, 327, 768) - 3 * arithmetic.Captioner().attended(70)
+    dense = 3 * 12 * arithmetic.attention(327, 327, 768) - 3 * arithmetic.CaptionerShape().attended(70)
     spared = (4 * 9 * 768**2 + 6 * 32 * 768 * 12) * 257  # what the last layer does not do for the prefix
-    masked = arithmetic.Captioner().train(70) + dense + spared
+    masked = arithmetic.CaptionerShape().train(70) + dense + spared
     assert masked / 5 == pytest.approx(30e9, rel=0.05)
     assert sum(arithmetic.llava_operations(40, 16)) == pytest.approx(9e12, rel=0.05)
 
 
 def test_bytes_of_a_search_fall_with_the_batch_to_those_of_the_cache():
-    models = arithmetic.Captioner()
+    models = arithmetic.CaptionerShape()
     cache = sum(2 * 12 * 768 * 2 * (257 + 5 * t) for t in range(1, 31))
     assert models.search_bytes(5, 30, 10**9) == pytest.approx(cache, rel=0.001)
     assert models.search_bytes(5, 30, 1) - cache == pytest.approx(31 * 2 * models.decoder.weights)
