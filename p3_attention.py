@@ -157,7 +157,9 @@ def run_images(explainer: Explainer, paths: list[Path], args: argparse.Namespace
     if not items:
         raise ValueError(f"none of the {len(paths)} images could be explained")
     if args.html:
-        viewer.write(items, args.out / "viewer.html", f"Which pixels each word looked at ({explainer.name.upper()})")
+        viewer.write(
+            items, args.out / "viewer.html", f"Which pixels each word looked at: {figures.MODELS[explainer.name]}"
+        )
     timer.report(log, len(items), "%s: %d images explained", args.out)
     return PARTIAL if len(items) < len(paths) else 0
 

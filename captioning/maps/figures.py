@@ -33,7 +33,9 @@ TILE_SIDE = 5.0  # inches at most, for panoramas
 GAP, TITLE, FOOT, MARGIN = 0.14, 0.27, 0.17, 0.2  # inches: between tiles, above a tile, below it, around all
 MIN_WIDTH = 5.6  # inches of a figure: its caption and colour bar need room
 GREY = "#5b6470"
-START = "<|endoftext|>"  # the token before the first word; its tile is the plain image
+PLAIN = "plain image"  # title of the tile without a map
+MODELS = {"p1": "LLaVA", "p2": "tuned captioner"}
+BASELINES = {"centre": "centre of the image", "random": "random cell", "mean image": "best fixed cell"}
 CHART_ROWS = 12
 # A "$" in a caption is a "$". (Any: matplotlib's stubs list every key.)
 RC: dict[Any, Any] = {"text.parse_math": False, "text.usetex": False, "font.family": "DejaVu Sans"}
@@ -205,13 +207,11 @@ def word_grid(explanation: Explanation, out: Path) -> None:
         end = scale_end(word_maps.maps)
         tiles = _tiles(explanation, photo, (round(across * DPI), round(down * DPI)), end)
         for number, ((left, top), (title, pixels)) in enumerate(zip(corners, tiles, strict=True)):
-            axis = _place(figure, left, top, across, down)
-            axis.imshow(pixels, aspect="auto", interpolation="nearest")
-            axis.set_axis_off()
+            figure.figimage(pixels, round(left * DPI), round((height - top) * DPI) - len(pixels))  # from the lower left
             style = {"va": "bottom", "ha": "center"} | ({"color": GREY} if number == 0 else {})
             _fit(figure, _write(figure, left + across / 2, top - 0.05, title, fontsize=11, **style), across + GAP / 2)
             if mass is not None and number:
-                share = f"image {mass[number - 1]:.0%}"
+                share = f"{mass[number - 1]:.0%} on the image"
                 _write(figure, left + across / 2, top + down + 0.04, share, ha="center", fontsize=6.5, color=GREY)
         _colour_bar(figure, height - 0.55, end, bool(word_maps.maps.max() > end), str(word_maps.spec))
 
@@ -222,7 +222,7 @@ def _heading(figure: Any, caption: list[str], explanation: Explanation) -> None:
     title = _write(figure, width / 2, MARGIN, "\n".join(caption), ha="center", fontsize=13, linespacing=1.25)
     _fit(figure, title, width - MARGIN)
     notes = [f"{name} {value}" for name, value in explanation.notes.items()]
-    small = "  ·  ".join(map(line, [explanation.model, explanation.path.name, *notes]))
+    small = "  ·  ".join(map(line, [MODELS[explanation.model], explanation.path.name, *notes]))
     below = MARGIN + 0.24 * len(caption) + 0.06
     _fit(figure, _write(figure, width / 2, below, small, ha="center", fontsize=8, color=GREY), width - MARGIN)
 
@@ -233,7 +233,7 @@ def _tiles(
     """Yield title and pixels (H, W, 3) of each tile; ``size`` is (width, height) in pixels."""
     small = photo.resize(size, Image.Resampling.LANCZOS)
     left, top, right, bottom = np.multiply(explanation.window, np.tile(np.divide(size, photo.size), 2))
-    yield START, np.asarray(small) / 255
+    yield PLAIN, np.asarray(small) / 255
     for word, grid in zip(explanation.words, explanation.word_maps[0].maps, strict=True):
         yield line(word), _coloured(small, spread(grid, size, (left, top, right, bottom)), end)
 
@@ -323,7 +323,7 @@ def grounding_chart(rows: Sequence[Row], out: Path) -> None:
         _label_bars(axis, shown, places)
         axis.set(ylim=(places[-1] + 0.6, -0.6), xlim=(0, 1.15 * ranked[0].pointing or 1))
         axis.set_yticks(places, [_name(row) for row in shown], fontsize=8.5)
-        axis.set_xlabel("pointing accuracy: the maximum lies in a box of the named thing", fontsize=8.5, loc="left")
+        axis.set_xlabel("pointing accuracy: the maximum is in a box of the named thing", fontsize=8.5, loc="left")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.tick_params(axis="x", labelsize=8, color=GREY)
         axis.tick_params(axis="y", length=0)
@@ -332,14 +332,18 @@ def grounding_chart(rows: Sequence[Row], out: Path) -> None:
 
 
 def _name(row: Row) -> str:
-    name = row.method if row.layers is None else f"{row.method} · layers {row.layers} · {row.heads}"
+    """Return a bar's title; the row of a token is named where it is not the usual one."""
+    if row.layers is None:
+        name = BASELINES.get(row.method, row.method)
+    else:
+        name = f"{row.method} · layers {row.layers} · {row.heads}" + " · own row" * (row.row == "own")
     return textwrap.shorten(line(name), 44, placeholder="…")
 
 
 def _label_bars(axis: Any, rows: Sequence[Row], places: Sequence[float]) -> None:
     """Write each bar's value at its end, and the further measures of specs in columns at the right."""
     beside = axis.get_yaxis_transform()  # across in shares of the axes, down in bars
-    columns = {"mass ratio": ([row.mass_ratio for row in rows], 1.12), "IoU": ([row.iou for row in rows], 1.3)}
+    columns = {"mass / area": ([row.mass_ratio for row in rows], 1.12), "IoU": ([row.iou for row in rows], 1.3)}
     for place, row in zip(places, rows, strict=True):
         end = (row.pointing, place)
         axis.annotate(f"{row.pointing:.1%}", end, (4, 0), textcoords="offset points", va="center", fontsize=8.5)

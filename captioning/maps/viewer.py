@@ -70,7 +70,7 @@ def _item(explanation: Explanation) -> dict[str, Any]:
         "file": explanation.path.name,
         "caption": explanation.caption,
         "words": list(explanation.words),
-        "notes": "  ·  ".join([explanation.model, *notes]),
+        "notes": "  ·  ".join([figures.MODELS[explanation.model], *notes]),
         "aspect": photo.width / photo.height,
         "window": np.divide(explanation.window, photo.size * 2).clip(0, 1).tolist(),
         "mass": None if mass is None else np.asarray(mass).round(4).tolist(),
