@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Fetch what the full size needs: models into weights/, GPT-2 and data into hw3_data/.
+# Download what the full size needs: models into weights/, GPT-2 and data into hw3_data/.
 #
-#   bash hw3_download.sh [all|p1|p2|data]       fetch (default: all); run again to go on, or to see all is there
-#   bash hw3_download.sh check [all|p1|p2|data] hash every file and read every image that is there
+#   bash hw3_download.sh [all|p1|p2|data]       download (default: all); run it again to resume
+#   bash hw3_download.sh check [all|p1|p2|data] verify the checksum of every file and read every image
 #
 #   p1    LLaVA-1.5-7B and the CLIP that scores      p2    GPT-2, the encoders and the CLIP that scores
 #   data  the course's hw3_data.zip if HW3_DATA_ID names it on Google Drive (gdown), else a stand-in from COCO 2017
 #
-# Every file of the manifest is fetched by curl from a URL that holds its revision, into FILE.part, verified there and
-# renamed: what has its own name is whole. The hub's own client would need the hub's API; curl needs plain HTTP, so
-# any mirror will do, proxies work by the usual variables, and every failure can be tested against a small server.
+# curl fetches every file of the manifest from a URL with its revision into FILE.part, which is verified and renamed:
+# a file under its own name is complete. The Hugging Face hub's own client would need the hub's API; curl needs only
+# HTTP, so any mirror works, proxies are set by the usual variables, and a small server can test every failure.
 #
 # Environment: HF_ENDPOINT, HF_TOKEN, COCO_BASE_URL, HW3_DATA_ID, PYTHON, proxies as curl knows them;
 # HW3_ROOT (where hw3_data/ and weights/ go), HW3_MANIFEST, HW3_TRIES, HW3_STALL_SECONDS, HW3_BACKOFF_SECONDS,
@@ -27,9 +27,9 @@ backoff=${HW3_BACKOFF_SECONDS:-5}
 train_images=${HW3_TRAIN_IMAGES:-10000}
 val_images=${HW3_VAL_IMAGES:-2000}
 images=$((train_images + val_images + 5)) # of the stand-in; five are for p3_data
-image_bytes=163500                        # what an image of COCO 2017 takes on average
-record=$root/weights/fetched.sha256 # hashes of what the manifest has no checksum for
-longest_wait=600                    # seconds; a server that asks for more is busy for today
+image_bytes=163500                        # average size of an image of COCO 2017
+record=$root/weights/fetched.sha256       # checksums of downloaded files for which the manifest has none
+longest_wait=600                          # seconds; not worth waiting for a server that asks for more
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python
   [[ ! -x $here/.venv/bin/python ]] || PYTHON=$here/.venv/bin/python
@@ -58,13 +58,13 @@ sha256_of() {
   if command -v sha256sum >/dev/null; then sha256sum <"$1"; else shasum -a 256 <"$1"; fi | cut -d ' ' -f 1
 }
 
-# Lines of the manifest that a part wants: path, source, revision, bytes, sha256.
+# The manifest's lines for a part (all, p1, p2, data): path, source, revision, bytes, sha256.
 rows() {
   awk -F '\t' -v part="$1" '!/^#/ && NF { if (part == "all" || ("," $1 ",") ~ ("," part ",")) print }' "$manifest" |
     cut -f 2-
 }
 
-# ------------------------------------------------------------------------------------------------- one file, one URL
+# --- one file, one URL ----------------------------------------------------------------------------------------------
 
 url_of() { # source revision
   local path=${1#*:}
@@ -75,21 +75,21 @@ url_of() { # source revision
   esac
 }
 
-# The last value of a header, over all redirects; the hub tells a file's hash on the first of them.
+# The last value of a header over all redirects; the hub gives a file's checksum with the first of them.
 header() {
   tr -d '\r"' <"$headers" | awk -F ': *' -v name="$1" 'tolower($1) == name { value = $2 } END { print value }'
 }
 
-# One attempt to fetch the rest of $2 from $1; prints the HTTP status, returns curl's exit code.
+# One attempt to fetch the rest of file $2 from URL $1; prints the HTTP status, returns curl's exit code.
 attempt() {
   : >"$headers"
   : >"$scratch/stderr"
   local token=() show=(--silent --show-error) errors=$scratch/stderr
-  if [[ -t 2 ]]; then # someone is watching: the bar, and curl's own words, go to the terminal
+  if [[ -t 2 ]]; then # a terminal: show curl's progress bar and messages there
     show=(--progress-bar)
     errors=/dev/stderr
   fi
-  if [[ -n ${HF_TOKEN:-} && $1 == "$hub"/* ]]; then # by a file: a command line can be read by everyone
+  if [[ -n ${HF_TOKEN:-} && $1 == "$hub"/* ]]; then # in a file: every user can read a command line
     printf 'header = "Authorization: Bearer %s"\n' "$HF_TOKEN" >"$scratch/token"
     token=(--config "$scratch/token")
   fi
@@ -98,10 +98,10 @@ attempt() {
     -- "$1" 2>"$errors"
 }
 
-# After a failed attempt: 0 is try again, 1 is that the part file is whole already; fails where trying is vain.
+# After a failed attempt: returns 0 to try again, 1 if the part file is already complete; fails if retrying is useless.
 consider() { # curl's exit code, HTTP status, URL, part file, name
   case $1/$2 in
-    22/416) # nothing is left, or the part file belongs to another version
+    22/416) # nothing is left to fetch, or the part file is of another version
       if [[ $(header content-range) == "bytes */$(size_of "$4")" ]]; then return 1; fi
       rm -f "$4"
       ;;
@@ -118,23 +118,23 @@ pause() { # number of the attempt
   local wait=$((backoff * $1)) asked
   asked=$(header retry-after)
   [[ ! $asked =~ ^[0-9]+$ ]] || wait=$asked
-  [[ $wait -le $longest_wait ]] || fail "the server asks to wait for $wait seconds: try again later"
+  [[ $wait -le $longest_wait ]] || fail "the server asks to wait $wait seconds: try again later"
   sleep "$wait"
 }
 
-# Fetch $1 into $2 over as many attempts as it takes; $3 names it.
+# Fetch URL $1 into file $2, with retries; messages call it $3.
 transfer() {
-  local number status code words
+  local number status code reason
   for ((number = 1; number <= tries; number++)); do
     code=0
     status=$(attempt "$1" "$2") || code=$?
     [[ $code -ne 0 ]] || return 0
     consider "$code" "$status" "$1" "$2" "$3" || return 0
-    words=$(tail -n 1 "$scratch/stderr")
-    say "  $3: attempt $number of $tries ended at $(size_of "$2") bytes (HTTP $status${words:+; $words})"
+    reason=$(tail -n 1 "$scratch/stderr")
+    say "  $3: attempt $number of $tries ended at $(size_of "$2") bytes (HTTP $status${reason:+; $reason})"
     [[ $number -eq $tries ]] || pause "$number"
   done
-  fail "$3: $tries attempts failed; what arrived is kept in $2 ($1)"
+  fail "$3: $tries attempts failed; what has arrived is kept in $2 ($1)"
 }
 
 verify() { # part file, name, sha256 of the manifest
@@ -142,16 +142,16 @@ verify() { # part file, name, sha256 of the manifest
   found=$(sha256_of "$1")
   if [[ $wanted == - ]]; then
     wanted=$(header x-linked-etag)
-    whose="that the hub tells"
+    whose="given by the hub"
     if [[ ! $wanted =~ ^[0-9a-f]{64}$ ]]; then
-      say "  $2: no checksum on record, taken as it came; its sha256 is $found"
+      say "  $2: no checksum on record, not verified; its sha256 is $found"
       return
     fi
-    say "  $2: no checksum on record; compared with the hub's own"
+    say "  $2: no checksum on record; verified against the hub's"
   fi
   [[ $found == "$wanted" ]] && return
   rm -f "$1"
-  fail "$2: wrong checksum, $found instead of $wanted $whose; removed it, since it is damaged or another version"
+  fail "$2: wrong checksum, $found instead of $wanted $whose; removed, because it is damaged or another version"
 }
 
 fetch() { # path source revision bytes sha256
@@ -162,7 +162,7 @@ fetch() { # path source revision bytes sha256
   fi
   url=$(url_of "$2" "$3")
   say "$1 ($(readable "${4#\~}")) from $url"
-  [[ $3 != main ]] || say "  $1: no revision on record, so it is what the hub's main holds today"
+  [[ $3 != main ]] || say "  $1: no revision on record; this is the current one of the hub's branch main"
   mkdir -p "$(dirname "$target")"
   transfer "$url" "$target.part" "$1"
   verify "$target.part" "$1" "$5"
@@ -178,7 +178,7 @@ remember() { # path sha256
   cp "$scratch/record" "$record.part" && mv "$record.part" "$record"
 }
 
-# ------------------------------------------------------------------------------------------------------- whole parts
+# --- a part: all of its files ---------------------------------------------------------------------------------------
 
 bytes_to_fetch() {
   local sum=0 path source revision bytes sha256 there
@@ -196,26 +196,26 @@ wants_data() { [[ $1 == all || $1 == data ]]; }
 wants_images() { wants_data "$1" && ! has_data && [[ -z ${HW3_DATA_ID:-} ]]; }
 has_data() { [[ -f $root/hw3_data/p2_data/train.json && -f $root/hw3_data/p2_data/val.json ]]; }
 
-# COCO's annotations are left out where the data is there already, or comes from the course.
+# Without COCO's annotations where the data is already there, or comes from the course.
 wanted_rows() {
   if wants_images "$1"; then rows "$1"; else rows "$1" | awk -F '\t' '$2 !~ /^coco:/'; fi
 }
 
-tell_sizes() {
+check_disk() {
   local needed free
   mkdir -p "$root"
   needed=$(bytes_to_fetch "$1")
   free=$(($(df -Pk "$root" | awk 'NR == 2 { print $4 }') * 1024))
-  say "$1: $(readable "$needed") to fetch into $root, where $(readable "$free") are free"
+  say "$1: $(readable "$needed") to download into $root, where $(readable "$free") are free"
   ! wants_data "$1" || [[ -z ${HW3_DATA_ID:-} ]] || say "  and the course's hw3_data.zip, of unknown size"
   [[ $((needed + needed / 20)) -le $free ]] ||
-    fail "the disk is too small: $(readable "$needed") and a twentieth are needed; free some, or set HW3_ROOT"
+    fail "the disk is too small: $(readable "$needed") and 5% are needed; free some space, or set HW3_ROOT"
 }
 
 fetch_part() {
   local path source revision bytes sha256
   wanted_rows "$1" >"$scratch/rows"
-  [[ -s $scratch/rows ]] || [[ $1 == data ]] || fail "$manifest: holds nothing for $1"
+  [[ -s $scratch/rows ]] || [[ $1 == data ]] || fail "$manifest: lists nothing for $1"
   while IFS=$'\t' read -r path source revision bytes sha256 <&3; do
     fetch "$path" "$source" "$revision" "$bytes" "$sha256"
   done 3<"$scratch/rows"
@@ -223,15 +223,15 @@ fetch_part() {
 
 prepare() { PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m captioning.data.hw3_dataset "$@"; }
 
-need_python() { # before gigabytes are fetched
+need_python() { # called before gigabytes are downloaded
   "$PYTHON" -c 'import importlib.util as u, sys
 sys.exit(", ".join(n for n in ("torch", "PIL", "numpy", "tokenizers", "tqdm") if not u.find_spec(n)) or None)' ||
-    fail "PYTHON=$PYTHON can't prepare data; run: pip install -r requirements.txt"
+    fail "PYTHON=$PYTHON lacks packages that prepare the data; run: pip install -r requirements.txt"
 }
 
 fetch_data() {
   if has_data; then
-    say "hw3_data/: data is there already (made from: $(cat "$root/hw3_data/SOURCE.txt" 2>/dev/null || echo your own))"
+    say "hw3_data/: the data is already there (from: $(cat "$root/hw3_data/SOURCE.txt" 2>/dev/null || echo your own))"
     [[ -z ${HW3_DATA_ID:-} ]] || grep -qF "$HW3_DATA_ID" "$root/hw3_data/SOURCE.txt" 2>/dev/null ||
       fail "hw3_data/ does not come from HW3_DATA_ID $HW3_DATA_ID: move hw3_data/p2_data and p3_data away first"
   elif [[ -n ${HW3_DATA_ID:-} ]]; then
@@ -245,14 +245,14 @@ course_data() {
   local zip=$root/hw3_data/.download/hw3_data.zip
   mkdir -p "$(dirname "$zip")"
   if [[ ! -f $zip ]]; then
-    say "hw3_data.zip from Google Drive, id $HW3_DATA_ID; no checksum on record, its members carry their own (CRC)"
+    say "hw3_data.zip from Google Drive, id $HW3_DATA_ID; no checksum on record, but each member has its own (CRC)"
     "$PYTHON" -m gdown --continue --retries "$tries" --output "$zip.part" "$HW3_DATA_ID" ||
       fail "hw3_data.zip: gdown could not fetch the id $HW3_DATA_ID; is it shared with everyone, and gdown installed?"
     mv "$zip.part" "$zip"
   fi
   if ! prepare unpack --zip "$zip" --out "$root/hw3_data" --source "course zip, Google Drive id $HW3_DATA_ID"; then
     rm -f "$zip"
-    fail "hw3_data.zip: not the course's data, or damaged; removed it"
+    fail "hw3_data.zip: not the course's data, or damaged; removed"
   fi
   rm -f "$zip"
   got=$((got + 1))
@@ -260,22 +260,22 @@ course_data() {
 
 stand_in() {
   local work=$root/hw3_data/.download round left
-  say "HW3_DATA_ID is not set: building a stand-in from COCO 2017. It is not the course's data; scores differ."
+  say "HW3_DATA_ID is not set: making a stand-in from COCO 2017. It is not the course's data, so scores differ."
   local list=(--out "$root/hw3_data" --base-url "$coco" --config "$scratch/images.curl")
   left=$(prepare draw "${list[@]}" --annotations "$work/annotations_trainval2017.zip" \
     --train "$train_images" --val "$val_images") || fail "hw3_data/: the captions could not be drawn"
   for ((round = 1; left > 0 && round <= tries; round++)); do
-    say "hw3_data/: $left images to fetch"
+    say "hw3_data/: $left images to download"
     if [[ $round -eq 1 ]]; then first_image; else pause "$round"; fi
     fetch_images
-    left=$(prepare images "${list[@]}") || fail "hw3_data/: the images could not be looked through"
+    left=$(prepare images "${list[@]}") || fail "hw3_data/: the images that arrived could not be checked"
   done
   got=$((got + images))
   [[ $left -eq 0 ]] ||
     fail "hw3_data/: $left images did not arrive: $(tail -n 1 "$scratch/stderr"), $(sed 1q "$scratch/images.curl")"
 }
 
-# Alone and with every explanation, before thousands of images fail for one reason.
+# One image first, with full messages, before thousands fail for the same reason.
 first_image() {
   local url output
   url=$(sed -n 's/^url = "\(.*\)"$/\1/p;1q' "$scratch/images.curl")
@@ -286,12 +286,12 @@ first_image() {
 fetch_images() {
   curl --fail --location --silent --show-error --parallel --parallel-max 16 --connect-timeout 30 \
     --speed-limit 1 --speed-time "$stall" --retry 3 --retry-delay "$backoff" --config "$scratch/images.curl" \
-    >/dev/null 2>"$scratch/stderr" || say "  some images failed; those are asked for again"
+    >/dev/null 2>"$scratch/stderr" || say "  some images failed and will be requested again"
 }
 
-# ------------------------------------------------------------------------------------------------------------- check
+# --- check ----------------------------------------------------------------------------------------------------------
 
-# COCO's annotations served their purpose once the data is made, so they are not asked for.
+# COCO's annotations are not needed once the data is made, so they are not checked.
 check_part() {
   local path source revision bytes sha256 wrong=0
   while IFS=$'\t' read -r path source revision bytes sha256; do
@@ -302,7 +302,7 @@ check_part() {
     prepare check --out "$root/hw3_data" || wrong=$((wrong + 1))
   fi
   [[ $wrong -eq 0 ]] || fail "$wrong of the above are missing or damaged (move damaged files away first)"
-  say "check $1: all there"
+  say "check $1: everything is there"
 }
 
 check_file() { # path sha256
@@ -313,10 +313,10 @@ check_file() { # path sha256
   fi
   if [[ $wanted == - && -f $record ]]; then
     wanted=$(awk -v path="$1" 'substr($0, 67) == path { print $1 }' "$record")
-    whose=" (as it was when fetched; no checksum on record)"
+    whose=" (unchanged since its download; no checksum on record)"
   fi
   if [[ -z $wanted || $wanted == - ]]; then
-    say "UNKNOWN  $1: there, but no checksum on record"
+    say "UNKNOWN  $1: it is there, but no checksum is on record"
     return
   fi
   found=$(sha256_of "$root/$1")
@@ -327,16 +327,17 @@ check_file() { # path sha256
   say "ok       $1$whose"
 }
 
-# -------------------------------------------------------------------------------------------------------------- main
+# --- main -----------------------------------------------------------------------------------------------------------
 
-tell_places() {
+summarise() {
   say
   if [[ $got -eq 0 ]]; then
-    say "Nothing to fetch for $1: everything is there ($have files; \`bash hw3_download.sh check $1\` hashes them)."
+    say "Nothing to download for $1: everything is there ($have files)."
+    say "To verify them: bash hw3_download.sh check $1"
   else
-    say "Fetched $got files; $have were there already."
+    say "Downloaded $got files; $have were already there."
   fi
-  say "Where things are:"
+  say "They are in:"
   rows "$1" | awk -F '\t' '$2 !~ /^coco:/ { print $1 }' | sed "s|^\(weights/.*/\).*|\1|" | uniq | while read -r path; do
     say "  $root/$path"
   done
@@ -366,10 +367,10 @@ main() {
   fi
   command -v curl >/dev/null || fail "curl is not installed"
   ! wants_data "$action" || need_python
-  tell_sizes "$action"
+  check_disk "$action"
   fetch_part "$action"
   ! wants_data "$action" || fetch_data
-  tell_places "$action"
+  summarise "$action"
 }
 
 main "$@"

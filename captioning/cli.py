@@ -24,11 +24,11 @@ def setup_logging(verbose: bool = False) -> None:
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but neither "None" and "False" nor a default that the help text itself gives."""
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines; shows defaults other than None and False that the help text does not give."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        plain = action.default in (None, False) or "(default" in (action.help or "")
+        plain = action.default is None or action.default is False or "(default" in (action.help or "")
         return action.help if plain else super()._get_help_string(action)
 
 

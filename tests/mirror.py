@@ -35,12 +35,12 @@ def served_path(source, revision):
 
 
 class Mirror:
-    """Serves ``files`` by path; ``faults[path]`` lists what goes wrong at the next requests for it, first first.
+    """Serves ``files`` by path; ``faults[path]`` lists what goes wrong at the next requests for it, in order.
 
-    Faults: ``truncate`` (half of the rest, then the connection closes), ``stall`` (half, then silence), ``429``
-    (Retry-After: 1), any other status as a number, ``no-range`` (ignores the Range header). ``hub_etags`` makes it
-    tell hashes as the hub does. ``redirects`` sends requests for the hub's files on to another host, as the hub does:
-    the hash is told on the way, and the faults are those of ``/cdn`` plus the path.
+    Faults: ``truncate`` (half of the rest, then the connection closes), ``stall`` (half, then nothing), ``429``
+    (Retry-After: 1), any other status as a number, ``no-range`` (ignores the Range header). ``hub_etags`` sends
+    checksums as the hub does. ``redirects`` redirects requests for the hub's files to another host, as the hub does:
+    the checksum comes with the redirect, and the faults are those of ``/cdn`` plus the path.
     """
 
     def __init__(self, files, hub_etags=True):
@@ -50,7 +50,7 @@ class Mirror:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.elsewhere = f"http://localhost:{self.server.server_port}"  # the same, to curl another host
+        self.elsewhere = f"http://localhost:{self.server.server_port}"  # the same server, but for curl another host
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self):
@@ -102,9 +102,9 @@ class Mirror:
 
     def _send(self, request, body, start, fault):
         rest = body[start:]
-        told = {} if self.redirects else self._hub_headers(body)
+        etag = {} if self.redirects else self._hub_headers(body)
         request.send_response(206 if start else 200)
-        headers = {"Content-Length": str(len(rest)), "Accept-Ranges": "bytes", **told}
+        headers = {"Content-Length": str(len(rest)), "Accept-Ranges": "bytes", **etag}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         for key, value in headers.items():
@@ -156,3 +156,17 @@ def write_manifest(path, files):
         digest = "-" if sha256 == "-" else hashlib.sha256(body).hexdigest()
         lines.append("\t".join([parts, target, source, revision, str(len(body)), digest]))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_course_zip(path):
+    """A small hw3_data.zip with the course's layout, wrapped in a folder and littered by macOS."""
+    picture = coco_files()["/val2017/000000000100.jpg"]
+    with zipfile.ZipFile(path, "w") as archive:
+        for split, image_id in (("train", 1), ("val", 2)):
+            name = f"{image_id:012d}.jpg"
+            annotation = {"id": 1, "image_id": image_id, "caption": "A cat."}
+            content = {"images": [{"id": image_id, "file_name": name}], "annotations": [annotation]}
+            archive.writestr(f"hw3_data/p2_data/{split}.json", json.dumps(content))
+            archive.writestr(f"hw3_data/p2_data/images/{split}/{name}", picture)
+        archive.writestr("hw3_data/p3_data/images/1.jpg", picture)
+        archive.writestr("__MACOSX/hw3_data/p2_data/._train.json", b"?")

@@ -12,6 +12,8 @@ from captioning.cli import BAD_INPUT, INTERRUPTED, FlagParser, add_common_flags,
 def parser():
     parser = FlagParser(prog="script")
     parser.add_argument("--pred-file", default="p.json", help="predictions")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing")
     parser.add_argument("--kept_as_is", type=int)
     parser.add_argument("--kept-as-is", dest="another", type=int)
     parser.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True, help="be quick")
@@ -66,7 +68,10 @@ def test_common_flags_are_those_that_a_script_has_a_use_for(profile, device):
 
 
 def test_help_shows_defaults(parser):
-    assert "predictions (default: p.json)" in " ".join(parser.format_help().split())
+    help_ = " ".join(parser.format_help().split())
+    assert "predictions (default: p.json)" in help_
+    assert "of the draw (default: 0)" in help_
+    assert "(default: None)" not in help_ and "(default: False)" not in help_
 
 
 @pytest.mark.parametrize(

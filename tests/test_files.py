@@ -1,4 +1,4 @@
-"""Files are read strictly, so that what Python accepts silently is one line of error, and written as a whole or not."""
+"""Files are read strictly (what Python accepts silently is an error) and written completely or not at all."""
 
 import base64
 import io
@@ -126,7 +126,7 @@ def test_atomic_path_replaces_the_old_file_and_leaves_nothing_else(tmp_path):
     with atomic_path(target) as temporary:
         temporary.write_text("new")
         assert temporary.parent == target.parent, "os.replace is atomic within one file system only"
-        assert target.read_text() == "old", "a reader must see the old file until the new one is whole"
+        assert target.read_text() == "old", "a reader must see the old file until the new one is complete"
     assert target.read_text() == "new"
     assert list(target.parent.iterdir()) == [target]
 
@@ -143,7 +143,7 @@ def test_atomic_path_keeps_the_old_file_when_the_writer_fails(tmp_path):
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_atomic_path_follows_the_umask_and_restores_it(tmp_path, umask):
-    """mkstemp makes files 0600, which nobody else could read whatever the user's umask says."""
+    """mkstemp makes files 0600, which no one else could read whatever the user's umask says."""
     before = os.umask(umask)
     try:
         write_text(tmp_path / "out", "x")

@@ -1,12 +1,17 @@
-"""Make hw3_data/ for hw3_download.sh: from the course's zip, or drawn from COCO 2017 in the same layout.
+"""Make hw3_data/ for hw3_download.sh: from the course's zip, or as a stand-in drawn from COCO 2017 in the same layout.
 
-The stand-in takes its training images from COCO's train2017 and its validation images from val2017, each by a fixed
-seed, and keeps five captions an image. Nothing here touches the network: `draw` chooses, `images` looks through what
-has arrived, both write what is still to fetch for curl; `unpack` opens the course's zip, `check` reads everything.
+The stand-in takes its training images from COCO's train2017 and its validation images from val2017, by a fixed seed,
+and keeps five captions an image. Nothing here uses the network; curl does, by what `draw` and `images` write for it:
+
+    draw     choose images and captions from COCO's annotations, and list the images for curl
+    images   take over the images that have arrived, and list those that are still missing
+    unpack   unpack the course's hw3_data.zip
+    check    read all annotations and decode all images
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -20,34 +25,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from captioning.cli import FlagParser, command, setup_logging
-from captioning.data.annotations import load_split
+from captioning.cli import FlagParser, add_common_flags, command, positive_int, setup_logging
+from captioning.data.annotations import Record, load_split
 from captioning.data.images import list_images, load_image
-from captioning.files import write_json, write_text
+from captioning.files import read_json, write_json, write_text
 
-CAPTIONS = 5  # an image; COCO has a few with six or seven
+CAPTIONS = 5  # an image; COCO has a few images with six or seven
 EXPLAINED = 5  # images of p3_data, whose captions are explained by attention maps
 SPLITS = ("train", "val")
 DRAWN = ".download/coco_draw.json"  # what `draw` chose, for `images`
 SOURCE = "SOURCE.txt"  # where the data came from, written last
-Record = dict[str, Any]
 
-
-# ------------------------------------------------------------------------------------------------ the COCO stand-in
+# --- the stand-in from COCO -----------------------------------------------------------------------------------------
 
 
 def draw(annotations: Path, out: Path, train: int, val: int, seed: int) -> None:
-    """Choose images and captions from COCO's annotations and keep the choice in ``out`` for :func:`fetch_list`.
+    """Choose images and captions from COCO's annotations and write the choice into ``out`` for :func:`fetch_list`.
 
     Args:
         annotations: COCO's ``annotations_trainval2017.zip``.
         out: ``hw3_data``.
         train, val: how many images of train2017 and val2017; five more of val2017 are for ``p3_data``.
-        seed: of the choice. An image's rank depends on the seed and its own id only, so a smaller draw is a part of
-            a larger one, on every machine and Python.
+        seed: of the choice. An image's rank depends only on the seed and its own id, so a smaller draw is a part of
+            a larger one, on every machine and Python version.
 
     Raises:
-        FileNotFoundError, ValueError: no zip of COCO's captions, or one that holds too few images.
+        FileNotFoundError, ValueError: there is no zip of COCO's captions, or it holds too few images.
     """
     chosen = {"train": _choose(_read_captions(annotations, "train2017"), train, seed, annotations)}
     rest = _choose(_read_captions(annotations, "val2017"), val + EXPLAINED, seed, annotations)
@@ -56,7 +59,7 @@ def draw(annotations: Path, out: Path, train: int, val: int, seed: int) -> None:
 
 
 def _read_captions(annotations: Path, split: str) -> list[Record]:
-    """Return the images of COCO's ``split`` with five captions each, in the order of the captions' ids."""
+    """Return the images of COCO's ``split`` that have five captions, with these in the order of their ids."""
     member = f"annotations/captions_{split}.json"
     if not annotations.is_file():
         raise FileNotFoundError(f"{annotations}: no such file; run bash hw3_download.sh data")
@@ -68,44 +71,43 @@ def _read_captions(annotations: Path, split: str) -> list[Record]:
             images[caption["image_id"]]["captions"].append(" ".join(caption["caption"].split()))
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{annotations}: {member} is missing or damaged ({error}); remove it and run again") from error
-    wanted = ("id", "file_name", "width", "height", "split", "captions")
+    wanted = ("id", "file_name", "width", "height", "split")
     return [
-        {**{key: image[key] for key in wanted}, "captions": image["captions"][:CAPTIONS]}
+        {**{key: image[key] for key in wanted}, "captions": captions}
         for image in images.values()
-        if len(image["captions"]) >= CAPTIONS and all(image["captions"][:CAPTIONS])
+        if len(captions := image["captions"][:CAPTIONS]) == CAPTIONS and all(captions)
     ]
 
 
 def _choose(images: list[Record], count: int, seed: int, annotations: Path) -> list[Record]:
     if len(images) < count:
-        raise ValueError(f"{annotations}: only {len(images)} images with {CAPTIONS} captions, {count} are wanted")
+        raise ValueError(f"{annotations}: only {len(images)} images with {CAPTIONS} captions; {count} are needed")
     return sorted(images, key=lambda image: hashlib.sha256(f"{seed}:{image['id']}".encode()).digest())[:count]
 
 
 def fetch_list(out: Path, base_url: str) -> list[tuple[str, Path]]:
-    """Take over the images that have arrived whole and return URL and part file of those that have not.
+    """Take over the images that have arrived and return URL and part file of those that are missing.
 
-    A part file is taken when it can be decoded to the size that COCO states, and removed when not. Once all images
-    are there, the annotation files are written, and with them the data is complete.
+    A part file is taken over if it can be decoded to the size that COCO states, and removed if not. Once all images
+    are there, the annotation files are written; with them the data is complete.
 
     Raises:
         FileNotFoundError: nothing was drawn yet.
     """
     if not (out / DRAWN).is_file():
         raise FileNotFoundError(f"{out / DRAWN}: no such file; run `python -m captioning.data.hw3_dataset draw` first")
-    drawn = json.loads((out / DRAWN).read_text(encoding="utf-8"))
+    drawn = read_json(out / DRAWN)
     folders = {split: out / "p2_data" / "images" / split for split in SPLITS}
     folders["explained"] = out / "p3_data" / "images"
     missing: list[tuple[str, Path]] = []
     for name, folder in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            arrived = pool.map(lambda image, folder=folder: _accept(folder / image["file_name"], image), drawn[name])
-            pairs = list(zip(drawn[name], arrived, strict=True))
+            arrived = pool.map(functools.partial(_take_over, folder), drawn[name])
         missing += [
-            (f"{base_url.rstrip('/')}/{image['split']}/{image['file_name']}", _part(folder / image["file_name"]))
-            for image, whole in pairs
-            if not whole
+            (f"{base_url.rstrip('/')}/{image['split']}/{image['file_name']}", _part(folder, image))
+            for image, is_there in zip(drawn[name], arrived, strict=True)
+            if not is_there
         ]
     if not missing:
         for split in SPLITS:
@@ -114,26 +116,24 @@ def fetch_list(out: Path, base_url: str) -> list[tuple[str, Path]]:
     return missing
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+def _part(folder: Path, image: Record) -> Path:
+    return folder / f"{image['file_name']}.part"
 
 
-def _accept(path: Path, image: Record) -> bool:
-    """Return whether the image is there, after renaming its part file if that is whole, or removing it if not."""
-    if path.is_file():
-        return True
-    part = _part(path)
-    if not part.is_file():
-        return False
-    try:  # sorted: an image that its EXIF turns upright swaps its sides
-        whole = sorted(load_image(part).size) == sorted((image["width"], image["height"]))
+def _take_over(folder: Path, image: Record) -> bool:
+    """Return whether the image is there, after its part file was renamed if it is complete, or removed if not."""
+    path, part = folder / image["file_name"], _part(folder, image)
+    if path.is_file() or not part.is_file():
+        return path.is_file()
+    try:  # sorted: an image that its EXIF tag turns upright swaps its sides
+        is_complete = sorted(load_image(part).size) == sorted((image["width"], image["height"]))
     except ValueError:
-        whole = False
-    if whole:
+        is_complete = False
+    if is_complete:
         part.replace(path)
     else:
         part.unlink()
-    return whole
+    return is_complete
 
 
 def _annotations(images: Sequence[Record]) -> Record:
@@ -158,18 +158,18 @@ def curl_config(files: Iterable[tuple[str, Path]]) -> str:
     return "\n".join([*lines, ""])
 
 
-# -------------------------------------------------------------------------------------------------- the course's zip
+# --- the course's zip -----------------------------------------------------------------------------------------------
 
 
 def unpack(archive: Path, out: Path, source: str) -> None:
-    """Unpack the course's ``hw3_data.zip`` into ``out``; whatever folder encloses ``p2_data`` in it is left out.
+    """Unpack the course's ``hw3_data.zip`` into ``out``, without the folders that enclose ``p2_data`` in it.
 
-    Everything is unpacked beside ``out``'s content first (every member's CRC is checked on the way), then moved in.
+    Everything is first unpacked into a temporary folder in ``out``, which checks every member's CRC, then moved.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no zip or a damaged one, members that would leave the folder, links, no ``p2_data`` with
-            annotations inside, or a disk too small.
+        ValueError: it is not a zip file or damaged, has links or members that would leave the folder, or no
+            ``p2_data`` with annotations; or the disk is too small.
     """
     if not archive.is_file():
         raise FileNotFoundError(f"--zip {archive}: no such file")
@@ -181,13 +181,13 @@ def unpack(archive: Path, out: Path, source: str) -> None:
                 _check_room(archive, members, out)
                 opened.extractall(folder, members)
         except (zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(f"--zip {archive}: not a whole zip file ({error}); fetch it again") from error
+            raise ValueError(f"--zip {archive}: not a complete zip file ({error}); fetch it again") from error
         _move_in(_find_data(Path(folder), archive), out)
     write_text(out / SOURCE, source + "\n")
 
 
 def _safe_members(opened: zipfile.ZipFile, archive: Path) -> list[zipfile.ZipInfo]:
-    """Return the members without macOS's shadows; refuse the archive if one points out of it or is a link."""
+    """Return the members without what macOS adds; refuse the archive if one leaves the folder or is a link."""
     members = []
     for member in opened.infolist():
         path = PurePosixPath(member.filename.replace("\\", "/"))
@@ -214,7 +214,7 @@ def _find_data(folder: Path, archive: Path) -> Path:
 
 
 def _move_in(folder: Path, out: Path) -> None:
-    """Move the files below ``folder`` to the same places in ``out``; annotations last, since they say "complete"."""
+    """Move the files below ``folder`` to the same places in ``out``; annotations last: they mark it as complete."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in sorted(files, key=lambda path: path.suffix == ".json"):
         target = out / path.relative_to(folder)
@@ -222,17 +222,17 @@ def _move_in(folder: Path, out: Path) -> None:
         path.replace(target)
 
 
-# ----------------------------------------------------------------------------------------------------------- check
+# --- check, and the command line ------------------------------------------------------------------------------------
 
 
 def check(out: Path) -> str:
-    """Read all annotations and decode all images in ``out`` and return one line on what is there.
+    """Read all annotations and decode all images in ``out``; return one line on what is there.
 
     Raises:
-        FileNotFoundError, ValueError: something is missing, damaged, or in both splits.
+        FileNotFoundError, ValueError: something is missing or damaged, or an image is in both splits.
     """
     splits = {split: load_split(out / "p2_data", split) for split in SPLITS}
-    shared = {s.path.name for s in splits["train"]} & {s.path.name for s in splits["val"]}
+    shared = set.intersection(*({sample.path.name for sample in samples} for samples in splits.values()))
     if shared:
         raise ValueError(f"{out}: {len(shared)} images are in train and in val, such as {min(shared)}")
     explained = list_images(out / "p3_data" / "images")
@@ -240,12 +240,12 @@ def check(out: Path) -> str:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(_decode, paths):
             pass
-    parts = [f"{split} {len(s)} images, {sum(len(x.captions) for x in s)} captions" for split, s in splits.items()]
-    return f"{out}: {'; '.join(parts)}; p3 {len(explained)} images; every image can be read"
+    counts = [f"{split} {len(s)} images, {sum(len(x.captions) for x in s)} captions" for split, s in splits.items()]
+    return f"{out}: {'; '.join(counts)}; p3 {len(explained)} images; every image can be read"
 
 
 def _decode(path: Path) -> None:
-    load_image(path)
+    load_image(path)  # and drop the pixels: the pool keeps its results
 
 
 def build_parser() -> Any:
@@ -254,14 +254,14 @@ def build_parser() -> Any:
     parser.add_argument("action", choices=("draw", "images", "unpack", "check"), help="see above")
     parser.add_argument("--out", type=Path, default=Path("hw3_data"), help="where the data goes")
     parser.add_argument("--annotations", type=Path, help="draw: COCO's annotations_trainval2017.zip")
-    parser.add_argument("--train", type=int, default=10_000, help="draw: training images")
-    parser.add_argument("--val", type=int, default=2_000, help="draw: validation images")
+    parser.add_argument("--train", type=positive_int, default=10_000, help="draw: training images")
+    parser.add_argument("--val", type=positive_int, default=2_000, help="draw: validation images")
     parser.add_argument("--seed", type=int, default=0, help="draw: of the choice")
     parser.add_argument("--base-url", help="draw, images: where COCO's train2017/ and val2017/ are")
     parser.add_argument("--config", type=Path, help="draw, images: write what is left to fetch here, for curl")
     parser.add_argument("--zip", type=Path, help="unpack: the course's hw3_data.zip")
-    parser.add_argument("--source", default="course zip", help="unpack: what SOURCE.txt is to say")
-    parser.add_argument("--verbose", action="store_true", help="more log lines")
+    parser.add_argument("--source", default="course zip", help="unpack: the text of SOURCE.txt")
+    add_common_flags(parser, profile=False, device=False)
     return parser
 
 
@@ -281,8 +281,6 @@ def main(argv: list[str] | None = None) -> int:
     for name in NEEDED[args.action]:
         if getattr(args, name) is None:
             raise ValueError(f"{args.action} needs --{name.replace('_', '-')}")
-    if min(args.train, args.val) < 1:
-        raise ValueError(f"--train {args.train}, --val {args.val}: must be at least 1")
     if args.action == "draw":
         draw(args.annotations, args.out, args.train, args.val, args.seed)
     if args.action in ("draw", "images"):

@@ -34,7 +34,7 @@ def test_captions_come_back_out_of_a_packed_batch():
     assert torch.equal(packed.segments == 0, packed.targets == -100)
 
 
-def test_packed_batch_moves_as_a_whole():
+def test_packed_batch_moves_with_all_tensors():
     moved = pack_captions([[[1]]], eos_id=2).to("meta")
     assert {t.device.type for t in vars(moved).values()} == {"meta"}
 
@@ -45,7 +45,7 @@ def test_packing_refuses_nothing_to_pack(batch, multiple):
         pack_captions(batch, eos_id=0, pad_to_multiple=multiple)
 
 
-def test_dataset_gives_all_captions_or_walks_round_them():
+def test_dataset_gives_all_captions_or_cycles_through_them():
     captions = [[[10 * image + n] for n in range(5)] for image in range(3)] + [[[90]]]
     assert [CaptionDataset(captions)[i] for i in range(4)] == list(enumerate(captions))
     dataset = CaptionDataset(captions, captions_per_image=2, seed=1)
@@ -66,7 +66,7 @@ def test_dataset_gives_all_captions_or_walks_round_them():
         CaptionDataset(captions, captions_per_image=0)
 
 
-def test_every_image_and_every_seed_has_a_caption_order_of_its_own():
+def test_every_image_and_every_seed_has_its_own_caption_order():
     captions = [[[n] for n in range(5)]] * 20
     images = {str(CaptionDataset(captions, 4)[index][1]) for index in range(20)}
     seeds = {str(CaptionDataset(captions, 4, seed)[0][1]) for seed in range(20)}

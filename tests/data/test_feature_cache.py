@@ -115,7 +115,7 @@ def test_another_key_is_another_cache(open_cache, tmp_path):
     assert key["key"]["encoder"] == "vit" and key["shape"] == [3, 4]
 
 
-def test_changed_images_are_encoded_anew_and_copies_are_not(open_cache, paths):
+def test_changed_images_are_encoded_again_and_copies_are_not(open_cache, paths):
     """A cache keyed by file name served the features of the old picture."""
     open_cache(encode=Encoder())
     paths[3].write_text("77")
@@ -144,7 +144,7 @@ def test_more_images_are_appended(open_cache, paths):
     assert_serves(small, paths[:3])  # open while the file grew
 
 
-def test_a_build_killed_half_way_goes_on(open_cache, paths):
+def test_a_build_killed_half_way_resumes(open_cache, paths):
     with pytest.raises(RuntimeError, match="killed"):
         open_cache(encode=Encoder(fail_at=2))
     encoder = Encoder()

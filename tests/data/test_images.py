@@ -23,12 +23,12 @@ def test_list_images_takes_any_letter_case_sorted_and_not_recursive(tmp_path):
     for name in ("b.JPG", "a.png", "d.WebP", "c.jpeg", "sub/e.jpg"):
         save_image(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "._a.png").write_bytes(b"what macOS leaves behind")
+    (tmp_path / "._a.png").write_bytes(b"what macOS leaves beside it")
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG", "c.jpeg", "d.WebP"]
 
 
-def test_a_dangling_link_is_not_dropped_in_silence(tmp_path):
+def test_a_dangling_link_is_not_dropped_silently(tmp_path):
     (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
     (image,) = list_images(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"a\.png"):
@@ -149,8 +149,8 @@ def test_any_damage_gives_an_image_or_a_value_error(tmp_path):
                 assert name in str(error)
 
 
-def test_pipes_loops_and_huge_files_are_refused_and_not_waited_for(tmp_path, monkeypatch):
-    """A named pipe was waited for, for ever."""
+def test_pipes_loops_and_huge_files_are_refused_at_once(tmp_path, monkeypatch):
+    """Reading from a named pipe never ended."""
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     picture = save_image(tmp_path / "-large\n.png", size=(20_000, 2))
@@ -170,8 +170,8 @@ def test_the_first_frame_counts_whatever_the_suffix_says(tmp_path):
         assert level[0] > 240 and max(level[1:]) < 15, name
 
 
-def test_a_name_that_is_no_unicode_is_refused_before_work(tmp_path):
-    """It failed when the captions were written, behind all the work."""
+def test_a_name_that_is_not_valid_unicode_is_refused_before_any_work(tmp_path):
+    """It failed when the captions were written, after all the work."""
     picture = save_image(tmp_path / "a.png")
     try:
         picture.rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
@@ -224,7 +224,7 @@ def seen_by_a_model(image, size=96):
 
 @pytest.mark.parametrize("kind", ["smooth", "noise", "edges", "rings"])
 @pytest.mark.parametrize("quality", [75, 95])
-def test_a_draft_gives_nearly_the_pixels_of_the_whole(tmp_path, kind, quality):
+def test_a_draft_gives_nearly_the_pixels_of_the_full_size(tmp_path, kind, quality):
     generated_picture(kind).save(tmp_path / "a.jpg", quality=quality)
     whole = load_image(tmp_path / "a.jpg")
     draft = load_image(tmp_path / "a.jpg", draft=DRAFT_FACTOR * 96)
@@ -269,6 +269,6 @@ def test_a_draft_is_as_small_as_divides_evenly_and_no_smaller(tmp_path, size, dr
     assert load_image(tmp_path / "a.jpg", draft).size == expected
 
 
-def test_other_formats_are_read_whole(tmp_path):
+def test_other_formats_are_read_in_full(tmp_path):
     Image.new("RGB", (800, 800), "red").save(tmp_path / "a.png")
     assert load_image(tmp_path / "a.png", 100).size == (800, 800)

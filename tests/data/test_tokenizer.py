@@ -79,7 +79,7 @@ def test_training_is_reproducible_and_its_files_are_gpt2s(bpe, tmp_path):
         assert (tmp_path / name).read_bytes() == (bpe / name).read_bytes()
     assert (bpe / "vocab.bpe").read_text(encoding="utf-8").startswith("#version: 0.2\n")
     assert again.eos_id == again.vocab_size - 1
-    for byte in range(256):  # every byte has an id of its own
+    for byte in range(256):  # every byte has its own id
         assert again.decode(again.encode(f"x{chr(byte)}x")) == f"x{chr(byte)}x"
 
 
