@@ -69,11 +69,14 @@ _SENTENCE_STARTS = """
 """
 
 
+_Spell = Callable[[str], str]
+
+
 class _Rule(NamedTuple):
     """A pattern whose group 1 is the token and the rest of whose match is context; and how the token is spelt."""
 
     pattern: re.Pattern[str]
-    spell: Callable[[str], str] | None  # None: the text is dropped
+    spell: _Spell | None  # None: the text is dropped
 
 
 def tokenize(captions: Iterable[str]) -> list[list[str]]:
@@ -93,10 +96,11 @@ def tokenize(captions: Iterable[str]) -> list[list[str]]:
             rows.append([])
             position = end + 1
         else:
-            token, position = _next(text, kinds, position)
-            first, *following = token.split("\n")  # the line end itself, or a tag with one inside
+            end, spell = _next(kinds, position)
+            first, *following = _spelt(text[position:end], spell).split("\n")  # the line end itself, or within a tag
             rows[-1].append(first)
             rows += [[rest] for rest in following]
+            position = end
     return [[token for token in row if token] for row in rows[:-1]]
 
 
@@ -105,23 +109,34 @@ def _chunk(chunk: str) -> tuple[str, ...]:
     """Return the tokens of text without white space that nothing outside it can change."""
     if _plain().fullmatch(chunk):
         return (chunk.rstrip(",.").lower(),)
-    kinds = chunk.translate(_kinds()) + "\n"
-    tokens, position = [], 0
-    while position < len(chunk):
-        token, position = _next(chunk, kinds, position)
-        tokens.append(token)
-    return tuple(tokens)
+    return tuple(_spelt(chunk[start:end], spell) for start, end, spell in _spans(chunk.translate(_kinds())))
 
 
-def _next(text: str, kinds: str, position: int) -> tuple[str, int]:
-    """Return the token of ``text`` at ``position``, empty where text is dropped, and where it ends."""
+@functools.lru_cache(maxsize=1 << 16)  # letters beyond ASCII have one kind: words in other scripts share most of these
+def _spans(kinds: str) -> tuple[tuple[int, int, _Spell | None], ...]:
+    """Return where the tokens of such a text start and end and how they are spelt."""
+    spans: list[tuple[int, int, _Spell | None]] = []
+    position = 0
+    while position < len(kinds):
+        end, spell = _next(kinds + "\n", position)
+        spans.append((position, end, spell))
+        position = end
+    return tuple(spans)
+
+
+def _next(kinds: str, position: int) -> tuple[int, _Spell | None]:
+    """Return where the token at ``position`` ends and how it is spelt; None where its text is dropped."""
     longest, best, spell = position, None, None
     for pattern, spelling in _rules():
         match = pattern.match(kinds, position)
         if match and match.end() > longest:
             longest, best, spell = match.end(), match, spelling
     assert best is not None, "the last rule matches any character"
-    return (spell(text[position : best.end(1)]).lower() if spell else ""), best.end(1)
+    return best.end(1), spell
+
+
+def _spelt(text: str, spell: _Spell | None) -> str:
+    return spell(text).lower() if spell else ""
 
 
 # --------------------------------------------------------------------------------------------------------- the spelling
@@ -155,7 +170,7 @@ def _signs(token: str) -> str:
     return token.translate(_PLAIN)
 
 
-def _constant(token: str) -> Callable[[str], str]:
+def _constant(token: str) -> _Spell:
     return lambda _text: token
 
 
@@ -205,7 +220,7 @@ _PARTS = {
     "extension": "(?i:bat|bmp|cgi|class|cpp|c|dll|docx?|exe|gif|gz|html?|h|java|jar|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps"
     "|py|sql|tar|txt|wav|xml|x|zip)",
 }
-_GRAMMAR: list[tuple[str, Callable[[str], str] | None]] = [  # of equally long matches the first wins
+_GRAMMAR: list[tuple[str, _Spell | None]] = [  # of equally long matches the first wins
     (r"((?i:c\+\+|[cf]#))", _as_it_is),
     # "can not", "gon na", "'t is": the second half is read on its own
     *(("((?i:{}))(?i:{})".format(*word.split("-")), _as_it_is) for word in _CUT_IN_TWO.split()),
