@@ -23,7 +23,6 @@ import torch
 
 from captioning.data.annotations import Annotations, check_keys, find_images
 from captioning.messages import some
-from captioning.scoring import coco_metrics
 from captioning.scoring.cache import (
     ReferenceSide,
     cached_image_features,
@@ -40,7 +39,7 @@ from captioning.scoring.clipscore import (
     ref_clip_scores,
     text_features,
 )
-from captioning.scoring.coco_metrics import Scores
+from captioning.scoring.coco_metrics import Scores, bleu, meteor, rouge_l, spice
 from captioning.scoring.significance import CONFIDENCE, Comparison
 from captioning.scoring.tokenizers import TOKENIZERS, pick_tokenizer, ptb_tokenize
 
@@ -302,19 +301,19 @@ def _ref_clipscore(context: Context) -> Scored:
 
 
 def _bleu(context: Context) -> Scored:
-    return context.on_words(*coco_metrics.bleu(*context.words))
+    return context.on_words(*bleu(*context.words))
 
 
 def _meteor(context: Context) -> Scored:
-    return context.on_words(coco_metrics.meteor(*context.words))
+    return context.on_words(meteor(*context.words))
 
 
 def _rouge(context: Context) -> Scored:
-    return context.on_words(coco_metrics.rouge_l(*context.words))
+    return context.on_words(rouge_l(*context.words))
 
 
 def _spice(context: Context) -> Scored:
-    return context.on_words(coco_metrics.spice(*context.words))
+    return context.on_words(spice(*context.words))
 
 
 class Metric(NamedTuple):

@@ -52,9 +52,9 @@ def ptb_tokenize(captions: Mapping[str, Sequence[str]], tokenizer: str = "auto")
 
 def ptb_python(captions: Sequence[str]) -> list[str]:
     """Tokenize by the port to Python; return the tokens of each caption, joined by single spaces."""
-    from captioning.scoring import ptb
+    from captioning.scoring.ptb import tokenize
 
-    return [drop_punctuation(tokens) for tokens in ptb.tokenize(captions)]
+    return [drop_punctuation(tokens) for tokens in tokenize(captions)]
 
 
 def ptb_java(captions: Sequence[str]) -> list[str]:
