@@ -1,54 +1,28 @@
-"""cocometrics.py: published figures, and Java programs that fail, fall silent or are not there."""
+"""coco_metrics.py and java.py: published figures, and Java programs that fail, hang or are missing."""
 
 import os
-import shutil
 import sys
 import threading
-from pathlib import Path
 
 import pytest
+from scoring_examples import PAPERS_BAD, PAPERS_GOOD, PAPERS_REFERENCES, needs_java, stub_java
 
 from captioning.scoring import coco_metrics
 from captioning.scoring.coco_metrics import SPICE_MODELS, bleu, rouge_l, spice
-from captioning.scoring.tokenizers import ptb_java, ptb_python
-
-needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
-GOOD = {
-    "image1": "an orange cat and a grey cat are lying together.",
-    "image2": "a black dog wearing headphones looks at the camera as an orange cat walks in the background.",
-}
-BAD = {
-    "image1": "a calico cat and a white cat are lying together.",
-    "image2": "a black dog wearing a hat looks at the camera as a tabby walks in the background.",
-}
-REFERENCES = {
-    "image1": [
-        "two cats are sleeping next to each other.",
-        "a grey cat is cuddling with an orange cat on a blanket.",
-        "the orange cat is happy that the black cat is close to it.",
-    ],
-    "image2": [
-        "a dog is wearing ear muffs as it lies on a carpet.",
-        "a black dog and an orange cat are looking at the photographer.",
-        "headphones are placed on a dogs ears.",
-    ],
-}
+from captioning.scoring.tokenizers import ptb_python
 
 
 def tokens(candidates):
-    references = {image: ptb_python(captions) for image, captions in REFERENCES.items()}
+    references = {image: ptb_python(captions) for image, captions in PAPERS_REFERENCES.items()}
     return references, {image: ptb_python([caption])[0] for image, caption in candidates.items()}
 
 
 def stub(folder, monkeypatch, script):
     """Put a `java` on the PATH that runs a Python script instead."""
-    folder.mkdir()
-    (folder / "java").write_text(f"#!{sys.executable}\nimport sys, time\n{script}\n")
-    (folder / "java").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    stub_java(folder, monkeypatch, f"import sys, time\n{script}", sys.executable)
 
 
-@pytest.mark.parametrize(("candidates", "expected"), [(GOOD, 0.4280), (BAD, 0.3121)])
+@pytest.mark.parametrize(("candidates", "expected"), [(PAPERS_GOOD, 0.4280), (PAPERS_BAD, 0.3121)])
 def test_rouge_l_of_the_clipscore_papers_example(candidates, expected):
     mean, scores = rouge_l(*tokens(candidates))
     assert round(mean, 4) == expected
@@ -66,7 +40,7 @@ def test_bleu_by_hand():
 
 
 def test_references_may_stand_in_another_order():
-    references, candidates = tokens(GOOD)
+    references, candidates = tokens(PAPERS_GOOD)
     turned = dict(reversed(references.items()))
     assert rouge_l(turned, candidates) == rouge_l(references, candidates)
     assert bleu(turned, candidates) == bleu(references, candidates)
@@ -75,8 +49,8 @@ def test_references_may_stand_in_another_order():
 @needs_java
 @pytest.mark.skipif("METEOR" not in os.environ, reason="takes 12 s on an idle machine, minutes on a busy one: METEOR=1")
 def test_meteor_of_the_clipscore_papers_example():
-    assert round(coco_metrics.meteor(*tokens(GOOD))[0], 4) == 0.3444
-    assert round(coco_metrics.meteor(*tokens(BAD))[0], 4) == 0.1861
+    assert round(coco_metrics.meteor(*tokens(PAPERS_GOOD))[0], 4) == 0.3444
+    assert round(coco_metrics.meteor(*tokens(PAPERS_BAD))[0], 4) == 0.1861
 
 
 ANSWERS = r"""
@@ -108,7 +82,7 @@ def test_a_failing_meteor_is_read_and_shown(tmp_path, monkeypatch, script, messa
     """pycocoevalcap's wrapper waits for ever for an answer."""
     stub(tmp_path / "bin", monkeypatch, script)
     with pytest.raises(ChildProcessError, match=message):
-        coco_metrics.meteor(*tokens(GOOD))
+        coco_metrics.meteor(*tokens(PAPERS_GOOD))
 
 
 def test_a_silent_meteor_is_stopped(tmp_path, monkeypatch):
@@ -117,7 +91,7 @@ def test_a_silent_meteor_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(coco_metrics, "SECONDS_A_CAPTION", 0.0)
     before = threading.active_count()
     with pytest.raises(ChildProcessError, match=r"exited with -9 .*it was stopped after 0 s"):
-        coco_metrics.meteor(*tokens(GOOD))
+        coco_metrics.meteor(*tokens(PAPERS_GOOD))
     assert threading.active_count() == before
 
 
@@ -128,7 +102,7 @@ def test_meteor_in_a_path_with_a_space_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(meteor, "__file__", str(tmp_path / "my env" / "meteor.py"))
     with pytest.raises(ValueError, match="hangs in a path with a space"):
-        coco_metrics.meteor(*tokens(GOOD))
+        coco_metrics.meteor(*tokens(PAPERS_GOOD))
 
 
 @pytest.fixture
@@ -164,12 +138,12 @@ def test_spice_by_image_and_beside_no_jar(tmp_path, monkeypatch, spice_folder):
 def test_a_failing_or_endless_spice_is_reported(tmp_path, monkeypatch, spice_folder):
     stub(tmp_path / "bin", monkeypatch, "sys.exit('no models')")
     with pytest.raises(ChildProcessError, match=r"SPICE failed: .*exited with 1 \(no models\)"):
-        spice(*tokens(GOOD))
+        spice(*tokens(PAPERS_GOOD))
     (tmp_path / "bin" / "java").write_text(f"#!{sys.executable}\nimport time; time.sleep(60)\n")
     monkeypatch.setattr(coco_metrics, "START_SECONDS", 0.3)
     monkeypatch.setattr(coco_metrics, "SECONDS_A_CAPTION", 0.0)
     with pytest.raises(ChildProcessError, match="did not end within"):
-        spice(*tokens(GOOD))
+        spice(*tokens(PAPERS_GOOD))
 
 
 def test_spice_downloads_nothing(tmp_path, monkeypatch, spice_folder):
@@ -177,36 +151,17 @@ def test_spice_downloads_nothing(tmp_path, monkeypatch, spice_folder):
     stub(tmp_path / "bin", monkeypatch, SPICE)
     (spice_folder / "lib" / SPICE_MODELS[1]).unlink()
     with pytest.raises(FileNotFoundError, match=r"SPICE needs stanford-corenlp-3\.6\.0-models\.jar in .*384 MB"):
-        spice(*tokens(GOOD))
+        spice(*tokens(PAPERS_GOOD))
 
 
 @pytest.mark.parametrize("metric", ["meteor", "spice"])
 def test_without_java_one_message_says_what_works_without(tmp_path, monkeypatch, metric):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=rf"{metric.upper()} needs Java .*CIDEr, BLEU, ROUGE-L .* work without"):
-        getattr(coco_metrics, metric)(*tokens(GOOD))
-
-
-@needs_java
-def test_several_at_once_and_nothing_is_written_beside_the_jar():
-    from pycocoevalcap.tokenizer import ptbtokenizer
-
-    folder = Path(ptbtokenizer.__file__).parent
-    before, found = sorted(folder.iterdir()), {}
-
-    def run(number):
-        found[number] = ptb_java([f"Cat {number}.", "it's"] * 20)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {number: [f"cat {number}", "it 's"] * 20 for number in range(4)}
-    assert sorted(folder.iterdir()) == before
+        getattr(coco_metrics, metric)(*tokens(PAPERS_GOOD))
 
 
 def test_without_pycocoevalcap_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap.rouge.rouge", None)
     with pytest.raises(ValueError, match="pip install -r requirements"):
-        rouge_l(*tokens(GOOD))
+        rouge_l(*tokens(PAPERS_GOOD))

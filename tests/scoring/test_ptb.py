@@ -1,20 +1,20 @@
 """ptb.py: what the Java tokenizer says, from a table of its answers, and from Java itself where it is there."""
 
+import ast
 import json
 import random
 import re
-import shutil
 import sys
+from pathlib import Path
 
 import pytest
+from scoring_examples import COURSE_DATA, needs_java
 
 from captioning.profiles import ROOT
 from captioning.scoring import ptb
-from captioning.scoring.tokenizers import PUNCTUATION, ptb_java, ptb_python
+from captioning.scoring.tokenizers import ptb_java, ptb_python
 
-ANSWERS = ROOT / "tests" / "fixtures" / "ptb.json"  # by `python -m tests.scoring.test_ptb`, from Java
-COURSE_DATA = ROOT.parent / "shared" / "data" / "hw3_2023"
-needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="compares with the Java tokenizer")
+ANSWERS = ROOT / "tests" / "fixtures" / "ptb.json"  # Java's, by `PYTHONPATH=tests python -m tests.scoring.test_ptb`
 
 STRESS = (ROOT / "tests" / "fixtures" / "ptb_stress.txt").read_text(encoding="utf-8").splitlines()
 
@@ -49,7 +49,9 @@ def differences(captions):
 def test_the_stress_list_as_java_answered():
     """The one test of the rules that needs no Java."""
     answers = json.loads(ANSWERS.read_text(encoding="utf-8"))
-    assert list(answers) == list(dict.fromkeys(stress_captions())), "run python -m tests.scoring.test_ptb where Java is"
+    assert list(answers) == list(dict.fromkeys(stress_captions())), (
+        "run PYTHONPATH=tests python -m tests.scoring.test_ptb where Java is"
+    )
     assert dict(zip(answers, ptb_python(answers), strict=True)) == answers
 
 
@@ -85,10 +87,12 @@ def test_the_courses_captions_by_java():
     assert differences(captions) == []
 
 
-def test_the_punctuation_list_is_the_packages():
-    from pycocoevalcap.tokenizer import ptbtokenizer
-
-    assert set(ptbtokenizer.PUNCTUATIONS) == PUNCTUATION
+def test_it_names_its_licence_and_imports_nothing_of_the_suite():
+    source = Path(ptb.__file__).read_text(encoding="utf-8")
+    assert source.splitlines()[0] == "# SPDX-License-Identifier: GPL-2.0-or-later"
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in nodes}
+    assert {module.split(".")[0] for module in modules} <= sys.stdlib_module_names
 
 
 def test_the_next_caption_decides_on_a_last_single_letter():

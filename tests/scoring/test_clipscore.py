@@ -1,0 +1,198 @@
+"""clipscore.py: scores against a model put together by hand, and models and weights that must be refused."""
+
+import hashlib
+import io
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scoring_examples import CAPTIONS, STEMS
+
+from captioning.imports import import_guarded
+from captioning.scoring.clipscore import ClipScorer, _resolve_clip, clipscore, ref_clip_scores
+
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # OpenAI's
+
+
+def plain_pixels(path, size=32):
+    """Bicubic resize of the shorter side, centre crop, RGB, normalise: OpenAI's preprocessing, ``(3, size, size)``."""
+    picture = Image.open(path)
+    width, height = picture.size
+    scale = size / min(width, height)
+    picture = picture.resize((int(width * scale), int(height * scale)), Image.Resampling.BICUBIC)
+    left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
+    pixels = np.asarray(picture.crop((left, top, left + size, top + size)).convert("RGB")) / 255
+    return torch.tensor(((pixels - MEAN) / STD).transpose(2, 0, 1), dtype=torch.float32)
+
+
+def plain_clipscore(folder, paths, captions):
+    """2.5 * max(cos, 0) one pair at a time in float64 at the end, on a model put together by hand."""
+    open_clip = import_guarded("open_clip")
+    model = open_clip.model.CLIP(**json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]).eval()
+    model.load_state_dict(torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True))
+    cosines = {}
+    for stem, path in paths.items():
+        with torch.no_grad():
+            image = model.encode_image(plain_pixels(path)[None])[0].double().numpy()
+            text = model.encode_text(open_clip.tokenize([captions[stem]]))[0].double().numpy()
+        cosines[stem] = float(image @ text / np.sqrt((image @ image) * (text @ text)))
+    return cosines, {stem: 2.5 * max(cosine, 0) for stem, cosine in cosines.items()}
+
+
+def test_clipscore_equals_an_independent_computation(clip_folder, paths, scorer):
+    cosines, expected = plain_clipscore(clip_folder, paths, CAPTIONS)
+    assert min(cosines.values()) < 0 < max(cosines.values()), "the example must reach both sides of the clamp"
+    scores = clipscore(scorer, paths, CAPTIONS, batch_size=3)
+    assert list(scores) == STEMS
+    assert scores == pytest.approx(expected, abs=1e-6)
+
+
+def test_clipscore_depends_neither_on_order_nor_on_batch_size(paths, scorer):
+    whole = clipscore(scorer, paths, CAPTIONS, batch_size=64)
+    backwards = dict(reversed(paths.items()))
+    for size in (1, 2, 7):
+        assert clipscore(scorer, backwards, CAPTIONS, batch_size=size) == pytest.approx(whole, abs=1e-6)
+
+
+def test_clipscore_belongs_to_the_pair(paths, scorer):
+    right = clipscore(scorer, paths, CAPTIONS)
+    swapped = clipscore(scorer, paths, {**CAPTIONS, "im0": CAPTIONS["im2"], "im2": CAPTIONS["im0"]})
+    assert [stem for stem in STEMS if right[stem] != pytest.approx(swapped[stem], abs=1e-4)] == ["im0", "im2"]
+
+
+def test_captions_are_truncated_at_the_context_length(scorer):
+    shorter, cut, longer = scorer.encode_texts(["word " * 74, "word " * 75, "word " * 200])  # 75 + start + end = 77
+    assert torch.allclose(cut, longer, atol=1e-6)
+    assert not torch.allclose(shorter, cut, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_scores_are_close_and_normalised_in_float32(clip_folder, paths, scorer, precision):
+    half = ClipScorer(str(clip_folder), None, torch.device("cpu"), precision)
+    pixels = torch.stack([half.load_image(path) for path in paths.values()])
+    for features in (half.encode_texts(list(CAPTIONS.values())), half.encode_images(pixels)):
+        assert features.dtype == torch.float32
+        assert features.norm(dim=-1).tolist() == pytest.approx([1.0] * 7, abs=1e-6), "fp16 would round the norm"
+    exact, close = (clipscore(s, paths, CAPTIONS) for s in (scorer, half))
+    assert close == pytest.approx(exact, abs=0.03)
+    assert close != exact
+
+
+def test_precision_follows_the_device(clip_folder, scorer):
+    assert (scorer.precision, scorer.model.training) == ("fp32", False)
+    assert not any(parameter.requires_grad for parameter in scorer.model.parameters())
+    with pytest.raises(ValueError, match="--precision fp8"):
+        ClipScorer(str(clip_folder), None, torch.device("cpu"), "fp8")
+
+
+def test_a_score_that_is_no_number_is_an_error(paths, scorer, monkeypatch):
+    monkeypatch.setattr(scorer, "encode_texts", lambda captions: torch.full((len(captions), 8), float("nan")))
+    with pytest.raises(ValueError, match=r"7 CLIPScores are not a number .*--precision fp32"):
+        clipscore(scorer, paths, CAPTIONS)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"no picture"])
+def test_a_corrupt_image_is_named(tmp_path, paths, scorer, damage):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(damage(paths["im0"].read_bytes()))
+    with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
+        clipscore(scorer, {**paths, "im0": broken}, CAPTIONS)
+
+
+def test_openai_weights_in_a_local_file_are_refused_or_warned_of(tmp_path, caplog):
+    """With a local file open_clip does not even warn."""
+    open_clip = import_guarded("open_clip")
+    named, unnamed = tmp_path / "vit_b_32.OpenAI.safetensors", tmp_path / "weights.safetensors"
+    for file in (named, unnamed):
+        file.touch()
+    with pytest.raises(ValueError, match="ViT-B-32-quickgelu"):
+        _resolve_clip(open_clip, "ViT-B-32", str(named))
+    assert _resolve_clip(open_clip, "ViT-B-32-quickgelu", str(named)) == "ViT-B-32-quickgelu"
+    assert not caplog.records
+    assert _resolve_clip(open_clip, "ViT-B-32", str(unnamed)) == "ViT-B-32"
+    assert "use ViT-B-32-quickgelu" in caplog.text
+    assert _resolve_clip(open_clip, "ViT-B-32", "laion2b_s34b_b79k") == "ViT-B-32"
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "message"),
+    [
+        ("ViT-B-32-quickgelu", "opanai", "no such file, and no tag of ViT-B-32-quickgelu: openai"),
+        ("ViT-B-32-quickgelu", "missing.safetensors", "no such file"),
+        ("ViT-B-32-quickgelu", None, "needs --clip-weights"),
+        ("ViT-B-33", "openai", "neither a folder nor a model that open_clip knows"),
+        ("FOLDER", "openai", "brings its own weights"),
+        ("EMPTY", None, "no open_clip_config.json"),
+    ],
+)
+def test_unknown_models_and_weights_are_refused(tmp_path, clip_folder, model, weights, message):
+    model = {"FOLDER": str(clip_folder), "EMPTY": str(tmp_path)}.get(model, model)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        ClipScorer(model, weights, torch.device("cpu"))
+
+
+def test_an_unreachable_hub_gives_one_line_with_a_remedy(monkeypatch, caplog):
+    open_clip = import_guarded("open_clip")
+
+    def offline(*_args, **_kwargs):
+        raise FileNotFoundError("offline,\nsays the hub")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", offline)
+    with pytest.raises(ValueError, match=r"openai cannot be loaded .*offline, says the hub.*hw3_download") as caught:
+        ClipScorer("ViT-B-32-quickgelu", "openai", torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+    assert not caplog.records, "open_clip's own log would repeat it"
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+@pytest.mark.parametrize("weights", [None, b"", b"garbage", b"\x80\x02garbage"])
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_missing_or_broken_weights_never_become_random_ones(tmp_path, clip_folder, weights, suffix):
+    """open_clip's create_model goes on with random weights and a warning."""
+    shutil.copy(clip_folder / "open_clip_config.json", tmp_path)
+    if weights is not None:
+        (tmp_path / f"open_clip_model.{suffix}").write_bytes(weights)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        ClipScorer(str(tmp_path), None, torch.device("cpu"))
+
+
+def test_ref_clipscore_of_zero_and_zero():
+    one = torch.eye(2)
+    found = ref_clip_scores(torch.tensor([0.0, 2.5]), one, torch.stack([-one[0], one[0], one[1]]), [1, 2])
+    assert found.tolist() == [0.0, pytest.approx(2 * 2.5 / 3.5)]
+
+
+def test_the_weights_are_named_by_their_hash(clip_folder, scorer, tmp_path):
+    file = clip_folder / "open_clip_pytorch_model.bin"
+    assert scorer.fingerprint == f"file:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    shutil.copytree(clip_folder, tmp_path / "twice")
+    shutil.copy(file, tmp_path / "twice" / "other.bin")  # which one was loaded is not plain from outside
+    twice = ClipScorer(str(tmp_path / "twice"), None, torch.device("cpu"))
+    assert twice.fingerprint.startswith("state_dict:")
+    with torch.no_grad():
+        twice.model.visual.proj.mul_(2)
+    before = twice.__dict__.pop("fingerprint")
+    assert twice.fingerprint != before
+
+
+@pytest.mark.parametrize("size", [(640, 480), (333, 500), (224, 224), (100, 37), (1001, 224)])
+def test_open_clips_preprocessing_gives_the_original_packages_pixels(size):
+    """Bicubic resize on PIL, centre crop, OpenAI's mean and deviation, at 224: what ``clip.load`` does."""
+    open_clip = import_guarded("open_clip")
+    config = open_clip.get_pretrained_cfg("ViT-B-32-quickgelu", "openai")
+    names = {"mean", "std", "interpolation", "resize_mode"} & config.keys()
+    preprocess = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(size=224, **{name: config[name] for name in names}), is_train=False
+    )
+    noise = np.random.default_rng(sum(size)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    pixels = preprocess(picture)
+    path = io.BytesIO()
+    picture.save(path, "PNG")
+    path.seek(0)
+    assert torch.allclose(pixels, plain_pixels(path, 224), atol=1e-6)
+    assert open_clip.get_model_config("ViT-B-32-quickgelu")["quick_gelu"]
