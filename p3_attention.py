@@ -1,6 +1,6 @@
-"""Show which pixels each word looked at: captions with one heat map a word, for LLaVA (p1) and the tuned model (p2).
+"""Show which pixels each word looked at: captions with one heat map per word, for LLaVA (p1) and the tuned model (p2).
 
-python p3_attention.py --model p2 --images DIR_OR_FILES --out DIR [--html]       maps, a PNG and an npz an image
+python p3_attention.py --model p2 --images DIR_OR_FILES --out DIR [--html]       maps, as one PNG and one npz per image
 python p3_attention.py --model p2 --best-worst PER_IMAGE.json --images DIR --annotation-file val.json --out DIR
 python p3_attention.py --model p2 --grounding val.json --images DIR --out DIR     do the maps point at the things?
 """

@@ -69,7 +69,7 @@ class Explanation:
 
     Attributes:
         path: the image file.
-        caption: the whole caption.
+        caption: its text.
         words: its W words, as titles.
         word_maps: at least one; the first is the default.
         window: (left, top, right, bottom) in pixels of the *original* image: what the model's grid covers. It is less

@@ -225,7 +225,7 @@ def explain(
 
 
 def save_maps(out: Path, explanation: Explanation, attention: CaptionAttention) -> None:
-    """Write the default maps of an explanation and the raw attention behind them as a compressed npz.
+    """Write the default maps of an explanation, and the attention that they were made from, as a compressed npz.
 
     ``attention`` (L, nh, T, gh, gw) float16 is the attention of every layer, head and token on the patches; ``maps``
     (W, gh, gw) float32 are the word maps made from it; the other arrays say which is which.

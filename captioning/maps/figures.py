@@ -95,7 +95,7 @@ def _covered(start: float, stop: float, length: int) -> tuple[int, int]:
 
 
 def palette() -> np.ndarray:
-    """Return the colours of attention, (256, 4) uint8 RGBA from none to the scale's end; alpha is to cover an image."""
+    """Return the colours from no attention to the scale's end, (256, 4) uint8 RGBA, to draw over an image."""
     from matplotlib import colormaps
 
     level = np.linspace(0, 1, 256)
@@ -105,7 +105,7 @@ def palette() -> np.ndarray:
 
 
 def scale_end(maps: np.ndarray) -> float:
-    """Return the value at which the colours of ``maps`` end: nearly their largest, and 1 where nothing is attended."""
+    """Return the value at which the colours of ``maps`` end: nearly their largest, and 1 where all are 0."""
     return float(np.percentile(maps, CUT)) or float(maps.max()) or 1.0
 
 
@@ -164,12 +164,12 @@ def line(text: object) -> str:
 
 
 def _wrapped(text: object, width: float, size: float) -> list[str]:
-    """``text`` in lines of about ``width`` inches at ``size`` points; a letter is about 0.55 of its size wide."""
+    """Wrap ``text`` into lines of about ``width`` inches at ``size`` points; a letter is 0.55 of its size wide."""
     return textwrap.wrap(line(text), max(int(width * 72 / (size * 0.55)), 8), break_on_hyphens=False) or [""]
 
 
 def _tile_size(width: int, height: int) -> tuple[float, float]:
-    """Inches of a tile for an image of ``width`` x ``height`` pixels: equal areas, whatever the aspect ratio."""
+    """Return inches of a tile for an image of ``width`` x ``height`` pixels: equal areas, whatever the aspect ratio."""
     ratio = math.sqrt(width / height)
     across, down = math.sqrt(TILE_AREA) * ratio, math.sqrt(TILE_AREA) / ratio
     shrink = min(1.0, TILE_SIDE / across, TILE_SIDE / down)
@@ -177,7 +177,7 @@ def _tile_size(width: int, height: int) -> tuple[float, float]:
 
 
 def _columns(count: int, tile_width: float, tile_height: float) -> int:
-    """Columns that bring ``count`` tiles near a 4:3 page, with as few empty places as its rows allow."""
+    """Return how many columns bring ``count`` tiles near a 4:3 page, with as few empty places as the rows allow."""
     columns = min(max(round(math.sqrt(count * tile_height * 4 / 3 / tile_width)), 1), count)
     return math.ceil(count / math.ceil(count / columns))
 
@@ -239,7 +239,7 @@ def _tiles(
 
 
 def _colour_bar(figure: Any, top: float, end: float, cut: bool, label: str) -> None:
-    """A horizontal colour bar from 0 to ``end``, with an arrow where some values lie beyond."""
+    """Draw a horizontal colour bar from 0 to ``end``, with an arrow where some values are larger (``cut``)."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 

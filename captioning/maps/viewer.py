@@ -57,7 +57,7 @@ def write(items: Sequence[Explanation], out: str | os.PathLike, title: str) -> N
 
 
 def _policy(script: str) -> str:
-    """A content security policy that lets the page run its own ``script`` and load nothing."""
+    """Return a content security policy that lets the page run its own ``script`` and load nothing."""
     digest = _base64(hashlib.sha256(script.encode("utf-8")).digest())
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 

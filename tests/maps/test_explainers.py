@@ -102,7 +102,7 @@ def test_capturing_leaves_the_captions_alone(explainer):
 
 
 def test_a_tokens_gradient_is_its_own(explainer):
-    """One backward pass for all tokens equals one a token."""
+    """One backward pass for all tokens equals one per token."""
     inputs, tokens = explainer.prepare(image()), explainer.tokens(CAPTION)
     with torch.enable_grad():
         capture = explainer.capture(inputs, tokens)
