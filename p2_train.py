@@ -10,28 +10,31 @@ import contextlib
 import logging
 import math
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
 from captioning import distributed
-from captioning.cli import STOPPED, FlagParser, command, setup_logging
-from captioning.profiles import PROFILES
+from captioning.cli import STOPPED, FlagParser, add_common_flags, command, setup_logging
 from captioning.training.config import SETTINGS, add_flags
-from captioning.training.setup import pick_device, prepare
+from captioning.training.setup import pick_own_device, prepare
 from captioning.training.trackers import CHOICES as TRACKERS
-from captioning.training.trainer import Trainer
-
-log = logging.getLogger("captioning")
 
 
-def build_parser() -> Any:
-    """Return the command line; numbers default to the setting's, so their flags default to nothing here."""
+def _gigabytes(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise ArgumentTypeError("must be at least 0")
+    return value
+
+
+def build_parser() -> FlagParser:
+    """Return the command line; numbers default to the setting's, so their flags default to None here."""
     parser = FlagParser(description=__doc__)
     parser.add_argument("--setting", choices=list(SETTINGS), default="best", help="whose numbers the flags change")
     parser.add_argument("--data", type=Path, help="folder with train.json, val.json, images/train, images/val")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/SETTING)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last state in the run folder")
-    parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
+    parser.add_argument("--resume", action="store_true", help="continue from the last state in the run folder")
     parser.add_argument("--encoder", help="timm ViT (default: the profile's)")
     parser.add_argument("--encoder-weights", help="local file of its weights (default: the profile's)")
     parser.add_argument("--decoder", help="GPT-2 state dict (default: the profile's)")
@@ -39,7 +42,7 @@ def build_parser() -> Any:
     parser.add_argument("--cache", type=Path, help="folder of cached encoder tokens (default: the profile's)")
     parser.add_argument(
         "--cache-gb",
-        type=float,
+        type=_gigabytes,
         default=math.inf,
         metavar="N",
         help="cache at most N GB; images beyond are encoded every epoch (default: all)",
@@ -63,34 +66,35 @@ def build_parser() -> Any:
         choices=TRACKERS,
         help="hand the numbers of metrics.jsonl to a tracker too; all: every one that is installed (default: none)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--verbose", action="store_true", help="more log lines")
+    add_common_flags(parser)
     add_flags(parser.add_argument_group("numbers (defaults are those of --setting best)"))
     return parser
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Train; return 0, or 4 (``STOPPED``) where SIGTERM or SIGINT ended the run behind a step and --resume goes on."""
+    """Train; return 0, or 4 (``STOPPED``) where SIGTERM or SIGINT ended the run early, to be resumed."""
     args = build_parser().parse_args(argv)
     setup_logging(args.verbose)
-    with distributed.join(pick_device(args.device)) as processes, contextlib.ExitStack() as held:
+    with distributed.join(pick_own_device(args.device)) as processes:
         if not processes.first:
             logging.disable(logging.INFO)  # the first one says it for all
+        return train(args, processes)
+
+
+def train(args: Any, processes: distributed.Processes) -> int:
+    """Train and print what came of it; return the exit code."""
+    with contextlib.ExitStack() as held:
         trainer = processes.together(lambda: prepare(args, processes, held))
-        return run(trainer)
-
-
-def run(trainer: Trainer) -> int:
-    """Train and say what came of it; return the exit code."""
-    record = trainer.run()
-    if record and trainer.processes.first:
+        record = trainer.run()
+    if record and processes.first:
         shown = {k: round(v, 4) for k, v in record.items() if isinstance(v, float)}
-        print(f"{trainer.out / 'best.safetensors'}: {shown}")
+        print(f"{trainer.folder.best}: {shown}")
     if trainer.finished:
         return 0
-    if trainer.processes.first:
-        print(f"stopped behind step {trainer.step} of {trainer.steps}; the same command with --resume goes on")
+    if processes.first:
+        step = trainer.progress.step
+        print(f"stopped after step {step} of {trainer.steps}; continue by the same command with --resume")
     return STOPPED
 
 

@@ -40,6 +40,7 @@ from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.inference_weights import prepare
 from captioning.profiles import PROFILES
 from captioning.training.config import TrainConfig
+from captioning.training.run_folder import RunFolder
 from captioning.training.trainer import Split, Trainer
 from decoder import build_decoder
 from microworld.scenes import generate
@@ -98,7 +99,7 @@ class Job:
         self.paths = [sample.path for sample in self.samples]
         features = cached_features(self.captioner, self.paths, self.folder / "cache", processes=processes)
         split = Split(self.samples, encode_captions(self.samples, self.tokenizer, 60), features)
-        self.trainer = Trainer(self.captioner, self.tokenizer, split, split, config, self.folder, processes)
+        self.trainer = Trainer(self.captioner, self.tokenizer, split, split, config, RunFolder(self.folder), processes)
         self.losses: list[float] = []
 
     def timed(self, work: Any, *arguments: Any) -> float:
@@ -113,7 +114,7 @@ class Job:
 
     def train(self, epoch: int) -> None:
         """Take the steps of one epoch."""
-        self.trainer.epoch = epoch
+        self.trainer.progress.epoch = epoch
         self.captioner.train()
         self.losses += [self.trainer.train_step([batch]) for batch in self.trainer.batches()]
 

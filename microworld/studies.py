@@ -19,7 +19,7 @@ from captioning.cli import FlagParser, command
 from captioning.device import PRECISIONS
 from captioning.profiles import PROFILES
 from captioning.training.config import SCST_NUMBERS, SETTINGS
-from captioning.training.run_folder import has_state, read_run
+from captioning.training.run_folder import RunFolder, read_run
 from microworld.demo import BATCH, WIDTH_RATIO, Runner, scaled
 
 DEVELOPMENT_SEED = 1  # of scenes that no reported number is measured on; the demo's have seed 0
@@ -77,7 +77,7 @@ def train(run: Runner, folder: Path, data: Path, cache: Path, flags: list[str]) 
     """Train one run, or go on with it, or pass it over."""
     if finished(folder):
         return
-    resume = ["--resume"] if has_state(folder) else []
+    resume = ["--resume"] if RunFolder(folder).has_state else []
     run(
         f"train {folder.name}",
         "p2_train.py",

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+import p2_train
 from captioning import distributed
 from captioning.device import pick_device
 from captioning.models.captioner import Captioner
 from captioning.profiles import PROFILES, Profile
 from captioning.scoring import evaluator, tokenizers
 from captioning.training.rewards import CiderReward
-from captioning.training.setup import prepare
 from captioning.training.trainer import Trainer
-from p2_train import build_parser, run
 
 
 def poison(processes):
@@ -28,7 +27,7 @@ def poison(processes):
     now = {}
 
     def train_step(trainer, batches):
-        now["step"] = trainer.step
+        now["step"] = trainer.progress.step
         return step(trainer, batches)
 
     def spoilt(captioner, *args):
@@ -38,12 +37,12 @@ def poison(processes):
     return {(Trainer, "train_step"): train_step, (Captioner, "loss"): spoilt}
 
 
-def terminate(processes, behind=3):
+def terminate(processes, after=3):
     """Send SIGTERM to the last process in its fourth step."""
     step = Trainer.train_step
 
     def train_step(trainer, batches):
-        if trainer.step == behind and processes.rank == processes.count - 1:
+        if trainer.progress.step == after and processes.rank == processes.count - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(trainer, batches)
 
@@ -63,7 +62,7 @@ def watch(processes):
         names = [
             n
             for n in trainer.captioner.trainable()
-            if n.startswith("projector.") or trainer.epoch >= trainer.config.projector_epochs
+            if n.startswith("projector.") or trainer.progress.epoch >= trainer.config.projector_epochs
         ]
         trained = sum(trainer.captioner.get_parameter(name).numel() for name in names)
         sizes.clear()
@@ -111,10 +110,9 @@ def patched(changes):
 
 
 def train(processes, argv, fault=None):
-    """Do what ``p2_train.main`` does between joining the processes and parting; return its exit code."""
-    with patched(FAULTS[fault](processes) if fault else {}), contextlib.ExitStack() as held:
-        args = build_parser().parse_args(argv)
-        return run(processes.together(lambda: prepare(args, processes, held)))
+    """Train as ``p2_train.main`` does between joining the processes and parting; return its exit code."""
+    with patched(FAULTS[fault](processes) if fault else {}):
+        return p2_train.train(p2_train.build_parser().parse_args(argv), processes)
 
 
 def main(jobs):

@@ -14,7 +14,7 @@ from captioning.models.llava import load_llava
 from captioning.profiles import MICRO_WEIGHTS, PROFILES, ROOT
 from captioning.scoring.clipscore import ClipScorer
 from captioning.tensors import read_state_dict
-from captioning.training.run_folder import NEWEST, load_state
+from captioning.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 
@@ -52,8 +52,9 @@ def adapter(evil, tmp_path):
 
 
 def state(evil, tmp_path):
-    shutil.copy(evil, tmp_path / NEWEST)
-    load_state(tmp_path)
+    folder = RunFolder(tmp_path)
+    shutil.copy(evil, folder.newest)
+    folder.load_state()
 
 
 def clip_file(evil, tmp_path):

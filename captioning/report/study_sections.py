@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from captioning.report.document import Block, Cell, Missing, Section, Table, Text
 from captioning.report.sections import REPORTED_P2, compared, curves, origin, run_table
-from captioning.training.run_folder import Run, spread
+from captioning.training.run_folder import Run
 
 MICRO_SETTINGS = (
     "Settings are written for 10,000 photographs. On the micro world one rule holds for all of them: half the epochs, "
@@ -105,7 +105,7 @@ def ablation_section(runs: Sequence[Run]) -> Section:
     rows: list[dict[str, Cell]] = []
     for name, found in sorted(ciders.items(), key=lambda item: -mean(cider for _, cider in item[1])):
         gains = [cider - start[number] for number, cider in found if name != "start" and number in start]
-        scores = {"CIDEr": spread([cider for _, cider in found]), "difference": _spread(gains)}
+        scores = {"CIDEr": spread([cider for _, cider in found]), "difference": spread(gains)}
         rows.append({"variant": name, "seeds": len(found), **scores, **origin(groups[name][0])})
     caption = (
         "CIDEr by variant, and its difference to the start of the same seed; mean ± standard deviation over seeds "
@@ -192,11 +192,11 @@ def _reward_row(name: str, group: Sequence[Run], before: Sequence[Run]) -> dict[
     return {
         "trained by": name,
         "seeds": len(group),
-        "CIDEr": _spread(_scored(group, "CIDEr")),
-        "CIDEr's gain, %": _spread(_gains(group, before), 1),
-        "CLIPScore": _spread(_scored(group, "CLIPScore")),
-        "words per caption": _spread(_scored(group, "captions", "mean_length")),
-        "share that repeats a bigram": _spread(_scored(group, "captions", "repeated_2")),
+        "CIDEr": spread(_scored(group, "CIDEr")),
+        "CIDEr's gain, %": spread(_gains(group, before), 1),
+        "CLIPScore": spread(_scored(group, "CLIPScore")),
+        "words per caption": spread(_scored(group, "captions", "mean_length")),
+        "share that repeats a bigram": spread(_scored(group, "captions", "repeated_2")),
         **origin(group[0]),
     }
 
@@ -234,5 +234,8 @@ def _gains(group: Sequence[Run], before: Sequence[Run]) -> list[float]:
     return [100 * (run.scores["val"]["CIDEr"] / start[seed(run)] - 1) for run in group if seed(run) in start]
 
 
-def _spread(values: Sequence[float], digits: int = 3) -> str | None:
-    return spread(list(values), digits) if values else None
+def spread(values: Sequence[float], digits: int = 3) -> str | None:
+    """Return ``mean ± standard deviation`` of several values, the one value, or None of none."""
+    if not values:
+        return None
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")

@@ -29,7 +29,7 @@ def option(default: T, text: str, **more: Any) -> T:
 def _triple(text: str) -> tuple[bool, ...]:
     parts = text.split(",")
     if len(parts) != 3 or not set(parts) <= {"0", "1"}:
-        raise ArgumentTypeError(f"{text}: give three of 0 and 1 for q, k and v, such as 1,0,1")
+        raise ArgumentTypeError("give three of 0 and 1 for q, k and v, such as 1,0,1")
     return tuple(part == "1" for part in parts)
 
 

@@ -104,7 +104,7 @@ class ScstTrainer(Trainer):
 
     def run(self) -> dict[str, Any]:
         """Measure the captioner as it comes, which is the best so far, then train."""
-        if not self.criterion:  # nothing was kept yet: a run resumed at epoch 0 has been measured
+        if not self.progress.criterion:  # nothing was kept yet: a run resumed at epoch 0 has been measured
             self.sanity_check()
             self.keep({"kind": "epoch", "epoch": 0, "step": 0, **self.validate()})
         return super().run()
@@ -122,8 +122,8 @@ class ScstTrainer(Trainer):
         self.captioner.eval()  # no dropout: probabilities must be those of the draw
         eos, places = self.tokenizer.eos_id, self.processes.share(range(len(indices)))
         own = [indices[place] for place in places]
-        features = self.train_split.features.gather(own).float().to(self.device) if own else None
-        samples = self.draw(features) if own else []
+        features = self.train_split.tokens(own, self.device) if own else None
+        samples = self.draw(features) if features is not None else []
         rewards = self.score(own, samples) if own else np.zeros((0, self.config.samples))
         lengths = [len(sample) for group in samples for sample in group]
         all_drawn, all_reward = self.processes.total(sum(lengths), float(rewards.sum()))

@@ -1,40 +1,38 @@
-"""Training: settings, optimiser and schedule, and the trainer that keeps a run folder."""
+"""The trainer: optimiser and schedule, the steps of an epoch, validation, and what a stop or a resume keeps."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from captioning.data.annotations import Sample
-from captioning.data.batches import CaptionDataset, PackedBatch, length_grouped_batches, pack_captions
+from captioning.data.batches import CaptionDataset, length_grouped_batches, pack_captions
 from captioning.data.feature_cache import FeatureCache
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import autocast, product_dtype
 from captioning.distributed import ALONE, Processes
-from captioning.files import write_text
 from captioning.inference.captions import caption_features
 from captioning.models.captioner import Captioner
 from captioning.scoring import evaluator
 from captioning.timing import Timer
-from captioning.training import run_folder
 from captioning.training.config import TrainConfig
-from captioning.training.run_folder import StopSignals, load_state, plot_losses
+from captioning.training.run_folder import Progress, RunFolder, State
 from decoder import cast_frozen
 
 log = logging.getLogger(__name__)
 
-SEED_STRIDE = 10_000_019  # between the seeds of processes: each draws dropout of its own
+SEED_STRIDE = 10_000_019  # between the seeds of processes: each draws its own dropout
 
 
 def make_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Optimizer:
@@ -60,6 +58,34 @@ def schedule_factor(step: int, steps: int, config: TrainConfig) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+class StopSignals:
+    """While entered, the first SIGTERM or SIGINT sets ``requested`` and does nothing else; the second acts as usual.
+
+    Outside of the main thread, where Python sets no handlers, nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+        log.warning("%s: stopping after this step; signal again to stop immediately", signal.Signals(number).name)
+
+
 @dataclass
 class Split:
     """One split, ready to train or validate on: samples, their caption tokens, and the encoder's tokens of each."""
@@ -68,24 +94,17 @@ class Split:
     captions: list[list[list[int]]]
     features: FeatureCache
 
-    def batch(
-        self, indices: Sequence[int], eos: int, device: torch.device, captions: Sequence[Any] | None = None
-    ) -> tuple[torch.Tensor, PackedBatch]:
-        """Return features (B, N, D) and packed captions of the samples ``indices``."""
-        captions = captions if captions is not None else [self.captions[i] for i in indices]
-        packed = pack_captions(captions, eos, pad_to_multiple=8)
-        return self.features.gather(list(indices)).float().to(device), packed.to(device)
+    def tokens(self, indices: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Return the encoder's tokens of some samples: (B, N, D)."""
+        return self.features.gather(list(indices)).float().to(device)
 
 
 class Trainer:
     """Trains one captioner on one split, validates it on another, and keeps the run folder.
 
-    Several processes hold a copy each and split every batch: the sum of their gradients is that of the whole batch, so
+    Several processes hold a copy each and split every batch: the sum of their gradients is that of the full batch, so
     all take the same step. The first one keeps the run folder.
     """
-
-    # What a resumed run takes over beside adapter, optimiser and random state.
-    KEPT = ("epoch", "position", "step", "losses", "skipped", "skipped_in_a_row", "best", "criterion", "stale")
 
     def __init__(
         self,
@@ -94,27 +113,23 @@ class Trainer:
         train: Split,
         val: Split,
         config: TrainConfig,
-        out: Path,
+        folder: RunFolder,
         processes: Processes = ALONE,
     ) -> None:
-        self.captioner, self.tokenizer, self.config, self.out = captioner, tokenizer, config, out
-        self.processes = processes
+        self.captioner, self.tokenizer, self.config, self.folder = captioner, tokenizer, config, folder
+        self.processes, self.device = processes, captioner.device
         self.train_split, self.val_split = train, val
         self.dataset = CaptionDataset(train.captions, config.captions_per_image, config.seed)
         self.optimizer = make_optimizer(captioner, config)
-        self.device = captioner.device
         cast_frozen(captioner.decoder, product_dtype(self.device, config.precision))
         per_epoch = math.ceil(len(train.samples) / config.batch_size)
         self.steps_per_epoch = math.ceil(per_epoch / config.accumulate)
         self.steps = self.steps_per_epoch * config.epochs
-        self.epoch, self.step, self.best, self.criterion = 0, 0, -math.inf, ""
-        self.position, self.losses = 0, []  # steps taken of this epoch, and their losses
-        self.skipped, self.skipped_in_a_row = 0, 0
-        self.random_state: dict[str, torch.Tensor] = {}  # of a state taken up in the middle of an epoch
+        self.progress = Progress()
+        self.random_state: dict[str, torch.Tensor] = {}  # of a run that is resumed in the middle of an epoch
         self.stop = StopSignals()
         self.stopping = False  # whether any process was asked to stop
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # get what metrics.jsonl gets
-        self.stale = 0  # epochs since the best one
         self.started = time.time()
 
     def run(self) -> dict[str, Any]:
@@ -124,40 +139,41 @@ class Trainer:
             ValueError: memory ran out, or too many steps in a row had no finite loss and gradient.
         """
         record: dict[str, Any] = {}
+        progress = self.progress
         hidden = not (self.processes.first and sys.stderr.isatty())
-        bar = tqdm(total=self.steps, initial=self.step, desc="train", disable=hidden)
+        bar = tqdm(total=self.steps, initial=progress.step, desc="train", disable=hidden)
         try:
             self.sanity_check()
             with bar, self.stop:
                 while not self.finished and not self.asked_to_stop():
                     loss = self.train_epoch(bar)
-                    if self.position < self.steps_per_epoch:  # stopped
+                    if progress.position < self.steps_per_epoch:  # stopped
                         break
-                    self.epoch, self.position, self.losses = self.epoch + 1, 0, []
-                    record = {"kind": "epoch", "epoch": self.epoch, "step": self.step, "train_loss": loss}
+                    progress.end_epoch()
+                    record = {"kind": "epoch", "epoch": progress.epoch, "step": progress.step, "train_loss": loss}
                     record |= self.validate()
                     self.keep(record)
         except torch.OutOfMemoryError as error:
             raise ValueError(memory_advice(self.config, self.device)) from error
         if self.out_of_patience:
-            log.info("stopped after epoch %d: none of the last %d was better", self.epoch, self.stale)
-            self.write_metrics({"kind": "stopped", "epoch": self.epoch, "step": self.step})
+            log.info("stopped after epoch %d: none of the last %d was better", progress.epoch, progress.stale)
+            self.write_metrics({"kind": "stopped", "epoch": progress.epoch, "step": progress.step})
         return record
 
     def asked_to_stop(self) -> bool:
-        """Whether a signal has come to any of the processes; what all of them hear is kept in ``stopping``."""
+        """Whether a signal has come to any of the processes; the answer, the same in all, is kept in ``stopping``."""
         self.stopping = self.processes.any(self.stop.requested)
         return self.stopping
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether ``patience`` is at its end."""
-        return 0 < self.config.patience <= self.stale
+        """Whether the last ``patience`` epochs were no better than one before."""
+        return 0 < self.config.patience <= self.progress.stale
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or patience is; False behind ``run`` means that a signal stopped it."""
-        return self.epoch >= self.config.epochs or self.out_of_patience
+        """Whether all epochs are done, or patience is over; False after ``run`` means that a signal stopped it."""
+        return self.progress.epoch >= self.config.epochs or self.out_of_patience
 
     def sanity_check(self) -> None:
         """Take two validation batches through loss and search: a bad path fails in seconds, not after an epoch."""
@@ -168,58 +184,68 @@ class Trainer:
 
     def batches(self) -> Iterator[list[int]]:
         """Yield this epoch's batches of indices."""
-        self.dataset.set_epoch(self.epoch)
-        config = self.config
-        yield from length_grouped_batches(self.dataset.lengths(), config.batch_size, config.seed, self.epoch)
+        epoch, config = self.progress.epoch, self.config
+        self.dataset.set_epoch(epoch)
+        yield from length_grouped_batches(self.dataset.lengths(), config.batch_size, config.seed, epoch)
 
     def train_epoch(self, bar: Any) -> float:
         """Train what is left of an epoch, or until a signal asks to stop, and return its mean loss."""
-        config = self.config
-        if self.random_state:
-            self.restore_random_state()
-        else:
-            self.seed_epoch()
+        config, progress = self.config, self.progress
+        self.seed_epoch()
         self.captioner.train()
         batches = list(self.batches())
         groups = [batches[start : start + config.accumulate] for start in range(0, len(batches), config.accumulate)]
-        timer, first = Timer("train"), self.position
-        for group in groups[self.position :]:
+        timer, first = Timer("train"), progress.position
+        for group in groups[progress.position :]:
             loss = self.train_step(group)
-            self.position += 1
+            progress.position += 1
             self.count(loss)
             bar.update()
-            bar.set_postfix(epoch=self.epoch + 1, loss=f"{loss:.3f}")
-            if math.isfinite(loss) and (self.step % config.log_every == 0 or self.step == 1):
+            bar.set_postfix(epoch=progress.epoch + 1, loss=f"{loss:.3f}")
+            if math.isfinite(loss) and (progress.step % config.log_every == 0 or progress.step == 1):
                 lr = self.optimizer.param_groups[0]["lr"]
-                self.write_metrics({"kind": "step", "step": self.step, "loss": loss, "lr": lr})
-            if self.asked_to_stop() or self.step % config.save_every == 0:
+                self.write_metrics({"kind": "step", "step": progress.step, "loss": loss, "lr": lr})
+            if self.asked_to_stop() or progress.step % config.save_every == 0:
                 self.save_state()
             if self.stopping:
                 break
-        timer.report(log, self.position - first, "epoch %d: %d steps", self.epoch + 1)
-        if not self.losses and not self.stopping:
-            raise ValueError(f"no step of epoch {self.epoch + 1} had a finite loss; lower --lr, or set --clip 1")
-        return sum(self.losses) / max(1, len(self.losses))
+        timer.report(log, progress.position - first, "epoch %d: %d steps", progress.epoch + 1)
+        if not progress.losses and not self.stopping:
+            raise ValueError(f"no step of epoch {progress.epoch + 1} had a finite loss; lower --lr, or set --clip 1")
+        return sum(progress.losses) / max(1, len(progress.losses))
 
     def seed_epoch(self) -> None:
-        """Seed the dropout of this epoch, in every process by another number."""
-        torch.manual_seed(self.config.seed * 1000 + self.epoch + SEED_STRIDE * self.processes.rank)
+        """Seed the dropout of this epoch, in every process by another number; a resumed epoch continues where it was.
+
+        A process, or a kind of device, that the run did not have when it was stopped begins with the epoch's seed.
+        """
+        rank = self.processes.rank
+        torch.manual_seed(self.config.seed * 1000 + self.progress.epoch + SEED_STRIDE * rank)
+        cpu, cuda = (self.random_state.get(random_name(rank, kind)) for kind in ("cpu", "cuda"))
+        if cpu is not None:
+            torch.set_rng_state(cpu)
+        if cuda is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, self.device)
+        self.random_state = {}
 
     def count(self, loss: float) -> None:
         """Keep the loss of a step, or count the step as skipped; too many in a row end the run."""
+        progress = self.progress
         if math.isfinite(loss):
-            self.losses.append(loss)
-            self.skipped_in_a_row = 0
+            progress.losses.append(loss)
+            progress.skipped_in_a_row = 0
             return
-        self.skipped += 1
-        self.skipped_in_a_row += 1
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
         if self.processes.first:
-            log.warning("step %d skipped: its loss or gradient is not finite (%d so far)", self.step, self.skipped)
-        self.write_metrics({"kind": "skipped", "step": self.step, "skipped": self.skipped})
-        if self.skipped_in_a_row >= self.config.max_skipped:
+            skipped = "step %d skipped: its loss or gradient is not finite (%d so far)"
+            log.warning(skipped, progress.step, progress.skipped)
+        self.write_metrics({"kind": "skipped", "step": progress.step, "skipped": progress.skipped})
+        if progress.skipped_in_a_row >= self.config.max_skipped:
             raise ValueError(
-                f"the loss or the gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step "
-                f"{self.step}; lower --lr, set --clip 1, or raise --max-skipped; what was saved before is in {self.out}"
+                f"the loss or the gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to step "
+                f"{progress.step}; lower --lr, set --clip 1, or raise --max-skipped; what was saved before is in "
+                f"{self.folder.path}"
             )
 
     def train_step(self, batches: list[list[int]]) -> float:
@@ -230,7 +256,7 @@ class Trainer:
         """
         config, total = self.config, 0.0
         for group, lr in zip(self.optimizer.param_groups, (config.lr, config.projector_lr), strict=True):
-            group["lr"] = lr * schedule_factor(self.step, self.steps, config)
+            group["lr"] = lr * schedule_factor(self.progress.step, self.steps, config)
         self.optimizer.zero_grad(set_to_none=True)
         for indices in batches:
             loss = self.batch_loss(indices) / len(batches)
@@ -238,15 +264,15 @@ class Trainer:
                 loss.backward()
             total += loss.item()
         (total,) = self.processes.total(total)
-        if self.epoch < config.projector_epochs:
+        if self.progress.epoch < config.projector_epochs:
             for parameter in self.optimizer.param_groups[0]["params"]:
-                parameter.grad = None  # the optimiser passes it over, moments and all
+                parameter.grad = None  # the optimiser then leaves it, and its moments, alone
             self.processes.sum_gradients(self.optimizer.param_groups[1]["params"])
         else:
             self.processes.sum_gradients(self.captioner.trainable().values())
-        # An infinite limit clips nothing, and the norm still tells of a gradient that is not finite.
+        # An infinite limit clips nothing, and the norm still shows whether the gradient is finite.
         norm = torch.nn.utils.clip_grad_norm_(list(self.captioner.trainable().values()), config.clip or math.inf)
-        self.step += 1
+        self.progress.step += 1
         if not math.isfinite(total) or not torch.isfinite(norm):
             return math.nan
         self.optimizer.step()
@@ -265,7 +291,8 @@ class Trainer:
         if not own:
             return torch.zeros((), device=self.device)
         mine = [captions[i] for i in own]
-        features, packed = split.batch([indices[i] for i in own], self.tokenizer.eos_id, self.device, mine)
+        features = split.tokens([indices[i] for i in own], self.device)
+        packed = pack_captions(mine, self.tokenizer.eos_id, pad_to_multiple=8).to(self.device)
         with autocast(self.device, self.config.precision):
             loss = self.captioner.loss(features, packed, label_smoothing)
         return loss * (count_targets(mine) / count_targets(captions))
@@ -282,20 +309,14 @@ class Trainer:
 
     def captions(self, count: int, beam_size: int | None = None) -> dict[str, str]:
         """Caption the first ``count`` validation images, with the config's beams or as many as given."""
-        predictions = {}
+        predictions: dict[int, str] = {}
         for start in range(0, count, self.config.batch_size):
             indices = self.processes.share(list(range(start, min(start + self.config.batch_size, count))))
             if not indices:
                 continue
-            features = self.val_split.features.gather(indices).float().to(self.device)
+            features, beams = self.val_split.tokens(indices, self.device), beam_size or self.config.beam_size
             with autocast(self.device, self.config.precision):
-                texts = caption_features(
-                    self.captioner,
-                    self.tokenizer,
-                    features,
-                    beam_size or self.config.beam_size,
-                    self.config.max_new_tokens,
-                )
+                texts = caption_features(self.captioner, self.tokenizer, features, beams, self.config.max_new_tokens)
             predictions |= dict(zip(indices, texts, strict=True))
         for others in self.processes.gather(predictions):
             predictions |= others
@@ -323,130 +344,71 @@ class Trainer:
 
     def keep(self, record: dict[str, Any]) -> None:
         """Write metrics, adapters and what --resume needs."""
-        record = {**record, "seconds": round(time.time() - self.started, 1)}
-        if not self.criterion:  # chosen once, so that a CIDEr is never compared with a loss
-            self.criterion = "val_cider" if "val_cider" in record else "val_loss"
-        sign = 1 if self.criterion == "val_cider" else -1
-        score = sign * record.get(self.criterion, -sign * math.inf)
-        record["best"] = score > self.best
-        self.best = max(self.best, score)
-        self.stale = 0 if record["best"] else self.stale + 1
+        seconds = round(time.time() - self.started, 1)
+        record = {**record, "seconds": seconds, "best": self.progress.is_better(record)}
         if self.processes.first:
-            self.save_adapters(record["best"])
+            self.captioner.save_adapter(self.folder.last)
+            if record["best"]:
+                self.captioner.save_adapter(self.folder.best)
         self.write_metrics(record)  # before the state: killed in between, the epoch is validated again, and not lost
         self.save_state()
         if self.processes.first:
-            plot_losses(self.out)
+            self.folder.plot_losses()
         log.info(
             "epoch %d: train loss %.3f, val loss %.3f, val CIDEr %s%s",
-            self.epoch,
+            self.progress.epoch,
             record.get("train_loss", math.nan),
             record["val_loss"],
             f"{record['val_cider']:.3f}" if "val_cider" in record else "-",
             " (best)" if record["best"] else "",
         )
 
-    def save_adapters(self, best: bool) -> None:
-        """Write the adapter as the last one, and as the best one where it is."""
-        self.captioner.save_adapter(self.out / "last.safetensors")
-        if best:
-            self.captioner.save_adapter(self.out / "best.safetensors")
-
     def write_metrics(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl and tell the listeners, in the first process."""
-        if not self.processes.first:
-            return
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        for listener in self.listeners:
-            listener(record)
+        """Append one line to metrics.jsonl and pass it to the listeners, in the first process."""
+        if self.processes.first:
+            self.folder.append_metrics(record)
+            for listener in self.listeners:
+                listener(record)
 
     def save_state(self) -> None:
-        """Write all that a resumed run needs to one file, so that weights, optimiser and counts never disagree.
+        """Write all that a resumed run needs.
 
-        Weights and moments are the same in all processes; each has a random state of its own.
+        Weights and moments are the same in all processes; each has its own random state.
         """
-        states = self.processes.gather(self.random_states())
-        if not self.processes.first:
-            return
-        optimizer = self.optimizer.state_dict()
-        tensors = {f"adapter.{name}": tensor for name, tensor in self.captioner.adapter_state().items()}
-        tensors |= {f"optimizer.{i}.{k}": v for i, state in optimizer["state"].items() for k, v in state.items()}
-        for rank, state in enumerate(states):
-            tensors |= {f"random.{name_for(rank, kind)}": tensor for kind, tensor in state.items()}
-        values = {key: getattr(self, key) for key in self.KEPT}
-        run_folder.save_state(self.out, tensors, {**values, "groups": optimizer["param_groups"]})
-
-    def random_states(self) -> dict[str, torch.Tensor]:
-        """Return the state of the generators that dropout draws from, by kind of device."""
-        states = {"cpu": torch.get_rng_state()}
+        own = {random_name(self.processes.rank, "cpu"): torch.get_rng_state()}
         if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        return states
-
-    def restore_random_state(self) -> None:
-        """Go on drawing dropout where the state that was taken up had stopped; with another device kind, anew.
-
-        So does a process that the run did not have when it stopped.
-        """
-        self.seed_epoch()
-        cpu, cuda = (self.random_state.get(name_for(self.processes.rank, kind)) for kind in ("cpu", "cuda"))
-        if cpu is not None:
-            torch.set_rng_state(cpu)
-        if cuda is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(cuda, self.device)
-        self.random_state = {}
+            own[random_name(self.processes.rank, "cuda")] = torch.cuda.get_rng_state(self.device)
+        random = {name: state for states in self.processes.gather(own) for name, state in states.items()}
+        if self.processes.first:
+            optimizer = self.optimizer.state_dict()
+            self.folder.save_state(State(self.captioner.adapter_state(), optimizer, random, self.progress))
 
     def resume(self) -> None:
-        """Take up the newest whole state of the run folder.
+        """Continue from the newest intact state of the run folder.
 
         Raises:
             FileNotFoundError, ValueError: there is none, or it belongs to another captioner.
         """
-        tensors, values = self.processes.from_first(lambda: load_state(self.out))
-        parts: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "optimizer": {}, "random": {}}
+        state = self.processes.from_first(self.folder.load_state)
         try:
-            for name, tensor in tensors.items():
-                part, rest = name.split(".", 1)
-                parts[part][rest] = tensor
-            self.captioner.load_adapter_state(parts["adapter"])
-            state: dict[int, dict[str, torch.Tensor]] = {}
-            for name, tensor in parts["optimizer"].items():
-                number, key = name.split(".")
-                state.setdefault(int(number), {})[key] = tensor
-            self.optimizer.load_state_dict({"state": state, "param_groups": values["groups"]})
-            for key in self.KEPT:
-                setattr(self, key, values[key])
+            self.captioner.load_adapter_state(state.adapter)
+            self.optimizer.load_state_dict(state.optimizer)
         except (KeyError, ValueError) as error:
-            raise ValueError(f"--resume: {self.out} holds the state of another run ({error})") from error
-        self.random_state = parts["random"] if self.position else {}
+            raise ValueError(f"--resume: {self.folder.path} holds the state of another run ({error})") from error
+        self.progress = state.progress
+        self.random_state = state.random if state.progress.position else {}
         if self.processes.first:
-            self.cut_metrics()
-        log.info("resumed after epoch %d, step %d", self.epoch, self.step)
-
-    def cut_metrics(self) -> None:
-        """Drop the lines of steps and epochs that will be taken again, and a last line that a kill tore."""
-        path, kept = self.out / "metrics.jsonl", []
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        for line in text.splitlines(keepends=True):
-            try:
-                record = json.loads(line)
-                if record["step"] <= self.step and record.get("epoch", 0) <= self.epoch and line.endswith("\n"):
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                log.warning("%s: a damaged line is dropped", path)
-        write_text(path, "".join(kept))
+            self.folder.cut_metrics(state.progress)
+        log.info("resumed after epoch %d, step %d", state.progress.epoch, state.progress.step)
 
 
-def name_for(rank: int, kind: str) -> str:
-    """Name a process's random state; the first one's has the name that a lone process's has."""
+def random_name(rank: int, kind: str) -> str:
+    """Return the name of a process's random state; that of the first one is the same as without other processes."""
     return f"{kind}.{rank}" if rank else kind
 
 
 def count_targets(captions: Sequence[Sequence[Sequence[int]]]) -> int:
-    """Count the tokens that captions are to be learned by, EOS included: ``captions[image][caption]``."""
+    """Count the target tokens of ``captions[image][caption]``, EOS included."""
     return sum(len(caption) + 1 for group in captions for caption in group)
 
 
@@ -458,4 +420,4 @@ def memory_advice(config: TrainConfig, device: torch.device) -> str:
     else:
         smaller = "--captions-per-image 1"
     precision = "" if config.precision == "bf16" else ", --precision bf16"
-    return f"out of memory{peak}; start anew with {smaller}, a lower --lora-rank or --beam-size{precision}"
+    return f"out of memory{peak}; start again with {smaller}, a lower --lora-rank or --beam-size{precision}"

@@ -27,7 +27,7 @@ from captioning.maps.pairs import read_per_image
 from captioning.models.adapter import load_captioner
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.tensors import fingerprint, read_state_dict
-from captioning.training.run_folder import BEFORE, NEWEST, load_state, save_state
+from captioning.training.run_folder import Progress, RunFolder, State
 from decoder import LoraConfig, build_decoder
 from microworld.scenes import generate
 
@@ -96,21 +96,21 @@ def test_damaged_weights_never_caption(captioner_files, tmp_path, try_damage, co
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_damaged_states_give_way_to_the_one_before_or_to_an_error(tmp_path, try_damage, count):
-    states = [({"adapter.a": torch.randn(30, 7)}, {"step": step}) for step in (1, 2)]
+    folder, optimizer = RunFolder(tmp_path), {"state": {}, "param_groups": []}
+    states = [State({"a": torch.randn(30, 7)}, optimizer, {}, Progress(step=step)) for step in (1, 2)]
     for state in states:
-        save_state(tmp_path, *state)
-    whole = {str((fingerprint(tensors), values)) for tensors, values in states}
+        folder.save_state(state)
+    whole = {str((fingerprint(state.adapter), state.progress)) for state in states}
 
     class Either:
         def __eq__(self, found):
             return found in whole
 
     def read():
-        tensors, values = load_state(tmp_path)
-        return str((fingerprint(tensors), values))
+        state = folder.load_state()
+        return str((fingerprint(state.adapter), state.progress))
 
-    files = [tmp_path / NEWEST, tmp_path / BEFORE]
-    try_damage("training state", read, files, count, expected=Either())
+    try_damage("training state", read, [folder.newest, folder.before], count, expected=Either())
 
 
 @pytest.mark.parametrize("count", COUNTS)

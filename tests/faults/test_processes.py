@@ -17,7 +17,7 @@ from jobs import Jobs, kill_after
 
 from captioning.cli import BAD_INPUT, PARTIAL, STOPPED
 from captioning.models.adapter import read_adapter
-from captioning.training.run_folder import has_state, load_state
+from captioning.training.run_folder import RunFolder
 
 SAVE_EVERY = 2
 TRAIN = (
@@ -103,7 +103,7 @@ def same_adapter(out, other, name):
 
 
 def train_argv(out):
-    return [*TRAIN, "--out", out, *(["--resume"] if has_state(out) else [])]
+    return [*TRAIN, "--out", out, *(["--resume"] if RunFolder(out).has_state else [])]
 
 
 def finish(jobs, out, log):
@@ -118,7 +118,7 @@ def steps_lost(out):
         return 0
     lines = (out / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
     told = max((json.loads(line)["step"] for line in lines), default=0)
-    kept = load_state(out)[1]["step"] if has_state(out) else 0
+    kept = RunFolder(out).load_state().progress.step if RunFolder(out).has_state else 0
     return told - kept
 
 

@@ -140,7 +140,7 @@ def test_a_run_interrupted_in_its_second_epoch_resumes_to_the_same_adapter(run, 
     out, step = tmp_path / "run", Trainer.train_step
 
     def interrupted(trainer, batches):
-        if trainer.step == STEPS + 1:
+        if trainer.progress.step == STEPS + 1:
             raise KeyboardInterrupt
         return step(trainer, batches)
 
@@ -177,7 +177,7 @@ def test_resuming_on_other_captions_or_from_a_damaged_state_is_refused(run, tmp_
     for state in out.glob("training_state*.safetensors"):
         state.write_bytes(state.read_bytes()[:200])
     assert train(out, "--resume") == 2
-    assert "no state is whole" in capsys.readouterr().err
+    assert "no state is intact" in capsys.readouterr().err
 
 
 def test_resuming_with_other_numbers_or_nothing_to_resume_is_refused(run, tmp_path, capsys):

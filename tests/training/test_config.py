@@ -57,7 +57,7 @@ def test_flags_parse_to_the_types_of_their_fields():
         "cls": False,
     }
     for argv, message in (
-        (("--lora-enable", "1,2,1"), "1,2,1: give three of 0 and 1"),
+        (("--lora-enable", "1,2,1"), "--lora-enable: give three of 0 and 1"),
         (("--schedule", "linear"), "invalid choice"),
         (("--epochs", "many"), "invalid int value"),
     ):

@@ -343,13 +343,13 @@ def test_a_signal_at_one_process_stops_all_behind_one_step_and_any_number_goes_o
     flags = (*EXACT, "--batch-size", "5", "--epochs", "3")  # three steps an epoch
     assert train(unbroken, *flags) == 0
     result = train_together(3, tmp_path, (out, flags, "terminate", 4))
-    assert "stopped behind step 4 of 9" in result.stdout
-    assert result.stderr.count("stopping behind this step") == 1  # the others heard of it from the one that was told
+    assert "stopped after step 4 of 9" in result.stdout
+    assert result.stderr.count("stopping after this step") == 1  # the others heard of it from the one that was told
     state = load_file(out / "training_state.safetensors")
     assert {name for name in state if name.startswith("random.")} == {"random.cpu", "random.cpu.1", "random.cpu.2"}
     assert [line["step"] for line in records(out, "step")] == [1, 2, 3, 4]
     result = train_together(2, tmp_path, (out, (*flags, "--resume"), "terminate_later", 4))
-    assert "stopped behind step 8 of 9" in result.stdout
+    assert "stopped after step 8 of 9" in result.stdout
     assert train(out, *flags, "--resume") == 0
     assert_same_run(out, unbroken)
 

@@ -19,7 +19,7 @@ from captioning.models.captioner import Captioner
 from captioning.profiles import PROFILES, ROOT
 from captioning.scoring import evaluator
 from captioning.tensors import read_tensors, write_tensors
-from captioning.training.run_folder import BEFORE, NEWEST, has_state, load_state, lock_folder, save_state
+from captioning.training.run_folder import BEFORE, NEWEST, Progress, RunFolder, State
 from captioning.training.trainer import Trainer
 from p2_train import main
 
@@ -86,7 +86,7 @@ def send_at(monkeypatch, step, number):
     take = Trainer.train_step
 
     def interrupted(trainer, batches):
-        if trainer.step == step:
+        if trainer.progress.step == step:
             os.kill(os.getpid(), number)
         return take(trainer, batches)
 
@@ -130,7 +130,7 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     assert train(tmp_path / "run") == INTERRUPTED
-    assert not has_state(tmp_path / "run")
+    assert not RunFolder(tmp_path / "run").has_state
 
 
 @pytest.mark.parametrize("flags", [("--accumulate", "2"), ("--captions-per-image", "2"), ("--optimizer", "adam")])
@@ -150,7 +150,7 @@ def test_dying_around_the_end_of_an_epoch_loses_and_doubles_nothing(unbroken, tm
     out, method = tmp_path / "run", getattr(Trainer, where)
 
     def dies(trainer, *args):
-        if trainer.step < STEPS or (where == "save_state" and trainer.epoch == 0):
+        if trainer.progress.step < STEPS or (where == "save_state" and trainer.progress.epoch == 0):
             return method(trainer, *args)
         result = method(trainer, *args)
         if where == "write_metrics" and args[0]["kind"] != "epoch":
@@ -176,7 +176,7 @@ def test_a_damaged_newest_state_gives_way_to_the_one_before(unbroken, tmp_path, 
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')  # torn by the kill
     assert train(out, "--resume") == 0
-    assert "checksum" in caplog.text and "going on from the state before" in caplog.text
+    assert "checksum" in caplog.text and "continuing from the state before" in caplog.text
     assert_same_run(out, unbroken)
 
 
@@ -266,25 +266,26 @@ def test_a_file_without_a_checksum_is_read(tmp_path):
 
 
 def test_only_two_states_are_kept_and_a_kill_between_renames_leaves_one(tmp_path):
+    folder = RunFolder(tmp_path)
     for count in range(4):
-        save_state(tmp_path, TENSORS, {"count": count})
+        folder.save_state(State(TENSORS, {"state": {}, "param_groups": []}, {}, Progress(step=count)))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([NEWEST, BEFORE])
-    assert load_state(tmp_path)[1] == {"count": 3}
-    (tmp_path / NEWEST).unlink()
-    assert load_state(tmp_path)[1] == {"count": 2}
+    assert folder.load_state().progress.step == 3
+    folder.newest.unlink()
+    assert folder.load_state().progress.step == 2
 
 
 def test_a_second_writer_is_refused_and_leftovers_go(unbroken, tmp_path, capsys):
     left = tmp_path / ".last.safetensors.abc.tmp"
     left.write_text("half")
     code = (
-        "from pathlib import Path; from captioning.training.run_folder import lock_folder; "
-        f"lock_folder(Path({str(tmp_path)!r}))"
+        "from pathlib import Path; from captioning.training.run_folder import RunFolder; "
+        f"RunFolder(Path({str(tmp_path)!r})).lock()"
     )
-    with lock_folder(tmp_path):
+    with RunFolder(tmp_path).lock():
         assert not left.exists()
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "another process is writing this run" in result.stderr
-    with lock_folder(unbroken):
+    with RunFolder(unbroken).lock():
         assert train(unbroken, "--resume") == 2
     assert "another process" in capsys.readouterr().err
