@@ -92,12 +92,12 @@ def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_
     return PackedBatch(*map(torch.from_numpy, (inputs, targets, positions, segments, slots)))
 
 
-class CaptionDataset(torch.utils.data.Dataset):
+class CaptionDataset:
     """Items ``(index of the image, its captions as token lists)``.
 
     With ``captions_per_image`` an epoch shows that many captions of an image (all, where it has fewer): epochs cycle
     through a fixed shuffled order of the image's captions, so each is shown equally often. What an epoch shows depends
-    on ``seed``, the epoch and the index only, not on the order of access or the number of workers.
+    on ``seed``, the epoch and the index only, not on the order of access.
 
     Raises:
         ValueError: ``captions_per_image`` is below 1.
@@ -114,7 +114,7 @@ class CaptionDataset(torch.utils.data.Dataset):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the captions of ``epoch``; call it before a data loader starts its workers."""
+        """Choose the captions of ``epoch``."""
         self._epoch = epoch
 
     def __len__(self) -> int:

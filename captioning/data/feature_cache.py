@@ -108,12 +108,9 @@ class FeatureCache:
     Images beyond the limit of the cache's size are encoded whenever they are asked for, and rounded as stored ones are.
     """
 
-    def __init__(
-        self, spec: CacheSpec, rows: np.ndarray, encode: Callable[[list[int]], torch.Tensor] | None = None
-    ) -> None:
-        self._arguments = (spec, rows, encode)
+    def __init__(self, spec: CacheSpec, rows: np.ndarray, encode: Callable[[list[int]], torch.Tensor]) -> None:
         self._rows = rows  # (images,), each image's row in the file; -1 for those that are not stored
-        self._encode = encode  # of the numbers of images that are not stored
+        self._encode = encode  # the features of images that are not stored, by their numbers
         shape, kind = (int(rows.max()) + 1, *spec.shape), str(spec.dtype).removeprefix("torch.")
         self._features: np.ndarray = np.empty(shape, kind)
         if shape[0]:  # numpy maps no empty file
@@ -142,8 +139,6 @@ class FeatureCache:
             row_of |= _fill(spec, missing, encode, processes)
         processes.together(lambda: _check_seen(spec, len(row_of)))
         rows = np.array([row_of.get(digest, -1) for digest in digests])
-        if rows.min() >= 0:  # data loaders pickle the cache, and most encoders cannot be pickled
-            return cls(spec, rows)
         return cls(spec, rows, lambda indices: _encode(spec, [paths[i] for i in indices], encode))
 
     def __len__(self) -> int:
@@ -163,16 +158,12 @@ class FeatureCache:
         numbers = np.asarray(indices, dtype=np.int64)
         rows = self._rows[numbers]
         stored = rows >= 0
-        if self._encode is None or stored.all():
+        if stored.all():
             return torch.from_numpy(np.asarray(self._features[rows]))
         found = np.empty((len(rows), *self._features.shape[1:]), self._features.dtype)
         found[stored] = self._features[rows[stored]]
         found[~stored] = self._encode(numbers[~stored].tolist()).numpy()
         return torch.from_numpy(found)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle where the features are, not the features: a data loader's worker maps the file again."""
-        return FeatureCache, self._arguments
 
 
 # --- what is stored, and what is missing ----------------------------------------------------------------------------
@@ -206,18 +197,19 @@ def _stored_rows(spec: CacheSpec) -> dict[str, int]:
     if not _has_key(spec):
         log.warning("feature cache %s is stale: its key.json is not this encoder's; rebuilding it", spec.folder)
         return _start_empty(spec)
-    lines = listing.read_bytes().split(b"\n")[:-1] if listing.exists() else []  # a torn last line has no newline
+    features.touch()
+    listing.touch()
+    lines = listing.read_bytes().split(b"\n")[:-1]  # a torn last line has no newline
     entries = [re.fullmatch("([0-9a-f]{64}) ([0-9a-f]{8})", line.decode("ascii", "replace")) for line in lines]
     row_of = {entry[1]: row for row, entry in enumerate(entries) if entry}
-    size, expected = features.stat().st_size if features.exists() else -1, len(lines) * spec.row_bytes
+    size, expected = features.stat().st_size, len(lines) * spec.row_bytes
     if size < expected or len(row_of) < len(lines) or not _fit_checksums(spec, [e[2] for e in entries if e]):
         log.warning("feature cache %s is damaged (%d bytes for %d rows); rebuilding it", spec.folder, size, len(lines))
         return _start_empty(spec)
     if size > expected:
         log.warning("feature cache %s: dropping %d bytes of unfinished rows", spec.folder, size - expected)
         os.truncate(features, expected)
-    if listing.exists():
-        os.truncate(listing, sum(len(line) + 1 for line in lines))
+    os.truncate(listing, sum(len(line) + 1 for line in lines))
     return row_of
 
 
@@ -234,9 +226,9 @@ def _fit_checksums(spec: CacheSpec, checksums: Iterable[str]) -> bool:
 
 
 def _start_empty(spec: CacheSpec) -> dict[str, int]:
-    for name in ("key.json", "rows.sha256", "features.bin"):
-        # Not truncated: another process may still have the old file mapped.
-        (spec.folder / name).unlink(missing_ok=True)
+    for file in (spec.folder / "key.json", spec.listing, spec.features):
+        file.unlink(missing_ok=True)  # not truncated: another process may still have the old file mapped
+    spec.listing.touch()
     spec.features.touch()
     write_json(spec.folder / "key.json", spec.identity)
     return {}
@@ -314,9 +306,8 @@ def _append_rows(spec: CacheSpec, digests: Sequence[str], features: torch.Tensor
     rows = features.numpy()
     lines = [f"{digest} {zlib.crc32(row):08x}\n" for digest, row in zip(digests, rows, strict=True)]
     with waiting_lock(spec.features):
-        spec.listing.touch()
         count = spec.listing.stat().st_size // len(lines[0])
-        # What a process left that died in between: rows that are not listed, half of a line.
+        # A process that died in between may have left rows that are not listed, and half a line.
         os.truncate(spec.features, count * spec.row_bytes)
         os.truncate(spec.listing, count * len(lines[0]))
         # The order matters: a row that is listed must be on disk, whenever the process dies.

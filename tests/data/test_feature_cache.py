@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import pickle
 import shutil
 import threading
 from pathlib import Path
@@ -331,14 +330,6 @@ def test_bad_arguments_are_refused(open_cache, tmp_path):
         open_cache(encode=Encoder(), dtype=torch.bfloat16)
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
         open_cache(encode=Encoder(), paths=[tmp_path / "gone.jpg"])
-
-
-def test_a_pickled_cache_maps_the_file_again(open_cache, paths):
-    """Pickling a numpy memmap copies the whole file into every data-loader worker."""
-    cache = open_cache(encode=Encoder(), dtype=torch.float32)
-    pickled = pickle.dumps(cache)
-    assert_serves(pickle.loads(pickled), paths)
-    assert cache[3].numpy().tobytes() not in pickled
 
 
 STORED = Path(__file__).parents[1] / "fixtures" / "feature_cache"  # written by the version before this package
