@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
-from captioning.data.annotations import load_annotations
+from captioning.data.annotations import Annotations, load_annotations
 from captioning.data.images import list_images, load_image
 from captioning.device import pick_device
 from captioning.files import sha256_of, write_json
@@ -152,11 +152,12 @@ def check_room(model: Llava, jobs: list[PromptJob], paths: list[Path], max_new_t
         return
 
 
-def compare(captions: dict[str, dict[str, str]], args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def compare(
+    captions: dict[str, dict[str, str]], annotations: Annotations, args: argparse.Namespace
+) -> tuple[dict[str, Any], str]:
     """Score the captions of every setting; return the scores and the report's table as text."""
     profile = PROFILES[args.profile]
     scorer = ClipScorer(profile.clip_model, profile.clip_weights, pick_device(args.device))
-    annotations = load_annotations(args.annotation_file)
     scores: dict[str, Any] = {}
     lines = [f"{'setting':<9}{'images':>7}{'CIDEr':>9}{'CLIPScore':>11}{'words':>8}"]
     for setting, predictions in captions.items():
@@ -186,8 +187,6 @@ def check_args(args: argparse.Namespace) -> None:
         check_prompt(args.prompt)
     if args.compare != (args.annotation_file is not None):
         raise ValueError("--compare and --annotation-file go together: the table needs references")
-    if args.compare:
-        load_annotations(args.annotation_file)
 
 
 @command
@@ -196,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging(args.verbose)
     check_args(args)
+    annotations = load_annotations(args.annotation_file) if args.compare else None
     pick_device(args.device)  # refuses a wrong one before anything is opened
     if not is_small(args):
         return caption_many(args)
@@ -209,8 +209,8 @@ def main(argv: list[str] | None = None) -> int:
         for job in jobs.values():
             run_job(model, job, paths, args)
         captions = {name: job.log.finish(paths) for name, job in jobs.items()}
-    if args.compare and find_workers().rank == 0:
-        scores, table = compare(captions, args)
+    if annotations is not None and find_workers().rank == 0:
+        scores, table = compare(captions, annotations, args)
         write_json(args.out, scores)
         print(table)
     return PARTIAL if any(len(c) < len(paths) for c in captions.values()) else 0
