@@ -24,6 +24,7 @@ import torch
 from captioning.files import sha256_of
 from captioning.scoring.cider import DocumentFrequencies
 from captioning.scoring.clipscore import ClipScorer, image_features
+from captioning.scoring.tokenizers import ptb_tokenize
 from captioning.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ SOURCES = {  # by tokenizer, the files beside this one that decide what is kept 
     "ptb-java": ("tokenizers.py", "java.py", "cider.py"),
 }
 
-Tokenize = Callable[[Mapping[str, Sequence[str]]], dict[str, list[str]]]
 Tensors = dict[str, torch.Tensor]
 Texts = dict[str, str]
 T = TypeVar("T")
@@ -91,15 +91,13 @@ class ReferenceSide:
     frequencies: DocumentFrequencies
 
 
-def make_reference_side(references: Mapping[str, Sequence[str]], tokenize: Tokenize) -> ReferenceSide:
-    """Tokenize references and count their n-grams; errors are those of ``tokenize``."""
-    tokens = tokenize(references)
+def make_reference_side(references: Mapping[str, Sequence[str]], tokenizer: str) -> ReferenceSide:
+    """Tokenize references and count their n-grams; errors are those of ``ptb_tokenize``."""
+    tokens = ptb_tokenize(references, tokenizer)
     return ReferenceSide(tokens, DocumentFrequencies(_words(tokens.values())))
 
 
-def cached_reference_side(
-    references: Mapping[str, Sequence[str]], tokenizer: str, tokenize: Tokenize, folder: Path
-) -> ReferenceSide:
+def cached_reference_side(references: Mapping[str, Sequence[str]], tokenizer: str, folder: Path) -> ReferenceSide:
     """Return what ``make_reference_side`` returns, from ``folder`` where these references are known already."""
     key = _hash([_maker(tokenizer), list(references.values())])  # an image's name changes nothing
     file = folder / f"{key[:16]}.safetensors"
@@ -117,7 +115,7 @@ def cached_reference_side(
         with contextlib.suppress(OSError):  # a folder that may only be read
             file.touch()  # used now, so it stays
         return found
-    made = make_reference_side(references, tokenize)
+    made = make_reference_side(references, tokenizer)
     captions = [caption for group in made.tokens.values() for caption in group]
     arrays = {"tokens": np.frombuffer(json.dumps(captions).encode(), dtype=np.uint8), **made.frequencies.arrays()}
     _write(file, {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, {"references": key})

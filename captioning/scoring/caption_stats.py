@@ -1,4 +1,4 @@
-"""What captions are like, without a look at the pictures: length, vocabulary, variety, repetition, copying."""
+"""What captions are like, whatever the pictures show: length, vocabulary, variety, repetition, copying."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 def caption_statistics(captions: Sequence[str], training_captions: Iterable[str] | None = None) -> dict[str, Any]:
     """Return statistics of tokenized captions (tokens with single spaces between).
 
-    ``distinct_n`` is the share of n-grams that are different ones, over all captions (Li et al. 2016);
-    ``repeated_n`` the share of captions in which an n-gram stands twice; ``copied`` the share that equals one of
-    ``training_captions``, tokenized alike. A share of nothing is 0.
+    ``distinct_n`` is the number of different n-grams over the number of all, in all captions (Li et al. 2016);
+    ``repeated_n`` the share of captions in which an n-gram occurs twice; ``copied`` the share that equals one of
+    ``training_captions``, which are tokenized too. A share of nothing is 0.
     """
     tokens = [caption.split() for caption in captions]
     lengths = [len(words) for words in tokens]
@@ -36,5 +36,5 @@ def caption_statistics(captions: Sequence[str], training_captions: Iterable[str]
     return statistics
 
 
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _share(part: float, total: float) -> float:
+    return part / total if total else 0.0

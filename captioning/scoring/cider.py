@@ -1,9 +1,9 @@
-"""CIDEr-D on lists of tokens (Vedantam et al. 2015), vectorised: the values of pycocoevalcap's ``Cider``, much sooner.
+"""CIDEr-D on lists of tokens (Vedantam et al. 2015), vectorised: the values of pycocoevalcap's ``Cider``, but faster.
 
-A caption is a vector over its n-grams, each weighed by its count and by how rare it is among the images' references;
-CIDEr-D is ten times the mean over n = 1..4 and the references of a clipped cosine of two such vectors, damped where
-lengths differ. Tokens may be words or token ids. Rarity comes from ``DocumentFrequencies``, which can be made once, of
-a training set say, and used for many calls: that is what a reward for generated captions needs.
+A caption is a vector over its n-grams, each weighted by its count and by how rare it is among the images' references.
+CIDEr-D is ten times the mean, over n = 1..4 and over the references, of a clipped cosine of two such vectors, damped
+where their lengths differ. Tokens may be words or token ids. Rarity comes from ``DocumentFrequencies``, which can be
+counted once (on a training set, for instance) and used in many calls, as a reward for generated captions needs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import numpy as np
 ORDERS = 4  # n-grams of 1 to 4 tokens
 SIGMA = 6.0  # of the Gaussian over the difference of lengths
 SCALE = 10.0
-ARRAYS = tuple(f"{what}_{n + 1}" for what in ("codes", "counts") for n in range(ORDERS))  # what restores frequencies
+ARRAYS = tuple(
+    f"{what}_{n + 1}" for what in ("codes", "counts") for n in range(ORDERS)
+)  # of DocumentFrequencies.arrays
 
 Caption = Sequence[Hashable]
 
 
 class DocumentFrequencies:
-    """In the references of how many images each n-gram occurs.
+    """For each n-gram, the number of images in whose references it occurs.
 
     Args:
         references: for each image its captions, each a sequence of tokens.
@@ -33,7 +35,9 @@ class DocumentFrequencies:
         image = np.repeat(np.arange(self.images), [len(group) for group in references])
         for owner, gram in self._occurrences(captions):
             grams = len(self._codes[-1])
-            pairs = np.sort(image[owner] * grams + gram)  # np.unique would hash integers, which takes thrice as long
+            pairs = np.sort(
+                image[owner] * grams + gram
+            )  # np.unique would hash integers, which takes three times as long
             first = np.concatenate([[True], pairs[1:] != pairs[:-1]])[: len(pairs)]
             self._counts.append(np.bincount(pairs[first] % max(grams, 1), minlength=grams))
 
@@ -49,12 +53,12 @@ class DocumentFrequencies:
         return captions
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return what took time to count, for ``restore``: int64 arrays by name."""
+        """Return the counts as int64 arrays by name, for ``restore``."""
         return dict(zip(ARRAYS, [*self._codes, *self._counts], strict=True))
 
     @classmethod
     def restore(cls, references: Sequence[Sequence[Caption]], arrays: Mapping[str, np.ndarray]) -> DocumentFrequencies:
-        """Return what the same references were counted to; ValueError where ``arrays`` are none of ``arrays()``."""
+        """Return the frequencies of the same references from ``arrays()``; ValueError where one is missing or extra."""
         made = cls.__new__(cls)
         made._learn_tokens(references)
         if set(arrays) != set(ARRAYS):
@@ -66,8 +70,8 @@ class DocumentFrequencies:
         """Yield for n = 1..4 the n-grams of ``captions``: ``(caption, n-gram, weight)`` by pair; a bound of n-grams.
 
         The three arrays have one entry for each different n-gram of each caption, sorted by caption, then n-gram; the
-        weight is count times ``log(images) - log(max(1, document frequency))``. n-grams that no reference has get
-        numbers of their own, which hold for this call.
+        weight is count times ``log(images) - log(max(1, document frequency))``. n-grams that no reference has are
+        numbered after the known ones, for this call only.
         """
         for order, (owner, gram) in enumerate(self._occurrences(captions)):
             bound = int(gram.max(initial=0)) + 1
@@ -98,7 +102,7 @@ class DocumentFrequencies:
         return np.fromiter(map(numbers.__getitem__, flat), dtype=np.int64, count=len(flat))
 
     def _number(self, order: int, codes: np.ndarray) -> np.ndarray:
-        """Return the n-grams' numbers: places among the known ones, and further numbers for unknown ones."""
+        """Return the n-grams' numbers: places among the known ones, and further numbers for the others."""
         if order == len(self._codes):
             known, numbers = np.unique(codes, return_inverse=True)
             self._codes.append(known)
@@ -117,10 +121,10 @@ def cider_d(
     candidates: Sequence[Caption],
     frequencies: DocumentFrequencies | None = None,
 ) -> np.ndarray:
-    """Return the CIDEr-D of each candidate against the references of the same place, float64 ``(n,)``, 0 to 10.
+    """Return the CIDEr-D of each candidate against the references at the same index, float64 ``(n,)``, 0 to 10.
 
-    For several candidates an image, repeat its references. ``frequencies`` is made of ``references`` when None, which
-    is how captions are evaluated; one image then scores 0, since every n-gram occurs in all (one) images.
+    For several candidates of one image, repeat its references. Without ``frequencies`` those of ``references`` are
+    counted, as captions are evaluated; a single image then scores 0, since every n-gram occurs in all (one) images.
 
     Raises:
         ValueError: the lengths differ, or an image has no reference.
@@ -148,7 +152,7 @@ def _clipped_cosines(
 ) -> np.ndarray:
     """Return by reference ``sum(min(c, r) * r) / (|c| |r|)`` with its candidate's c; 0 where a norm is 0."""
     norms = np.sqrt(np.bincount(owner, weight**2, minlength=candidates + len(pair_of)))
-    split = np.searchsorted(owner, candidates)  # candidates' entries stand first
+    split = np.searchsorted(owner, candidates)  # candidates' entries come first
     reference, reference_gram, reference_weight = owner[split:] - candidates, gram[split:], weight[split:]
     keys = owner[:split] * bound + gram[:split]  # sorted
     wanted = pair_of[reference] * bound + reference_gram

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from captioning.data.annotations import check_keys
 from captioning.device import pick_device
+from captioning.files import sha256_of
 from captioning.imports import import_guarded
 from captioning.messages import one_line, some
 from captioning.profiles import PROFILES
@@ -45,7 +46,7 @@ class ClipScorer:
     Raises:
         FileNotFoundError: the folder has no configuration, or ``weights`` is neither a tag nor a file.
         ValueError: the model is unknown, its activation is not the one that the weights were trained with, the
-            weights cannot be loaded, or open_clip is not installed. Random weights are never used.
+            weights cannot be loaded, or open_clip is not installed. It never falls back to random weights.
     """
 
     def __init__(
@@ -83,25 +84,23 @@ class ClipScorer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights: of their file where it is a known local one, else of the state dict as it runs."""
-        digest, file = hashlib.sha256(), Path(self.weights or self.model_name)
+        """SHA-256 of the weights: of their file where it is local and the only candidate, else of the state dict."""
+        file = Path(self.weights or self.model_name)
         if file.is_dir():
             files = [path for path in file.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth")]
             file = files[0] if len(files) == 1 else file
         if file.is_file():
-            with file.open("rb") as content:
-                for block in iter(lambda: content.read(1 << 20), b""):
-                    digest.update(block)
-            return f"file:{digest.hexdigest()}"
+            return f"file:{sha256_of(file)}"
+        digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return f"state_dict:{digest.hexdigest()}"
 
     def truncated(self, captions: Iterable[str]) -> list[int]:
-        """Return the places of the captions whose tokens, with start and end, do not fit the model's context."""
+        """Return the indices of the captions whose tokens, with start and end, do not fit the model's context."""
         captions = list(captions)
         context = self.tokenizer(captions[:1]).shape[1]
-        longest = max((len(caption.encode()) for caption in captions), default=0) + 3  # no token is under a byte
+        longest = max((len(caption.encode()) for caption in captions), default=0) + 3  # a token is at least a byte
         tokens = self.tokenizer(captions, context_length=longest)  # (n, longest)
         padding = tokens[:, -1:]
         return torch.nonzero((tokens[:, context:] != padding).any(dim=1)).flatten().tolist()
@@ -119,7 +118,7 @@ class ClipScorer:
 
     @torch.inference_mode()
     def encode_texts(self, captions: Sequence[str]) -> torch.Tensor:
-        """Return unit-length features ``(n, dim)`` in float32 for captions, taken as they are, without any prefix."""
+        """Return unit-length features ``(n, dim)`` in float32 for captions as they are, without any prefix."""
         features = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
         return F.normalize(features.float(), dim=-1)
 
@@ -130,7 +129,7 @@ def open_image(path: str | os.PathLike) -> Iterator[Image]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be decoded, be it only when its pixels are used.
+        ValueError: it cannot be decoded, whether at once or when its pixels are used.
     """
     from PIL import Image
 
@@ -166,8 +165,6 @@ def image_features(scorer: ClipScorer, paths: Sequence[str | os.PathLike], batch
     """Return unit-length features ``(n, dim)`` of image files, float32 on the CPU; errors as ``clipscore``."""
     from tqdm import tqdm
 
-    if batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size}: must be at least 1")
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         pixels = _ahead(pool, scorer.load_image, batches)
@@ -176,14 +173,14 @@ def image_features(scorer: ClipScorer, paths: Sequence[str | os.PathLike], batch
 
 
 def text_features(scorer: ClipScorer, captions: Sequence[str], batch_size: int = 64, prefix: str = "") -> torch.Tensor:
-    """Return unit-length features ``(n, dim)`` of captions behind ``prefix``, float32 on the CPU."""
+    """Return unit-length features ``(n, dim)`` of ``prefix + caption``, float32 on the CPU."""
     texts = [prefix + caption for caption in captions]
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     return torch.cat([scorer.encode_texts(batch).cpu() for batch in batches])
 
 
 def clip_scores(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """Return ``2.5 * max(cos, 0)`` of features of the same place, ``(n,)``."""
+    """Return ``2.5 * max(cos, 0)`` of each row of ``images`` with that of ``texts``, both ``(n, dim)``: ``(n,)``."""
     return CLIPSCORE_WEIGHT * (images * texts).sum(dim=-1).clamp(min=0)
 
 
@@ -219,7 +216,7 @@ def named_scores(metric: str, keys: Iterable[str], scores: torch.Tensor) -> dict
 def _ahead(
     pool: ThreadPoolExecutor, load: Callable[[Any], Any], batches: Sequence[Sequence[Any]]
 ) -> Iterator[list[Any]]:
-    """Yield every batch loaded, while the next one (and no more: memory) is being loaded behind it."""
+    """Yield every batch loaded, while the next one is being loaded, and no more than that to bound memory."""
     pending = pool.map(load, batches[0]) if batches else iter(())
     for following in [*batches[1:], []]:
         loaded = list(pending)
@@ -235,7 +232,7 @@ def _import_open_clip() -> ModuleType:
 
 
 def _resolve_clip(open_clip: ModuleType, model: str, weights: str | None) -> str:
-    """Return open_clip's name for ``model`` after ruling out whatever it would accept in silence."""
+    """Return open_clip's name for ``model`` after refusing what open_clip would silently accept."""
     if Path(model).is_dir():
         if not (Path(model) / "open_clip_config.json").is_file():
             raise FileNotFoundError(f"--clip-model {model}: the folder has no open_clip_config.json")
@@ -260,7 +257,7 @@ def _resolve_clip(open_clip: ModuleType, model: str, weights: str | None) -> str
 
 
 def _check_activation(open_clip: ModuleType, model: str, weights: str, tag: Mapping[str, Any]) -> None:
-    """Refuse GELU for weights trained with QuickGELU: open_clip merely warns, or is silent where they are a file."""
+    """Refuse GELU for weights trained with QuickGELU: open_clip only warns, and not even that for a local file."""
     twin = f"{model}-quickgelu"
     if open_clip.get_model_config(model).get("quick_gelu", False) or twin not in open_clip.list_models():
         return
@@ -275,7 +272,7 @@ def _check_activation(open_clip: ModuleType, model: str, weights: str, tag: Mapp
 
 @contextmanager
 def _explained(model: str, weights: str | None) -> Iterator[None]:
-    """Turn whatever open_clip raises while it loads a model into one line with a remedy, and mute its own log."""
+    """Turn what open_clip raises while it loads a model into one line with a remedy, and mute its own log."""
     from safetensors import SafetensorError
 
     muted = logging.root.manager.disable

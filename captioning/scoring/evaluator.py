@@ -206,10 +206,9 @@ class Evaluator:
     @functools.cached_property
     def reference_side(self) -> ReferenceSide:
         """The tokens of each image's references, and in how many images their n-grams occur."""
-        references, tokenize = self.annotations.references, functools.partial(ptb_tokenize, tokenizer=self.tokenizer)
         if self.cache is None:
-            return make_reference_side(references, tokenize)
-        return cached_reference_side(references, self.tokenizer, tokenize, self.cache / "references")
+            return make_reference_side(self.annotations.references, self.tokenizer)
+        return cached_reference_side(self.annotations.references, self.tokenizer, self.cache / "references")
 
     @functools.cached_property
     def paths(self) -> dict[str, Path]:
@@ -267,11 +266,11 @@ class Context:
     def truncated(self) -> list[str]:
         """The images whose caption is longer than CLIP's context."""
         stems, prompt = list(self.predictions), self.evaluator.clip_prompt
-        cut = self.evaluator.scorer.truncated([prompt + caption for caption in self.predictions.values()])
+        longer = self.evaluator.scorer.truncated([prompt + caption for caption in self.predictions.values()])
+        cut = [stems[index] for index in longer]
         if cut:
-            names = some([stems[place] for place in cut])
-            log.warning("%d captions are longer than CLIP's context and were cut for it: %s", len(cut), names)
-        return [stems[place] for place in cut]
+            log.warning("%d captions are longer than CLIP's context and were cut for it: %s", len(cut), some(cut))
+        return cut
 
     def by_clip(self, label: str, scores: torch.Tensor) -> Scored:
         """Return scores ``(n,)``, their mean and their origin; ValueError where one is not finite."""
@@ -300,22 +299,6 @@ def _ref_clipscore(context: Context) -> Scored:
     return context.by_clip("RefCLIPScore", scores)
 
 
-def _bleu(context: Context) -> Scored:
-    return context.on_words(*bleu(*context.words))
-
-
-def _meteor(context: Context) -> Scored:
-    return context.on_words(meteor(*context.words))
-
-
-def _rouge(context: Context) -> Scored:
-    return context.on_words(rouge_l(*context.words))
-
-
-def _spice(context: Context) -> Scored:
-    return context.on_words(spice(*context.words))
-
-
 class Metric(NamedTuple):
     """How a metric is named in the results and computed."""
 
@@ -329,10 +312,10 @@ METRICS = {  # by the name that --metrics takes, in the order of the results
     "cider": Metric(("CIDEr",), _cider),
     "clipscore": Metric(("CLIPScore",), _clipscore, by_clip=True),
     "refclipscore": Metric(("RefCLIPScore",), _ref_clipscore, by_clip=True),
-    "bleu": Metric(("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"), _bleu, is_mean=False),
-    "meteor": Metric(("METEOR",), _meteor, is_mean=False),
-    "rouge": Metric(("ROUGE-L",), _rouge),
-    "spice": Metric(("SPICE",), _spice),
+    "bleu": Metric(("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"), lambda c: c.on_words(*bleu(*c.words)), is_mean=False),
+    "meteor": Metric(("METEOR",), lambda c: c.on_words(meteor(*c.words)), is_mean=False),
+    "rouge": Metric(("ROUGE-L",), lambda c: c.on_words(rouge_l(*c.words))),
+    "spice": Metric(("SPICE",), lambda c: c.on_words(spice(*c.words))),
 }
 MEANS_OF_IMAGES = {label for metric in METRICS.values() if metric.is_mean for label in metric.labels}
 

@@ -1,4 +1,4 @@
-"""One HTML page of captions under their pictures: the best, the worst and some random ones. It needs no other file."""
+"""One self-contained HTML page of captions under their pictures: the best, the worst and some random ones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from captioning.files import data_url
 from captioning.scoring.clipscore import open_image
 
-SECTIONS = 12  # images in each
-PIXELS = 360  # the longer side of a picture on the page
+SHOWN = 12  # images in a section
+PIXELS = 360  # the longer side of a picture on the page, at most
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fafaf8; --card: #fff; --ink: #1d1d1b; --soft: #5f5f5a; --line: #dcdcd6 }
@@ -45,41 +45,32 @@ def page(
     """Return the page as text.
 
     Args:
-        ranking: by image its scores and its ``caption``, best first (``Evaluation.ranking``).
+        ranking: by image, its scores and its ``caption``, best first (``Evaluation.ranking``).
         references: by image, its references.
         paths: by image, its file.
         scores: the lines with the results.
         origin: what made the numbers.
         seed: of the random choice.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``clipscore.open_image``.
     """
     images = list(ranking)
-    best, worst = images[:SECTIONS], images[len(images) - 1 : SECTIONS - 1 : -1][:SECTIONS]  # none stands in both
-    rest = images[SECTIONS : max(len(images) - SECTIONS, SECTIONS)]
-    drawn = random.Random(seed).sample(rest, min(SECTIONS, len(rest)))
-    sections = [("Best", best), ("Worst, from the end", worst), ("Random, of the others", drawn)]
-    body = [
-        _section(f"{title}: {len(shown)} of {len(images)}", shown, ranking, references, paths)
-        for title, shown in sections
-        if shown
-    ]
+    best, others = images[:SHOWN], images[SHOWN:]
+    worst, rest = others[::-1][:SHOWN], others[:-SHOWN]
+    drawn = random.Random(seed).sample(rest, min(SHOWN, len(rest)))
+    sections = ""
+    for title, shown in [("Best", best), ("Worst, from the end", worst), ("Random, of the others", drawn)]:
+        if shown:
+            cards = "".join(_card(image, ranking[image], references[image], paths[image]) for image in shown)
+            sections += f"<h2>{title}: {len(shown)} of {len(images)}</h2>\n<ol>\n{cards}</ol>\n"
     lines = "".join(f'<p class="scores">{html.escape(line)}</p>\n' for line in scores)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Captions</title><style>{STYLE}</style></head>\n<body><h1>Captions</h1>\n{lines}"
-        f'<p class="origin">{html.escape(origin)}</p>\n' + "".join(body) + "</body></html>\n"
+        f'<p class="origin">{html.escape(origin)}</p>\n{sections}</body></html>\n'
     )
-
-
-def _section(
-    title: str,
-    images: Sequence[str],
-    ranking: Mapping[str, Mapping[str, float | str]],
-    references: Mapping[str, Sequence[str]],
-    paths: Mapping[str, str | os.PathLike],
-) -> str:
-    cards = "".join(_card(image, ranking[image], references[image], paths[image]) for image in images)
-    return f"<h2>{html.escape(title)}</h2>\n<ol>\n{cards}</ol>\n"
 
 
 def _card(image: str, row: Mapping[str, float | str], references: Sequence[str], path: str | os.PathLike) -> str:
@@ -87,14 +78,10 @@ def _card(image: str, row: Mapping[str, float | str], references: Sequence[str],
     numbers = " · ".join(f"{metric} {score:.3f}" for metric, score in row.items() if metric != "caption")
     listed = "".join(f"<li>{html.escape(reference)}</li>" for reference in references)
     name, caption = html.escape(image), html.escape(caption)
+    with open_image(path) as picture:
+        url = data_url(picture, PIXELS)
     return (
-        f'<li><img alt="{caption}" loading="lazy" src="{thumbnail(path)}"><div class="text">'
+        f'<li><img alt="{caption}" loading="lazy" src="{url}"><div class="text">'
         f'<p class="caption">{caption}</p><p class="numbers">{html.escape(numbers)}</p><p class="name">{name}</p>'
         f"<details><summary>{len(references)} references</summary><ul>{listed}</ul></details></div></li>\n"
     )
-
-
-def thumbnail(path: str | os.PathLike) -> str:
-    """Return the picture, no side over ``PIXELS``, as a ``data:`` URL of a JPEG; errors as ``open_image``."""
-    with open_image(path) as image:
-        return data_url(image, PIXELS)

@@ -1,6 +1,6 @@
-"""Running the Java programs inside pycocoevalcap so that a failure is reported and nothing waits for ever.
+"""Running the Java programs inside pycocoevalcap so that a failure is reported and nothing waits forever.
 
-The package's own wrappers write beside their jars, ignore Java's exit code, and wait for ever for a Java that has died.
+The package's own wrappers write beside their jars, ignore Java's exit code, and wait forever for a Java that has died.
 Here Java reads from pipes, its messages are read and shown, and it is killed when it does not answer in time.
 """
 

@@ -354,10 +354,10 @@ def _rules() -> list[_Rule]:
         "sentence_start": f"(?:{_any_case(_SENTENCE_STARTS)})",
     }
 
-    def whole(pattern: str) -> str:
-        return re.sub("<([a-z_]+)>", lambda part: whole(parts[part[1]]), pattern)
+    def expanded(pattern: str) -> str:
+        return re.sub("<([a-z_]+)>", lambda part: expanded(parts[part[1]]), pattern)
 
-    return [_Rule(re.compile(whole(pattern)), spell) for pattern, spell in _GRAMMAR]
+    return [_Rule(re.compile(expanded(pattern)), spell) for pattern, spell in _GRAMMAR]
 
 
 def _any_case(words: str) -> str:

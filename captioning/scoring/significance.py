@@ -1,7 +1,7 @@
 """How sure a score is: bootstrap intervals over images (Efron 1979), and a paired test between two captioners.
 
-All of it concerns metrics that are means over images. Document frequencies and models stay as they are: what is drawn
-again is the images, not what the metric was made of.
+Both are for metrics that are means over images. Only the images are resampled: document frequencies and models stay
+what they were.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 CONFIDENCE = 0.95
-BLOCK = 1 << 22  # numbers drawn at a time: 32 MB
+BLOCK = 1 << 22  # numbers drawn at once: 32 MB
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the first of two prediction files differs from the second one, by one metric."""
+    """How the first of two prediction files differs from the second by one metric."""
 
     difference: float  # of the means, first minus second
     low: float  # of the difference's bootstrap interval
     high: float
-    p_value: float  # two-sided, of the hypothesis that the two could be swapped on every image
+    p_value: float  # two-sided; the hypothesis is that the two could be swapped on any image
     wins: int  # images on which the first is better
     ties: int
     losses: int
@@ -69,8 +69,8 @@ def compare(
 ) -> Comparison:
     """Compare two ``{image: score}`` of the same images.
 
-    The p-value is that of a paired randomisation test (Fisher 1935): how often random signs on the differences give a
-    mean as far from 0; the observed one counts, so it is never 0.
+    The p-value is that of a paired randomisation test (Fisher 1935): how often the differences with random signs have
+    a mean at least as far from 0. The observed signs count as one draw, so it is never 0.
 
     Raises:
         ValueError: the images differ, or there are none.

@@ -28,15 +28,16 @@ REFERENCES = {
 
 
 @pytest.fixture
-def tokenized():
-    """Return a tokenizer that lists the images it was asked for."""
+def tokenized(monkeypatch):
+    """Replace the tokenizers by a simple one; return the list of the images that it is called for."""
+    asked = []
 
-    def tokenize(references):
-        tokenize.asked += list(references)
+    def tokenize(references, tokenizer):
+        asked.extend(references)
         return {stem: [caption.lower().strip(".") for caption in group] for stem, group in references.items()}
 
-    tokenize.asked = []
-    return tokenize
+    monkeypatch.setattr(cache, "ptb_tokenize", tokenize)
+    return asked
 
 
 def scores(side):
@@ -45,23 +46,23 @@ def scores(side):
 
 
 def test_references_are_tokenized_once_with_the_same_scores(tmp_path, tokenized):
-    plain = make_reference_side(REFERENCES, tokenized)
-    first = cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
-    tokenized.asked.clear()
-    second = cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
-    assert tokenized.asked == []
+    plain = make_reference_side(REFERENCES, "ptb")
+    first = cached_reference_side(REFERENCES, "ptb", tmp_path)
+    tokenized.clear()
+    second = cached_reference_side(REFERENCES, "ptb", tmp_path)
+    assert tokenized == []
     assert plain.tokens == first.tokens == second.tokens
     assert scores(plain).tolist() == scores(first).tolist() == scores(second).tolist()
     assert scores(plain).max() > 1
 
 
 def test_images_under_other_names_have_the_same_references(tmp_path, tokenized):
-    cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
-    tokenized.asked.clear()
+    cached_reference_side(REFERENCES, "ptb", tmp_path)
+    tokenized.clear()
     renamed = {stem.upper(): group for stem, group in REFERENCES.items()}
-    found = cached_reference_side(renamed, "ptb", tokenized, tmp_path)
+    found = cached_reference_side(renamed, "ptb", tmp_path)
     assert list(found.tokens) == ["A", "B", "C"]
-    assert tokenized.asked == []
+    assert tokenized == []
 
 
 @pytest.mark.parametrize(
@@ -74,23 +75,23 @@ def test_images_under_other_names_have_the_same_references(tmp_path, tokenized):
     ],
     ids=["word", "fewer", "regrouped", "order"],
 )
-def test_other_references_are_tokenized_themselves(tmp_path, tokenized, other):
-    cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
-    found = cached_reference_side(other, "ptb", tokenized, tmp_path)
-    assert len(tokenized.asked) == 6
-    assert found.tokens == make_reference_side(other, tokenized).tokens
+def test_other_references_are_tokenized_again(tmp_path, tokenized, other):
+    cached_reference_side(REFERENCES, "ptb", tmp_path)
+    found = cached_reference_side(other, "ptb", tmp_path)
+    assert len(tokenized) == 6
+    assert found.tokens == make_reference_side(other, "ptb").tokens
 
 
 def test_another_tokenizer_or_version_is_another_entry(tmp_path, tokenized, monkeypatch):
-    cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
-    cached_reference_side(REFERENCES, "ptb-java", tokenized, tmp_path)
-    assert len(tokenized.asked) == 6
+    cached_reference_side(REFERENCES, "ptb", tmp_path)
+    cached_reference_side(REFERENCES, "ptb-java", tmp_path)
+    assert len(tokenized) == 6
     monkeypatch.setattr(cache, "version", lambda name: "0.0")
-    cached_reference_side(REFERENCES, "ptb-java", tokenized, tmp_path)
-    assert len(tokenized.asked) == 9
+    cached_reference_side(REFERENCES, "ptb-java", tmp_path)
+    assert len(tokenized) == 9
     monkeypatch.setattr(cache, "sha256_of", lambda file: "0" * 64)  # as if the code were another
-    cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
-    assert len(tokenized.asked) == 12
+    cached_reference_side(REFERENCES, "ptb", tmp_path)
+    assert len(tokenized) == 12
 
 
 def test_every_file_that_decides_on_tokens_is_part_of_the_key():
@@ -121,46 +122,46 @@ def damaged(content, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "text", "checksum", "flipped"])
-def test_a_damaged_file_is_named_and_made_anew(tmp_path, tokenized, caplog, how):
-    first = cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
+def test_a_damaged_file_is_reported_and_made_again(tmp_path, tokenized, caplog, how):
+    first = cached_reference_side(REFERENCES, "ptb", tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(damaged(file.read_bytes(), how))
     with caplog.at_level(logging.WARNING):
-        found = cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
+        found = cached_reference_side(REFERENCES, "ptb", tmp_path)
     assert f"{file} is damaged or stale" in caplog.text
     assert found.tokens == first.tokens
     assert scores(found).tolist() == scores(first).tolist()
-    tokenized.asked.clear()
-    cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
-    assert tokenized.asked == []
+    tokenized.clear()
+    cached_reference_side(REFERENCES, "ptb", tmp_path)
+    assert tokenized == []
 
 
-def test_a_whole_file_of_other_references_is_noticed(tmp_path, tokenized, caplog):
-    cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
+def test_an_undamaged_file_of_other_references_is_noticed(tmp_path, tokenized, caplog):
+    cached_reference_side(REFERENCES, "ptb", tmp_path)
     (file,) = tmp_path.iterdir()
     tensors, texts = read_tensors(file)
     write_tensors(file, tensors, {"references": "f" * len(texts["references"])})
     with caplog.at_level(logging.WARNING):
-        cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path)
+        cached_reference_side(REFERENCES, "ptb", tmp_path)
     assert "of other references" in caplog.text
-    assert len(tokenized.asked) == 6
+    assert len(tokenized) == 6
 
 
 def test_only_the_sets_used_last_are_kept(tmp_path, tokenized, monkeypatch):
     monkeypatch.setattr(cache, "KEPT", 2)
     sets = [{"a": [f"caption {number}"], "b": ["other"]} for number in range(4)]
     for references in sets:
-        cached_reference_side(references, "ptb", tokenized, tmp_path)
+        cached_reference_side(references, "ptb", tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-    tokenized.asked.clear()
-    cached_reference_side(sets[-1], "ptb", tokenized, tmp_path)
-    assert tokenized.asked == []
+    tokenized.clear()
+    cached_reference_side(sets[-1], "ptb", tmp_path)
+    assert tokenized == []
 
 
 def test_a_folder_that_cannot_be_written_costs_time_and_no_score(tmp_path, tokenized, caplog):
     (tmp_path / "file").write_text("")
-    found = cached_reference_side(REFERENCES, "ptb", tokenized, tmp_path / "file" / "cache")
-    assert found.tokens == make_reference_side(REFERENCES, tokenized).tokens
+    found = cached_reference_side(REFERENCES, "ptb", tmp_path / "file" / "cache")
+    assert found.tokens == make_reference_side(REFERENCES, "ptb").tokens
     assert "not written" in caplog.text
 
 
@@ -187,7 +188,7 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Replace CLIP by the mean red of a picture, and return the list of what it was asked for."""
+    """Replace CLIP by the mean red of a picture, and return the list of the images that it is called for."""
     asked = []
 
     def features(scorer, paths, batch_size):
@@ -249,7 +250,7 @@ def test_features_that_cannot_be_written_cost_time_and_no_score(tmp_path, pictur
 
 
 def test_features_of_the_last_version_are_passed_over(tmp_path, pictures, encoded, caplog):
-    """It wrote a checksum of its own kind."""
+    """Its checksum was in another form."""
     folder = tmp_path / "cache"
     first = cached_image_features(scorer(), pictures, 2, folder)
     (file,) = folder.iterdir()

@@ -1,4 +1,4 @@
-"""wording.py: every statistic by hand."""
+"""caption_stats.py: every statistic by hand."""
 
 import pytest
 

@@ -39,7 +39,7 @@ def test_bleu_by_hand():
     assert len(scores) == 4
 
 
-def test_references_may_stand_in_another_order():
+def test_references_may_be_in_another_order():
     references, candidates = tokens(PAPERS_GOOD)
     turned = dict(reversed(references.items()))
     assert rouge_l(turned, candidates) == rouge_l(references, candidates)
@@ -79,7 +79,7 @@ def test_meteors_conversation(tmp_path, monkeypatch):
     ],
 )
 def test_a_failing_meteor_is_read_and_shown(tmp_path, monkeypatch, script, message):
-    """pycocoevalcap's wrapper waits for ever for an answer."""
+    """pycocoevalcap's wrapper waits forever for an answer."""
     stub(tmp_path / "bin", monkeypatch, script)
     with pytest.raises(ChildProcessError, match=message):
         coco_metrics.meteor(*tokens(PAPERS_GOOD))
@@ -96,7 +96,7 @@ def test_a_silent_meteor_is_stopped(tmp_path, monkeypatch):
 
 
 def test_meteor_in_a_path_with_a_space_is_refused(tmp_path, monkeypatch):
-    """Its Java program waits for ever there."""
+    """Its Java program waits forever there."""
     stub(tmp_path / "bin", monkeypatch, ANSWERS)
     from pycocoevalcap.meteor import meteor
 

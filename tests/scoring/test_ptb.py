@@ -1,4 +1,4 @@
-"""ptb.py: what the Java tokenizer says, from a table of its answers, and from Java itself where it is there."""
+"""ptb.py against the Java tokenizer: by a table of its answers, and by Java itself where it is installed."""
 
 import ast
 import json
@@ -20,19 +20,19 @@ STRESS = (ROOT / "tests" / "fixtures" / "ptb_stress.txt").read_text(encoding="ut
 
 
 def unescaped(line):
-    r"""Resolve the \x and \u escapes of a line that otherwise stands for itself."""
+    r"""Resolve the \x and \u escapes of a line, which is otherwise taken literally."""
     return re.sub(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4}))", lambda m: chr(int(m[1] or m[2], 16)), line)
 
 
 def stress_captions():
-    """The lines whole, and each piece between spaces alone, in the middle and at the end of a caption."""
+    """The lines, and each piece between spaces alone, in the middle and at the end of a caption."""
     lines = [unescaped(line) for line in STRESS]
     pieces = sorted({piece for line in lines for piece in line.split()})
     return lines + [text for piece in pieces for text in (piece, f"a {piece} cat", f"the dog, {piece}.")]
 
 
 def fuzzed_captions(count, seed=0):
-    """Captions of 1 to 12 random pieces, glued together half of the time."""
+    """Captions of 1 to 12 random pieces, joined without a space half of the time."""
     generator = random.Random(seed)
     pieces = sorted({piece for line in STRESS for piece in unescaped(line).split()})
     return [

@@ -136,7 +136,7 @@ def test_javas_tokenizer_is_the_default_where_its_jar_is(monkeypatch, missing):
 
 @pytest.fixture
 def no_port(monkeypatch):
-    """As if ptb.py, which has a licence of its own, had been taken out."""
+    """As if ptb.py, which is under another licence, had been removed."""
     monkeypatch.setitem(sys.modules, PORT, None)
 
 
