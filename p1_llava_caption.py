@@ -8,7 +8,6 @@ import functools
 import hashlib
 import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,17 @@ from PIL import Image
 
 from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
 from captioning.data.annotations import Annotations, load_annotations
-from captioning.data.images import list_images, load_image
+from captioning.data.images import list_images
 from captioning.device import pick_device
+from captioning.distributed import Processes, join
 from captioning.files import sha256_of, write_json
 from captioning.inference.batches import Job
 from captioning.inference.folder import PredictionLog, caption_images
 from captioning.models.llava import DTYPES, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
 from captioning.profiles import PROFILES
-from captioning.scale.pipeline import add_flags, add_images_and_results, caption_source, is_small
+from captioning.scale.pipeline import ShardRun, add_flags, add_images_and_results, caption_source, is_plain_folder
 from captioning.scoring import evaluator
 from captioning.scoring.clipscore import ClipScorer
-from captioning.workers import find_workers
 
 log = logging.getLogger("captioning")
 
@@ -59,14 +58,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass
-class PromptJob:
-    """One prompt over the images: the prompt and where its captions are kept."""
-
-    prompt: str
-    log: PredictionLog
-
-
 def prompts(args: argparse.Namespace) -> dict[str, tuple[str, Path]]:
     """Return ``{name: (prompt, file of its captions)}``: both settings for --compare, else one."""
     if args.compare:
@@ -85,28 +76,15 @@ def describe_run(prompt: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def open_job(prompt: str, out: Path, args: argparse.Namespace) -> PromptJob:
-    """Open the predictions of ``prompt``."""
-    run = describe_run(prompt, args)
-    return PromptJob(prompt, PredictionLog(out, run, args.overwrite, find_workers()))
-
-
 def job_of(model: Llava, prompt: str, args: argparse.Namespace) -> Job:
-    """Return what the model does to images behind a prompt."""
-
-    def prepare(image: Any) -> Any:
-        return model.row(image, prompt)
+    """Return what the model does to images with a prompt. Raises ValueError where an answer would not fit after it."""
+    any_image = Image.new("RGB", (336, 336))  # an image's size does not change how many tokens it has
+    model.check_room(model.row(any_image, prompt), args.max_new_tokens)
 
     def caption(rows: list[Any]) -> list[str]:
         return [model.text(tokens) for tokens in model.generate(rows, args.num_beams, args.max_new_tokens)]
 
-    return Job(prepare, caption)
-
-
-def run_job(model: Llava, job: PromptJob, paths: list[Path], args: argparse.Namespace) -> None:
-    """Caption ``paths`` with the job's prompt."""
-    does = job_of(model, job.prompt, args)
-    caption_images(job.log, paths, does.prepare, does.caption, args.batch_size)
+    return Job(lambda image: model.row(image, prompt), caption)
 
 
 def load_model(args: argparse.Namespace) -> Llava:
@@ -117,11 +95,10 @@ def load_model(args: argparse.Namespace) -> Llava:
 
 
 def load_job(args: argparse.Namespace) -> Job:
-    """Load the model; return what it does to images. An image's size does not change how many tokens it has."""
-    setup_logging(args.verbose)  # in another machine's process too
-    model, (prompt, _) = load_model(args), *prompts(args).values()
-    model.check_room(model.row(Image.new("RGB", (336, 336)), prompt), args.max_new_tokens)
-    return job_of(model, prompt, args)
+    """Load the model; return what it does to images. Called in other machines' processes too."""
+    setup_logging(args.verbose)
+    ((prompt, _),) = prompts(args).values()
+    return job_of(load_model(args), prompt, args)
 
 
 def weights_hash(model: str) -> str | None:
@@ -131,25 +108,27 @@ def weights_hash(model: str) -> str | None:
     return hashlib.sha256(sums.encode()).hexdigest() if files else None
 
 
-def caption_many(args: argparse.Namespace) -> int:
-    """Caption what is more than a folder with one JSON; return the exit code."""
+def caption_many(args: argparse.Namespace, processes: Processes) -> int:
+    """Caption lists, tars, or a folder into parts; return the exit code."""
     if args.compare:
         raise ValueError("--compare: scores one JSON of a folder's images; leave it out for lists, tars and parts")
-    run = describe_run(args.prompt or PROMPTS[args.setting], args)
-    run["weights_sha256"] = weights_hash(run["model"])
-    return caption_source(args, run, functools.partial(load_job, args), args.overwrite)
+    settings = describe_run(args.prompt or PROMPTS[args.setting], args)
+    settings["weights_sha256"] = weights_hash(settings["model"])
+    return caption_source(ShardRun.from_flags(args, settings), functools.partial(load_job, args), processes)
 
 
-def check_room(model: Llava, jobs: list[PromptJob], paths: list[Path], max_new_tokens: int) -> None:
-    """Refuse a prompt without room for an answer, before any work, by the first image that can be read."""
-    for path in paths:
-        try:
-            image = load_image(path)
-        except (ValueError, OSError):
-            continue  # it is named when its turn comes
-        for job in jobs:
-            model.check_room(model.row(image, job.prompt), max_new_tokens)
-        return
+def caption_folder(paths: list[Path], args: argparse.Namespace, processes: Processes) -> dict[str, dict[str, str]]:
+    """Caption a folder's images with each prompt; return the captions, ``{setting: {key: caption}}``."""
+    with contextlib.ExitStack() as stack:
+        logs = {
+            name: stack.enter_context(PredictionLog(out, describe_run(prompt, args), args.overwrite, processes))
+            for name, (prompt, out) in prompts(args).items()
+        }
+        model = load_model(args)
+        jobs = {name: job_of(model, prompt, args) for name, (prompt, _) in prompts(args).items()}
+        for name, job in jobs.items():
+            caption_images(logs[name], paths, job, args.batch_size)
+        return {name: predictions.finish(paths) for name, predictions in logs.items()}
 
 
 def compare(
@@ -197,22 +176,15 @@ def main(argv: list[str] | None = None) -> int:
     check_args(args)
     annotations = load_annotations(args.annotation_file) if args.compare else None
     pick_device(args.device)  # refuses a wrong one before anything is opened
-    if not is_small(args):
-        return caption_many(args)
-    paths = list_images(args.img_dir)
-    with contextlib.ExitStack() as stack:
-        jobs = {name: open_job(prompt, out, args) for name, (prompt, out) in prompts(args).items()}
-        for job in jobs.values():
-            stack.enter_context(job.log)
-        model = load_model(args)
-        check_room(model, list(jobs.values()), paths, args.max_new_tokens)
-        for job in jobs.values():
-            run_job(model, job, paths, args)
-        captions = {name: job.log.finish(paths) for name, job in jobs.items()}
-    if annotations is not None and find_workers().rank == 0:
-        scores, table = compare(captions, annotations, args)
-        write_json(args.out, scores)
-        print(table)
+    with join(pick_device()) as processes:
+        if not is_plain_folder(args):
+            return caption_many(args, processes)
+        paths = list_images(args.img_dir)
+        captions = caption_folder(paths, args, processes)
+        if annotations is not None and processes.first:
+            scores, table = compare(captions, annotations, args)
+            write_json(args.out, scores)
+            print(table)
     return PARTIAL if any(len(c) < len(paths) for c in captions.values()) else 0
 
 

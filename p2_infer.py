@@ -16,19 +16,19 @@ from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, posit
 from captioning.data.images import DRAFT_FACTOR, list_images
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import PRECISIONS, autocast, pick_device
+from captioning.distributed import Processes, join
 from captioning.inference.batches import Job
 from captioning.inference.captions import caption_features, check_vocabulary, compile_steps
-from captioning.inference.encode import Encoded, Encoder, draft_side
+from captioning.inference.encode import Encoded, StreamEncoder, draft_side
 from captioning.inference.folder import PredictionLog, caption_images
 from captioning.models.adapter import load_captioner, read_adapter
 from captioning.models.captioner import Captioner
 from captioning.models.inference_weights import prepare
 from captioning.profiles import PROFILES
-from captioning.scale.pipeline import add_flags, add_images_and_results, caption_source, is_small
-from captioning.workers import find_workers
+from captioning.scale.pipeline import ShardRun, add_flags, add_images_and_results, caption_source, is_plain_folder
 
 
-def build_parser() -> Any:
+def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = FlagParser(description=__doc__)
     add_images_and_results(parser)
@@ -48,7 +48,7 @@ def build_parser() -> Any:
         action=argparse.BooleanOptionalAction,
         default=False,
         help=f"decode big JPEGs smaller, to no less than {DRAFT_FACTOR} times the model's size: "
-        "sooner, and a caption in many may change",
+        "faster, and now and then another caption",
     )
     parser.add_argument(
         "--compile",
@@ -66,7 +66,7 @@ def build_parser() -> Any:
 
 
 def caption_function(
-    captioner: Captioner, tokenizer: Tokenizer, encoder: Encoder, args: Any
+    captioner: Captioner, tokenizer: Tokenizer, encoder: StreamEncoder, args: argparse.Namespace
 ) -> Callable[[list], list[str]]:
     """Return what makes captions of a list of encoded images."""
     steps = None
@@ -84,7 +84,7 @@ def caption_function(
     return caption
 
 
-def describe_run(args: Any) -> dict[str, Any]:
+def describe_run(args: argparse.Namespace) -> dict[str, Any]:
     """Return whatever decides the captions, so that no other run's are taken for this one's."""
     flags = ("encoder_weights", "tokenizer", "beam_size", "max_new_tokens", "length_penalty", "precision", "jpeg_draft")
     return {
@@ -96,15 +96,15 @@ def describe_run(args: Any) -> dict[str, Any]:
     }
 
 
-def describe_models(args: Any) -> dict[str, Any]:
+def describe_models(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fingerprints of all weights, which loading compares with the files."""
     config = read_adapter(args.adapter)[0]
     return {"encoder": config.encoder, "encoder_hash": config.encoder_hash, "decoder_hash": config.decoder_hash}
 
 
-def load_job(args: Any) -> Job:
-    """Load the captioner; return what it does to images."""
-    setup_logging(args.verbose)  # in another machine's process too
+def load_job(args: argparse.Namespace) -> Job:
+    """Load the captioner; return what it does to images. Called in other machines' processes too."""
+    setup_logging(args.verbose)
     device = pick_device(args.device)
     tokenizer = Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
     fallback = PROFILES[args.profile].encoder_weights
@@ -112,7 +112,7 @@ def load_job(args: Any) -> Job:
     check_vocabulary(tokenizer, captioner.decoder)
     prepare(captioner, args.precision, reorder=not args.compile)
     draft = draft_side(captioner.transform) if args.jpeg_draft else None
-    encoder = Encoder(captioner, args.precision)
+    encoder = StreamEncoder(captioner, args.precision)
     caption = caption_function(captioner, tokenizer, encoder, args)
     if works_beside(device):
         return Job(captioner.transform, caption, draft, encoder.encode)
@@ -124,20 +124,26 @@ def works_beside(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def caption(args: argparse.Namespace, processes: Processes) -> int:
+    """Caption what the command line names; return the exit code."""
+    if not is_plain_folder(args):
+        run = ShardRun.from_flags(args, describe_run(args) | describe_models(args))
+        return caption_source(run, functools.partial(load_job, args), processes)
+    paths = list_images(args.img_dir)
+    job = load_job(args)
+    with PredictionLog(args.out, describe_run(args), overwrite=True, processes=processes) as predictions:
+        caption_images(predictions, paths, job, args.batch_size)
+        captions = predictions.finish(paths)
+    return PARTIAL if len(captions) < len(paths) else 0
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Caption images; return 0, or 3 (``PARTIAL``) where an image could not be read."""
     args = build_parser().parse_args(argv)
     setup_logging(args.verbose)
-    if not is_small(args):
-        run = describe_run(args) | describe_models(args)
-        return caption_source(args, run, functools.partial(load_job, args), args.overwrite)
-    paths = list_images(args.img_dir)
-    job = load_job(args)
-    with PredictionLog(args.out, describe_run(args), overwrite=True, workers=find_workers()) as log_file:
-        caption_images(log_file, paths, job.prepare, job.caption, args.batch_size, job.draft, job.begin)
-        captions = log_file.finish(paths)
-    return PARTIAL if len(captions) < len(paths) else 0
+    with join(pick_device()) as processes:
+        return caption(args, processes)
 
 
 if __name__ == "__main__":

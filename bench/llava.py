@@ -22,7 +22,7 @@ from captioning.cli import FlagParser, command
 from captioning.data.images import list_images, load_image
 from captioning.device import pick_device
 from captioning.imports import import_guarded
-from captioning.inference.batches import Halving, read_ahead
+from captioning.inference.batches import Entry, Job, caption_entries
 from captioning.models.llava import DTYPES, PROMPTS, TEMPLATE, Llava, load_llava, pick_dtype
 from captioning.profiles import PROFILES
 from microworld.scenes import generate
@@ -80,11 +80,13 @@ def plain_loop(model: Llava, paths: list[Path], prompt: str, max_new_tokens: int
 
 def ours(model: Llava, paths: list[Path], prompt: str, max_new_tokens: int, batch_size: int) -> list[list[int]]:
     """Answer as ``p1_llava_caption.py`` does: images read ahead, batches, left padding."""
-    generate = Halving(lambda rows: model.generate(rows, max_new_tokens=max_new_tokens))
-    answers: list[list[int]] = []
-    for batch in read_ahead(paths, lambda image: model.row(image, prompt), batch_size):
-        answers += generate([future.result() for _, future in batch])
-    return answers
+
+    def failed(entry: Entry, error: Exception) -> None:
+        raise error
+
+    job = Job(lambda image: model.row(image, prompt), lambda rows: model.generate(rows, max_new_tokens=max_new_tokens))
+    batches = caption_entries(map(Entry.of, paths), job, batch_size, failed)
+    return [answer for answers in batches for answer in answers.values()]
 
 
 def compare(model: Llava, paths: list[Path], setting: int, args: argparse.Namespace) -> tuple[dict[str, Any], int]:

@@ -1,6 +1,6 @@
 """The processes that share a run, as ``accelerate launch`` starts them, and the few things that they do together.
 
-A script that was started plainly is alone: ``ALONE`` does the same things by itself, at once, and joins nothing.
+A script that was started without a launcher is alone: ``ALONE`` does the same things by itself and joins nothing.
 """
 
 from __future__ import annotations
@@ -20,19 +20,15 @@ from captioning.cli import BAD_INPUT
 from captioning.imports import import_guarded
 
 T = TypeVar("T")
-
-
 R = TypeVar("R")
-
-
-PATIENCE = timedelta(days=30)  # one may work while the others wait; a process that dies is the launcher's business
+PATIENCE = timedelta(days=30)  # one may work while the others wait; a process that dies is left to the launcher
 
 
 @dataclass(frozen=True)
 class Processes:
     """The processes of a run and which of them this one is; every method is called by all of them, in one order.
 
-    As a context manager it parts from the others at the end: no process goes before all have come so far.
+    As a context manager it parts from the others at the end: no process leaves before all have come so far.
 
     Attributes:
         rank: number of this process, from 0 on.
@@ -41,7 +37,7 @@ class Processes:
 
     rank: int = 0
     count: int = 1
-    _talk: Any = field(default=None, repr=False, compare=False)  # a group for what lies in main memory
+    _main_memory: Any = field(default=None, repr=False, compare=False)  # the group that exchanges what is there
 
     def __enter__(self) -> Processes:
         return self
@@ -53,7 +49,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Whether this is the process that writes files and logs."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
@@ -63,13 +59,13 @@ class Processes:
     def wait(self) -> None:
         """Return when all have come here."""
         if self.count > 1:
-            _meet(dist.barrier, group=self._talk)
+            _meet(dist.barrier, group=self._main_memory)
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank, in every process; tensors must lie in main memory."""
         found = [value] * self.count
         if self.count > 1:
-            _meet(dist.all_gather_object, found, value, group=self._talk)
+            _meet(dist.all_gather_object, found, value, group=self._main_memory)
         return found
 
     def spread(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -81,11 +77,11 @@ class Processes:
         """Do ``work`` in every process and return this one's result; where it fails in one, all of them end.
 
         Raises:
-            ValueError, OSError: what ``work`` raised, in the first process where it did; the others exit in silence.
+            ValueError, OSError: what ``work`` raised, in the first process where it did; the others exit silently.
         """
         if self.count == 1:
             return work()
-        result, error = None, None
+        error: Exception | None = None
         try:
             result = work()
         except (ValueError, OSError) as caught:
@@ -98,18 +94,18 @@ class Processes:
         return result
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """Do ``work`` in the first process alone and return its result in all; errors as ``together``."""
-        results = [self.together(work if self.first else lambda: None)]
+        """Do ``work`` in the first process only and return its result in all; errors as ``together``."""
+        results: list[Any] = [self.together(work if self.first else lambda: None)]
         if self.count > 1:
-            _meet(dist.broadcast_object_list, results, src=0, group=self._talk)
+            _meet(dist.broadcast_object_list, results, src=0, group=self._main_memory)
         return results[0]
 
     def total(self, *values: float) -> list[float]:
-        """Return the sum over all processes of each value; what is no number in one is none in the sum."""
+        """Return the sum over all processes of each value; NaN in one process makes the sum NaN."""
         if self.count == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
-        _meet(dist.all_reduce, sums, group=self._talk)
+        _meet(dist.all_reduce, sums, group=self._main_memory)
         return sums.tolist()
 
     def any(self, flag: bool) -> bool:

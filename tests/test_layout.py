@@ -45,7 +45,6 @@ SHARED = {
     "cli": {"profiles"},
     "tensors": {"files", "messages"},
     "distributed": {"cli", "imports"},
-    "workers": {"imports"},
 }
 DECODER = {"captioning.kernels", "captioning.tensors", "captioning.messages"}
 PENDING = {"bench.full_size"}

@@ -1,4 +1,9 @@
-"""Captions kept as they come: an append-only file of JSON lines with checksums, which one process at a time writes."""
+"""Captions kept as they come: an append-only file of JSON lines with checksums, written by one process at a time.
+
+{"run": {…}}                                                  header: what the captions belong to
+{"image": "000000000001", "caption": "a red bike", "check": 1234567890}
+…
+"""
 
 from __future__ import annotations
 
@@ -13,8 +18,8 @@ from captioning.files import lock, parse_json
 log = logging.getLogger(__name__)
 
 
-class SideFile:
-    """A header, then one caption a line. A line that is torn or damaged is passed over by :func:`read`.
+class AppendLog:
+    """A side file that is open for writing. It holds a lock until it is closed.
 
     Args:
         path: the file, made where it is missing.
@@ -43,13 +48,13 @@ class SideFile:
         """Keep the captions of a batch, ``{image: caption}``. Raises OSError, naming the file, where that fails."""
         self._write(
             *(
-                {"image": image, "caption": caption, "check": check(image, caption)}
+                {"image": image, "caption": caption, "check": checksum(image, caption)}
                 for image, caption in captions.items()
             )
         )
 
     def close(self) -> None:
-        """Give the file and its lock back."""
+        """Close the file and release its lock."""
         self._file.close()
 
     def _write(self, *records: dict[str, Any]) -> None:
@@ -64,8 +69,8 @@ class SideFile:
             ) from error
 
 
-def read(path: Path, overwrite: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a side file's header and captions; a line that is none of ours is passed over.
+def read_log(path: Path, overwrite: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a side file's header and captions; a line that is torn or damaged is skipped.
 
     Raises:
         ValueError: the header is damaged; with ``overwrite`` that is a warning, and nothing is returned.
@@ -75,7 +80,7 @@ def read(path: Path, overwrite: bool = False) -> tuple[dict[str, Any], dict[str,
         header = dict(parse_json(first.decode()))
     except (ValueError, TypeError) as error:
         if overwrite:
-            log.warning("%s: damaged (%s); beginning anew", path, error)
+            log.warning("%s: damaged (%s); starting again", path, error)
             return {}, {}
         raise ValueError(f"{path}: damaged ({error}); remove it, or give --overwrite") from error
     kept = [caption for caption in map(_caption_of, others) if caption]
@@ -84,9 +89,23 @@ def read(path: Path, overwrite: bool = False) -> tuple[dict[str, Any], dict[str,
     return header, dict(kept)
 
 
-def check(image: str, caption: str) -> int:
+def checksum(image: str, caption: str) -> int:
     """Return the checksum of a line."""
     return zlib.crc32(json.dumps([image, caption]).encode())
+
+
+def as_read_back(header: dict[str, Any]) -> dict[str, Any]:
+    """Return a header as :func:`read_log` will return it: with lists for tuples, for example."""
+    return json.loads(json.dumps(header))
+
+
+def other_run(place: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> ValueError:
+    """Return the error for captions of another run; both headers hold ``run``, whatever decides the captions."""
+    differ = [key for key, value in ours["run"].items() if theirs.get("run", {}).get(key) != value]
+    return ValueError(
+        f"{place} belongs to another run (other {', '.join(differ)}); finish that one first, or "
+        "give --overwrite to drop it"
+    )
 
 
 def _caption_of(line: bytes) -> tuple[str, str] | None:
@@ -94,6 +113,6 @@ def _caption_of(line: bytes) -> tuple[str, str] | None:
     try:
         record = parse_json(line.decode())
         image, caption = record["image"], record["caption"]
-        return (image, caption) if record["check"] == check(image, caption) else None
+        return (image, caption) if record["check"] == checksum(image, caption) else None
     except (ValueError, KeyError, TypeError):
         return None

@@ -1,4 +1,4 @@
-"""Batches of images, read ahead in threads, halved when memory runs out."""
+"""From images to captions, a batch at a time: read ahead in threads, and in smaller batches once memory runs out."""
 
 from __future__ import annotations
 
@@ -9,19 +9,49 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
-from captioning.data.images import load_image
+from captioning.data.images import decode_image, load_image
 
 log = logging.getLogger(__name__)
 
 READ_AHEAD = 2  # batches that are read while one is captioned
 
 
-class Halving:
-    """A batch function that meets an accelerator's end of memory with half as many items, from then on."""
+@dataclass(frozen=True)
+class Entry:
+    """An image to caption, not decoded yet.
+
+    Attributes:
+        key: by which its caption is found.
+        name: how messages refer to it.
+        source: its path, the content of its file, or why there is neither.
+    """
+
+    key: str
+    name: str
+    source: Path | bytes | ValueError
+
+    @classmethod
+    def of(cls, path: Path) -> Entry:
+        """Return the entry of an image file; its key is the file's name without suffix."""
+        return cls(path.stem, str(path), path)
+
+    def load(self, draft: int | None = None) -> Image.Image:
+        """Return the image as ``data.images.load_image`` does. Raises ValueError or OSError naming it."""
+        if isinstance(self.source, ValueError):
+            raise self.source
+        if isinstance(self.source, Path):
+            return load_image(self.source, draft)
+        return decode_image(self.source, self.name, draft)
+
+
+class ShrinkingBatch:
+    """A function of a batch that halves its batches, from then on, when the accelerator's memory runs out."""
 
     def __init__(self, function: Callable[[list], list]) -> None:
         self.function = function
@@ -42,86 +72,87 @@ class Halving:
                         "precision or --device cpu"
                     ) from error
             self.limit = len(chunk) // 2
-            log.warning("out of memory with %d images at once; going on with %d", len(chunk), self.limit)
+            log.warning("out of memory with %d images at once; continuing with %d", len(chunk), self.limit)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return results
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """What a model does to images.
+    """What a model does to images. Both steps that run on the device shrink their batches when memory runs out.
 
     Attributes:
-        prepare: makes of an image (PIL, RGB) what ``caption`` takes; runs in threads, ahead of it.
-        caption: makes captions of a list of those.
-        draft: that of ``data.load_image``.
-        begin: begins the work on a batch while the one before is captioned, and returns what ``caption`` takes then;
-            for a device that works beside the program.
+        prepare: turns a decoded image (PIL, RGB) into what ``caption`` takes; runs in threads, ahead of it.
+        caption: returns the captions of a list of those.
+        draft: that of ``data.images.load_image``.
+        begin: starts the work on a batch while the batch before it is captioned, and returns what ``caption`` takes
+            then; for a device that works beside the program.
     """
 
-    prepare: Callable[[Any], Any]
+    prepare: Callable[[Image.Image], Any]
     caption: Callable[[list], list[str]]
     draft: int | None = None
     begin: Callable[[list], list] | None = None
 
+    def __post_init__(self) -> None:
+        self.caption = ShrinkingBatch(self.caption)
+        if self.begin is not None:
+            self.begin = ShrinkingBatch(self.begin)
 
-def read_ahead(
-    items: Iterable[Any], prepare: Callable[[Any], Any], size: int, load: Callable[[Any], Any] = load_image
-) -> Iterator[list[tuple[Any, Future]]]:
-    """Yield batches of (item, future of the prepared image) while threads read the batches behind them.
+    def read(self, entry: Entry) -> Any:
+        """Return an entry's image, prepared. Raises ValueError or OSError where it cannot be read."""
+        return self.prepare(entry.load(self.draft))
 
-    Args:
-        items: paths, or whatever ``load`` takes; no more of them are taken than are read ahead.
-        prepare: as in :class:`Job`.
-        size: items of a batch.
-        load: makes an image of an item.
+
+Failed = Callable[[Entry, Exception], None]  # called with each entry that cannot be read, and why
+
+
+def caption_entries(entries: Iterable[Entry], job: Job, batch_size: int, failed: Failed) -> Iterator[dict[str, str]]:
+    """Yield the captions of one batch after another, ``{key: caption}``; what cannot be read is left out."""
+    batches = _readable(read_ahead(entries, job, batch_size), failed)
+    for found, prepared in batches if job.begin is None else _one_ahead(batches, job.begin):
+        yield dict(zip([entry.key for entry in found], job.caption(prepared), strict=True))
+
+
+def read_ahead(entries: Iterable[Entry], job: Job, size: int) -> Iterator[list[tuple[Entry, Future]]]:
+    """Yield batches of (entry, future of the prepared image) while threads read the batches after them.
+
+    No more than ``READ_AHEAD`` further batches are taken from ``entries``, which may be an endless stream.
     """
-
-    def read(item: Any) -> Any:
-        return prepare(load(item))
-
-    left = iter(items)
-    # One image is too small a work for several threads; several here would fight with the model's for the cores.
+    left = iter(entries)
+    # One image is too little work for several threads; several here would compete with the model's for the cores.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=lambda: torch.set_num_threads(1)) as pool:
-        waiting: deque[list[tuple[Any, Future]]] = deque()
+        waiting: deque[list[tuple[Entry, Future]]] = deque()
         while True:
-            while len(waiting) <= READ_AHEAD and (some := list(itertools.islice(left, size))):
-                waiting.append([(item, pool.submit(read, item)) for item in some])
+            while len(waiting) <= READ_AHEAD and (batch := list(itertools.islice(left, size))):
+                waiting.append([(entry, pool.submit(job.read, entry)) for entry in batch])
             if not waiting:
                 return
             yield waiting.popleft()
 
 
-def started_batches(
-    batches: Iterable[list[tuple[Any, Future]]],
-    begin: Callable[[list], list] | None,
-    failed: Callable[[Any, Exception], None],
-) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Yield the readable items of each batch with what ``begin`` made of them, once it has had the next batch too.
-
-    Without ``begin`` they come as they were prepared, and at once; batches without a readable item are left out.
-    """
-    readable = (found for batch in batches if (found := _readable(batch, failed))[0])
-    if begin is None:
-        yield from readable
-        return
-    begin = Halving(begin)
-    ahead: deque[tuple[list[Any], list[Any]]] = deque()
-    for found, prepared in readable:
-        ahead.append((found, begin(prepared)))
-        if len(ahead) > 1:
-            yield ahead.popleft()
-    yield from ahead
+def _readable(batches: Iterable[list[tuple[Entry, Future]]], failed: Failed) -> Iterator[tuple[list[Entry], list[Any]]]:
+    """Yield the entries of each batch that could be read, and their prepared images; no empty batch."""
+    for batch in batches:
+        found, prepared = [], []
+        for entry, future in batch:
+            try:
+                prepared.append(future.result())
+                found.append(entry)
+            except (ValueError, OSError) as error:
+                failed(entry, error)
+        if found:
+            yield found, prepared
 
 
-def _readable(batch: list[tuple[Any, Future]], failed: Callable[[Any, Exception], None]) -> tuple[list[Any], list[Any]]:
-    """Return the items of a batch that could be read, and what they became; ``failed`` is told of the others."""
-    found, prepared = [], []
-    for item, future in batch:
-        try:
-            prepared.append(future.result())
-            found.append(item)
-        except (ValueError, OSError) as error:
-            failed(item, error)
-    return found, prepared
+def _one_ahead(
+    batches: Iterable[tuple[list[Entry], list[Any]]], begin: Callable[[list], list]
+) -> Iterator[tuple[list[Entry], list[Any]]]:
+    """Yield each batch with what ``begin`` returned for it, once ``begin`` has had the next batch too."""
+    begun: deque[tuple[list[Entry], list[Any]]] = deque()
+    for found, prepared in batches:
+        begun.append((found, begin(prepared)))
+        if len(begun) > 1:
+            yield begun.popleft()
+    yield from begun

@@ -24,15 +24,15 @@ def caption_features(
 
     ``steps`` are compiled for at least as many images, and for the same beams and tokens.
     """
-    keep = None
+    step: search.Step
     if steps is None:
-        read_on = captioner.step_function(features, beam_size, max_new_tokens)
-        keep = read_on.keep
+        shared = captioner.step_function(features, beam_size, max_new_tokens)
+        step, keep = shared, shared.keep
     else:
         with torch.no_grad():
-            read_on = steps.begin(captioner.prefix(features))
+            step, keep = steps.begin(captioner.prefix(features)), None  # compiled steps have a fixed batch
 
-    step = within_vocabulary(read_on, tokenizer.vocab_size)
+    step = within_vocabulary(step, tokenizer.vocab_size)
     eos, device = tokenizer.eos_id, features.device
     if beam_size == 1:
         found = search.greedy(step, len(features), eos, eos, max_new_tokens, device)
@@ -44,12 +44,12 @@ def caption_features(
 
 
 def within_vocabulary(step: search.Step, vocab_size: int) -> search.Step:
-    """Make of a step function one without the ids of a padded output layer that no token has."""
+    """Return ``step`` without the logits of a padded output layer's ids, which belong to no token."""
     return lambda tokens, ancestors: step(tokens, ancestors)[..., :vocab_size]
 
 
 def check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
-    """Refuse a tokenizer whose ids the decoder does not have."""
+    """Raise ValueError for a tokenizer whose ids the decoder does not have."""
     if tokenizer.vocab_size > decoder.config.vocab_size:
         raise ValueError(
             f"--tokenizer has {tokenizer.vocab_size} tokens, the decoder only {decoder.config.vocab_size}; "

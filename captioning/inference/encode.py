@@ -17,13 +17,13 @@ from captioning.distributed import ALONE, Processes
 from captioning.models.captioner import Captioner
 
 
-def read_pixels(transform: Callable, paths: Sequence[Path], draft: int | None = None) -> torch.Tensor:
+def read_pixels(transform: Callable, paths: Sequence[Path]) -> torch.Tensor:
     """Read and preprocess images: (B, 3, H, W). Raises ValueError naming an image that cannot be read."""
-    return torch.stack([transform(load_image(path, draft)) for path in paths])
+    return torch.stack([transform(load_image(path)) for path in paths])
 
 
 def draft_side(transform: Any) -> int:
-    """Return the ``draft`` of ``data.load_image`` for a timm transform: so many pixels its result stands well above.
+    """Return the ``draft`` of ``data.images.load_image`` for a timm transform: well above the size that it scales to.
 
     Raises:
         ValueError: the transform does not say which size it scales to.
@@ -41,16 +41,15 @@ def cached_features(
     cache: Path,
     limit: float = math.inf,
     processes: Processes = ALONE,
-    draft: int | None = None,
 ) -> FeatureCache:
     """Return the encoder's tokens of ``paths``, from the cache folder or computed now and kept there.
 
     Images for which there is no room below ``limit`` bytes are encoded whenever they are asked for. Several processes
-    encode a part each. ``draft`` is that of ``data.load_image``, and its features are kept apart.
+    encode a part each.
     """
 
     def encode(batch: list[Path]) -> torch.Tensor:
-        pixels = read_pixels(captioner.transform, batch, draft).to(captioner.device)
+        pixels = read_pixels(captioner.transform, batch).to(captioner.device)
         with torch.autocast(captioner.device.type, enabled=False):  # cached or not, features are float32's
             return captioner.encode(pixels)
 
@@ -58,22 +57,20 @@ def cached_features(
     key = {"encoder": config.encoder, "weights": config.encoder_hash, "transform": repr(captioner.transform)}
     if config.encoder_layer != -1:
         key["layer"] = str(config.encoder_layer)
-    if draft:
-        key["draft"] = str(draft)
     spec = CacheSpec(cache, key, captioner.feature_shape, limit=limit)
     return FeatureCache.open(spec, paths, encode, processes)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The encoder tokens of an image, and the point in the encoder's stream from which on they are there."""
+    """The encoder tokens of an image, complete once the encoder's stream has passed ``ready``."""
 
     features: torch.Tensor  # (N, D)
-    ready: torch.cuda.Event | None
+    ready: torch.cuda.Event | None  # None on a CPU, where they are complete
 
 
-class Encoder:
-    """Encodes batches on a stream of its own, where the device is a GPU: beside the decoding of the batch before.
+class StreamEncoder:
+    """Encodes batches, on a GPU in a separate stream: while the batch before is decoded.
 
     Args:
         captioner: its weights are prepared.
@@ -97,10 +94,11 @@ class Encoder:
         return [Encoded(row, ready) for row in features]
 
     def gather(self, encoded: Sequence[Encoded]) -> torch.Tensor:
-        """Return their features (B, N, D), for use on the present stream, which waits for them and not for others."""
+        """Return their features (B, N, D), for use on the current stream, which waits for these and for no others."""
         if self.stream is not None:
-            present = torch.cuda.current_stream(self.device)
+            current = torch.cuda.current_stream(self.device)
             for one in encoded:
-                present.wait_event(one.ready)
-                one.features.record_stream(present)  # their memory is the other stream's, and must not go before
+                assert one.ready is not None  # as encode records it with a stream
+                current.wait_event(one.ready)
+                one.features.record_stream(current)  # or the encoder's stream might reuse their memory too early
         return torch.stack([one.features for one in encoded])

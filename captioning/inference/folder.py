@@ -1,69 +1,60 @@
-"""A folder of images into one JSON of captions, resumable at any image."""
+"""A folder of images into one JSON of captions, resumable after any batch.
+
+OUT.json                the captions, once all are there: {file name without suffix: caption}
+OUT.json.part.jsonl     until then, those of the first process so far (see append_log.py)
+OUT.json.part1.jsonl    those of the second process, and so on
+"""
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from captioning.data.images import load_image
+from captioning.distributed import ALONE, Processes
 from captioning.files import write_json
-from captioning.inference import append_log
-from captioning.inference.append_log import SideFile
-from captioning.inference.batches import Halving, read_ahead, started_batches
+from captioning.inference.append_log import AppendLog, as_read_back, other_run, read_log
+from captioning.inference.batches import Entry, Job, caption_entries
 from captioning.timing import Timer
-from captioning.workers import ALONE, Workers
 
 log = logging.getLogger(__name__)
 
 
 class PredictionLog:
-    """The captions of one run so far, kept in ``OUT.json.part.jsonl``: a line for the run, then one a caption.
+    """The captions of one run so far. Use it as a context manager: it holds a lock on this process's side file.
 
-    Every caption has a checksum: a line that is torn or damaged is passed over, and its image captioned again. Several
-    processes write a side file each, ``OUT.json.part1.jsonl``, …, and the first one merges them; a run may go on with
-    another number of processes. Use it as a context manager: it holds a lock on the side file.
+    Each process writes a side file, and the first one merges them all; a run may resume with another number of
+    processes.
 
     Args:
         out: the final JSON.
-        run: whatever decides the captions; a side file of another run is not gone on with.
+        run: whatever decides the captions; only side files of the same run are resumed.
         overwrite: replace an existing ``out``, and side files of another run.
-        workers: the processes that share the run.
+        processes: share the run.
+
+    Attributes:
+        captions: found in side files of an interrupted run, and since then this process's.
 
     Raises:
         ValueError: ``out`` exists or a side file belongs to another run, and neither may be overwritten; or another
             process is writing it.
     """
 
-    def __init__(self, out: Path, run: dict[str, Any], overwrite: bool = False, workers: Workers = ALONE) -> None:
-        self.out, self.workers = out, workers
-        self.part = out.with_name(f"{out.name}.part{workers.rank or ''}.jsonl")
-        self._header = json.loads(json.dumps({"run": run}))  # as it will be read back
+    def __init__(self, out: Path, run: dict[str, Any], overwrite: bool = False, processes: Processes = ALONE) -> None:
+        self.out, self.processes = out, processes
+        self.part = out.with_name(f"{out.name}.part{processes.rank or ''}.jsonl")
+        self._header = as_read_back({"run": run})
         if out.is_dir():
             raise ValueError(f"{out}: is a folder; name a file for the captions")
         out.parent.mkdir(parents=True, exist_ok=True)
-        if workers.rank == 0:
-            self._side = SideFile(self.part)
-            try:
-                self._check_parts(overwrite)
-            except ValueError:
-                self._side.close()
-                raise
-        workers.wait()
-        if workers.rank:
-            self._side = SideFile(self.part)
-        self._side.begin(self._header)
-        workers.wait()
-        self.captions = self._all_captions()
-        if self.captions and workers.rank == 0:
-            log.info("%s: going on behind %d captions", self.part, len(self.captions))
-        workers.wait()  # nobody writes before all have read, or they would not agree on what is left
+        self.captions = processes.from_first(lambda: self._begin(overwrite))
+        if not processes.first:
+            self._side = AppendLog(self.part)
+            self._side.begin(self._header)
 
     def __enter__(self) -> PredictionLog:
         return self
@@ -73,6 +64,20 @@ class PredictionLog:
             self.part.unlink(missing_ok=True)
         self._side.close()
 
+    def _begin(self, overwrite: bool) -> dict[str, str]:
+        """Open the first process's side file; return the captions of an interrupted run. Nothing is written yet."""
+        self._side = AppendLog(self.part)
+        try:
+            self._check_parts(overwrite)
+        except ValueError:
+            self._side.close()
+            raise
+        self._side.begin(self._header)
+        captions = self._all_captions()
+        if captions:
+            log.info("%s: resuming after %d captions", self.part, len(captions))
+        return captions
+
     def _parts(self) -> list[Path]:
         """Return the side files of all processes, of this run and of the one before."""
         pattern = re.compile(re.escape(self.out.name) + r"\.part\d*\.jsonl")
@@ -80,26 +85,21 @@ class PredictionLog:
 
     def _check_parts(self, overwrite: bool) -> None:
         """Make sure that all side files are this run's, or drop them where that is allowed."""
-        contents = {path: append_log.read(path, overwrite) for path in self._parts()}
+        contents = {path: read_log(path, overwrite) for path in self._parts()}
         started = {path: header for path, (header, captions) in contents.items() if captions}
         if started and all(header == self._header for header in started.values()):
             self._drop(contents.keys() - started.keys())
             return
         if not overwrite and started:
             path, header = next((p, h) for p, h in started.items() if h != self._header)
-            theirs = header.get("run", {})
-            differ = [key for key, value in self._header["run"].items() if theirs.get(key) != value]
-            raise ValueError(
-                f"{path} belongs to another run (other {', '.join(differ)}); finish that one first, or "
-                "give --overwrite to drop it"
-            )
+            raise other_run(path, self._header, header)
         if not overwrite and self.out.exists():
             self.part.unlink()
             raise ValueError(f"{self.out}: exists already; give --overwrite to replace it, or another name")
         self._drop(contents)
 
     def _drop(self, parts: Iterable[Path]) -> None:
-        """Do away with side files; this process's own stays, empty."""
+        """Remove side files; this process's own is emptied."""
         for path in parts:
             if path == self.part:
                 self._side.clear()
@@ -107,7 +107,7 @@ class PredictionLog:
                 path.unlink()
 
     def _all_captions(self) -> dict[str, str]:
-        return {image: caption for path in self._parts() for image, caption in append_log.read(path)[1].items()}
+        return {image: caption for path in self._parts() for image, caption in read_log(path)[1].items()}
 
     def add(self, captions: dict[str, str]) -> None:
         """Keep the captions of a batch, ``{file name without suffix: caption}``."""
@@ -117,57 +117,46 @@ class PredictionLog:
     def finish(self, paths: Sequence[Path]) -> dict[str, str]:
         """Return the captions of all processes in the order of ``paths``; the first one writes the final JSON.
 
+        No process returns before that is written: a launcher ends all of them when one ends with an exit code.
+
         Raises:
             ValueError: there is none.
         """
-        self.workers.wait()
+        self.processes.wait()
+        return self.processes.from_first(lambda: self._publish(paths))
+
+    def _publish(self, paths: Sequence[Path]) -> dict[str, str]:
         found = self._all_captions()
-        self.workers.wait()  # nobody removes before all have read
         captions = {path.stem: found[path.stem] for path in paths if path.stem in found}
         if not captions:
             raise ValueError(f"{self.out}: none of the {len(paths)} images could be captioned")
-        if self.workers.rank == 0:
-            write_json(self.out, captions)
-            for path in self._parts():
-                path.unlink()
-            log.info("%d captions in %s", len(captions), self.out)
-            if len(captions) < len(paths):
-                log.error("%d of %d images were not captioned", len(paths) - len(captions), len(paths))
-        # A launcher ends all processes when one ends with an exit code, so none ends before the result is written.
-        self.workers.wait()
+        write_json(self.out, captions)
+        for path in self._parts():
+            path.unlink()
+        log.info("%d captions in %s", len(captions), self.out)
+        if len(captions) < len(paths):
+            log.error("%d of %d images were not captioned", len(paths) - len(captions), len(paths))
         return captions
 
 
-def caption_images(
-    log_file: PredictionLog,
-    paths: Sequence[Path],
-    prepare: Callable[[Any], Any],
-    caption: Callable[[list], list[str]],
-    batch_size: int,
-    draft: int | None = None,
-    begin: Callable[[list], list] | None = None,
-) -> None:
-    """Caption what ``log_file`` lacks of ``paths``; an image that cannot be read is named and left out.
+def caption_images(predictions: PredictionLog, paths: Sequence[Path], job: Job, batch_size: int) -> None:
+    """Caption this process's share of what ``predictions`` lacks of ``paths``; an unreadable image is named in the log.
 
     Args:
-        log_file: takes the captions.
+        predictions: takes the captions.
         paths: images; their stems are the keys.
-        prepare, caption, draft, begin: as in :class:`Job`.
+        job: what the model does to them.
         batch_size: images at once.
     """
-    workers = log_file.workers
-    todo = [path for path in paths if path.stem not in log_file.captions][workers.rank :: workers.count]
-    caption, load = Halving(caption), functools.partial(load_image, draft=draft)
-    hidden = True if workers.rank else None  # one bar, of the first process's share
-    timer = Timer("caption")
-    with tqdm(total=len(todo), desc="caption", disable=hidden) as bar:
+    processes, timer = predictions.processes, Timer("caption")
+    todo = processes.share([path for path in paths if path.stem not in predictions.captions])
+    with tqdm(total=len(todo), desc="caption", disable=None if processes.first else True) as bar:
 
-        def failed(path: Path, error: Exception) -> None:
+        def failed(entry: Entry, error: Exception) -> None:
             log.error("not captioned: %s", error)
             bar.update()
 
-        batches = read_ahead(todo, prepare, batch_size, load)
-        for found, begun in started_batches(batches, begin, failed):
-            log_file.add(dict(zip([path.stem for path in found], caption(begun), strict=True)))
-            bar.update(len(found))
+        for captions in caption_entries(map(Entry.of, todo), job, batch_size, failed):
+            predictions.add(captions)
+            bar.update(len(captions))
     timer.report(log, len(todo), "%d images")

@@ -1,4 +1,4 @@
-"""Which keys of a run stand there twice, found on disk and in bounded memory."""
+"""Keys that a run over shards has twice, found on disk in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-BUCKET_KEYS = 10**6  # of a run that are compared in memory at once: 24 MB, and as much again to sort them
-
-
+BUCKET_KEYS = 10**6  # keys that are compared in memory at once: 24 MB, and as much again to sort them
 MOST_BUCKETS = 256  # files that are open at once; a billion keys are 94 MB a bucket
-
-
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("row", "<u4")])
 
 
-class KeyTable:
-    """All keys of a run on disk, 24 bytes each, in buckets by hash that are looked at one by one: memory stays flat.
+class DuplicateKeys:
+    """Finds keys that an earlier row or shard has.
 
-    Keys are compared by 128 bits of BLAKE2b; two different ones of a billion agree with a probability below 1e-20.
+    Memory stays flat: hashes of all keys are on disk, 24 bytes each, in buckets of which one at a time is sorted.
+    Keys are compared by 128 bits of BLAKE2b; that any two of a billion agree by chance has a probability below 1e-20.
 
     Args:
         folder: where the temporary files are made.
-        keys: about how many there are to be.
+        keys: about how many there will be.
     """
 
     def __init__(self, folder: Path, keys: int) -> None:
@@ -33,7 +30,7 @@ class KeyTable:
         self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp")
         self._files = [(Path(self._folder.name) / str(n)).open("w+b") for n in range(buckets)]
 
-    def __enter__(self) -> KeyTable:
+    def __enter__(self) -> DuplicateKeys:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -42,7 +39,7 @@ class KeyTable:
         self._folder.cleanup()
 
     def add(self, shard: int, keys: Sequence[str]) -> None:
-        """Take the keys of a shard in the order of its rows; shards come in order."""
+        """Take the keys of the next shard, in the order of its rows."""
         digests = b"".join(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
         table = np.zeros(len(keys), KEY)
         table["high"], table["low"] = np.frombuffer(digests, "<u8").reshape(-1, 2).T
@@ -53,8 +50,8 @@ class KeyTable:
         for number, file in enumerate(self._files):
             file.write(table[order[ends[number] : ends[number + 1]]].tobytes())
 
-    def repeats(self, shards: int) -> list[np.ndarray]:
-        """Return for each shard the rows whose keys stand earlier, ascending."""
+    def rows(self, shards: int) -> list[np.ndarray]:
+        """Return for each shard its rows, ascending, whose keys an earlier row or shard has."""
         found = [np.zeros(0, KEY)]
         for file in self._files:
             file.flush()

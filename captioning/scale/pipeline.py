@@ -4,78 +4,124 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from captioning.cli import PARTIAL
+from captioning.cli import PARTIAL, positive_int
+from captioning.distributed import ALONE, Processes
 from captioning.inference.batches import Job
+from captioning.scale import ray_engine
 from captioning.scale.part_files import FORMS, form_of
 from captioning.scale.results import Results
 from captioning.scale.sources import Shard, Source
-from captioning.scale.worker import caption_shards
-from captioning.workers import Workers, find_workers
+from captioning.scale.worker import Folder, caption_shards
 
 log = logging.getLogger(__name__)
 
 
-def caption_source(
-    args: argparse.Namespace, run: dict[str, Any], build: Callable[[], Job], overwrite: bool = False
-) -> int:
-    """Caption whatever ``args.img_dir`` names into ``args.out``, as the flags of :func:`add_flags` say.
+@dataclass(frozen=True)
+class ShardRun:
+    """A run over shards: which images, where their captions go, and who makes them.
+
+    Attributes:
+        source: the images.
+        out: the one JSON, or the folder of parts.
+        form: ``json``, ``jsonl`` or ``parquet``.
+        settings: whatever decides the captions; results made by others are neither resumed nor dropped.
+        batch_size: images at once.
+        overwrite: drop results of another run.
+        retry_unreadable: go again through finished shards in which images could not be read.
+        engine: ``plain``, this process and those launched with it; or ``ray``, the actors of a cluster.
+        ray_actors: how many of those; None: one for each GPU, or else each CPU.
+        device: ``--device`` of the actors.
+    """
+
+    source: Source
+    out: Path
+    form: str
+    settings: dict[str, Any]
+    batch_size: int
+    overwrite: bool = False
+    retry_unreadable: bool = False
+    engine: str = "plain"
+    ray_actors: int | None = None
+    device: str = "auto"
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace, settings: dict[str, Any]) -> ShardRun:
+        """Return the run that a command line names: flags of :func:`add_flags`, and the script's own settings."""
+        names = ("out", "batch_size", "overwrite", "retry_unreadable", "engine", "ray_actors", "device")
+        where = {"images": str(args.img_dir.resolve()), "shard_size": args.shard_size, "entries": args.entries}
+        return cls(
+            source_of(args),
+            form=form_of(args.out, args.out_format),
+            settings=settings | where,
+            **{name: getattr(args, name) for name in names},
+        )
+
+
+def caption_source(run: ShardRun, build: Callable[[], Job], processes: Processes = ALONE) -> int:
+    """Caption all images of a run.
 
     Args:
-        args: the command line.
-        run: whatever decides the captions.
-        build: loads the model; is called in the processes that need it.
-        overwrite: drop results of another run.
+        run: what to do.
+        build: loads the model; it is called in each process that captions.
+        processes: share the shards, each of which is claimed by one of them.
 
     Returns:
         The exit code: 0, or 3 (``PARTIAL``) where an image was left out.
     """
-    workers, source = find_workers(), source_of(args)
-    if not args.img_dir.is_dir():
-        source.shards(Path())  # said before anything is made
-    run = run | {"images": str(args.img_dir.resolve()), "shard_size": args.shard_size, "entries": args.entries}
-    with Results(args.out, form_of(args.out, args.out_format), run, overwrite) as results:
-        if workers.rank == 0:
-            results.begin()
-            source.spool(results.folder.state)
-            if args.retry_unreadable:
-                again = sum(map(results.folder.reopen, source.shards(results.folder.state)))
-                log.info("%d finished shards had images that could not be read, and are gone through again", again)
-        workers.wait()
-        shards = source.shards(results.folder.state)
+    if run.engine == "ray" and processes.count > 1:
+        raise ValueError("--engine ray: starts processes itself; run it without accelerate launch")
+    if not run.source.argument.is_dir():
+        run.source.shards(Path())  # fails, where it does, before anything is made
+    with Results(run.out, run.form, run.settings, run.overwrite) as results:
+        processes.from_first(lambda: _begin(run, results))
+        shards = run.source.shards(results.folder.state)
         if all(map(results.folder.done, shards)):
             log.info("%s: all %d shards are finished", results.folder.path, len(shards))
-        elif args.engine == "ray":
-            from captioning.scale import ray_engine as engine_ray  # which imports this module
-
-            engine_ray.caption_shards(results.folder, shards, build, args)
         else:
-            begin = len(shards) * workers.rank // workers.count  # so that not all processes ask for the same ones
-            mine = _with_bar(shards[begin:] + shards[:begin], workers)
-            caption_shards(results.folder, mine, build(), args.batch_size)
-        workers.wait()
-        totals = {}
-        if workers.rank == 0:
-            totals = results.finish(shards)
-            source.forget(results.folder.state)
-        workers.wait()  # a launcher ends all processes when one ends with an exit code
-    left_out = sum(totals.get(name, 0) for name in ("unreadable", "duplicates", "damaged"))
-    if left_out:
-        log.error(
-            "not all was captioned: %(unreadable)d images cannot be read, %(duplicates)d have another's key, "
-            "%(damaged)d shards are damaged",
-            totals,
-        )
-    return PARTIAL if left_out else 0
+            _caption(run, results.folder, shards, build, processes)
+        processes.wait()
+        # All wait for it: a launcher ends all processes when one ends with an exit code.
+        return processes.from_first(lambda: _finish(run, results, shards))
 
 
-def _with_bar(shards: list[Shard], workers: Workers) -> Iterable[Shard]:
-    return tqdm(shards, desc="caption", unit="shard", disable=True if workers.rank else None)
+def _begin(run: ShardRun, results: Results) -> None:
+    results.begin()
+    run.source.spool(results.folder.state)
+    if run.retry_unreadable:
+        count = sum(map(results.folder.reopen, run.source.shards(results.folder.state)))
+        log.info("%d finished shards had images that could not be read, and are gone through again", count)
+
+
+def _caption(
+    run: ShardRun, folder: Folder, shards: Sequence[Shard], build: Callable[[], Job], processes: Processes
+) -> None:
+    if run.engine == "ray":
+        use_gpus = run.device == "auto" or run.device.startswith("cuda")
+        return ray_engine.caption_shards(folder, shards, build, run.batch_size, run.ray_actors, use_gpus)
+    first = len(shards) * processes.rank // processes.count  # so that not all processes try to claim the same ones
+    order = [*shards[first:], *shards[:first]]
+    bar = tqdm(order, desc="caption", unit="shard", disable=None if processes.first else True)
+    return caption_shards(folder, bar, build(), run.batch_size)
+
+
+def _finish(run: ShardRun, results: Results, shards: Sequence[Shard]) -> int:
+    totals = results.finish(shards)
+    run.source.forget(results.folder.state)
+    if not any(totals[name] for name in ("unreadable", "duplicates", "damaged")):
+        return 0
+    log.error(
+        "not all was captioned: %(unreadable)d images cannot be read, %(duplicates)d have another's key, "
+        "%(damaged)d shards are damaged",
+        totals,
+    )
+    return PARTIAL
 
 
 def source_of(args: argparse.Namespace) -> Source:
@@ -83,8 +129,8 @@ def source_of(args: argparse.Namespace) -> Source:
     return Source(args.img_dir, args.shard_size, args.list_root, args.entries)
 
 
-def is_small(args: argparse.Namespace) -> bool:
-    """Return whether the command line asks for a folder in one JSON, by the launcher's processes: no shards then."""
+def is_plain_folder(args: argparse.Namespace) -> bool:
+    """Whether the command line asks for a folder into one JSON without Ray, for which no shards are needed."""
     kind = source_of(args).kind
     return kind == "folder" and form_of(args.out, args.out_format) == "json" and args.engine == "plain"
 
@@ -114,11 +160,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--out-format",
         choices=("auto", *FORMS),
         default="auto",
-        help="jsonl and parquet: OUT is a folder with a part for each shard; auto: by the ending of OUT",
+        help="jsonl and parquet: OUT is a folder with a part for each shard; auto: by the suffix of OUT",
     )
     add("--shard-size", type=int, default=Source.shard_size, help="images of a list or folder that make a shard")
     add("--list-root", type=Path, help="what a list's paths are relative to (default: the list's folder)")
-    add("--entries", metavar="GLOB", help="which files of a tar are images (default: by their ending)")
+    add("--entries", metavar="GLOB", help="which files of a tar are images (default: by their suffix)")
     add(
         "--retry-unreadable",
         action="store_true",
@@ -130,4 +176,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="plain",
         help="plain: this process, or accelerate's; ray: actors of a Ray cluster",
     )
-    add("--ray-actors", type=int, help="models at once (default: one for each GPU of the cluster, or else CPU)")
+    add(
+        "--ray-actors", type=positive_int, help="models at once (default: one for each GPU of the cluster, or else CPU)"
+    )

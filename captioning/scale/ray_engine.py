@@ -1,13 +1,12 @@
 """Caption shards with the actors of a Ray cluster: the same model, the same shards, the same parts and records.
 
-Ray Data deals out shards, restarts actors that die and gives their shards to others. What a dead actor had captioned is
-in the shard's side file, where the next one goes on; which shards are finished, the records say. So all that Ray moves
-are names of shards, and all machines must see the same files under the same paths, this repository's included.
+Ray Data hands out shards, restarts actors that die and gives their shards to others. What a dead actor had captioned is
+in the shard's side file, which the next one resumes; records say which shards are finished. So all that Ray moves are
+names of shards, and all machines must see the same files under the same paths, this repository's included.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -17,27 +16,27 @@ from typing import Any
 
 from captioning.imports import import_guarded
 from captioning.inference.batches import Job
+from captioning.messages import one_line
 from captioning.scale import worker
 from captioning.scale.sources import Shard
 from captioning.scale.worker import Folder
-from captioning.workers import find_workers
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds to wait for a shard whose process may be about to die
-TRIES = 10  # of a shard whose actor died; Ray's own number is without end, and a crash may be the shard's doing
-MOST_BLOCKS = 10_000  # what Ray deals out at once; more shards than that go by several
+TRIES = 10  # of a shard whose actor died; Ray would try without end, and the shard may be the reason for the crash
+MOST_BLOCKS = 10_000  # what Ray hands out at once; with more shards than that, several in a block
 ROOT = str(Path(__file__).resolve().parents[2])
 
 
-class Captioner:
+class CaptionActor:
     """The actor: loads the model at its first shard, then captions one shard after another.
 
     Args:
         build: loads the model.
         folder: takes the captions.
         batch_size: images at once.
-        shards: all of them, of which rows name some by number.
+        shards: all of them; a row names one by its number.
     """
 
     def __init__(self, build: Callable[[], Job], folder: Folder, batch_size: int, shards: Sequence[Shard]) -> None:
@@ -45,7 +44,7 @@ class Captioner:
         self._job: Job | None = None
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[str]]:
-        """Caption the one that ``rows["item"]`` numbers; return what went wrong, or an empty text."""
+        """Caption the shard with the number ``rows["item"]``; return what went wrong, or an empty text."""
         try:
             self._job = self._job or self._build()
             shards = [self._shards[number] for number in rows["item"]]
@@ -55,34 +54,38 @@ class Captioner:
         return {"error": [""]}
 
 
-def caption_shards(folder: Folder, shards: Sequence[Shard], build: Callable[[], Job], args: argparse.Namespace) -> None:
+def caption_shards(
+    folder: Folder,
+    shards: Sequence[Shard],
+    build: Callable[[], Job],
+    batch_size: int,
+    actors: int | None = None,
+    use_gpus: bool = True,
+) -> None:
     """Caption the shards that are not finished on the cluster of ``RAY_ADDRESS``, or on this machine without one.
 
     Args:
         folder: takes the captions.
         shards: in order.
-        build: loads the model; is called in each actor.
-        args: the command line: ``ray_actors``, ``batch_size``, ``device``.
+        build: loads the model; it is called in each actor.
+        batch_size: images at once.
+        actors: models at once; None: one for each GPU that may be used, or else each CPU.
+        use_gpus: give actors GPUs where the cluster has any.
 
     Raises:
-        ValueError: Ray is not installed, processes were launched besides, an actor met bad input, or actors died again
-            and again.
+        ValueError: Ray is not installed, an actor met bad input, or actors died too often.
     """
-    if find_workers().count > 1:
-        raise ValueError("--engine ray: starts processes itself; run it without accelerate launch")
-    if args.ray_actors is not None and args.ray_actors < 1:
-        raise ValueError(f"--ray-actors {args.ray_actors}: must be at least 1")
     ray = import_ray()
     todo = [shard for shard in shards if folder.done(shard) is None]
     started = not ray.is_initialized()
     if started:
         _start(ray)
     try:
-        count, resources = _share(ray.cluster_resources(), args, len(todo))
+        count, resources = _share(ray.cluster_resources(), actors, use_gpus, len(todo))
         log.info("%d shards for %d actors", len(todo), count)
         results = ray.data.from_items([*range(len(todo))], override_num_blocks=min(len(todo), MOST_BLOCKS)).map_batches(
-            Captioner,
-            fn_constructor_args=(build, folder, args.batch_size, todo),
+            CaptionActor,
+            fn_constructor_args=(build, folder, batch_size, todo),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
             max_task_retries=TRIES,
@@ -92,10 +95,9 @@ def caption_shards(folder: Folder, shards: Sequence[Shard], build: Callable[[], 
             if row["error"]:
                 raise ValueError(row["error"])
     except ray.exceptions.RayError as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
             f"--engine ray: the same shard failed {TRIES + 1} times, or the cluster did; what is captioned"
-            f" is kept. Ray says: {reason:.500}"
+            f" is kept. Ray says: {one_line(str(error), 500)}"
         ) from error
     finally:
         if started:
@@ -104,7 +106,7 @@ def caption_shards(folder: Folder, shards: Sequence[Shard], build: Callable[[], 
 
 def import_ray() -> Any:
     """Return Ray with Ray Data. Raises ValueError where it is not installed."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing to anyone
     try:
         import_guarded("ray.data")
     except ImportError as error:
@@ -121,14 +123,14 @@ def _start(ray: Any) -> None:
     local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "object_store_memory": 100 * 2**20}
     ray.init(runtime_env={"env_vars": environment}, logging_level=logging.WARNING, **local)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of each plan
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs each plan
 
 
-def _share(found: dict[str, float], args: argparse.Namespace, shards: int) -> tuple[int, dict[str, float]]:
-    """Return how many actors there are to be, and what each of them takes of the cluster."""
-    gpus = int(found.get("GPU", 0)) if args.device == "auto" or args.device.startswith("cuda") else 0
+def _share(found: dict[str, float], actors: int | None, use_gpus: bool, shards: int) -> tuple[int, dict[str, float]]:
+    """Return how many actors to start, and what each of them takes of the cluster's resources ``found``."""
+    gpus = int(found.get("GPU", 0)) if use_gpus else 0
     cpus = int(found.get("CPU", 1))
-    count = min(args.ray_actors or gpus or cpus, max(shards, 1))
+    count = min(actors or gpus or cpus, max(shards, 1))
     if gpus:
         return count, {"num_gpus": min(1.0, gpus / count)}
     return count, {"num_cpus": min(1.0, cpus / count)}

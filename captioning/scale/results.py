@@ -1,4 +1,7 @@
-"""The results of a run over shards: records become a manifest, and no key has two captions."""
+"""The results of a run over shards, from an empty folder to the manifest; no key has two captions in them.
+
+worker.py draws the folder. The first of several processes begins the run and finishes it for all.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,8 @@ import contextlib
 import io
 import json
 import logging
-import platform
 import shutil
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,15 @@ import numpy as np
 
 from captioning import files
 from captioning.files import atomic_path, read_json, sha256_of, write_json
+from captioning.inference.append_log import as_read_back, other_run
 from captioning.messages import some
-from captioning.scale.duplicate_keys import KeyTable
+from captioning.scale.duplicate_keys import DuplicateKeys
+from captioning.scale.manifest import Manifest, write_lines
 from captioning.scale.part_files import parquet, read_part, write_part
 from captioning.scale.sources import Shard
-from captioning.scale.worker import COUNTS, Folder
+from captioning.scale.worker import Folder
 
 log = logging.getLogger(__name__)
-
-
-PACKAGES = ("torch", "timm", "transformers", "pillow")
 
 
 class Results:
@@ -35,19 +35,18 @@ class Results:
     Args:
         out: the one JSON, or the folder of parts.
         form: ``json``, ``jsonl`` or ``parquet``. Parts on the way to one JSON are in ``OUT.json.parts``.
-        run: whatever decides the captions; results of another run are not gone on with.
+        run: whatever decides the captions; only results of the same run are resumed.
         overwrite: drop results of another run, or an existing ``out``.
-        first: whether this process is the one that begins and ends the run for all.
 
     Raises:
         ValueError: ``out`` holds something else, or another process has the lock.
     """
 
-    def __init__(self, out: Path, form: str, run: dict[str, Any], overwrite: bool = False, first: bool = True) -> None:
+    def __init__(self, out: Path, form: str, run: dict[str, Any], overwrite: bool = False) -> None:
         if form == "parquet":
-            parquet()  # said now rather than behind the first shard
-        self.out, self.form, self.overwrite, self.first = out, form, overwrite, first
-        self._run = json.loads(json.dumps({"run": run | {"form": form}}))  # as it will be read back
+            parquet()  # fails now rather than after the first shard
+        self.out, self.form, self.overwrite = out, form, overwrite
+        self._run = as_read_back({"run": run | {"form": form}})
         one = form == "json"
         self.folder = Folder(out.with_name(f"{out.name}.parts"), "jsonl") if one else Folder(out, form)
         self.manifest = out.with_name(f"{out.stem}.manifest.json") if one else out / "_manifest.json"
@@ -66,16 +65,17 @@ class Results:
         return any(path.name not in ("lock", "run.json", "images.jsonl") for path in self.folder.state.iterdir())
 
     def begin(self) -> None:
-        """Make the folder ready, for the first process; the others must wait for it."""
+        """Make the folder ready, in the first process; the others must wait for it."""
         state = self.folder.state
-        self._refuse_strange_folder()
+        self._check_folder()
         state.mkdir(parents=True, exist_ok=True)
         self._lock = files.lock(state / "lock")
-        for path in [*self.folder.path.glob(".*.tmp"), *state.glob(".*.tmp")]:  # what a killed process left half-made
+        for path in [*self.folder.path.glob(".*.tmp"), *state.glob(".*.tmp")]:  # left by a process that was killed
             _delete(path)
         self._check_run()
 
-    def _refuse_strange_folder(self) -> None:
+    def _check_folder(self) -> None:
+        """Raise ValueError where the results' place is taken by anything but a run of this suite."""
         folder = self.folder.path
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder}: is a file; name a folder for the parts, or another --out-format")
@@ -85,17 +85,14 @@ class Results:
             raise ValueError(f"{self.out}: is a folder; name a file for the captions, or give --out-format jsonl")
 
     def _check_run(self) -> None:
+        """Make sure that the folder belongs to this run, by what ``run.json`` says; drop another run's if allowed."""
         file = self.folder.state / "run.json"
         if file.exists():
             theirs = self._read_run(file)
             if theirs == self._run:
                 return
             if not self.overwrite:
-                differ = [k for k, v in self._run["run"].items() if theirs.get("run", {}).get(k) != v]
-                raise ValueError(
-                    f"{self.folder.path} belongs to another run (other {', '.join(differ)}); finish that "
-                    "one first, or give --overwrite to drop it"
-                )
+                raise other_run(self.folder.path, self._run, theirs)
             self._clear()
             self.manifest.unlink(missing_ok=True)
         elif self.form == "json" and self.out.exists() and not self.overwrite:
@@ -108,10 +105,10 @@ class Results:
         except (ValueError, TypeError) as error:
             if self.overwrite:
                 return {}
-            raise ValueError(f"{file}: damaged ({error}); give --overwrite to begin anew") from error
+            raise ValueError(f"{file}: damaged ({error}); give --overwrite to start again") from error
 
     def _clear(self) -> None:
-        """Drop parts and state, and nothing that is not ours."""
+        """Delete parts and state, and nothing else that is in the folder."""
         for path in self.folder.state.iterdir():
             if path.suffix == ".json":
                 with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -123,7 +120,7 @@ class Results:
         self._clear()
         (self.folder.state / "lock").unlink()
         for folder in (self.folder.state, self.folder.path):
-            with contextlib.suppress(OSError):  # somebody else's files are in it
+            with contextlib.suppress(OSError):  # other files are in it
                 folder.rmdir()
 
     def finish(self, shards: Sequence[Shard]) -> dict[str, int]:
@@ -132,22 +129,16 @@ class Results:
         Raises:
             ValueError: a shard is not finished or its part is damaged, or there is no caption at all.
         """
-        records = self.folder.state / ".manifest.tmp"
-        totals = dict.fromkeys((*COUNTS, "damaged"), 0)
-        with records.open("w", encoding="utf-8") as file:
+        with Manifest(self.manifest, self.folder.state / ".manifest.tmp") as manifest:
             for shard, rows in zip(shards, self._repeats(shards), strict=True):
-                record = self._publish(shard, rows)
-                for name in COUNTS:
-                    totals[name] += record[name]
-                totals["damaged"] += bool(record["damage"])
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        if not totals["captioned"]:
-            raise ValueError(f"{self.out}: none of the {totals['images']} images could be captioned")
-        self._put_aside(shards)
-        if self.form == "json":
-            self._merge(shards)
-        self._write_manifest(records, len(shards), totals)
-        records.unlink()
+                manifest.add(self._publish(shard, rows))
+            totals = manifest.totals
+            if not totals["captioned"]:
+                raise ValueError(f"{self.out}: none of the {totals['images']} images could be captioned")
+            self._put_aside(shards)
+            if self.form == "json":
+                write_lines(self.out, "{", self._merged(shards), "}\n")
+            manifest.write(self.out, self._run)
         if self.form == "json":
             self._remove()
         log.info("%d captions in %s, what they were made of in %s", totals["captioned"], self.out, self.manifest)
@@ -161,35 +152,35 @@ class Results:
             if record is None:
                 raise ValueError(f"{shard.path} is not finished; run the same command again")
             records.append((record["captioned"], record["part_sha256"]))
-        with KeyTable(self.folder.state, sum(count for count, _ in records)) as table:
+        with DuplicateKeys(self.folder.state, sum(count for count, _ in records)) as duplicates:
             for number, (shard, (_, digest)) in enumerate(zip(shards, records, strict=True)):
-                file = self.folder.complete(shard)
+                file = self.folder.all_captions(shard)
                 if sha256_of(file) != digest:
                     raise ValueError(f"{file}: damaged since it was written; remove it and run the same command again")
-                table.add(number, [key for key, _ in read_part(file)])
-            return table.repeats(len(shards))
+                duplicates.add(number, [key for key, _ in read_part(file)])
+            return duplicates.rows(len(shards))
 
     def _publish(self, shard: Shard, repeats: np.ndarray) -> dict[str, Any]:
-        """Make a shard's part hold all its captions but those rows; return what the manifest says of the shard."""
+        """Make a shard's part hold all its captions except those rows; return the shard's record in the manifest."""
         record = read_json(self.folder.record(shard))
-        part, whole = self.folder.part(shard), self.folder.whole(shard)
+        part, uncut = self.folder.part(shard), self.folder.uncut(shard)
         if not len(repeats):
-            if whole.exists():
-                whole.replace(part)
+            if uncut.exists():
+                uncut.replace(part)
             return record
-        if not whole.exists():
-            with atomic_path(whole) as copy:
+        if not uncut.exists():
+            with atomic_path(uncut) as copy:
                 shutil.copyfile(part, copy)
         drop, dropped = set(repeats.tolist()), []
 
-        def first() -> Iterator[tuple[str, str]]:
-            for number, (key, caption) in enumerate(read_part(whole)):
+        def others() -> Iterator[tuple[str, str]]:
+            for number, (key, caption) in enumerate(read_part(uncut)):
                 if number in drop:
                     dropped.append(key)
                 else:
                     yield key, caption
 
-        write_part(part, first())
+        write_part(part, others())
         log.error(
             "%s: %d keys have a caption in an earlier shard, which stays: %s", shard.path, len(dropped), some(dropped)
         )
@@ -203,48 +194,24 @@ class Results:
         }
 
     def _put_aside(self, shards: Sequence[Shard]) -> None:
-        """Take parts of shards that the source no longer has out of sight; should one come back, so does its part."""
+        """Move parts of shards that the source no longer has into the state; should one come back, so does its part."""
         present = {self.folder.record(shard).name for shard in shards} | {"run.json"}
         for record in self.folder.state.glob("*.json"):
             part = self.folder.path / f"{record.stem}.{self.folder.ending}"
             if record.name not in present and part.exists():
                 log.warning("%s: its shard is no longer among the images; put aside in %s", part, self.folder.state)
-                whole = self.folder.state / f"{record.stem}.whole.{self.folder.ending}"
-                if whole.exists():
+                uncut = self.folder.state / f"{record.stem}.whole.{self.folder.ending}"
+                if uncut.exists():
                     part.unlink()
                 else:
-                    part.replace(whole)
+                    part.replace(uncut)
 
-    def _merge(self, shards: Sequence[Shard]) -> None:
-        """Write the one JSON, as ``runtime.write_json`` would, but a row at a time."""
-        with atomic_path(self.out) as temporary, temporary.open("w", encoding="utf-8") as file:
-            between = "{\n"
-            for shard in shards:
-                for row in read_part(self.folder.part(shard)):
-                    key, caption = (json.dumps(text, ensure_ascii=False) for text in row)
-                    file.write(f"{between}  {key}: {caption}")
-                    between = ",\n"
-            file.write("\n}\n")
-
-    def _write_manifest(self, records: Path, count: int, totals: dict[str, int]) -> None:
-        """Write the manifest from the records of all shards, a line each."""
-        head = {
-            "results": str(self.out),
-            "exactly_one_result_for_each_key": True,  # _repeats compared all keys, or finish would have raised
-            "keys": totals["captioned"],
-            "totals": {"shards": count, **totals},
-            **self._run,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        }
-        text = json.dumps(head, ensure_ascii=False, indent=2).removesuffix("\n}")
-        with atomic_path(self.manifest) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            between = ',\n  "shards": [\n    '
-            with records.open(encoding="utf-8") as lines:
-                for line in lines:
-                    file.write(between + line.rstrip("\n"))
-                    between = ",\n    "
-            file.write("\n  ]\n}\n")
+    def _merged(self, shards: Sequence[Shard]) -> Iterator[str]:
+        """Yield the lines of the one JSON, as ``files.write_json`` would write them."""
+        for shard in shards:
+            for row in read_part(self.folder.part(shard)):
+                key, caption = (json.dumps(text, ensure_ascii=False) for text in row)
+                yield f"  {key}: {caption}"
 
 
 def _delete(path: Path) -> None:

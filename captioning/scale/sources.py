@@ -1,7 +1,7 @@
-"""Where images come from by the million: tar shards, lists of paths, folders. Read as a stream, a shard at a time.
+"""Where millions of images come from: tar shards, lists of paths, folders, each read as a stream of entries.
 
-A shard is what one process works on: a tar file (webdataset's form), or a run of lines of a list. The names in a folder
-become such a list. Nothing here holds more of a source than one entry; a list of shards is all that grows with it.
+A shard is what one process works on: a tar file (as webdataset's) or some successive lines of a list. The names in a
+folder are written down as such a list. Of a source only one entry is in memory at a time, and the list of its shards.
 """
 
 from __future__ import annotations
@@ -13,61 +13,32 @@ import hashlib
 import heapq
 import itertools
 import json
-import lzma
 import os
 import re
-import struct
 import tarfile
 import tempfile
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from PIL import Image
-
-from captioning.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, decode_image, load_image
+from captioning.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from captioning.files import atomic_path, parse_json
+from captioning.inference.batches import Entry
+from captioning.scale.tar_stream import DAMAGE, HashingReader, tar_members
 
 LIST_SUFFIXES = (".txt", ".list", ".lst", ".jsonl")
 MOST_SHARDS = 10**6  # a slip in a brace range must not fill the memory
-BLOCK = 2**20  # bytes of a tar that are read at once
-SORTED_AT_ONCE = 10**5  # names of a folder
-# What tarfile, zlib and lzma raise for damaged files. An OSError is none of these: a disk that fails is no bad shard.
-DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError, struct.error)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One image of a shard, not decoded yet.
-
-    Attributes:
-        key: by which its caption is found.
-        name: what messages call it.
-        source: its bytes, its path, or why there is neither.
-    """
-
-    key: str
-    name: str
-    source: bytes | Path | ValueError
-
-    def load(self, draft: int | None = None) -> Image.Image:
-        """Return the image as ``data.load_image`` does. Raises ValueError or OSError naming it."""
-        if isinstance(self.source, ValueError):
-            raise self.source
-        if isinstance(self.source, Path):
-            return load_image(self.source, draft)
-        return decode_image(self.source, self.name, draft)
+SORTED_AT_ONCE = 10**5  # names of a folder that are sorted in memory
 
 
 @dataclass
 class Findings:
-    """What one pass over a shard finds beside its images, whole behind the last one.
+    """What one pass over a shard finds besides its images; complete after the last entry.
 
     Attributes:
-        others: entries that claim to be no image.
+        others: files whose names are not those of images.
         damage: why the rest of the shard cannot be read.
         sha256: of the file, or of the list's lines.
     """
@@ -82,12 +53,12 @@ class Findings:
 
 @dataclass(frozen=True)
 class TarShard:
-    """A tar file, plain or compressed; an image's key is its name in it without the ending.
+    """A tar file, plain or compressed; an image's key is its name in the tar without the suffix.
 
     Attributes:
         path: the file.
-        name: unlike any other shard's; its results are called so.
-        pattern: which entries are images, as in ``*.jpg``; without it all with an image's ending.
+        name: of its results, unique among the shards.
+        pattern: which entries are images, as in ``*.jpg``; without it all those with an image's suffix.
     """
 
     path: Path
@@ -102,17 +73,16 @@ class TarShard:
     def entries(self, findings: Findings) -> Iterator[Entry]:
         """Yield the images in the file's order, up to the end or to where the file is damaged."""
         with self.path.open("rb") as file:
-            stream = _Hashing(file)
+            stream = HashingReader(file)
             try:
-                for member, archive in _members(stream):
+                for member, archive in tar_members(stream):
                     if self._is_image(member.name):
                         yield self._entry(member, archive)
                     elif member.isfile():
                         findings.others += 1
             except DAMAGE as error:
                 findings.damage = str(error) or type(error).__name__
-            while stream.read(BLOCK):
-                pass
+            stream.read_rest()
         findings.sha256 = stream.digest.hexdigest()
 
     def _is_image(self, name: str) -> bool:
@@ -123,58 +93,17 @@ class TarShard:
 
     def _entry(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> Entry:
         name = f"{self.path}: {_printable(member.name)}"
-        key, problem = _key(member.name), None
-        if not member.isreg():
+        key, problem = _key(member.name), ""
+        content = archive.extractfile(member) if member.isreg() else None
+        if content is None:
             problem = "is a link or no plain file"
         elif member.size > MAX_IMAGE_BYTES:
             problem = f"larger than {MAX_IMAGE_BYTES / 1e6:.0f} MB"
         elif key is None:
             problem = "its name is no valid Unicode"
-        if problem:
-            return Entry(key or _printable(member.name), name, ValueError(f"{name}: {problem}; take it out"))
-        return Entry(key, name, archive.extractfile(member).read())
-
-
-class _Hashing:
-    """A file that is read once from its beginning, and hashed on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-
-    def read(self, size: int) -> bytes:
-        block = self._file.read(size)
-        self.digest.update(block)
-        return block
-
-
-class _Member(tarfile.TarInfo):
-    """A tar's entry that tells its archive when the header behind the last entry is no end mark.
-
-    ``TarFile.next`` ends at a damaged header as at a good end, and the rest of the file would be lost in silence.
-    """
-
-    @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
-        tarfile_.ended_by = None
-        try:
-            return super().fromtarfile(tarfile_)
-        except tarfile.HeaderError as error:
-            tarfile_.ended_by = error
-            raise
-
-
-def _members(stream: _Hashing) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """Yield the entries of a tar; raises one of ``DAMAGE`` where it is cut off or damaged."""
-    try:
-        with tarfile.open(fileobj=stream, mode="r|*", bufsize=BLOCK, tarinfo=_Member) as archive:
-            while (member := archive.next()) is not None:
-                yield member, archive
-                archive.members = []  # it would keep them all
-            if not isinstance(archive.ended_by, tarfile.EOFHeaderError):
-                raise tarfile.ReadError(f"no entry and no end mark at byte {archive.offset}: cut off or damaged")
-    except TypeError as error:  # tarfile takes an end within a gzip header so
-        raise tarfile.ReadError("unexpected end of data") from error
+        else:
+            return Entry(key, name, content.read())
+        return Entry(key or _printable(member.name), name, ValueError(f"{name}: {problem}; take it out"))
 
 
 # --------------------------------------------------------------------------------------------------------------- lists
@@ -182,12 +111,12 @@ def _members(stream: _Hashing) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFil
 
 @dataclass(frozen=True)
 class ListShard:
-    """A run of lines of a list: a path a line, or a JSON object with ``image``, its path, and maybe ``key``.
+    """Successive lines of a list: a path a line, or a JSON object with ``image``, its path, and maybe ``key``.
 
     Attributes:
         path: the list.
-        name: unlike any other shard's; its results are called so.
-        start, end: bytes of the list that it begins and ends at.
+        name: of its results, unique among the shards.
+        start, end: bytes of the list at which it begins and ends.
         line: number of its first line, from 1.
         sha256: of those bytes.
         root: what relative paths are relative to.
@@ -272,11 +201,11 @@ def list_folder(folder: Path, target: Path) -> None:
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=".", suffix=".tmp"))
         listing = stack.enter_context(os.scandir(folder))
-        runs = []
+        runs: list[Path] = []
         names = (entry.name for entry in listing if _is_listed(entry))
-        while some := sorted(itertools.islice(names, SORTED_AT_ONCE)):
+        while chunk := sorted(itertools.islice(names, SORTED_AT_ONCE)):
             runs.append(Path(temporary) / str(len(runs)))
-            runs[-1].write_text("".join(json.dumps(name) + "\n" for name in some), encoding="ascii")
+            runs[-1].write_text("".join(json.dumps(name) + "\n" for name in chunk), encoding="ascii")
         if not runs:
             endings = ", ".join(IMAGE_SUFFIXES)
             raise ValueError(f"{folder}: no image here; expected files ending in {endings}; tars are '{folder}/*.tar'")
@@ -327,7 +256,7 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """``folder``, ``list`` or ``tars``; what is not there and looks like nothing else passes for a folder."""
+        """``folder``, ``list`` or ``tars``: a name that does not exist is a folder's unless it looks otherwise."""
         if self.argument.is_dir():
             return "folder"
         if self.argument.suffix.lower() in LIST_SUFFIXES:
@@ -335,20 +264,20 @@ class Source:
         return "tars" if re.search(r"[*?\[{]|\.tar(\.\w+)?$|\.tgz$", str(self.argument)) else "folder"
 
     def spool(self, state: Path) -> None:
-        """Write a folder's names into ``state``, once a run; for the first of several processes."""
+        """Write a folder's names into ``state``, once a run; the first of several processes does it."""
         if self.kind == "folder" and not (state / "images.jsonl").exists():
             list_folder(self.argument, state / "images.jsonl")
 
     def forget(self, state: Path) -> None:
-        """Drop what :meth:`spool` wrote, so that another run sees the folder as it is then."""
+        """Remove what :meth:`spool` wrote, so that another run sees the folder as it is then."""
         (state / "images.jsonl").unlink(missing_ok=True)
 
-    def shards(self, state: Path) -> list[Shard]:
+    def shards(self, state: Path) -> Sequence[Shard]:
         """Return the shards in order; a folder must have been spooled into ``state``.
 
         Raises:
             FileNotFoundError: there is no such file, or one of a range is missing.
-            ValueError: there is nothing in it.
+            ValueError: the source is empty.
         """
         if self.kind == "folder":
             return cut_list(state / "images.jsonl", self.shard_size, self.argument)
@@ -365,7 +294,7 @@ def find_tars(text: str) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: one of them is missing.
-        ValueError: a range is no range, or far too long.
+        ValueError: a range is malformed or far too long, or the text is a URL.
     """
     if re.match(r"[a-z0-9]+:", text):
         raise ValueError(f"{text}: only local files are read; mount or copy them")
@@ -380,7 +309,7 @@ def find_tars(text: str) -> Iterator[Path]:
 
 
 def expand_braces(text: str) -> Iterator[str]:
-    """Yield ``text`` with each ``{000..999}`` and ``{a,b}`` replaced by what it stands for, in order.
+    """Yield ``text`` with each ``{000..999}`` and ``{a,b}`` expanded, in order.
 
     Raises:
         ValueError: a range runs backwards, or there are too many names.
@@ -395,7 +324,8 @@ def expand_braces(text: str) -> Iterator[str]:
     return map("".join, itertools.product(*choices))
 
 
-def _options(inside: str) -> Any:
+def _options(inside: str) -> list[str]:
+    """Return what the text inside braces expands to."""
     ends = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
     if not ends:
         if ".." in inside and "," not in inside:
@@ -411,7 +341,7 @@ def _options(inside: str) -> Any:
 
 
 def _part_names(paths: Iterable[Path]) -> list[str]:
-    """Return a name for each path: its stem, and where several share that, something of the whole path too."""
+    """Return a name for each path: its stem, and where several paths share that, a hash of the path too."""
     paths = list(paths)
     stems = [re.sub(r"\.tar(\.\w+)?$|\.tgz$", "", path.name).lstrip("._") or "shard" for path in paths]
     count = Counter(stems)
@@ -425,7 +355,7 @@ def _part_names(paths: Iterable[Path]) -> list[str]:
 
 
 def _key(name: str) -> str | None:
-    """Return a tar entry's key, or None where it could not be written down."""
+    """Return a tar entry's key, or None where its name is not valid Unicode."""
     name = re.sub(r"^(\./|/)+", "", name)
     return os.path.splitext(name)[0] if name == _printable(name) else None  # noqa: PTH122
 

@@ -1,10 +1,20 @@
-"""One process's work: claim a shard, caption it as a stream, seal its part."""
+"""One process's work on shards: claim a shard, caption it as a stream, seal its part.
+
+OUT.jsonl/                            a run's folder (OUT.json.parts/ on the way to one JSON)
+    0.jsonl  1.jsonl  …               parts: a finished shard's captions, one a line; or 0.parquet, …
+    _manifest.json                    what all shards came to, written last (see manifest.py)
+    _state/
+        lock  run.json                who is writing; whatever decides the captions
+        images.jsonl                  the names in a folder of images, until the run is finished
+        2.part.jsonl                  an unfinished shard's captions so far (see inference/append_log.py)
+        0.json  1.json  …             records: what a finished shard held, and its part's checksum
+        1.whole.jsonl                 all of a shard's captions, where its part lacks those whose keys an
+                                      earlier shard has
+"""
 
 from __future__ import annotations
 
-import json
 import logging
-import operator
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,21 +23,20 @@ from typing import Any
 
 from captioning import files
 from captioning.files import read_json, sha256_of, write_json
-from captioning.inference import append_log
-from captioning.inference.append_log import SideFile
-from captioning.inference.batches import Halving, Job, read_ahead, started_batches
+from captioning.inference.append_log import AppendLog, as_read_back, read_log
+from captioning.inference.batches import Entry, Job, caption_entries
 from captioning.scale.part_files import read_part, write_part
-from captioning.scale.sources import Entry, Findings, Shard
+from captioning.scale.sources import Findings, Shard
 from captioning.timing import Timer
 
 log = logging.getLogger(__name__)
 
-COUNTS = ("images", "captioned", "unreadable", "duplicates", "others")
+COUNTS = ("images", "captioned", "unreadable", "duplicates", "others")  # of a shard's record
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder of a run: parts in it, what is between start and end in ``_state``. Can be sent to other processes.
+    """The folder of a run, whose layout is drawn above. Can be sent to other processes.
 
     Attributes:
         path: the folder.
@@ -46,8 +55,8 @@ class Folder:
         """Return the file of a shard's captions."""
         return self.path / f"{shard.name}.{self.ending}"
 
-    def whole(self, shard: Shard) -> Path:
-        """Return the file of all of a shard's captions, where the part lacks those whose keys another shard has."""
+    def uncut(self, shard: Shard) -> Path:
+        """Return the file of all of a shard's captions where its part lacks some, whose keys another shard has."""
         return self.state / f"{shard.name}.whole.{self.ending}"
 
     def side(self, shard: Shard) -> Path:
@@ -58,15 +67,15 @@ class Folder:
         """Return the file that says what a finished shard held."""
         return self.state / f"{shard.name}.json"
 
-    def complete(self, shard: Shard) -> Path:
+    def all_captions(self, shard: Shard) -> Path:
         """Return the file with all of a finished shard's captions."""
-        return self.whole(shard) if self.whole(shard).exists() else self.part(shard)
+        return self.uncut(shard) if self.uncut(shard).exists() else self.part(shard)
 
     def done(self, shard: Shard) -> dict[str, Any] | None:
-        """Return a finished shard's record; None where it is not finished, or was another file then."""
+        """Return a finished shard's record; None where it is not finished, or has changed since."""
         try:
             record = read_json(self.record(shard))
-            if record["shard"] == shard.identity() and self.complete(shard).stat().st_size == record["part_size"]:
+            if record["shard"] == shard.identity() and self.all_captions(shard).stat().st_size == record["part_size"]:
                 return record
         except FileNotFoundError:
             pass
@@ -75,17 +84,17 @@ class Folder:
         return None
 
     def reopen(self, shard: Shard) -> bool:
-        """Make a finished shard in which an image could not be read unfinished; its captions stay. Says whether it was.
+        """Make a finished shard with an unreadable image unfinished; its captions stay. Return whether it was one.
 
-        Nobody may work on the shard meanwhile.
+        No process may work on the shard meanwhile.
         """
         record = self.done(shard)
         if record is None or not record["unreadable"]:
             return False
-        side = SideFile(self.side(shard))
+        side = AppendLog(self.side(shard))
         side.clear()
         side.begin(header_of(shard))
-        side.add(dict(read_part(self.complete(shard))))
+        side.add(dict(read_part(self.all_captions(shard))))
         side.close()
         self.record(shard).unlink()
         return True
@@ -100,7 +109,7 @@ class Folder:
         deadline = time.monotonic() + patience
         while self.done(shard) is None:
             try:
-                side = SideFile(self.side(shard))
+                side = AppendLog(self.side(shard))
             except files.HeldError:
                 if time.monotonic() >= deadline:
                     return None
@@ -114,22 +123,22 @@ class Folder:
 
 
 class ShardLog:
-    """A shard that is worked on: its captions so far, and what is wrong with it. Use it as a context manager.
+    """A claimed shard: its captions so far, and what is wrong with it. Use it as a context manager.
 
     Attributes:
         captions: so far, ``{key: caption}``, those of an interrupted run included.
     """
 
-    def __init__(self, folder: Folder, shard: Shard, side: SideFile) -> None:
+    def __init__(self, folder: Folder, shard: Shard, side: AppendLog) -> None:
         self.folder, self.shard, self._side = folder, shard, side
         header = header_of(shard)
-        found, self.captions = append_log.read(side.path, overwrite=True)
+        found, self.captions = read_log(side.path, overwrite=True)
         if found != header:
             if self.captions:
                 log.warning("%s: has changed; all of it is captioned again", shard.path)
             self._side.clear()
             self.captions = {}
-        for stale in (folder.record(shard), folder.whole(shard)):
+        for stale in (folder.record(shard), folder.uncut(shard)):
             stale.unlink(missing_ok=True)
         self._side.begin(header)
         self._keys: dict[str, None] = {}  # in the order of the shard
@@ -137,7 +146,7 @@ class ShardLog:
         self._count = dict.fromkeys(COUNTS, 0)
         self._problems: list[dict[str, str]] = []
         if self.captions:
-            log.info("%s: going on behind %d captions", shard.path, len(self.captions))
+            log.info("%s: resuming after %d captions", shard.path, len(self.captions))
 
     def __enter__(self) -> ShardLog:
         return self
@@ -165,7 +174,7 @@ class ShardLog:
         self.captions |= captions
 
     def unreadable(self, entry: Entry, error: Exception) -> None:
-        """Take note of an image that cannot be read."""
+        """Note an image that cannot be read."""
         self._count["unreadable"] += 1
         self._problem(entry.name, str(error))
 
@@ -174,24 +183,20 @@ class ShardLog:
         self._problems.append({"entry": entry, "reason": reason})
 
     def seal(self) -> None:
-        """Make the captions the shard's part and write its record, behind the last of :meth:`wanted`."""
+        """Write the captions as the shard's part, and its record, after the last of :meth:`wanted`."""
         rows = [(key, self.captions[key]) for key in self._keys if key in self.captions]
         part = self.folder.part(self.shard)
         write_part(part, rows)
-        if self._findings.damage:
-            log.error(
-                "%s: damaged; its first %d images were read: %s",
-                self.shard.path,
-                self._count["images"],
-                self._findings.damage,
-            )
+        damage, images = self._findings.damage, self._count["images"]
+        if damage:
+            log.error("%s: damaged; its first %d images were read: %s", self.shard.path, images, damage)
         record = {
             "shard": self.shard.identity(),
             "sha256": self._findings.sha256,
             **self._count,
             "captioned": len(rows),
             "others": self._findings.others,
-            "damage": self._findings.damage,
+            "damage": damage,
             "problems": self._problems,
             "part": part.name,
             "part_size": part.stat().st_size,
@@ -204,7 +209,7 @@ class ShardLog:
 
 def header_of(shard: Shard) -> dict[str, Any]:
     """Return the first line of a shard's side file, as it will be read back."""
-    return json.loads(json.dumps({"shard": shard.identity()}))
+    return as_read_back({"shard": shard.identity()})
 
 
 def caption_shards(folder: Folder, shards: Iterable[Shard], job: Job, batch_size: int, patience: float = 0.0) -> None:
@@ -213,21 +218,18 @@ def caption_shards(folder: Folder, shards: Iterable[Shard], job: Job, batch_size
     Args:
         folder: takes the captions.
         shards: in any order.
-        job: what makes captions.
+        job: what the model does to images.
         batch_size: images at once.
         patience: seconds to wait for a shard that another process holds.
     """
-    caption = Halving(job.caption)
     for shard in shards:
         shard_log = folder.claim(shard, patience)
         if shard_log is None:
             continue
         timer, count = Timer("caption"), 0
         with shard_log:
-            load = operator.methodcaller("load", job.draft)
-            batches = read_ahead(shard_log.wanted(), job.prepare, batch_size, load)
-            for found, begun in started_batches(batches, job.begin, shard_log.unreadable):
-                shard_log.add(dict(zip([entry.key for entry in found], caption(begun), strict=True)))
-                count += len(found)
+            for captions in caption_entries(shard_log.wanted(), job, batch_size, shard_log.unreadable):
+                shard_log.add(captions)
+                count += len(captions)
             shard_log.seal()
         timer.report(log, count, "%s: %d images", shard.name, level=logging.DEBUG)

@@ -1,4 +1,4 @@
-"""inference.py: the loop over a folder - reading ahead, batches that halve, the side file, resuming."""
+"""inference/folder.py: a folder into one JSON - side files, resuming, several processes."""
 
 import fcntl
 import json
@@ -6,16 +6,17 @@ import logging
 import os
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
 from PIL import Image
 
+from captioning.distributed import Processes
 from captioning.inference import append_log, folder
-from captioning.inference.batches import Halving, read_ahead
+from captioning.inference.batches import Entry, Job, ShrinkingBatch, read_ahead
 from captioning.inference.folder import PredictionLog, caption_images
 from captioning.profiles import ROOT
-from captioning.workers import Workers
 
 RUN = {"model": "m", "beams": (1, 2)}
 
@@ -40,7 +41,7 @@ def say(levels):
 
 def run(out, images, caption=say, batch_size=3, **kwargs):
     with PredictionLog(out, RUN, **kwargs) as log_file:
-        caption_images(log_file, images, grey, caption, batch_size)
+        caption_images(log_file, images, Job(grey, caption), batch_size)
         return log_file.finish(images)
 
 
@@ -53,8 +54,8 @@ def test_every_image_has_its_caption_and_the_side_file_goes(tmp_path, images):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
 def test_batches_come_in_order_whatever_their_size(images, size):
-    batches = list(read_ahead(images, grey, size))
-    assert [path for batch in batches for path, _ in batch] == images
+    batches = list(read_ahead(map(Entry.of, images), Job(grey, say), size))
+    assert [entry.source for batch in batches for entry, _ in batch] == images
     assert all(len(batch) == size for batch in batches[:-1])
     assert [future.result() for batch in batches for _, future in batch] == list(range(7))
 
@@ -62,7 +63,7 @@ def test_batches_come_in_order_whatever_their_size(images, size):
 def test_only_a_few_batches_are_read_ahead(images):
     """Memory: a folder of a million images must not be in it."""
     read = []
-    batches = read_ahead(images, lambda image: read.append(grey(image)), 1)
+    batches = read_ahead(map(Entry.of, images), Job(lambda image: read.append(grey(image)), say), 1)
     for _, future in next(batches):
         future.result()
     batches.close()
@@ -206,13 +207,13 @@ def test_batches_halve_when_memory_runs_out_and_stay_halved(caplog):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return [item * 2 for item in items]
 
-    halving = Halving(function)
+    halving = ShrinkingBatch(function)
     with caplog.at_level(logging.WARNING):
         assert halving(list(range(8))) == [0, 2, 4, 6, 8, 10, 12, 14]
     assert tried == [8, 4, 2, 2, 2, 2]
     assert halving([5, 6, 7]) == [10, 12, 14]
     assert tried[6:] == [2, 1]
-    assert "going on with 2" in caplog.text
+    assert "continuing with 2" in caplog.text
 
 
 def test_one_image_that_does_not_fit_is_an_error_with_a_remedy():
@@ -220,7 +221,7 @@ def test_one_image_that_does_not_fit_is_an_error_with_a_remedy():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(ValueError, match="with one image: use a smaller model"):
-        Halving(function)([1, 2])
+        ShrinkingBatch(function)([1, 2])
 
 
 # -------------------------------------------------------------------------------------------------- several processes
@@ -229,17 +230,21 @@ def test_one_image_that_does_not_fit_is_an_error_with_a_remedy():
 SHARED = """
 import sys
 from pathlib import Path
+import torch
+from captioning.distributed import join
+from captioning.inference.batches import Job
 from captioning.inference.folder import PredictionLog, caption_images
-from captioning.workers import find_workers
 images = sorted(Path(sys.argv[1]).iterdir())
-with PredictionLog(Path(sys.argv[2]), {"model": "m"}, workers=find_workers()) as log:
-    caption_images(log, images, lambda image: image.getpixel((0, 0))[0], lambda ls: [f"level {l}" for l in ls], 2)
-    assert len(log.finish(images)) == 7
+job = Job(lambda image: image.getpixel((0, 0))[0], lambda levels: [f"level {level}" for level in levels])
+with join(torch.device("cpu")) as processes:
+    with PredictionLog(Path(sys.argv[2]), {"model": "m"}, processes=processes) as log:
+        caption_images(log, images, job, 2)
+        assert len(log.finish(images)) == 7
 """
 
 
 def kept(image, caption):
-    return json.dumps({"image": image, "caption": caption, "check": append_log.check(image, caption)}) + "\n"
+    return json.dumps({"image": image, "caption": caption, "check": append_log.checksum(image, caption)}) + "\n"
 
 
 def launch(script, processes, *arguments):
@@ -265,17 +270,32 @@ def test_two_processes_share_a_folder_and_finish_what_three_began(tmp_path, imag
     assert not list(tmp_path.glob("*.part*"))
 
 
+class Pretended(Processes):
+    """One of several processes, of which the others have always come already; notes where it waits for them."""
+
+    events: ClassVar[list[str]] = []
+
+    def wait(self):
+        self.events.append("wait")
+
+    def from_first(self, work):
+        result = work() if self.first else {}
+        self.events.append("wait for the first")
+        return result
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_process_ends_before_the_result_is_written(tmp_path, images, monkeypatch, rank):
     """With an image that cannot be read all ended with exit code 3, and the launcher killed the one still writing."""
-    events = []
-    monkeypatch.setattr(Workers, "wait", lambda self: events.append("wait"))
-    monkeypatch.setattr(folder, "write_json", lambda *words: events.append("write"))
-    with PredictionLog(tmp_path / "out.json", RUN, workers=Workers(rank, 2)) as log_file:
-        caption_images(log_file, images, grey, say, 3)
-        events.clear()
+    processes = Pretended(rank, 2)
+    monkeypatch.setattr(folder, "write_json", lambda *words: processes.events.append("write"))
+    with PredictionLog(tmp_path / "out.json", RUN, processes=processes) as log_file:
+        caption_images(log_file, images, Job(grey, say), 3)
+        processes.events.clear()
         log_file.finish(images)
-    assert events == (["wait", "wait", "write", "wait"] if rank == 0 else ["wait"] * 3)
+    assert processes.events == (
+        ["wait", "write", "wait for the first"] if rank == 0 else ["wait", "wait for the first"]
+    )
 
 
 def test_a_damaged_side_file_of_another_process_is_dropped_where_overwriting_is_allowed(tmp_path, images):
@@ -296,13 +316,13 @@ def test_side_files_of_another_run_are_refused_by_all(tmp_path, images):
     assert not part.exists()
 
 
-def test_every_image_belongs_to_one_process(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(Workers, "wait", lambda self: None)
+def test_every_image_belongs_to_one_process(tmp_path, images):
     seen = []
     for rank in (1, 2, 0):
-        with PredictionLog(tmp_path / "out.json", RUN, workers=Workers(rank, 3)) as log_file:
+        with PredictionLog(tmp_path / "out.json", RUN, processes=Pretended(rank, 3)) as log_file:
             log_file.captions.clear()  # as if all had started at once
-            caption_images(log_file, images, grey, lambda levels: seen.extend(levels) or say(levels), 2)
+            job = Job(grey, lambda levels: seen.extend(levels) or say(levels))
+            caption_images(log_file, images, job, 2)
             if rank == 0:
                 assert len(log_file.finish(images)) == 7
     assert sorted(seen) == list(range(7))

@@ -15,7 +15,7 @@ from bench import llava as bench_llava
 from captioning.cli import BAD_INPUT, INTERRUPTED, PARTIAL
 from captioning.data.images import list_images, load_image
 from captioning.imports import import_guarded
-from captioning.inference.batches import Halving
+from captioning.inference.batches import ShrinkingBatch
 from captioning.models import llava
 from captioning.models.llava import PROMPTS, TEMPLATE, load_llava
 from captioning.profiles import PROFILES
@@ -171,7 +171,7 @@ def test_an_interrupted_run_is_resumed(few, tmp_path, monkeypatch):
         return self.function(items)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Halving, "__call__", broken)
+        patch.setattr(ShrinkingBatch, "__call__", broken)
         assert caption(few, out, "--batch-size", 2) == INTERRUPTED
     assert not out.exists()
     assert caption(few, out, "--setting", 2) == BAD_INPUT  # the side file belongs to setting 1

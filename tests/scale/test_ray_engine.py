@@ -1,6 +1,5 @@
-"""engine_ray.py: a local cluster of two actors, one killed half-way; and what is said where Ray is missing."""
+"""ray_engine.py: a local cluster of two actors, one killed half-way; and what is said where Ray is missing."""
 
-import argparse
 import os
 import signal
 import sys
@@ -14,8 +13,10 @@ from test_shards import adapter, contents, flags, pictures, renamed, results, wr
 
 import p2_infer
 from captioning.cli import BAD_INPUT
+from captioning.distributed import Processes
 from captioning.inference.batches import Job
-from captioning.scale import ray_engine as engine_ray
+from captioning.scale import ray_engine
+from captioning.scale.pipeline import ShardRun, caption_source
 from captioning.scale.results import Results
 from captioning.scale.sources import Source
 from captioning.scale.worker import Folder, caption_shards
@@ -29,7 +30,7 @@ def cluster():
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data]'")
     pytest.importorskip("ray.data", reason="Ray is installed without Ray Data: pip install 'ray[data]'")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([engine_ray.ROOT, str(Path(__file__).parent)]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([ray_engine.ROOT, str(Path(__file__).parent)]))
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
         yield
         ray.shutdown()
@@ -76,13 +77,12 @@ def kill_one(said, killed):
 
 def test_two_actors_of_which_one_is_killed_give_what_one_process_gives(cluster, tars, tmp_path):
     said, killed, out = tmp_path / "said", [], tmp_path / "ray.jsonl"
-    args = argparse.Namespace(ray_actors=2, batch_size=2, device="cpu")
     killer = threading.Thread(target=kill_one, args=(said, killed))
     killer.start()
     with Results(out, "jsonl", {"model": "m"}) as found:
         found.begin()
         shards = Source(tars).shards(tmp_path)
-        engine_ray.caption_shards(found.folder, shards, Build(said), args)
+        ray_engine.caption_shards(found.folder, shards, Build(said), 2, actors=2)
         found.finish(shards)
     killer.join()
     lines = said_by(said)
@@ -118,12 +118,11 @@ class Crash:
 
 def test_a_shard_that_kills_its_actor_again_and_again_ends_the_run(cluster, tars, tmp_path, monkeypatch):
     """Ray would restart it without end."""
-    monkeypatch.setattr(engine_ray, "TRIES", 1)
+    monkeypatch.setattr(ray_engine, "TRIES", 1)
     folder = Folder(tmp_path / "out")
     folder.state.mkdir(parents=True)
-    args = argparse.Namespace(ray_actors=1, batch_size=2, device="cpu")
     with pytest.raises(ValueError, match="the same shard failed 2 times"):
-        engine_ray.caption_shards(folder, Source(tars).shards(tmp_path)[:1], Crash(), args)
+        ray_engine.caption_shards(folder, Source(tars).shards(tmp_path)[:1], Crash(), 2, actors=1)
 
 
 def test_what_an_actor_cannot_do_is_said_as_one_line(cluster, tars, tmp_path):
@@ -132,9 +131,8 @@ def test_what_an_actor_cannot_do_is_said_as_one_line(cluster, tars, tmp_path):
 
     folder = Folder(tmp_path / "out")
     folder.state.mkdir(parents=True)
-    args = argparse.Namespace(ray_actors=1, batch_size=2, device="cpu")
     with pytest.raises(ValueError, match=r"^weights\.bin: no such file$"):
-        engine_ray.caption_shards(folder, Source(tars).shards(tmp_path), build, args)
+        ray_engine.caption_shards(folder, Source(tars).shards(tmp_path), build, 2, actors=1)
 
 
 def test_without_ray_one_line_says_how_to_get_it(tmp_path, tars, monkeypatch, capsys, tiny_profile, adapter):  # noqa: F811
@@ -145,26 +143,26 @@ def test_without_ray_one_line_says_how_to_get_it(tmp_path, tars, monkeypatch, ca
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_ray_starts_its_processes_itself(monkeypatch, tmp_path):
-    args = argparse.Namespace(ray_actors=0, batch_size=2, device="cpu")
-    with pytest.raises(ValueError, match="--ray-actors 0"):
-        engine_ray.caption_shards(Folder(tmp_path), [], None, args)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_ray_starts_its_processes_itself(tmp_path, tars, capsys, tiny_profile, adapter):  # noqa: F811
+    words = [str(tars), str(tmp_path / "out.jsonl"), *flags(tiny_profile, adapter), "--engine", "ray"]
+    assert p2_infer.main([*words, "--ray-actors", "0"]) == BAD_INPUT
+    assert "--ray-actors 0: must be at least 1" in capsys.readouterr().err
+    launched = ShardRun(Source(tars), tmp_path / "out.jsonl", "jsonl", {}, batch_size=2, engine="ray")
     with pytest.raises(ValueError, match="without accelerate launch"):
-        engine_ray.caption_shards(Folder(tmp_path), [], None, args)
+        caption_source(launched, Crash(), Processes(0, 2))
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    ("cluster_has", "asked", "device", "share"),
+    ("cluster_has", "asked", "use_gpus", "share"),
     [
-        ({"CPU": 8.0}, None, "cpu", (8, {"num_cpus": 1.0})),
-        ({"CPU": 2.0}, 4, "auto", (4, {"num_cpus": 0.5})),
-        ({"CPU": 64.0, "GPU": 4.0}, None, "auto", (4, {"num_gpus": 1.0})),
-        ({"CPU": 64.0, "GPU": 4.0}, 8, "cuda", (8, {"num_gpus": 0.5})),
-        ({"CPU": 3.0, "GPU": 4.0}, None, "cpu", (3, {"num_cpus": 1.0})),
+        ({"CPU": 8.0}, None, False, (8, {"num_cpus": 1.0})),
+        ({"CPU": 2.0}, 4, True, (4, {"num_cpus": 0.5})),
+        ({"CPU": 64.0, "GPU": 4.0}, None, True, (4, {"num_gpus": 1.0})),
+        ({"CPU": 64.0, "GPU": 4.0}, 8, True, (8, {"num_gpus": 0.5})),
+        ({"CPU": 3.0, "GPU": 4.0}, None, False, (3, {"num_cpus": 1.0})),
     ],
 )
-def test_actors_share_what_the_cluster_has(cluster_has, asked, device, share):
-    args = argparse.Namespace(ray_actors=asked, device=device)
-    assert engine_ray._share(cluster_has, args, 100) == share
-    assert engine_ray._share(cluster_has, args, 1)[0] == 1
+def test_actors_share_what_the_cluster_has(cluster_has, asked, use_gpus, share):
+    assert ray_engine._share(cluster_has, asked, use_gpus, 100) == share
+    assert ray_engine._share(cluster_has, asked, use_gpus, 1)[0] == 1

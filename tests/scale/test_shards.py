@@ -26,15 +26,16 @@ from bench import stream
 from captioning import files as files_module
 from captioning.cli import BAD_INPUT, PARTIAL
 from captioning.data.images import list_images
+from captioning.distributed import join
 from captioning.files import sha256_of, write_json
 from captioning.inference.batches import Job
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import ROOT
 from captioning.scale import duplicate_keys, part_files
 from captioning.scale import sources as shards
-from captioning.scale.duplicate_keys import KeyTable
+from captioning.scale.duplicate_keys import DuplicateKeys
 from captioning.scale.part_files import read_part
-from captioning.scale.pipeline import add_flags, caption_source
+from captioning.scale.pipeline import ShardRun, add_flags, caption_source
 from captioning.scale.sources import Findings, Source, TarShard, expand_braces, find_tars
 from decoder import LoraConfig, build_decoder
 
@@ -89,8 +90,10 @@ def run(source, out, caption=say, overwrite=False, run_of=RUN, **flags):
     parser = argparse.ArgumentParser()
     add_flags(parser)
     args = parser.parse_args([])
-    vars(args).update({"img_dir": Path(source), "out": Path(out), "batch_size": 2, "device": "cpu", **flags})
-    return caption_source(args, run_of, lambda: Job(grey, caption), overwrite)
+    places = {"img_dir": Path(source), "out": Path(out)}
+    vars(args).update(places | {"batch_size": 2, "device": "cpu", "overwrite": overwrite} | flags)
+    with join(torch.device("cpu")) as processes:
+        return caption_source(ShardRun.from_flags(args, run_of), lambda: Job(grey, caption), processes)
 
 
 def contents(out):
@@ -654,10 +657,10 @@ def test_repeats_are_found_as_by_a_set(tmp_path, monkeypatch):
     keys = [[f"k{rng.randrange(400)}" for _ in range(rng.randrange(60))] for _ in range(12)]
     seen = set()
     expected = [[row for row, key in enumerate(some) if key in seen or seen.add(key)] for some in keys]
-    with KeyTable(tmp_path, sum(map(len, keys))) as table:
+    with DuplicateKeys(tmp_path, sum(map(len, keys))) as table:
         for number, some in enumerate(keys):
             table.add(number, some)
-        assert [rows.tolist() for rows in table.repeats(len(keys))] == expected
+        assert [rows.tolist() for rows in table.rows(len(keys))] == expected
     assert not list(tmp_path.iterdir())
 
 
