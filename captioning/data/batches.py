@@ -57,6 +57,11 @@ class PackedBatch:
         return (related & causal)[:, None]
 
 
+def packed_length(captions: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens the captions of an image take in a row: each has one more, BOS before or EOS after it."""
+    return sum(len(caption) + 1 for caption in captions)
+
+
 def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_multiple: int = 1) -> PackedBatch:
     """Pack ``batch[image][caption]`` (token ids without specials) into rows of one common length S.
 
@@ -72,7 +77,7 @@ def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_
         raise ValueError("every image of a batch needs at least one caption, and a batch at least one image")
     if pad_to_multiple < 1:
         raise ValueError(f"pad_to_multiple is {pad_to_multiple}; it must be 1 or more")
-    longest = max(sum(len(caption) + 1 for caption in captions) for captions in batch)
+    longest = max(map(packed_length, batch))
     length = -(-longest // pad_to_multiple) * pad_to_multiple
     shape = (len(batch), length)
     inputs, targets = np.full(shape, eos_id, np.int64), np.full(shape, IGNORED, np.int64)  # (B, S)
@@ -92,47 +97,26 @@ def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_
     return PackedBatch(*map(torch.from_numpy, (inputs, targets, positions, segments, slots)))
 
 
-class CaptionDataset:
-    """Items ``(index of the image, its captions as token lists)``.
+def captions_of_epoch(
+    captions: Sequence[Sequence[list[int]]], per_image: int | None, seed: int, epoch: int
+) -> list[list[list[int]]]:
+    """Return the captions that ``epoch`` shows of every image: ``per_image`` of them, or all (None, or it has fewer).
 
-    With ``captions_per_image`` an epoch shows that many captions of an image (all, where it has fewer): epochs cycle
-    through a fixed shuffled order of the image's captions, so each is shown equally often. What an epoch shows depends
-    on ``seed``, the epoch and the index only, not on the order of access.
+    Epochs cycle through a fixed shuffled order of an image's captions, so each is shown equally often.
 
     Raises:
-        ValueError: ``captions_per_image`` is below 1.
+        ValueError: ``per_image`` is below 1.
     """
-
-    def __init__(
-        self, captions: Sequence[Sequence[list[int]]], captions_per_image: int | None = None, seed: int = 0
-    ) -> None:
-        if captions_per_image is not None and captions_per_image < 1:
-            raise ValueError(f"--captions-per-image {captions_per_image}: must be 1 or more, or left out for all")
-        self._captions = captions
-        self._per_image = captions_per_image
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the captions of ``epoch``."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self._captions)
-
-    def __getitem__(self, index: int) -> tuple[int, list[list[int]]]:
-        """Return ``index`` and the captions that this epoch shows of the image."""
-        captions = self._captions[index]
-        if self._per_image is None or self._per_image >= len(captions):
-            return index, list(captions)
-        order = np.random.default_rng((self._seed, index)).permutation(len(captions))
-        first = self._epoch * self._per_image
-        return index, [captions[order[(first + i) % len(order)]] for i in range(self._per_image)]
-
-    def lengths(self) -> list[int]:
-        """Return the packed length of every item in this epoch, for :func:`length_grouped_batches`."""
-        return [sum(len(caption) + 1 for caption in self[index][1]) for index in range(len(self))]
+    if per_image is not None and per_image < 1:
+        raise ValueError(f"--captions-per-image {per_image}: must be 1 or more, or left out for all")
+    shown = []
+    for index, group in enumerate(captions):
+        count = len(group) if per_image is None else min(per_image, len(group))
+        order = np.arange(len(group))
+        if count < len(group):
+            order = np.roll(np.random.default_rng((seed, index)).permutation(len(group)), -epoch * count)
+        shown.append([group[i] for i in order[:count]])
+    return shown
 
 
 def length_grouped_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

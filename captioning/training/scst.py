@@ -132,7 +132,7 @@ class ScstTrainer(Trainer):
             return torch.zeros((), device=self.device)
         weights = (advantages(rewards) / all_drawn).tolist()
         if self.config.xe_weight:
-            shown = [self.dataset[i][1] for i in indices]
+            shown = [self.shown[i] for i in indices]
             weight = self.config.xe_weight / count_targets(shown)
             for group, row, place in zip(samples, weights, places, strict=True):
                 group += [[*caption, eos] for caption in shown[place]]

@@ -17,7 +17,12 @@ import torch
 from tqdm import tqdm
 
 from captioning.data.annotations import Sample
-from captioning.data.batches import CaptionDataset, length_grouped_batches, pack_captions
+from captioning.data.batches import (
+    captions_of_epoch,
+    length_grouped_batches,
+    pack_captions,
+    packed_length,
+)
 from captioning.data.feature_cache import FeatureCache
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import autocast, product_dtype
@@ -119,7 +124,7 @@ class Trainer:
         self.captioner, self.tokenizer, self.config, self.folder = captioner, tokenizer, config, folder
         self.processes, self.device = processes, captioner.device
         self.train_split, self.val_split = train, val
-        self.dataset = CaptionDataset(train.captions, config.captions_per_image, config.seed)
+        self.shown = captions_of_epoch(train.captions, config.captions_per_image, config.seed, epoch=0)
         self.optimizer = make_optimizer(captioner, config)
         cast_frozen(captioner.decoder, product_dtype(self.device, config.precision))
         per_epoch = math.ceil(len(train.samples) / config.batch_size)
@@ -185,8 +190,9 @@ class Trainer:
     def batches(self) -> Iterator[list[int]]:
         """Yield this epoch's batches of indices."""
         epoch, config = self.progress.epoch, self.config
-        self.dataset.set_epoch(epoch)
-        yield from length_grouped_batches(self.dataset.lengths(), config.batch_size, config.seed, epoch)
+        self.shown = captions_of_epoch(self.train_split.captions, config.captions_per_image, config.seed, epoch)
+        lengths = list(map(packed_length, self.shown))
+        yield from length_grouped_batches(lengths, config.batch_size, config.seed, epoch)
 
     def train_epoch(self, bar: Any) -> float:
         """Train what is left of an epoch, or until a signal asks to stop, and return its mean loss."""
@@ -280,7 +286,7 @@ class Trainer:
 
     def batch_loss(self, indices: list[int]) -> torch.Tensor:
         """Return this process's part of the loss of one batch of images; the parts add up to the batch's."""
-        shown = [self.dataset[i][1] for i in indices]
+        shown = [self.shown[i] for i in indices]
         return self.part_of_loss(self.train_split, indices, shown, self.config.label_smoothing)
 
     def part_of_loss(

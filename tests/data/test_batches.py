@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from captioning.data.annotations import Sample
-from captioning.data.batches import CaptionDataset, length_grouped_batches, pack_captions, shuffle_captions
+from captioning.data.batches import (
+    captions_of_epoch,
+    length_grouped_batches,
+    pack_captions,
+    packed_length,
+    shuffle_captions,
+)
 
 
 def test_packing_by_hand():
@@ -45,32 +51,36 @@ def test_packing_refuses_nothing_to_pack(batch, multiple):
         pack_captions(batch, eos_id=0, pad_to_multiple=multiple)
 
 
-def test_dataset_gives_all_captions_or_cycles_through_them():
+def test_an_epoch_shows_all_captions_or_cycles_through_them():
     captions = [[[10 * image + n] for n in range(5)] for image in range(3)] + [[[90]]]
-    assert [CaptionDataset(captions)[i] for i in range(4)] == list(enumerate(captions))
-    dataset = CaptionDataset(captions, captions_per_image=2, seed=1)
-    shown = []
-    for epoch in range(5):
-        dataset.set_epoch(epoch)
-        index, chosen = dataset[1]
-        assert (index, len(chosen), dataset[3]) == (1, 2, (3, [[90]]))
-        assert dataset[1][1] == chosen
-        shown += [tokens[0] for tokens in chosen]
+    assert captions_of_epoch(captions, None, 0, 3) == captions
+    epochs = [captions_of_epoch(captions, 2, 1, epoch) for epoch in range(5)]
+    assert [list(map(len, epoch)) for epoch in epochs] == [[2, 2, 2, 1]] * 5
+    assert {str(epoch[3]) for epoch in epochs} == {"[[90]]"}
+    shown = [tokens[0] for epoch in epochs for tokens in epoch[1]]
     assert len(set(shown[:4])) == 4  # nothing comes back before the others were shown
     assert sorted(shown) == sorted([10, 11, 12, 13, 14] * 2)  # five epochs of two: each caption twice
-    assert dataset.lengths() == [4, 4, 4, 2]
-    other = CaptionDataset(captions, captions_per_image=2, seed=1)
-    other.set_epoch(4)
-    assert [other[i] for i in range(4)] == [dataset[i] for i in range(4)]
+    assert list(map(packed_length, epochs[0])) == [4, 4, 4, 2]
+    assert captions_of_epoch(captions, 2, 1, 4) == epochs[4]
     with pytest.raises(ValueError, match="--captions-per-image 0"):
-        CaptionDataset(captions, captions_per_image=0)
+        captions_of_epoch(captions, 0, 0, 0)
 
 
 def test_every_image_and_every_seed_has_its_own_caption_order():
     captions = [[[n] for n in range(5)]] * 20
-    images = {str(CaptionDataset(captions, 4)[index][1]) for index in range(20)}
-    seeds = {str(CaptionDataset(captions, 4, seed)[0][1]) for seed in range(20)}
+    images = {str(group) for group in captions_of_epoch(captions, 4, 0, 0)}
+    seeds = {str(captions_of_epoch(captions[:1], 4, seed, 0)) for seed in range(20)}
     assert len(images) > 5 and len(seeds) > 5
+
+
+def test_an_epoch_shows_what_it_showed_in_the_last_version():
+    captions = [[[10 * image + n] for n in range(5)] for image in range(3)] + [[[90]]]
+    numbers = [[t for group in captions_of_epoch(captions, 3, 4, e) for (t,) in group] for e in (0, 1, 7)]
+    assert numbers == [
+        [2, 4, 0, 11, 12, 14, 22, 20, 24, 90],
+        [1, 3, 2, 13, 10, 11, 23, 21, 22, 90],
+        [4, 0, 1, 12, 14, 13, 20, 24, 23, 90],
+    ]
 
 
 def test_length_grouped_batches_cover_all_and_waste_little():
