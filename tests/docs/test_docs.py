@@ -277,6 +277,14 @@ def test_lines_fit_a_terminal(page):
     ] == []
 
 
+def test_the_short_bill_of_a_billion_images_is_the_long_one():
+    rows = TEXTS["docs/scaling.md"].partition("| | captioner | LLaVA-1.5-7B |\n|---|---|---|\n")[2].splitlines()[:4]
+    cells = [cell for row in rows for cell in row.strip("|").split("|")[1:]]
+    figures = [figure for cell in cells for figure in re.findall(r"(?<!on )\b\d[\d.]*(?: (?:days|h|min))?", cell)]
+    assert len(figures) == 13
+    assert [figure for figure in figures if f" {figure} " not in TEXTS["docs/billion_images.md"]] == []
+
+
 @pytest.mark.parametrize("question", STRANGER)
 def test_what_a_newcomer_looks_for_is_where_the_file_tree_says(question):
     path, line = STRANGER[question]
