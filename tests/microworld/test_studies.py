@@ -1,4 +1,4 @@
-"""microworld/studies.py: one scaling rule, and a study that goes on where it stopped."""
+"""microworld/studies.py and steps.py: options as words, one scaling rule, and a study that continues after a stop."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from captioning.training.config import SCST_NUMBERS, SETTINGS, TrainConfig
 from captioning.training.run_folder import NEWEST
 from captioning.training.setup import resolve_config
 from microworld import studies
+from microworld.steps import Runner, flags, scaled
 from p2_train import build_parser
 
 
@@ -18,8 +19,8 @@ class Recorder:
     def __init__(self, stop_at=None):
         self.commands, self.seconds, self.stop_at = [], {}, stop_at
 
-    def __call__(self, title, *arguments):
-        words = [str(a) for a in arguments]
+    def __call__(self, title, *arguments, **options):
+        words = [*map(str, arguments), *flags(**options)]
         self.commands.append(words)
         if title == self.stop_at:
             folder = studies.Path(words[words.index("--out") + 1])
@@ -52,29 +53,43 @@ def leave_run(folder):
     (folder / "best.safetensors").touch()
 
 
+def test_options_as_words():
+    words = flags(batch_size=8, html=True, lora_lm_head=False, seed=None, images=["a", "b"])
+    assert words == ["--batch-size", "8", "--html", "--no-lora-lm-head", "--images", "a", "b"]
+
+
+def test_a_step_that_fails_is_named(tmp_path, capfd):
+    run = Runner()
+    with pytest.raises(ValueError, match="the step 'draw' failed with exit code 2; see its message above"):
+        run("draw", "-m", "microworld.scenes", out=tmp_path, split="val", count=0)
+    shown = capfd.readouterr()
+    assert "== draw\n$ python -m microworld.scenes" in shown.out and "--count" in shown.err
+    assert run.seconds["draw"] > 0
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_one_rule_scales_every_setting(setting):
-    config = resolve_config(build_parser().parse_args(studies.scaled(setting)))
+    config = resolve_config(build_parser().parse_args(flags(**scaled(setting))))
     full = SETTINGS[setting]
     assert config.epochs == math.ceil(full.epochs / 2)
     assert config.lr == pytest.approx(3 * full.lr)
     assert config.projector_lr / config.lr == pytest.approx(full.projector_lr / full.lr, rel=0.01)
-    scaled = {"epochs", "batch_size", "lr", "projector_lr", "val_images"}
-    kept = TrainConfig.__dataclass_fields__.keys() - scaled
+    changed = {"epochs", "batch_size", "lr", "projector_lr", "val_images"}
+    kept = TrainConfig.__dataclass_fields__.keys() - changed
     assert all(getattr(config, name) == getattr(full, name) for name in kept)
 
 
 @pytest.mark.parametrize("variant", studies.VARIANTS)
 def test_every_variant_differs_from_the_start_in_what_it_names(variant):
     configs = [
-        resolve_config(build_parser().parse_args([*studies.scaled("best"), *flags]))
-        for flags in ((), studies.VARIANTS[variant])
+        resolve_config(build_parser().parse_args(flags(**scaled("best") | options)))
+        for options in ({}, studies.VARIANTS[variant])
     ]
     different = [name for name in TrainConfig.__dataclass_fields__ if len({getattr(c, name) for c in configs}) > 1]
-    assert len(different) == sum(word.startswith("--") for word in studies.VARIANTS[variant])
+    assert len(different) == len(studies.VARIANTS[variant])
 
 
-def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     first = Recorder(stop_at="train 2")
     monkeypatch.setattr(studies, "Runner", lambda: first)
     flags = ["settings", "--out", str(tmp_path), "--only", "1", "2"]
@@ -93,7 +108,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert not {"p2_train.py", "p2_infer.py", "evaluate.py"} & set(third.scripts())
 
 
-def test_further_seeds_of_a_setting_have_folders_of_their_own(tmp_path, monkeypatch):
+def test_further_seeds_of_a_setting_have_their_own_folders(tmp_path, monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(studies, "Runner", lambda: recorder)
     assert studies.main(["settings", "--out", str(tmp_path), "--only", "3", "--seeds", "2"]) == 0

@@ -1,0 +1,102 @@
+"""The steps that the demo and the studies are made of: the suite's own command lines with the micro world's flags."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from captioning.profiles import PROFILES, ROOT
+from captioning.training.config import SETTINGS
+
+# How much wider the full-size decoder is. Adam's rate for matrices goes with 1 / width (Yang et al., arXiv 2203.03466).
+WIDTH_RATIO = 768 / 256
+BATCH = 8  # images, on the micro world
+
+
+def flags(**options: object) -> list[str]:
+    """Return options as words: ``flags(batch_size=8, html=True)`` is ``["--batch-size", "8", "--html"]``.
+
+    False is ``--no-…``, None leaves the option out, and a list gives it several values.
+    """
+    words: list[str] = []
+    for name, value in options.items():
+        flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag)
+        elif value is not None:
+            words += [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
+    return words
+
+
+class Runner:
+    """Runs the suite's commands one after another, shows them, and keeps the time of each."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+
+    def __call__(self, title: str, *arguments: object, **options: object) -> None:
+        """Run ``python arguments… --options…`` in the repository.
+
+        Raises:
+            ValueError: the command failed; its own message is on stderr.
+        """
+        command = [*map(str, arguments), *flags(**options)]
+        print(f"\n== {title}\n$ python {shlex.join(command)}", flush=True)
+        start = time.time()
+        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=self.environment, check=False).returncode
+        self.seconds[title] = time.time() - start
+        if code:
+            raise ValueError(f"the step '{title}' failed with exit code {code}; see its message above")
+
+
+def scaled(setting: str) -> dict[str, object]:
+    """Return the options that bring a full-size setting to the micro world; one rule for all of them.
+
+    Half the epochs, rounded up, in batches of 8, at learning rates times ``WIDTH_RATIO``; all else is as in full size.
+    """
+    config = SETTINGS[setting]
+    return {
+        "setting": setting,
+        "epochs": math.ceil(config.epochs / 2),
+        "batch_size": BATCH,
+        "val_images": 60,
+        "lr": f"{config.lr * WIDTH_RATIO:.3g}",
+        "projector_lr": f"{config.projector_lr * WIDTH_RATIO:.3g}",
+    }
+
+
+def draw(run: Runner, data: Path, split: str, count: int, seed: int | None = None) -> None:
+    """Draw the scenes of a split."""
+    run(f"draw {split}", "-m", "microworld.scenes", out=data, split=split, count=count, seed=seed)
+
+
+def train(run: Runner, folder: Path, data: Path, cache: Path, **options: object) -> None:
+    """Train a captioner into ``folder``."""
+    run(f"train {folder.name}", "p2_train.py", profile="micro", data=data, cache=cache, out=folder, **options)
+
+
+def caption(run: Runner, folder: Path, data: Path, split: str) -> None:
+    """Caption the scenes of a split with the captioner of a run folder."""
+    images, decoder, adapter = data / "images" / split, PROFILES["micro"].decoder, folder / "best.safetensors"
+    out = folder / f"{split}.json"
+    run(f"caption {split} ({folder.name})", "p2_infer.py", images, out, decoder, profile="micro", adapter=adapter)
+
+
+def score(run: Runner, folder: Path, data: Path, split: str) -> None:
+    """Score the captions of a split."""
+    run(
+        f"score {split} ({folder.name})",
+        "evaluate.py",
+        profile="micro",
+        pred_file=folder / f"{split}.json",
+        images_root=data / "images" / split,
+        annotation_file=data / f"{split}.json",
+        json=folder / f"{split}_scores.json",
+        per_image=folder / f"{split}_per_image.json",
+    )
