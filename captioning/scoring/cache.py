@@ -49,11 +49,12 @@ def cached_image_features(
     """Return what ``clipscore.image_features`` returns, ``(n, dim)``, from ``folder`` where they are known already.
 
     Raises:
-        FileNotFoundError, ValueError: see ``clipscore.image_features``.
+        OSError: a file is missing or must not be read.
+        ValueError: see ``clipscore.image_features``.
     """
     maker = (scorer.model_name, scorer.fingerprint, repr(scorer.preprocess), scorer.precision, scorer.device.type)
     file = folder / f"{_hash(maker)[:16]}.safetensors"
-    digests = [_digest(path) for path in paths]
+    digests = [sha256_of(Path(path)) for path in paths]
     known = _read(file, _features_by_image) or {}
     missing = {digest: path for digest, path in zip(digests, paths, strict=True) if digest not in known}
     log.info("image features: %d of %d images are new to %s", len(missing), len(set(digests)), file)
@@ -62,15 +63,6 @@ def cached_image_features(
         known.update(zip(missing, features, strict=True))
         _write(file, {"features": torch.stack(list(known.values()))}, {"images": json.dumps(list(known))})
     return torch.stack([known[digest] for digest in digests])
-
-
-def _digest(path: str | os.PathLike) -> str:
-    try:
-        return sha256_of(Path(path))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{path}: not a readable image ({error}); fetch or convert it again") from error
 
 
 def _features_by_image(tensors: Tensors, texts: Texts) -> dict[str, torch.Tensor]:

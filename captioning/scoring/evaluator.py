@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,7 @@ import torch
 
 from captioning.data.annotations import Annotations, check_keys, find_images
 from captioning.messages import some
-from captioning.scoring.cache import (
-    ReferenceSide,
-    cached_image_features,
-    cached_reference_side,
-    make_reference_side,
-)
+from captioning.scoring.cache import ReferenceSide, cached_image_features, cached_reference_side, make_reference_side
 from captioning.scoring.caption_stats import caption_statistics
 from captioning.scoring.cider import DocumentFrequencies, cider_d
 from captioning.scoring.clipscore import (
@@ -62,7 +58,7 @@ class Scored:
 
 @dataclass
 class Evaluation:
-    """What was computed: the mean and the scores by image of every metric, and why a metric has none."""
+    """What was computed: of every metric the mean and the scores by image, or why it has none."""
 
     images: int
     means: dict[str, float] = field(default_factory=dict)  # {"CIDEr": 0.88, "CLIPScore": 0.69}
@@ -199,8 +195,7 @@ class Evaluator:
         self, predictions: Mapping[str, str], training: Mapping[str, Sequence[str]] | None = None
     ) -> dict[str, Any]:
         """Return ``caption_statistics`` of predictions, with copies from ``training`` references if given."""
-        tokens = None if training is None else ptb_tokenize(training, self.tokenizer)
-        known = None if tokens is None else [caption for captions in tokens.values() for caption in captions]
+        known = None if training is None else chain(*ptb_tokenize(training, self.tokenizer).values())
         return caption_statistics([*self.tokenize(predictions).values()], known)
 
     @functools.cached_property

@@ -29,7 +29,7 @@ def adapter(tmp_path_factory):
     """An adapter of one epoch; nothing scores it."""
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluate.cider", lambda references, predictions, *rest: (0.5, {}))
+        patch.setattr("captioning.scoring.evaluator.cider", lambda references, predictions, *rest: (0.5, {}))
         assert main(["--profile", "micro", "--out", str(out), *TRAIN.split()]) == 0
     return out / "best.safetensors"
 
