@@ -1,19 +1,26 @@
-"""Greedy search, beam search and sampling over a step function: all the decoding of the suite, and no model.
+"""Greedy search and beam search over a step function: all the decoding of the suite, and no model.
 
-The step function. ``step(tokens, ancestors) -> logits`` is called once a generated token, with
+``step(tokens, ancestors) -> logits`` is called once for each generated token, for K live beams of each of B images:
 
-- ``tokens`` long (B, K): the newest token of each of the K live beams of B images,
-- ``ancestors`` bool (B, K, n): True at the slots that hold the beam's own history, its newest token included,
+- ``tokens`` long (B, K): the newest token of each beam,
+- ``ancestors`` bool (B, K, n): the slots that hold the beam's own history, its newest token included,
 - ``logits`` (B, K, V): of the token to come after each, in any floating-point type.
 
-Call t = 0, 1, … puts its K tokens into slots K t … K t + K - 1, so that n = K (t + 1). A slot is written once and never
-moves: when beams branch or die only ``ancestors`` changes, and the model appends keys and values and uses it as an
-attention mask. No cache is ever reordered or copied. The first call feeds K equal BOS tokens, each of which sees
-itself alone; only the first of these beams counts, which keeps the layout regular. Greedy search and sampling are the
-case K = 1, where every slot is an ancestor.
+Call t = 0, 1, … puts its K tokens into the slots K t … K t + K - 1, so that n = K (t + 1). A slot is written once and
+never moves. When beams branch or die only ``ancestors`` changes: the model appends keys and values to its cache, which
+is never reordered or copied, and takes ``ancestors`` as its attention mask. Here are K = 2 beams of an image in the
+third call, after "a" has branched and "the" has died:
 
-An image that is done is fed on until all are, and what the model says of it is ignored; but a beam search leaves done
-images out of its batch where it is told how (``keep``).
+    slot              0    1    2    3    4    5
+    token             BOS  BOS  a    the  red  dog
+    ancestors[b, 0]   1    0    1    0    1    0        BOS a red
+    ancestors[b, 1]   1    0    1    0    0    1        BOS a dog
+
+The first call feeds K equal BOS tokens, each of which sees only itself. Only the first of these beams counts; the
+others keep the layout regular. Greedy search is the case K = 1, where every slot is an ancestor.
+
+Images that are done stay in the batch until all are, and what the model says of them is ignored; but a beam search
+takes them out where it is given a ``keep`` function.
 """
 
 from __future__ import annotations
@@ -25,17 +32,18 @@ from dataclasses import dataclass, field
 import torch
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-CHECK_EVERY = 4  # steps between two looks at an accelerator: each look waits for it
+Device = torch.device | str | None
+CHECK_EVERY = 4  # steps between two checks on an accelerator: each check waits for it
 LEAVING = 0.25  # share of a batch that must be done before it leaves: moving the others costs about one step's reading
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found, one entry an image."""
+    """What a search found, one entry for each image."""
 
     tokens: list[list[int]]  # without BOS and EOS
     scores: list[float]  # sum of log-probabilities over (number of tokens) ** length_penalty, EOS included in both
-    finished: list[list[list[int]]] = field(default_factory=list)  # by beam search: up to K an image, best first
+    finished: list[list[list[int]]] = field(default_factory=list)  # by beam search: up to K per image, best first
 
 
 @torch.no_grad()
@@ -45,68 +53,35 @@ def greedy(
     bos: int,
     eos: int,
     max_new_tokens: int = 30,
-    device: torch.device | str | None = None,
+    device: Device = None,
     check_every: int | None = None,
 ) -> SearchResult:
     """Take the most probable token at each step until EOS or ``max_new_tokens``; scores have length penalty 1.
 
-    ``check_every`` is as in ``beam_search``.
+    The arguments are those of :func:`beam_search`.
 
     Raises:
         ValueError: sizes below 1, or logits that are not numbers.
     """
-    watch = _Watch(check_every or _check_every(device), max_new_tokens)
-    return _single_path(
-        step, lambda log_probs: log_probs.argmax(-1), batch_size, bos, eos, max_new_tokens, device, watch
-    )
-
-
-@torch.no_grad()
-def sample(
-    step: Step,
-    batch_size: int,
-    bos: int,
-    eos: int,
-    generator: torch.Generator,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    max_new_tokens: int = 30,
-    device: torch.device | str | None = None,
-) -> SearchResult:
-    """Draw each token from the model's distribution, sharpened by ``temperature`` and cut to its likely part.
-
-    Args:
-        step: see the module's head.
-        batch_size: images B.
-        bos: id of the first token fed.
-        eos: id that ends a caption.
-        generator: source of randomness, on the same device as the logits.
-        temperature: divides the logits; below 1 is more conservative.
-        top_k: keep the k most probable tokens; None keeps all.
-        top_p: then keep the fewest tokens whose probabilities sum to this (Holtzman et al., arXiv 1904.09751).
-        max_new_tokens: longest caption, EOS included.
-        device: where the tokens lie.
-
-    Returns:
-        Tokens and their scores under the uncut model, with length penalty 1.
-
-    Raises:
-        ValueError: settings out of range, or logits that are not numbers.
-    """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"--temperature must be a positive number, not {temperature}; for 0 use greedy search")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"--top-k must be at least 1, not {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"--top-p must be in (0, 1], not {top_p}")
-
-    def draw(log_probs: torch.Tensor) -> torch.Tensor:
-        kept = _likely_part(log_probs / temperature, top_k, top_p)
-        return torch.multinomial(kept.softmax(-1), 1, generator=generator).squeeze(-1)
-
-    watch = _Watch(1, max_new_tokens)  # steps that nobody needs would draw from the generator
-    return _single_path(step, draw, batch_size, bos, eos, max_new_tokens, device, watch)
+    _check_sizes(batch_size, max_new_tokens)
+    newest = torch.full((batch_size,), bos, device=device)
+    done = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    sums, lengths = torch.zeros(2, batch_size, device=device)
+    check = _StopCheck(check_every or _check_every(device), max_new_tokens)
+    history = []
+    for length in range(1, max_new_tokens + 1):
+        ancestors = torch.ones(batch_size, 1, length, dtype=torch.bool, device=device)
+        log_probs = _log_probs(step(newest.unsqueeze(1), ancestors))  # (B, 1, V)
+        check.note(_broken_images(log_probs) & ~done, length)
+        newest = log_probs.squeeze(1).argmax(-1)  # (B,)
+        history.append(newest)
+        sums += log_probs.amax((1, 2)).masked_fill(done, 0.0)
+        lengths += ~done
+        done = done | (newest == eos)
+        if check.is_due(length) and check.count_open(~done, range(batch_size)) == 0:
+            break
+    captions = [_before_eos(tokens, eos) for tokens in torch.stack(history, 1).tolist()]
+    return SearchResult(captions, (sums / lengths).tolist())
 
 
 @torch.no_grad()
@@ -118,30 +93,30 @@ def beam_search(
     beam_size: int = 5,
     max_new_tokens: int = 30,
     length_penalty: float = 1.0,
-    device: torch.device | str | None = None,
+    device: Device = None,
     keep: Callable[[torch.Tensor], None] | None = None,
     check_every: int | None = None,
 ) -> SearchResult:
     """Keep the ``beam_size`` best unfinished captions at each step; return the best finished one of each image.
 
-    The rules are those of transformers' ``generate(num_beams=…, early_stopping=False)``, so that captions agree: of
-    the 2K best continuations those that end within the first K are finished, the first K that do not end live on; an
-    image is done when it has K finished captions and its best live one, scored at its present length, is no better
+    The rules are those of transformers' ``generate(num_beams=…, early_stopping=False)``, so that captions agree. Of
+    the 2K best continuations, those that end within the first K are finished, and the first K that do not end live on.
+    An image is done when it has K finished captions and its best live one, scored at its present length, is no better
     than the worst of them.
 
     Args:
-        step: see the module's head.
+        step: see the top of this module.
         batch_size: images B.
         bos: id of the first token fed.
         eos: id that ends a caption.
-        beam_size: live beams K an image.
-        max_new_tokens: longest caption, EOS included; what still lives then counts as finished.
+        beam_size: live beams K of each image.
+        max_new_tokens: longest caption L, EOS included; what is still live then counts as finished.
         length_penalty: exponent of the length that divides a sum of log-probabilities; higher favours longer captions.
-        device: where the tokens lie.
-        keep: called with places in the batch, long (n,), when a quarter of its images are done: from then on ``step``
-            gets these n images alone, in this order. Without it the batch stays whole.
-        check_every: steps between two looks at what is done, each of which waits for the device; the result is the
-            same. None: 1 on a CPU, where looking is free, and else ``CHECK_EVERY``.
+        device: where the tokens are.
+        keep: called with places in the batch, long (n,), once a quarter of its images are done: from then on ``step``
+            gets only these n images, in this order. Without it the batch stays complete.
+        check_every: steps between two checks of what is done, each of which waits for the device; the result is the
+            same. None: 1 on a CPU, where checks are free, and else ``CHECK_EVERY``.
 
     Raises:
         ValueError: sizes below 1, or logits that are not numbers.
@@ -149,102 +124,131 @@ def beam_search(
     _check_sizes(batch_size, max_new_tokens)
     if beam_size < 1:
         raise ValueError(f"--beam-size must be at least 1, not {beam_size}")
-    beams = _Beams(batch_size, beam_size, bos, eos, max_new_tokens, device)
-    watch = _Watch(check_every or _check_every(device), max_new_tokens)
+    beams = _Beams(batch_size, beam_size, bos, eos, max_new_tokens, length_penalty, device)
+    check = _StopCheck(check_every or _check_every(device), max_new_tokens)
     for length in range(1, max_new_tokens + 1):
         log_probs = _log_probs(step(beams.tokens, beams.ancestors))  # (B, K, V)
-        broken = _broken_rows(log_probs) & beams.open  # (B,)
-        beams.advance(log_probs, length, length_penalty)
-        left = watch.still_open(broken, ~beams.open, length, beams.images)
-        if left == 0:
+        check.note(_broken_images(log_probs) & beams.open, length)
+        beams.advance(log_probs, length)
+        if not check.is_due(length):
+            continue
+        n_open = check.count_open(beams.open, beams.images)
+        if n_open == 0:
             break
-        if keep is not None and left is not None and left <= (1 - LEAVING) * len(beams.images):
-            keep(beams.leave())
+        if keep is not None and n_open <= (1 - LEAVING) * len(beams.images):
+            keep(beams.drop_done())
     return beams.result()
 
 
 class _Beams:
-    """The state of a beam search: K live and up to K finished captions an image, best first."""
+    """The state of a beam search: K live and up to K finished captions of each image, both best first.
+
+    Captions are rows of L tokens, filled up with EOS. In every tensor the images come first.
+    """
 
     def __init__(
-        self, batch: int, k: int, bos: int, eos: int, max_new_tokens: int, device: torch.device | str | None
+        self, batch: int, k: int, bos: int, eos: int, max_new_tokens: int, length_penalty: float, device: Device
     ) -> None:
-        self.k, self.eos, self.max_new_tokens = k, eos, max_new_tokens
+        self.k, self.eos, self.max_new_tokens, self.length_penalty = k, eos, max_new_tokens, length_penalty
         self.own_slot = torch.eye(k, dtype=torch.bool, device=device).expand(batch, k, k)
-        self.tokens = torch.full((batch, k), bos, device=device)  # (B, K) newest token
+        self.tokens = torch.full((batch, k), bos, device=device)  # (B, K) the newest
         self.ancestors = self.own_slot  # (B, K, n)
-        self.scores = torch.full((batch, k), -math.inf, device=device)  # (B, K) sums of log-probabilities
-        self.scores[:, 0] = 0.0  # the first K beams are equal; were all of them to count, all would stay equal
-        self.live = torch.full((batch, k, max_new_tokens), eos, device=device)  # (B, K, L) tokens, then EOS
-        self.done_tokens = self.live
-        self.done_scores = torch.full((batch, k), -math.inf, device=device)  # -inf: no caption in this place yet
+        self.live = torch.full((batch, k, max_new_tokens), eos, device=device)  # (B, K, L)
+        self.live_sums = torch.full((batch, k), -math.inf, device=device)  # (B, K) of log-probabilities
+        self.live_sums[:, 0] = 0.0  # the first K beams are equal; if all of them counted, all would stay equal
+        self.finished = self.live  # (B, K, L)
+        self.finished_scores = torch.full((batch, k), -math.inf, device=device)  # (B, K); -inf: no caption yet
         self.open = torch.ones(batch, dtype=torch.bool, device=device)  # (B,) may still find a better caption
-        self.images = list(range(batch))  # which images the rows of all these are
-        self.found: dict[int, tuple[list[list[int]], float]] = {}  # captions, best score: of images that have left
+        self.images = list(range(batch))  # which image each row is
+        self.results: dict[int, tuple[list[list[int]], float]] = {}  # image: its captions, best first, and best score
 
-    def advance(self, log_probs: torch.Tensor, length: int, length_penalty: float) -> None:
+    def advance(self, log_probs: torch.Tensor, length: int) -> None:
         """Grow all beams by one token, to ``length``; log_probs (B, K, V) are float32."""
         vocab = log_probs.shape[-1]
         # A beam has one way to end, so 2K continuations hold at least K that do not.
-        sums, index = (self.scores.unsqueeze(-1) + log_probs).flatten(1).topk(2 * self.k)  # (B, 2K) best first
+        sums, index = (self.live_sums.unsqueeze(-1) + log_probs).flatten(1).topk(2 * self.k)  # (B, 2K) best first
         parents, tokens = index // vocab, index % vocab
         captions = _pick(self.live, parents)  # (B, 2K, L)
         captions[:, :, length - 1] = tokens
         ends = tokens == self.eos if length < self.max_new_tokens else torch.ones_like(tokens, dtype=torch.bool)
 
+        scale = length**self.length_penalty
+        self._finish(captions, sums / scale, ends)
+        self._continue(captions, sums, ends, parents, tokens)
+        self.open = self.open & (self.live_sums[:, 0] / scale > self.finished_scores[:, -1])
+
+    def _finish(self, captions: torch.Tensor, scores: torch.Tensor, ends: torch.Tensor) -> None:
+        """Of the first K continuations (B, 2K, L) take those that end; keep the K best finished captions."""
         counts = ends & self.open.unsqueeze(-1)  # (B, 2K)
         counts[:, self.k :] = False
-        scale = length**length_penalty
-        ranked = torch.cat((self.done_scores, (sums / scale).masked_fill(~counts, -math.inf)), 1)  # (B, 3K)
-        self.done_scores, kept = ranked.topk(self.k)
-        self.done_tokens = _pick(torch.cat((self.done_tokens, captions), 1), kept)
+        ranked = torch.cat((self.finished_scores, scores.masked_fill(~counts, -math.inf)), 1)  # (B, 3K)
+        self.finished_scores, kept = ranked.topk(self.k)
+        self.finished = _pick(torch.cat((self.finished, captions), 1), kept)
 
-        self.scores, kept = sums.masked_fill(ends, -math.inf).topk(self.k)
+    def _continue(
+        self,
+        captions: torch.Tensor,
+        sums: torch.Tensor,
+        ends: torch.Tensor,
+        parents: torch.Tensor,
+        tokens: torch.Tensor,
+    ) -> None:
+        """Make the K best continuations (B, 2K, L) that do not end the live beams."""
+        self.live_sums, kept = sums.masked_fill(ends, -math.inf).topk(self.k)
         self.live = _pick(captions, kept)
         self.tokens = tokens.gather(1, kept)
         history = _pick(self.ancestors, parents.gather(1, kept))  # (B, K, n)
         self.ancestors = torch.cat((history, self.own_slot), -1)  # (B, K, n + K)
-        self.open = self.open & (self.scores[:, 0] / scale > self.done_scores[:, -1])
 
-    def leave(self) -> torch.Tensor:
+    def drop_done(self) -> torch.Tensor:
         """Take the images that are done out of the batch; return the places of the others, (n,)."""
-        self._collect(~self.open)
+        self._store(~self.open)
         rows = self.open.nonzero().flatten()
-        for name in ("own_slot", "tokens", "ancestors", "scores", "live", "done_tokens", "done_scores", "open"):
-            setattr(self, name, getattr(self, name)[rows])
+        for name, value in list(vars(self).items()):
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value[rows])
         self.images = [self.images[row] for row in rows.tolist()]
         return rows
 
     def result(self) -> SearchResult:
         """Return the captions of every image, those that have left included."""
-        self._collect(torch.ones_like(self.open))
-        finished, scores = zip(*(self.found[image] for image in sorted(self.found)), strict=True)
+        self._store(torch.ones_like(self.open))
+        finished, scores = zip(*(self.results[image] for image in sorted(self.results)), strict=True)
         return SearchResult([captions[0] for captions in finished], list(scores), list(finished))
 
-    def _collect(self, chosen: torch.Tensor) -> None:
-        images = [self.images[row] for row in chosen.nonzero().flatten().tolist()]
-        possible = self.done_scores[chosen] > -math.inf  # where few words are, places may stay empty
-        captions = [_cut(rows[ok], self.eos) for rows, ok in zip(self.done_tokens[chosen], possible, strict=True)]
-        self.found.update(zip(images, zip(captions, self.done_scores[chosen, 0].tolist(), strict=True), strict=True))
+    def _store(self, chosen: torch.Tensor) -> None:
+        """Put the finished captions of the chosen rows, bool (B,), into the results."""
+        rows = chosen.nonzero().flatten()
+        images = [self.images[row] for row in rows.tolist()]
+        found = (self.finished_scores > -math.inf).sum(1)  # (B,) captions: of few words fewer than K are possible
+        columns = (column[rows].tolist() for column in (self.finished, found, self.finished_scores[:, 0]))
+        for image, captions, count, score in zip(images, *columns, strict=True):
+            self.results[image] = ([_before_eos(tokens, self.eos) for tokens in captions[:count]], score)
 
 
-class _Watch:
-    """Looks for images that are done or broken, and so waits for the device, every few steps; the only one that does.
+class _StopCheck:
+    """Finds out every few steps whether images are done or broken; nothing else waits for the device.
 
-    An image that is done does not change any more, so looking late costs steps and changes no result.
+    An image that is done does not change any more, so a late check costs steps and changes no result.
     """
 
     def __init__(self, every: int, last: int) -> None:
         self.every, self.last = every, last
-        self.broken_at: torch.Tensor | None = None  # (B,) since the last look: at which token first; last + 1: nowhere
+        self.broken_at: torch.Tensor | None = None  # (B,) since the last check: first broken token, or last + 1
 
-    def still_open(self, broken: torch.Tensor, done: torch.Tensor, length: int, images: Sequence[int]) -> int | None:
-        """How many images are not done, or None where this step does not look; ValueError where one is broken."""
+    def note(self, broken: torch.Tensor, length: int) -> None:
+        """Take note of the images, bool (B,), whose logits for token ``length`` are not numbers."""
         now = torch.full_like(broken, self.last + 1, dtype=torch.long).masked_fill(broken, length)
         self.broken_at = now if self.broken_at is None else torch.minimum(self.broken_at, now)
-        if length % self.every and length < self.last:
-            return None
-        first, left = torch.stack((self.broken_at.min(), (~done).sum())).tolist()
+
+    def is_due(self, length: int) -> bool:
+        """Whether this step is one to check after."""
+        return length % self.every == 0 or length == self.last
+
+    def count_open(self, still_open: torch.Tensor, images: Sequence[int]) -> int:
+        """Return how many of the rows, bool (B,), are open. Raises ValueError naming the images that are broken."""
+        assert self.broken_at is not None  # a check comes after a step
+        first, count = torch.stack((self.broken_at.min(), still_open.sum())).tolist()
         if first <= self.last:
             rows = [images[row] for row in (self.broken_at == first).nonzero().flatten().tolist()]
             raise ValueError(
@@ -252,56 +256,11 @@ class _Watch:
                 "check the weights and the image features, or decode in float32"
             )
         self.broken_at = None
-        return left
+        return count
 
 
-def _check_every(device: torch.device | str | None) -> int:
+def _check_every(device: Device) -> int:
     return 1 if torch.empty(0, device=device).device.type == "cpu" else CHECK_EVERY
-
-
-def _single_path(
-    step: Step,
-    choose: Callable[[torch.Tensor], torch.Tensor],
-    batch_size: int,
-    bos: int,
-    eos: int,
-    max_new_tokens: int,
-    device: torch.device | str | None,
-    watch: _Watch,
-) -> SearchResult:
-    """One caption an image, each token chosen by ``choose``: log-probabilities (B, V) -> ids (B,)."""
-    _check_sizes(batch_size, max_new_tokens)
-    newest = torch.full((batch_size,), bos, device=device)
-    done = torch.zeros(batch_size, dtype=torch.bool, device=device)
-    sums, lengths = torch.zeros(2, batch_size, device=device)
-    history = []
-    for length in range(1, max_new_tokens + 1):
-        ancestors = torch.ones(batch_size, 1, length, dtype=torch.bool, device=device)
-        log_probs = _log_probs(step(newest.unsqueeze(1), ancestors))  # (B, 1, V)
-        broken = _broken_rows(log_probs)
-        log_probs = log_probs.squeeze(1).masked_fill(broken.unsqueeze(-1), 0.0)  # multinomial dies of NaN on a GPU
-        newest = choose(log_probs)
-        sums += log_probs.gather(1, newest.unsqueeze(1)).squeeze(1).masked_fill(done, 0.0)
-        lengths += ~done
-        history.append(newest)
-        broken = broken & ~done
-        done = done | (newest == eos)
-        if watch.still_open(broken, done, length, range(batch_size)) == 0:
-            break
-    return SearchResult(_cut(torch.stack(history, 1), eos), (sums / lengths).tolist())
-
-
-def _likely_part(logits: torch.Tensor, top_k: int | None, top_p: float) -> torch.Tensor:
-    """Set all but the likely tokens of logits (B, V) to -inf; the most probable one always stays."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        kept, index = logits.topk(top_k)
-        logits = torch.full_like(logits, -math.inf).scatter(1, index, kept)
-    if top_p < 1:
-        ordered, index = logits.sort(-1, descending=True)
-        mass = ordered.softmax(-1)
-        unlikely = mass.cumsum(-1) - mass >= top_p  # what the more probable tokens hold; 0 for the first, which stays
-        logits = logits.masked_fill(unlikely.scatter(1, index, unlikely), -math.inf)
-    return logits
 
 
 def _check_sizes(batch_size: int, max_new_tokens: int) -> None:
@@ -315,7 +274,7 @@ def _log_probs(logits: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits.float(), -1)  # float32: sums of bfloat16 would tie
 
 
-def _broken_rows(log_probs: torch.Tensor) -> torch.Tensor:
+def _broken_images(log_probs: torch.Tensor) -> torch.Tensor:
     """Images (B,) with a NaN in their log-probabilities (B, K, V); infinite logits become NaN in the softmax."""
     return log_probs.amax((1, 2)).isnan()
 
@@ -325,6 +284,5 @@ def _pick(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
-def _cut(tokens: torch.Tensor, eos: int) -> list[list[int]]:
-    """Lists of the ids of tokens (B, L) before the first EOS."""
-    return [row[: row.index(eos)] if eos in row else row for row in tokens.tolist()]
+def _before_eos(tokens: list[int], eos: int) -> list[int]:
+    return tokens[: tokens.index(eos)] if eos in tokens else tokens

@@ -1,4 +1,4 @@
-"""search.py: equal to exhaustive search where that is possible, and to transformers' beam search."""
+"""search.py: equal to exhaustive search where that is possible, and to transformers' greedy and beam search."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from captioning.imports import import_guarded
-from captioning.inference.search import SearchResult, Step, beam_search, greedy, sample
+from captioning.inference.search import SearchResult, Step, beam_search, greedy
 from decoder import Decoder, DecoderConfig, build_decoder
 
 EOS = 0
@@ -215,7 +215,6 @@ def never_ends(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
         lambda: greedy(never_ends, 2, EOS, EOS, 7),
         lambda: beam_search(never_ends, 2, EOS, EOS, 3, 7),
         lambda: beam_search(never_ends, 2, EOS, EOS, 10, 7),  # more beams than words
-        lambda: sample(never_ends, 2, EOS, EOS, torch.Generator(), top_k=1, max_new_tokens=7),
     ],
 )
 def test_caption_that_never_ends_is_cut(search):
@@ -236,7 +235,6 @@ def test_caption_that_must_end_at_once_is_empty():
     empty = SearchResult([[], []], [0.0, 0.0])
     assert beam_search(always_ends, 2, EOS, EOS, 4, 5) == replace(empty, finished=[[[]], [[]]])
     assert greedy(always_ends, 2, EOS, EOS, 5) == empty
-    assert sample(always_ends, 2, EOS, EOS, torch.Generator(), max_new_tokens=5) == empty
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -267,55 +265,6 @@ def test_bos_may_be_another_token_than_eos():
     assert fed[0].tolist() == [[4, 4, 4]]
 
 
-# ---- Sampling --------------------------------------------------------------------------------------------------------
-
-
-def test_sampling_follows_its_generator_and_not_the_global_one():
-    model = TableModel(vocab=9, rows=4, depth=1)
-    draws = []
-    for seed in (5, 5, 6):
-        torch.manual_seed(len(draws))
-        generator = torch.Generator().manual_seed(seed)
-        draws.append(sample(model.step([0, 1, 2, 3]), 4, EOS, EOS, generator, max_new_tokens=12))
-    assert draws[0] == draws[1]
-    assert draws[0].tokens != draws[2].tokens
-
-
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
-def test_sampling_the_likeliest_only_is_greedy(options):
-    model = TableModel(vocab=9, rows=4, depth=2)
-    rows = [0, 1, 2, 3]
-    drawn = sample(model.step(rows), 4, EOS, EOS, torch.Generator(), **options, max_new_tokens=12)
-    assert drawn == greedy(model.step(rows), 4, EOS, EOS, 12)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [0.1, 0.2, 0.3, 0.4]),
-        ({"temperature": 0.5}, [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
-        ({"top_k": 2}, [0, 0, 3 / 7, 4 / 7]),
-        ({"top_k": 99}, [0.1, 0.2, 0.3, 0.4]),
-        ({"top_p": 0.65}, [0, 0, 3 / 7, 4 / 7]),
-        ({"top_p": 0.75}, [0, 2 / 9, 3 / 9, 4 / 9]),
-        ({"top_k": 3, "top_p": 0.7}, [0, 0, 3 / 7, 4 / 7]),  # top_p of what top_k left: 4/9 + 3/9 > 0.7
-    ],
-)
-def test_sampled_frequencies(options, expected):
-    probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4])
-
-    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-        return probabilities.log().expand(*tokens.shape, 4)
-
-    generator = torch.Generator().manual_seed(0)
-    drawn = sample(step, 20_000, 3, EOS, generator, **options, max_new_tokens=1)
-    counts = torch.tensor([tokens[0] if tokens else EOS for tokens in drawn.tokens]).bincount(minlength=4)
-    frequencies = (counts / 20_000).tolist()
-    assert frequencies == pytest.approx(expected, abs=0.015)
-    assert [f == 0 for f in frequencies] == [p == 0 for p in expected]
-    assert drawn.scores[0] == pytest.approx(probabilities[drawn.tokens[0][0] if drawn.tokens[0] else EOS].log().item())
-
-
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -325,7 +274,6 @@ def test_sampled_frequencies(options, expected):
     [
         lambda step: greedy(step, 3, EOS, EOS, 5),
         lambda step: beam_search(step, 3, EOS, EOS, 2, 5),
-        lambda step: sample(step, 3, EOS, EOS, torch.Generator(), max_new_tokens=5),
     ],
 )
 def test_logits_that_are_no_numbers_name_their_rows(search, value):
@@ -351,7 +299,6 @@ def test_what_a_finished_image_says_is_ignored():
         return logits
 
     assert greedy(step, 2, EOS, EOS, 4).tokens == [[], [5] * 4]
-    assert sample(step, 2, EOS, EOS, torch.Generator(), top_k=1, max_new_tokens=4).tokens == [[], [5] * 4]
     assert beam_search(step, 2, EOS, EOS, 1, 4).tokens == [[], [5] * 4]
 
 
@@ -362,9 +309,6 @@ def test_what_a_finished_image_says_is_ignored():
         (lambda: greedy(never_ends, 1, EOS, EOS, max_new_tokens=0), "--max-new-tokens"),
         (lambda: beam_search(never_ends, 1, EOS, EOS, beam_size=0), "--beam-size"),
         (lambda: beam_search(never_ends, 1, EOS, EOS, max_new_tokens=0), "--max-new-tokens"),
-        (lambda: sample(never_ends, 1, EOS, EOS, torch.Generator(), temperature=0.0), "--temperature"),
-        (lambda: sample(never_ends, 1, EOS, EOS, torch.Generator(), top_k=0), "--top-k"),
-        (lambda: sample(never_ends, 1, EOS, EOS, torch.Generator(), top_p=0.0), "--top-p"),
     ],
 )
 def test_bad_settings_name_their_flag(search, message):
