@@ -51,7 +51,7 @@ STRANGER = {  # what a newcomer looks for: where it is, and by what line one kno
     "resume of captioning": ("captioning/inference/folder.py", "class PredictionLog"),
     "map methods": ("captioning/maps/attention.py", "METHODS"),
     "tables of the report": ("captioning/report/sections.py", "Table("),
-    "shard manifest": ("captioning/scale/results.py", "manifest"),
+    "shard manifest": ("captioning/scale/manifest.py", "manifest"),
 }
 
 
