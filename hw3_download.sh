@@ -225,7 +225,7 @@ prepare() { PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m captionin
 
 need_python() { # called before gigabytes are downloaded
   "$PYTHON" -c 'import importlib.util as u, sys
-sys.exit(", ".join(n for n in ("torch", "PIL", "numpy", "tokenizers", "tqdm") if not u.find_spec(n)) or None)' ||
+sys.exit(", ".join(n for n in ("PIL", "numpy") if not u.find_spec(n)) or None)' ||
     fail "PYTHON=$PYTHON lacks packages that prepare the data; run: pip install -r requirements.txt"
 }
 

@@ -5,19 +5,24 @@ tokenizer      GPT-2's byte-level BPE                           batches        c
 feature_cache  the frozen encoder's tokens, kept on disk        hw3_dataset    makes hw3_data/, for hw3_download.sh
 """
 
-from captioning.data.annotations import Sample, load_split
-from captioning.data.batches import PackedBatch, pack_captions
-from captioning.data.feature_cache import FeatureCache
-from captioning.data.images import list_images, load_image
-from captioning.data.tokenizer import Tokenizer
+import importlib
+from typing import Any
 
-__all__ = [
-    "FeatureCache",
-    "PackedBatch",
-    "Sample",
-    "Tokenizer",
-    "list_images",
-    "load_image",
-    "load_split",
-    "pack_captions",
-]
+_HOMES = {
+    "Sample": "annotations",
+    "load_split": "annotations",
+    "load_image": "images",
+    "list_images": "images",
+    "Tokenizer": "tokenizer",
+    "PackedBatch": "batches",
+    "pack_captions": "batches",
+    "FeatureCache": "feature_cache",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import an export at its first use: whatever only reads images and captions starts without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

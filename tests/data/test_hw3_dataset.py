@@ -3,11 +3,13 @@
 import io
 import json
 import stat
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from mirror import coco_files, write_course_zip
+from mirror import ROOT, coco_files, write_course_zip
 
 from captioning.data import hw3_dataset
 
@@ -148,3 +150,13 @@ def test_a_truncated_or_exchanged_image_is_never_taken(annotations, tmp_path):
 def test_paths_with_quotes_survive_curls_configuration(tmp_path):
     path = tmp_path / 'a "b" \\c.part'
     assert f'output = "{tmp_path}/a \\"b\\" \\\\c.part"\n' in hw3_dataset.curl_config([("http://x/1.jpg", path)])
+
+
+def test_it_starts_without_torch_and_the_package_still_exports_all():
+    code = (
+        "import sys, captioning.data.hw3_dataset, captioning.data as data\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert all(getattr(data, name).__name__ == name for name in data.__all__)\n"
+        "assert not hasattr(data, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
