@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from captioning.data.tokenizer import Tokenizer
-from captioning.inference import search
+from captioning.inference.search import Step, beam_search, greedy
 from captioning.models.captioner import Captioner
 from captioning.models.step_functions import CompiledStepFunction
 from decoder import Decoder
@@ -24,7 +24,7 @@ def caption_features(
 
     ``steps`` are compiled for at least as many images, and for the same beams and tokens.
     """
-    step: search.Step
+    step: Step
     if steps is None:
         shared = captioner.step_function(features, beam_size, max_new_tokens)
         step, keep = shared, shared.keep
@@ -35,15 +35,13 @@ def caption_features(
     step = within_vocabulary(step, tokenizer.vocab_size)
     eos, device = tokenizer.eos_id, features.device
     if beam_size == 1:
-        found = search.greedy(step, len(features), eos, eos, max_new_tokens, device)
+        found = greedy(step, len(features), eos, eos, max_new_tokens, device)
     else:
-        found = search.beam_search(
-            step, len(features), eos, eos, beam_size, max_new_tokens, length_penalty, device, keep
-        )
+        found = beam_search(step, len(features), eos, eos, beam_size, max_new_tokens, length_penalty, device, keep)
     return [tokenizer.decode(tokens) for tokens in found.tokens]
 
 
-def within_vocabulary(step: search.Step, vocab_size: int) -> search.Step:
+def within_vocabulary(step: Step, vocab_size: int) -> Step:
     """Return ``step`` without the logits of a padded output layer's ids, which belong to no token."""
     return lambda tokens, ancestors: step(tokens, ancestors)[..., :vocab_size]
 

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from captioning.cli import PARTIAL, positive_int
 from captioning.distributed import ALONE, Processes
 from captioning.inference.batches import Job
-from captioning.scale import ray_engine
 from captioning.scale.part_files import FORMS, form_of
+from captioning.scale.ray_engine import caption_with_ray
 from captioning.scale.results import Results
 from captioning.scale.sources import Shard, Source
 from captioning.scale.worker import Folder, caption_shards
@@ -104,7 +104,7 @@ def _caption(
 ) -> None:
     if run.engine == "ray":
         use_gpus = run.device == "auto" or run.device.startswith("cuda")
-        return ray_engine.caption_shards(folder, shards, build, run.batch_size, run.ray_actors, use_gpus)
+        return caption_with_ray(folder, shards, build, run.batch_size, run.ray_actors, use_gpus)
     first = len(shards) * processes.rank // processes.count  # so that not all processes try to claim the same ones
     order = [*shards[first:], *shards[:first]]
     bar = tqdm(order, desc="caption", unit="shard", disable=None if processes.first else True)

@@ -17,9 +17,8 @@ from typing import Any
 from captioning.imports import import_guarded
 from captioning.inference.batches import Job
 from captioning.messages import one_line
-from captioning.scale import worker
 from captioning.scale.sources import Shard
-from captioning.scale.worker import Folder
+from captioning.scale.worker import Folder, caption_shards
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +47,13 @@ class CaptionActor:
         try:
             self._job = self._job or self._build()
             shards = [self._shards[number] for number in rows["item"]]
-            worker.caption_shards(self._folder, shards, self._job, self._batch_size, PATIENCE)
+            caption_shards(self._folder, shards, self._job, self._batch_size, PATIENCE)
         except (ValueError, OSError) as error:  # bad input or no room, which another try would meet again
             return {"error": [str(error) or type(error).__name__]}
         return {"error": [""]}
 
 
-def caption_shards(
+def caption_with_ray(
     folder: Folder,
     shards: Sequence[Shard],
     build: Callable[[], Job],

@@ -82,7 +82,7 @@ def test_two_actors_of_which_one_is_killed_give_what_one_process_gives(cluster, 
     with Results(out, "jsonl", {"model": "m"}) as found:
         found.begin()
         shards = Source(tars).shards(tmp_path)
-        ray_engine.caption_shards(found.folder, shards, Build(said), 2, actors=2)
+        ray_engine.caption_with_ray(found.folder, shards, Build(said), 2, actors=2)
         found.finish(shards)
     killer.join()
     lines = said_by(said)
@@ -122,7 +122,7 @@ def test_a_shard_that_kills_its_actor_again_and_again_ends_the_run(cluster, tars
     folder = Folder(tmp_path / "out")
     folder.state.mkdir(parents=True)
     with pytest.raises(ValueError, match="the same shard failed 2 times"):
-        ray_engine.caption_shards(folder, Source(tars).shards(tmp_path)[:1], Crash(), 2, actors=1)
+        ray_engine.caption_with_ray(folder, Source(tars).shards(tmp_path)[:1], Crash(), 2, actors=1)
 
 
 def test_what_an_actor_cannot_do_is_said_as_one_line(cluster, tars, tmp_path):
@@ -132,7 +132,7 @@ def test_what_an_actor_cannot_do_is_said_as_one_line(cluster, tars, tmp_path):
     folder = Folder(tmp_path / "out")
     folder.state.mkdir(parents=True)
     with pytest.raises(ValueError, match=r"^weights\.bin: no such file$"):
-        ray_engine.caption_shards(folder, Source(tars).shards(tmp_path), build, 2, actors=1)
+        ray_engine.caption_with_ray(folder, Source(tars).shards(tmp_path), build, 2, actors=1)
 
 
 def test_without_ray_one_line_says_how_to_get_it(tmp_path, tars, monkeypatch, capsys, tiny_profile, adapter):  # noqa: F811
