@@ -3,7 +3,6 @@
 import fcntl
 import json
 import logging
-import os
 import subprocess
 import sys
 from typing import ClassVar
@@ -227,47 +226,8 @@ def test_one_image_that_does_not_fit_is_an_error_with_a_remedy():
 # -------------------------------------------------------------------------------------------------- several processes
 
 
-SHARED = """
-import sys
-from pathlib import Path
-import torch
-from captioning.distributed import join
-from captioning.inference.batches import Job
-from captioning.inference.folder import PredictionLog, caption_images
-images = sorted(Path(sys.argv[1]).iterdir())
-job = Job(lambda image: image.getpixel((0, 0))[0], lambda levels: [f"level {level}" for level in levels])
-with join(torch.device("cpu")) as processes:
-    with PredictionLog(Path(sys.argv[2]), {"model": "m"}, processes=processes) as log:
-        caption_images(log, images, job, 2)
-        assert len(log.finish(images)) == 7
-"""
-
-
 def kept(image, caption):
     return json.dumps({"image": image, "caption": caption, "check": append_log.checksum(image, caption)}) + "\n"
-
-
-def launch(script, processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
-    )
-
-
-def test_two_processes_share_a_folder_and_finish_what_three_began(tmp_path, images):
-    """A run of three was killed and left its side files, one with a torn line: no image is lost or captioned twice."""
-    script, out = tmp_path / "share.py", tmp_path / "out.json"
-    script.write_text(SHARED)
-    header = '{"run": {"model": "m"}}\n'
-    (tmp_path / "out.json.part.jsonl").write_text(header)
-    (tmp_path / "out.json.part1.jsonl").write_text(header + kept("1", "kept") + kept("4", "torn")[:-9])
-    (tmp_path / "out.json.part2.jsonl").write_text(header + kept("2", "kept too"))
-    result = launch(script, 2, images[0].parent, out)
-    assert result.returncode == 0, result.stderr
-    expected = {str(k): f"level {k}" for k in range(7)} | {"1": "kept", "2": "kept too"}
-    assert json.loads(out.read_text()) == expected
-    assert not list(tmp_path.glob("*.part*"))
 
 
 class Pretended(Processes):

@@ -3,13 +3,11 @@
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
-import test_shards
-from test_shards import adapter, contents, flags, pictures, renamed, results, write_tar  # noqa: F401 - a fixture
+from shard_runs import contents, flags, grey, pictures, renamed, results, say, write_tar
 
 import p2_infer
 from captioning.cli import BAD_INPUT
@@ -44,60 +42,49 @@ def tars(tmp_path):
 
 
 class Build:
-    """Makes a slow captioner that writes down which process captioned what."""
+    """Makes a captioner that notes which process captioned what; one is killed in its second shard's second batch."""
 
-    def __init__(self, said):
-        self.said = said
+    def __init__(self, said, killed):
+        self.said, self.killed = said, killed
 
     def __call__(self):
-        return Job(test_shards.grey, self.caption)
+        return Job(grey, self.caption)
 
     def caption(self, levels):
         with self.said.open("a") as file:
             file.write("".join(f"{level} {os.getpid()}\n" for level in levels))
-        time.sleep(0.2)
-        return test_shards.say(levels)
+        if IMAGES + 2 in levels and not self.killed.exists():
+            while len({pid for _, pid in said_by(self.said)}) < 2:  # the other actor is at work too
+                time.sleep(0.01)
+            self.killed.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return say(levels)
 
 
 def said_by(said):
-    return [tuple(map(int, line.split())) for line in said.read_text().splitlines()] if said.exists() else []
-
-
-def kill_one(said, killed):
-    """Kill the process that captioned first, once both have captioned and a quarter is done."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        lines = said_by(said)
-        if len(lines) >= SHARDS * IMAGES // 4 and len({pid for _, pid in lines}) == 2:
-            os.kill(lines[0][1], signal.SIGKILL)
-            killed.append(lines[0][1])
-            return
-        time.sleep(0.05)
+    return [tuple(map(int, line.split())) for line in said.read_text().splitlines()]
 
 
 def test_two_actors_of_which_one_is_killed_give_what_one_process_gives(cluster, tars, tmp_path):
-    said, killed, out = tmp_path / "said", [], tmp_path / "ray.jsonl"
-    killer = threading.Thread(target=kill_one, args=(said, killed))
-    killer.start()
+    said, killed, out = tmp_path / "said", tmp_path / "killed", tmp_path / "ray.jsonl"
     with Results(out, "jsonl", {"model": "m"}) as found:
         found.begin()
         shards = Source(tars).shards(tmp_path)
-        ray_engine.caption_with_ray(found.folder, shards, Build(said), 2, actors=2)
+        ray_engine.caption_with_ray(found.folder, shards, Build(said, killed), 2, actors=2)
         found.finish(shards)
-    killer.join()
     lines = said_by(said)
-    assert len(killed) == 1
-    assert len({pid for _, pid in lines} - set(killed)) >= 1
+    assert int(killed.read_text()) in {pid for _, pid in lines}
+    assert len({pid for _, pid in lines}) >= 2
     assert {level for level, _ in lines} == set(range(SHARDS * IMAGES))
-    assert len(lines) <= SHARDS * IMAGES + 2  # the batch that the killed one was at
+    assert len(lines) == SHARDS * IMAGES + 2  # the batch that the killed one was at
     with Results(tmp_path / "plain.jsonl", "jsonl", {"model": "m"}) as plain:
         plain.begin()
-        caption_shards(plain.folder, shards, Job(test_shards.grey, test_shards.say), 2)
+        caption_shards(plain.folder, shards, Job(grey, say), 2)
         plain.finish(shards)
     assert contents(out) == renamed(contents(tmp_path / "plain.jsonl"), "plain", "ray")
 
 
-def test_p2_infer_gives_the_same_with_ray(cluster, tmp_path, tiny_data, tiny_profile, adapter):  # noqa: F811
+def test_p2_infer_gives_the_same_with_ray(cluster, tmp_path, tiny_data, tiny_profile, adapter):
     images = sorted((tiny_data / "images" / "val").iterdir())
     for number in range(2):
         write_tar(tmp_path / f"{number}.tar", [(p.name, p.read_bytes()) for p in images[number::2]])
@@ -113,7 +100,7 @@ class Crash:
     """Loads a captioner that takes its process with it."""
 
     def __call__(self):
-        return Job(test_shards.grey, lambda levels: os._exit(1))
+        return Job(grey, lambda levels: os._exit(1))
 
 
 def test_a_shard_that_kills_its_actor_again_and_again_ends_the_run(cluster, tars, tmp_path, monkeypatch):
@@ -135,7 +122,7 @@ def test_what_an_actor_cannot_do_is_said_as_one_line(cluster, tars, tmp_path):
         ray_engine.caption_with_ray(folder, Source(tars).shards(tmp_path), build, 2, actors=1)
 
 
-def test_without_ray_one_line_says_how_to_get_it(tmp_path, tars, monkeypatch, capsys, tiny_profile, adapter):  # noqa: F811
+def test_without_ray_one_line_says_how_to_get_it(tmp_path, tars, monkeypatch, capsys, tiny_profile, adapter):
     monkeypatch.setitem(sys.modules, "ray.data", None)
     words = [str(tars), str(tmp_path / "out.jsonl"), *flags(tiny_profile, adapter), "--engine", "ray"]
     assert p2_infer.main(words) == BAD_INPUT
@@ -143,7 +130,7 @@ def test_without_ray_one_line_says_how_to_get_it(tmp_path, tars, monkeypatch, ca
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_ray_starts_its_processes_itself(tmp_path, tars, capsys, tiny_profile, adapter):  # noqa: F811
+def test_ray_starts_its_processes_itself(tmp_path, tars, capsys, tiny_profile, adapter):
     words = [str(tars), str(tmp_path / "out.jsonl"), *flags(tiny_profile, adapter), "--engine", "ray"]
     assert p2_infer.main([*words, "--ray-actors", "0"]) == BAD_INPUT
     assert "--ray-actors 0: must be at least 1" in capsys.readouterr().err
