@@ -1,48 +1,19 @@
-"""captioner.py: packing and caching change no number, only LoRA and projector train, adapters come back whole."""
+"""captioner.py: packing and caching change no number, and only LoRA and projector are trained."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS
-from torch import nn
+from tiny import EOS, LORA, SHAPE, VOCAB, make_captioner, ragged_captions, random_features
 
 from captioning.data.batches import pack_captions
-from captioning.imports import import_guarded
 from captioning.inference import search
 from captioning.models import captioner as captioner_module
-from captioning.models.adapter import read_adapter
 from captioning.models.captioner import Captioner, CaptionerConfig
-from captioning.models.encoder import build_encoder, build_transform
-from captioning.tensors import fingerprint
 from captioning.training.config import SETTINGS
 from captioning.training.trainer import make_optimizer
 from decoder import Decoder, DecoderConfig, LoraConfig
-
-VOCAB, EOS = 50, 49
-LORA = LoraConfig(rank=3, alpha=6.0, lm_head=True)
-SHAPE = DecoderConfig(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=2)
-
-
-def make_decoder(lora=LORA, shape=SHAPE, seed=0):
-    torch.manual_seed(seed)
-    decoder = Decoder(shape, lora)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            if parameter.ndim > 1 or "lora_" in name:  # GPT-2's own 0.02 makes captions of one repeated token
-                parameter.normal_(std=0.25)
-    return decoder
-
-
-def make_captioner(lora=LORA, use_cls=True, shape=SHAPE, **config):
-    config = CaptionerConfig(TINY_ENCODER, TINY_ENCODER_KWARGS, "random", use_cls, lora, **config)
-    decoder = make_decoder(lora, shape)
-    torch.manual_seed(1)
-    return Captioner(config, decoder)
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +22,11 @@ def captioner():
     return make_captioner().eval()
 
 
-def random_features(captioner, images, seed=0):
-    return torch.randn(images, *captioner.feature_shape, generator=torch.Generator().manual_seed(seed))
-
-
-def ragged_captions(counts=(1, 5, 3), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [torch.randint(1, 9, (n,), generator=generator).tolist() for n in counts]
-    return [[torch.randint(0, EOS, (n,), generator=generator).tolist() for n in row] for row in lengths]
-
-
 # --------------------------------------------------------------------------------------------------------- training
 
 
 def unpacked_loss(captioner, features, captions):
-    """The definition: each caption alone behind its image, plain causal attention, mean over all tokens."""
+    """The definition: each caption alone after its image, plain causal attention, mean over all tokens."""
     losses = []
     for image, texts in zip(features, captions, strict=True):
         for tokens in texts:
@@ -148,7 +109,7 @@ def test_a_step_of_every_setting_moves_what_is_trained_and_nothing_else(setting)
     [("1", 5_505_792), ("2", 5_505_792), ("3", 10_224_384), ("4", 7_138_592), ("5", 5_505_792), ("best", 7_138_592)],
 )
 def test_trained_parameters_of_the_full_size_settings(setting, count, monkeypatch):
-    """GPT-2 small behind ViT-L/14, built without memory; only fingerprints need values."""
+    """GPT-2 small after ViT-L/14, built without memory; only fingerprints need values."""
     monkeypatch.setattr(captioner_module, "fingerprint", lambda state: "none")
     config = SETTINGS[setting]
     with torch.device("meta"):
@@ -176,72 +137,6 @@ def test_leaving_cls_out_shortens_the_prefix_by_it():
     assert whole.prefix(features).shape == (2, 10, 32)
 
 
-def test_a_random_encoder_is_the_same_every_time_and_leaves_the_callers_seed_alone():
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    first = build_encoder(TINY_ENCODER, "random", TINY_ENCODER_KWARGS)
-    assert torch.equal(torch.rand(1), expected)
-    second = build_encoder(TINY_ENCODER, "random", TINY_ENCODER_KWARGS)
-    assert fingerprint(first.state_dict()) == fingerprint(second.state_dict())
-
-
-def test_preprocessing_is_the_models_own_and_not_imagenets():
-    """resolve_data_config with the model's *name* silently answers with ImageNet's mean, std and crop of 0.875."""
-    transform = build_transform(build_encoder(TINY_ENCODER, "random", TINY_ENCODER_KWARGS))
-    shown = repr(transform)
-    assert "0.4815" in shown  # OpenAI's mean
-    assert "48" in shown
-    other = build_encoder(TINY_ENCODER, "random", {**TINY_ENCODER_KWARGS, "mean": (0.5, 0.5, 0.5)})
-    assert "0.5000" in repr(build_transform(other))
-
-
-@pytest.mark.parametrize(
-    ("name", "weights", "error", "message"),
-    [
-        ("vit_of_nobody", "random", ValueError, "--encoder vit_of_nobody"),
-        ("resnet18", "random", ValueError, "not a vision transformer"),
-        (TINY_ENCODER, "gone.safetensors", FileNotFoundError, "--encoder-weights gone.safetensors"),
-    ],
-)
-def test_encoders_that_cannot_be_built_are_refused(name, weights, error, message):
-    with pytest.raises(error, match=message):
-        build_encoder(name, weights, {} if name == "resnet18" else TINY_ENCODER_KWARGS)
-
-
-def test_encoder_weights_come_from_a_local_file_and_must_fit(tmp_path):
-    encoder = build_encoder(TINY_ENCODER, "random", TINY_ENCODER_KWARGS)
-    torch.manual_seed(9)
-    for parameter in encoder.parameters():
-        nn.init.normal_(parameter)
-    file = tmp_path / "encoder.safetensors"
-    save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, file)
-    loaded = build_encoder(TINY_ENCODER, str(file), TINY_ENCODER_KWARGS)
-    assert fingerprint(loaded.state_dict()) == fingerprint(encoder.state_dict())
-    for depth in (1, 3):  # timm loads headless models with strict=False: block 3 would be random, or block 2 unused
-        with pytest.raises(ValueError, match=r"encoder\.safetensors: they do not fit.*blocks\."):
-            build_encoder(TINY_ENCODER, str(file), {**TINY_ENCODER_KWARGS, "depth": depth})
-    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-50])
-    with pytest.raises(ValueError, match=r"cut\.safetensors"):
-        build_encoder(TINY_ENCODER, str(tmp_path / "cut.safetensors"), TINY_ENCODER_KWARGS)
-
-
-def test_open_clips_names_are_understood(tmp_path):
-    """The micro encoder is stored as its whole open_clip model; its vision tower is what the captioner takes."""
-    open_clip = import_guarded("open_clip")
-    torch.manual_seed(4)
-    vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 48}
-    text = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
-    clip = open_clip.CLIP(24, vision, text).eval()
-    file = tmp_path / "open_clip_model.safetensors"
-    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, file)
-    encoder = build_encoder(TINY_ENCODER, str(file), TINY_ENCODER_KWARGS)
-    pixels = torch.randn(2, 3, 48, 48)
-    with torch.no_grad():
-        pooled = encoder.forward_features(pixels)[:, 0] @ clip.visual.proj
-        assert torch.allclose(pooled, clip.encode_image(pixels), atol=1e-5)
-
-
 def test_a_prefix_that_fills_the_context_is_refused():
     with pytest.raises(ValueError, match="leave no room for a caption"):
         make_captioner(shape=replace(SHAPE, n_positions=11))
@@ -251,7 +146,7 @@ def test_a_prefix_that_fills_the_context_is_refused():
 
 
 def full_logits(captioner, image, histories):
-    """Logits (K, V) after ``[prefix | BOS tokens]`` of K histories, everything computed anew and without a cache."""
+    """Logits (K, V) after ``[prefix | BOS tokens]`` of K histories, everything computed again and without a cache."""
     inputs = torch.tensor(histories)
     prefix = captioner.prefix(image[None]).expand(len(histories), -1, -1)
     x = torch.cat([prefix, captioner.decoder.embed(inputs)], 1)
@@ -259,7 +154,7 @@ def full_logits(captioner, image, histories):
 
 
 def plain_step(captioner, features):
-    """A step function that remembers tokens only and computes every history anew."""
+    """A step function that remembers tokens only and computes every history again."""
     slots = []
 
     def step(tokens, ancestors):
@@ -313,7 +208,7 @@ def test_a_batch_is_captioned_like_its_images_one_by_one(captioner, beams):
     assert tokens(features) == [tokens(image[None])[0] for image in features]
 
 
-def test_a_caption_that_cannot_fit_behind_the_image_is_refused(captioner):
+def test_a_caption_that_cannot_fit_after_the_image_is_refused(captioner):
     features = random_features(captioner, 1)
     captioner.step_function(features, 1, 54)
     with pytest.raises(ValueError, match="--max-new-tokens 55"):
@@ -342,98 +237,6 @@ def test_merged_lora_captions_alike(lora):
         assert result.scores == pytest.approx(before.scores, abs=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------------- the adapter
-
-
-@pytest.fixture
-def adapter(captioner, tmp_path):
-    path = tmp_path / "adapter.safetensors"
-    captioner.save_adapter(path)
-    return path
-
-
-def test_an_adapter_brings_back_the_captions(captioner, adapter):
-    config, state = read_adapter(adapter)
-    assert config == captioner.config
-    torch.manual_seed(77)  # the new LoRA and projector start elsewhere
-    decoder = Decoder(SHAPE, config.lora)
-    decoder.load_state_dict({k: v for k, v in captioner.decoder.state_dict().items() if "lora_" not in k}, strict=False)
-    restored = Captioner(config, decoder)
-    features = random_features(captioner, 3)
-    batch = pack_captions(ragged_captions((1, 2, 3)), EOS)
-    assert abs(restored.loss(features, batch) - captioner.loss(features, batch)) > 1e-3
-    restored.load_adapter_state(state)
-    assert torch.equal(restored.eval().loss(features, batch), captioner.loss(features, batch))
-
-
-def test_an_adapter_holds_the_trained_tensors_and_no_others(captioner, adapter):
-    wanted = {"projector.weight", "projector.bias", "decoder.lm_head.lora_A", "decoder.lm_head.lora_B"}
-    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    wanted |= {f"decoder.h.{n}.{layer}.lora_{ab}" for n in range(2) for layer in layers for ab in "AB"}
-    state = load_file(adapter)
-    assert set(state) == wanted == set(captioner.trainable())
-    for name, parameter in captioner.trainable().items():
-        assert torch.equal(state[name], parameter), name
-    with safe_open(adapter, "pt") as file:
-        assert json.loads(file.metadata()["captioner"])["lora"]["rank"] == 3
-
-
-@pytest.mark.parametrize(
-    ("lora", "shape"),
-    [
-        (replace(LORA, rank=4), SHAPE),
-        (replace(LORA, lm_head=False), SHAPE),
-        (replace(LORA, enable_lora=(True, False, True)), SHAPE),
-        (LORA, replace(SHAPE, n_embd=48)),
-        (LORA, replace(SHAPE, n_layer=3)),
-    ],
-)
-def test_an_adapter_of_another_shape_is_refused(captioner, lora, shape):
-    other = make_captioner(lora, shape=shape)
-    with pytest.raises(ValueError, match="adapter"):
-        other.load_adapter_state(captioner.adapter_state())
-
-
-def test_an_adapter_with_a_tensor_too_few_or_too_many_is_refused(captioner):
-    state, other = captioner.adapter_state(), make_captioner()
-    for broken in (
-        {k: v for k, v in state.items() if k != "projector.bias"},
-        {k: v for k, v in state.items() if k != "decoder.h.0.mlp.c_fc.lora_B"},
-        {**state, "encoder.cls_token": torch.zeros(1)},
-    ):
-        with pytest.raises(ValueError, match="adapter"):
-            other.load_adapter_state(broken)
-
-
-def test_an_adapter_refuses_other_frozen_weights(captioner):
-    with pytest.raises(ValueError, match="another decoder"):
-        Captioner(captioner.config, make_decoder(seed=1))
-    kwargs = {**TINY_ENCODER_KWARGS, "depth": 1}
-    with pytest.raises(ValueError, match="another encoder"):
-        Captioner(replace(captioner.config, encoder_kwargs=kwargs), make_decoder())
-
-
-def test_files_that_are_no_adapter_are_refused(adapter, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--adapter .*gone"):
-        read_adapter(tmp_path / "gone.safetensors")
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(adapter.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"cut\.safetensors: damaged"):
-        read_adapter(cut)
-    plain = tmp_path / "plain.safetensors"
-    save_file({"wte.weight": torch.zeros(2)}, plain)
-    with pytest.raises(ValueError, match=r"plain\.safetensors: no adapter"):
-        read_adapter(plain)
-
-
-@pytest.mark.parametrize("header", ["{", "[]", "{}", '{"lora": {}, "encoder": "x", "unknown": 1}', '{"lora": 3}'])
-def test_an_adapter_with_a_spoilt_config_is_refused_by_name(header, tmp_path):
-    path = tmp_path / "spoilt.safetensors"
-    save_file({"projector.bias": torch.zeros(2)}, path, metadata={"captioner": header})
-    with pytest.raises(ValueError, match=r"spoilt\.safetensors"):
-        read_adapter(path)
-
-
 def test_images_that_leave_a_search_take_nothing_from_the_others():
     """The others' keys and values move to the front of the same memory."""
     captioner = make_captioner()
@@ -447,4 +250,4 @@ def test_images_that_leave_a_search_take_nothing_from_the_others():
     part.keep(rows)
     more = torch.tensor([[3, 4]] * 4)
     torch.testing.assert_close(part(more[rows], seen[rows]), whole(more, seen)[rows], atol=1e-5, rtol=0)
-    assert part.cache.keys[0].data_ptr() == part.cache.keys[0]._base.data_ptr()  # nothing was allocated anew
+    assert part.cache.keys[0].data_ptr() == part.cache.keys[0]._base.data_ptr()  # nothing was allocated again
