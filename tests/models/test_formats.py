@@ -1,7 +1,7 @@
-"""Files as the hubs hold them, at full size with random weights from the libraries' own classes, loaded by ours.
+"""Files as the hubs hold them, with random weights from the libraries' own classes, loaded by ours.
 
-The full-size tests take a minute and up to 4 GB of memory. They are marked ``full_size``: ``pytest -m "not
-full_size"`` leaves them out.
+Tests of the full size take up to 4 GB of memory. They are marked ``full_size``: ``pytest -m "not full_size"`` leaves
+them out. What does not depend on the size is tested on small models of the same layout.
 """
 
 import gc
@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 import p1_llava_caption
 import p2_infer
 from captioning.imports import import_guarded
+from captioning.models import captioner as captioner_module
+from captioning.models.adapter import load_captioner
 from captioning.models.captioner import Captioner, CaptionerConfig
-from captioning.models.encoder import build_encoder, build_transform
+from captioning.models.encoder import build_encoder
 from captioning.profiles import PROFILES
 from captioning.scoring.clipscore import ClipScorer, clipscore
-from decoder import DecoderConfig, LoraConfig, build_decoder
+from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder
 from microworld.scenes import generate
 
 CPU = torch.device("cpu")
@@ -41,53 +43,25 @@ def random_(module):
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             gain = parameter.ndim == 1 and name.endswith("weight")
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02 + (1.0 if gain else 0.0))
+            parameter.normal_(float(gain), 0.02, generator=generator)
     return module.eval()
 
 
-# ------------------------------------------------------------------------------------------------ the scripts on them
-
-
-@full_size
-def test_p2_infer_captions_with_full_size_files(tmp_path, vit_large):
-    """ViT-L/14 in timm's layout and GPT-2 small in the hub's, an adapter of rank 32 on them: one image, few tokens.
-
-    The first test, before a fixture holds a GPT-2 as well.
-    """
-    decoder_file = tmp_path / "decoder_model.bin"
-    torch.save(hub_layout(make_gpt2(), "plain"), decoder_file)
-    gc.collect()
-    lora = LoraConfig(rank=32, alpha=32, lm_head=True)
-    config = CaptionerConfig(VIT, {}, str(vit_large[0]), True, lora)
-    captioner = Captioner(config, build_decoder(decoder_file, lora))
-    assert sum(p.numel() for p in captioner.trainable().values()) == 7_138_592
-    captioner.save_adapter(tmp_path / "best.safetensors")
-    del captioner
-    gc.collect()
-    generate(tmp_path / "scenes", "val", 1, seed=1, workers=1)
-    files = [tmp_path / "scenes/images/val", tmp_path / "out.json", decoder_file]
-    flags = ["--adapter", tmp_path / "best.safetensors", "--tokenizer", PROFILES["micro"].tokenizer]
-    small = ["--beam-size", 2, "--max-new-tokens", 3, "--device", "cpu"]
-    assert p2_infer.main([*map(str, [*files, *flags, *small])]) == 0
-    assert len(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))) == 1
+def numbers(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ------------------------------------------------------------------------------------------------------------- GPT-2
 
 
-def make_gpt2():
-    """A random GPT-2 small of transformers, 124 M parameters."""
+def make_gpt2(**config):
+    """A random GPT-2 of transformers; without arguments GPT-2 small, 124 M parameters."""
     transformers = import_guarded("transformers")
-    return random_(transformers.GPT2LMHeadModel(transformers.GPT2Config()))
+    return random_(transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)))
 
 
-@pytest.fixture(scope="module")
-def gpt2():
-    return make_gpt2()
-
-
-def mask_buffers(n_layer=12, size=1024):
-    """What the files of 2019 carry along: the causal mask of every layer, and the number it masked with."""
+def mask_buffers(n_layer, size):
+    """What the files of 2019 contain: the causal mask of every layer, and the number it masked with."""
     mask = torch.ones(size, size, dtype=torch.uint8).tril()[None, None]
     masks = {f"h.{layer}.attn.bias": mask for layer in range(n_layer)}
     return masks | {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(n_layer)}
@@ -95,95 +69,128 @@ def mask_buffers(n_layer=12, size=1024):
 
 def hub_layout(gpt2, layout):
     """The state dict as a hub holds it: ``plain`` is openai-community/gpt2's own."""
-    body = gpt2.transformer.state_dict()
+    body, masks = gpt2.transformer.state_dict(), mask_buffers(gpt2.config.n_layer, gpt2.config.n_positions)
     if layout == "plain":
-        return body | mask_buffers()
+        return body | masks
     if layout == "fp16":
-        return {key: value.half() for key, value in body.items()} | mask_buffers()
-    prefixed = {f"transformer.{key}": value for key, value in (body | mask_buffers()).items()}
+        return {key: value.half() for key, value in body.items()} | masks
+    prefixed = {f"transformer.{key}": value for key, value in (body | masks).items()}
     return prefixed | {"lm_head.weight": body["wte.weight"].clone()}
 
 
-@full_size
+@torch.inference_mode()
+def logits_of(decoder, ids):
+    return decoder.logits(decoder(decoder.embed(ids), torch.arange(ids.shape[1])))
+
+
 @pytest.mark.parametrize(
     ("layout", "suffix"),
     [("plain", "bin"), ("plain", "safetensors"), ("prefixed", "bin"), ("prefixed", "safetensors"), ("fp16", "bin")],
 )
-def test_gpt2_small_as_the_hub_holds_it(tmp_path, gpt2, layout, suffix):
+def test_gpt2_as_the_hub_holds_it(tmp_path, layout, suffix):
+    gpt2 = make_gpt2(vocab_size=300, n_positions=64, n_embd=128, n_layer=3, n_head=2)
     state, path = hub_layout(gpt2, layout), tmp_path / f"decoder_model.{suffix}"
     if suffix == "bin":
         torch.save(state, path)
     else:
         save_file({key: value.clone() for key, value in state.items()}, path, metadata={"format": "pt"})
     decoder = build_decoder(path).eval()
-    path.unlink()
-    assert decoder.config == DecoderConfig()
-    ids = torch.randint(0, 50257, (2, 12), generator=torch.Generator().manual_seed(1))
+    assert decoder.config == DecoderConfig(vocab_size=300, n_positions=64, n_embd=128, n_layer=3, n_head=2)
+    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        ours = decoder.logits(decoder(decoder.embed(ids), torch.arange(12)))
+        ours, theirs = logits_of(decoder, ids), gpt2(ids).logits
         if layout == "fp16":  # compared with the same rounding, which moves logits by far more than the tolerance
-            original = {key: value.clone() for key, value in gpt2.state_dict().items()}
-            gpt2.half().float()
-            theirs = gpt2(ids).logits
-            gpt2.load_state_dict(original)
-            assert not torch.allclose(theirs, gpt2(ids).logits, atol=1e-5)
-        else:
-            theirs = gpt2(ids).logits
+            rounded = gpt2.half().float()(ids).logits
+            assert not torch.allclose(theirs, rounded, atol=1e-5)
+            theirs = rounded
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------- timm ViT-L/14
+# --------------------------------------------------------------------------------- GPT-2 small and timm's ViT-L/14
 
 
-@pytest.fixture(scope="module")
-def vit_large(tmp_path_factory):
-    """The hub's file of the default encoder, timm's names and a head of 1000 classes, and timm's tokens of PIXELS."""
-    timm = import_guarded("timm")
-    path = tmp_path_factory.mktemp("vit") / "model.safetensors"
-    model = random_(timm.create_model(VIT, num_classes=1000))
-    save_file(model.state_dict(), path, metadata={"format": "pt"})
-    with torch.inference_mode():
-        tokens = model.forward_features(pixels())
-    del model
-    yield path, tokens
-    path.unlink()
-
-
-def pixels():
-    return torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+def full_size_adapter(path, encoder_file):
+    """An untrained adapter of rank 32, without fingerprints, so that no full-size model has to be built for it."""
+    lora = LoraConfig(rank=32, alpha=32, lm_head=True)
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr(captioner_module, "fingerprint", lambda state: "")
+        captioner = Captioner(CaptionerConfig(VIT, {}, "random", True, lora), Decoder(DecoderConfig(), lora))
+    assert sum(p.numel() for p in captioner.trainable().values()) == 7_138_592
+    trained = {name: numbers(*p.shape, seed=3) * ("lora_B" not in name) for name, p in captioner.trainable().items()}
+    config = CaptionerConfig(VIT, {}, str(encoder_file), True, lora)
+    captioner_module.write_tensors(path, trained, {"captioner": json.dumps(captioner_module.asdict(config))})
 
 
 @full_size
-def test_vit_large_in_timms_own_layout_with_its_classifier(vit_large):
-    path, theirs = vit_large
-    encoder = build_encoder(VIT, str(path))
+def test_p2_infer_captions_with_full_size_files(tmp_path, monkeypatch):
+    """GPT-2 small in the hub's layout and ViT-L/14 in timm's, with its classifier: one image, few tokens.
+
+    The models that p2_infer.py loaded are then compared with their libraries' own.
+    """
+    pixels, ids = numbers(1, 3, 224, 224, seed=2), torch.randint(0, 50257, (2, 12))
+    encoder_file, decoder_file, adapter = (
+        tmp_path / name for name in ("vit.safetensors", "gpt2.bin", "best.safetensors")
+    )
+    with torch.device("meta"):
+        vit = import_guarded("timm").create_model(VIT, num_classes=1000)
+    vit = random_(vit.to_empty(device="cpu"))
+    save_file(vit.state_dict(), encoder_file, metadata={"format": "pt"})
     with torch.inference_mode():
-        ours = encoder.forward_features(pixels())
-    assert ours.shape == (1, 257, 1024)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    normalize = build_transform(encoder).transforms[-1]
+        tokens = vit.forward_features(pixels)
+    del vit
+    gpt2 = make_gpt2()
+    torch.save(hub_layout(gpt2, "plain"), decoder_file)
+    with torch.inference_mode():
+        logits = gpt2(ids).logits
+    del gpt2
+    gc.collect()
+    full_size_adapter(adapter, encoder_file)
+    generate(tmp_path / "scenes", "val", 1, seed=1, workers=1)
+    loaded = []
+    monkeypatch.setattr(p2_infer, "load_captioner", lambda *given: loaded.append(load_captioner(*given)) or loaded[0])
+    files = [tmp_path / "scenes/images/val", tmp_path / "out.json", decoder_file]
+    flags = ["--adapter", adapter, "--tokenizer", PROFILES["micro"].tokenizer]
+    small = ["--beam-size", 2, "--max-new-tokens", 3, "--device", "cpu"]
+    assert p2_infer.main([*map(str, [*files, *flags, *small])]) == 0
+    assert len(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))) == 1
+    (captioner,) = loaded
+    assert captioner.decoder.config == DecoderConfig()
+    encoded = captioner.encode(pixels)
+    assert encoded.shape == (1, 257, 1024)
+    torch.testing.assert_close(encoded, tokens, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(captioner.decoder, ids), logits, rtol=1e-4, atol=1e-4)
+    normalize = captioner.transform.transforms[-1]
     assert normalize.mean.tolist() == normalize.std.tolist() == [0.5, 0.5, 0.5], "laion2b_ft_in12k_in1k's own"
 
 
-@full_size
+# ----------------------------------------------------------------------------------------------- open_clip's ViT-L/14
+
+
 def test_vit_large_in_open_clips_layout_with_its_text_tower(tmp_path):
-    """timm/vit_large_patch14_clip_224.openai holds a whole CLIP; only its vision tower is taken, with QuickGELU."""
+    """timm/vit_large_patch14_clip_224.openai holds a whole CLIP; only its vision tower is used, with QuickGELU.
+
+    Two of its layers, at their full width: the others have the same names and shapes.
+    """
     open_clip = import_guarded("open_clip")
     path = tmp_path / "open_clip_model.safetensors"
-    clip = open_clip.create_model("ViT-L-14-quickgelu", pretrained=None).eval()
+    config = open_clip.get_model_config("ViT-L-14-quickgelu")
+    config["vision_cfg"]["layers"], config["text_cfg"]["layers"] = 2, 1
+    with torch.device("meta"):
+        clip = open_clip.CLIP(**config).eval()
+    clip.visual.to_empty(device="cpu")
     random_(clip.visual)
-    state = {key: value for key, value in clip.state_dict().items() if key.startswith("visual.")}
-    # Of the text tower only names and kinds matter; at full size it would add another 0.5 GB.
-    state |= {k: v.flatten()[:8].clone() for k, v in clip.state_dict().items() if not k.startswith("visual.")}
+    # Of the text tower only names and kinds matter.
+    state = {k: v if k.startswith("visual.") else torch.zeros(8, dtype=v.dtype) for k, v in clip.state_dict().items()}
     save_file(state, path)
     clip.visual.output_tokens, clip.visual.proj = True, None
+    pixels = numbers(1, 3, 224, 224, seed=2)
     with torch.inference_mode():
-        pooled, patches = clip.visual(pixels())
+        pooled, patches = clip.visual(pixels)
         theirs = torch.cat([pooled[:, None], patches], 1)  # (1, 257, 1024)
-        del clip, state
-        gc.collect()
-        ours = build_encoder("vit_large_patch14_clip_quickgelu_224.openai", str(path)).forward_features(pixels())
+        encoder = build_encoder("vit_large_patch14_clip_quickgelu_224.openai", str(path), {"depth": 2})
+        ours = encoder.forward_features(pixels)
+    assert ours.shape == (1, 257, 1024)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
