@@ -2,40 +2,18 @@
 
 import fcntl
 import json
-import logging
-import subprocess
-import sys
 from typing import ClassVar
 
 import pytest
-import torch
-from PIL import Image
+from level_captioner import Interrupted, breaking_after, grey, say
 
 from captioning.distributed import Processes
+from captioning.files import HeldError
 from captioning.inference import append_log, folder
-from captioning.inference.batches import Entry, Job, ShrinkingBatch, read_ahead
+from captioning.inference.batches import Job
 from captioning.inference.folder import PredictionLog, caption_images
-from captioning.profiles import ROOT
 
 RUN = {"model": "m", "beams": (1, 2)}
-
-
-@pytest.fixture
-def images(tmp_path):
-    """Seven one-coloured images; number k has the grey level k."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for k in range(7):
-        Image.new("RGB", (4, 4), (k, k, k)).save(folder / f"{k}.png")
-    return sorted(folder.iterdir())
-
-
-def grey(image):
-    return image.getpixel((0, 0))[0]
-
-
-def say(levels):
-    return [f"level {level}" for level in levels]
 
 
 def run(out, images, caption=say, batch_size=3, **kwargs):
@@ -51,40 +29,7 @@ def test_every_image_has_its_caption_and_the_side_file_goes(tmp_path, images):
     assert [p.name for p in out.parent.iterdir()] == ["out.json"]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
-def test_batches_come_in_order_whatever_their_size(images, size):
-    batches = list(read_ahead(map(Entry.of, images), Job(grey, say), size))
-    assert [entry.source for batch in batches for entry, _ in batch] == images
-    assert all(len(batch) == size for batch in batches[:-1])
-    assert [future.result() for batch in batches for _, future in batch] == list(range(7))
-
-
-def test_only_a_few_batches_are_read_ahead(images):
-    """Memory: a folder of a million images must not be in it."""
-    read = []
-    batches = read_ahead(map(Entry.of, images), Job(lambda image: read.append(grey(image)), say), 1)
-    for _, future in next(batches):
-        future.result()
-    batches.close()
-    assert len(read) <= 3
-
-
-class Interrupted(Exception):  # noqa: N818 - stands for KeyboardInterrupt
-    """Stands for a kill."""
-
-
-def breaking_after(calls):
-    left = iter(range(calls))
-
-    def caption(levels):
-        if next(left, None) is None:
-            raise Interrupted
-        return say(levels)
-
-    return caption
-
-
-def test_a_run_goes_on_where_it_was_interrupted(tmp_path, images):
+def test_a_run_is_resumed_where_it_was_interrupted(tmp_path, images):
     out = tmp_path / "out.json"
     with pytest.raises(Interrupted):
         run(out, images, breaking_after(1))
@@ -139,7 +84,7 @@ def test_a_damaged_line_is_captioned_again_and_the_others_are_kept(tmp_path, ima
     assert "2 lines are damaged" in caplog.text
 
 
-def test_a_side_file_removed_between_open_and_lock_is_made_anew(tmp_path, images, monkeypatch):
+def test_a_side_file_removed_between_open_and_lock_is_made_again(tmp_path, images, monkeypatch):
     """Captions went into a file without a name, and the run ended in an error when it removed it."""
     lock, calls = fcntl.flock, []
 
@@ -172,13 +117,8 @@ def test_a_run_that_fails_at_its_start_leaves_no_trace(tmp_path):
 
 
 def test_two_writers_do_not_mix(tmp_path):
-    code = (
-        "from pathlib import Path; from captioning.inference.folder import *; "
-        f"PredictionLog(Path({str(tmp_path / 'o.json')!r}), {{}})"
-    )
-    with PredictionLog(tmp_path / "o.json", RUN):
-        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "another run is writing it" in result.stderr
+    with PredictionLog(tmp_path / "o.json", RUN), pytest.raises(HeldError, match="another run is writing it"):
+        PredictionLog(tmp_path / "o.json", RUN)
 
 
 def test_unreadable_images_are_named_and_the_rest_is_captioned(tmp_path, images, caplog):
@@ -195,32 +135,6 @@ def test_nothing_readable_is_an_error(tmp_path, images):
     with pytest.raises(ValueError, match="none of the 7 images"):
         run(tmp_path / "out.json", images)
     assert not (tmp_path / "out.json").exists()
-
-
-def test_batches_halve_when_memory_runs_out_and_stay_halved(caplog):
-    tried = []
-
-    def function(items):
-        tried.append(len(items))
-        if len(items) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return [item * 2 for item in items]
-
-    halving = ShrinkingBatch(function)
-    with caplog.at_level(logging.WARNING):
-        assert halving(list(range(8))) == [0, 2, 4, 6, 8, 10, 12, 14]
-    assert tried == [8, 4, 2, 2, 2, 2]
-    assert halving([5, 6, 7]) == [10, 12, 14]
-    assert tried[6:] == [2, 1]
-    assert "continuing with 2" in caplog.text
-
-
-def test_one_image_that_does_not_fit_is_an_error_with_a_remedy():
-    def function(items):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(ValueError, match="with one image: use a smaller model"):
-        ShrinkingBatch(function)([1, 2])
 
 
 # -------------------------------------------------------------------------------------------------- several processes

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import torch
-from shard_runs import grey, run, say
+from level_captioner import grey, say
+from shard_runs import run
 
 from captioning.distributed import join
 from captioning.inference.batches import Job

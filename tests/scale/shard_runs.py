@@ -1,11 +1,11 @@
-"""Tars of one-coloured pictures, and runs over them by a captioner that says the grey level."""
+"""Tars of one-coloured pictures, and runs over shards by a captioner that says the grey level."""
 
 import io
 import json
 import tarfile
 from pathlib import Path
 
-from PIL import Image
+from level_captioner import grey, picture, say
 
 from captioning.distributed import ALONE
 from captioning.inference.batches import Job
@@ -14,13 +14,6 @@ from captioning.scale.pipeline import ShardRun, caption_source
 from captioning.scale.sources import Source
 
 RUN = {"model": "m"}
-
-
-def picture(level):
-    """A one-coloured PNG; its grey level is its caption."""
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), (level, level, level)).save(file, "PNG")
-    return file.getvalue()
 
 
 def write_tar(path, files, mode="w"):
@@ -41,14 +34,6 @@ def pictures(first, last):
     return [(f"{level:03d}.png", picture(level)) for level in range(first, last)]
 
 
-def grey(image):
-    return image.getpixel((0, 0))[0]
-
-
-def say(levels):
-    return [f"level {level}" for level in levels]
-
-
 def run(
     source,
     out,
@@ -64,22 +49,6 @@ def run(
     images, out = Source(Path(source), shard_size, root), Path(out)
     shard_run = ShardRun(images, out, form_of(out, form), settings, batch_size=2, **options)
     return caption_source(shard_run, lambda: Job(grey, caption), processes)
-
-
-class Interrupted(Exception):  # noqa: N818 - stands for KeyboardInterrupt
-    """Stands for a kill."""
-
-
-def breaking_after(calls, seen):
-    left = iter(range(calls))
-
-    def caption(levels):
-        if next(left, None) is None:
-            raise Interrupted
-        seen.extend(levels)
-        return say(levels)
-
-    return caption
 
 
 def contents(out):

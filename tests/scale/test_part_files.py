@@ -5,7 +5,8 @@ import os
 import sys
 
 import pytest
-from shard_runs import EXPECTED, results, run, say, write_tar
+from level_captioner import say
+from shard_runs import EXPECTED, results, run, write_tar
 
 from captioning import files
 from captioning.cli import PARTIAL

@@ -2,7 +2,8 @@
 
 import json
 
-from shard_runs import EXPECTED, flags, manifest, picture, pictures, results, run, say, write_tar
+from level_captioner import picture, say
+from shard_runs import EXPECTED, flags, manifest, pictures, results, run, write_tar
 
 import p1_llava_caption
 import p2_infer

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from launching import launch
-from shard_runs import contents, picture, pictures, renamed, run, write_tar
+from level_captioner import picture
+from shard_runs import contents, pictures, renamed, run, write_tar
 
 from captioning.inference.append_log import checksum
 

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from shard_runs import contents, flags, grey, pictures, renamed, results, say, write_tar
+from level_captioner import grey, say
+from shard_runs import contents, flags, pictures, renamed, results, write_tar
 
 import p2_infer
 from captioning.cli import BAD_INPUT
@@ -28,7 +29,8 @@ def cluster():
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[data]'")
     pytest.importorskip("ray.data", reason="Ray is installed without Ray Data: pip install 'ray[data]'")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([ray_engine.ROOT, str(Path(__file__).parent)]))
+        folders = [ray_engine.ROOT, Path(__file__).parent, Path(__file__).parents[1]]
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
         yield
         ray.shutdown()

@@ -4,17 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from shard_runs import (
-    EXPECTED,
-    breaking_after,
-    contents,
-    manifest,
-    picture,
-    pictures,
-    results,
-    run,
-    write_tar,
-)
+from level_captioner import breaking_after, picture
+from shard_runs import EXPECTED, contents, manifest, pictures, results, run, write_tar
 
 from captioning import files
 from captioning.cli import PARTIAL

@@ -8,8 +8,9 @@ import json
 import shutil
 
 import pytest
+from level_captioner import grey
 from PIL import Image
-from shard_runs import grey, results
+from shard_runs import results
 
 import p1_llava_caption
 import p2_infer

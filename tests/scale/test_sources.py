@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from shard_runs import grey, picture, pictures, write_tar
+from level_captioner import grey, picture
+from shard_runs import pictures, write_tar
 
 from captioning.data.images import list_images
 from captioning.scale import sources

@@ -7,7 +7,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from shard_runs import grey, picture, pictures, write_tar
+from level_captioner import grey, picture
+from shard_runs import pictures, write_tar
 
 from captioning.files import sha256_of
 from captioning.scale.sources import Findings, TarShard

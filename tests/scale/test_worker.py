@@ -1,19 +1,8 @@
 """worker.py: a shard is captioned once, whatever interrupts it, and again when it has changed."""
 
 import pytest
-from shard_runs import (
-    EXPECTED,
-    Interrupted,
-    breaking_after,
-    contents,
-    picture,
-    pictures,
-    renamed,
-    results,
-    run,
-    say,
-    write_tar,
-)
+from level_captioner import Interrupted, breaking_after, picture, say
+from shard_runs import EXPECTED, contents, pictures, renamed, results, run, write_tar
 
 from captioning.cli import PARTIAL
 

@@ -1,0 +1,94 @@
+"""batches.py: entries are read ahead, begun one batch ahead, and captioned in batches that shrink when they must."""
+
+import logging
+
+import pytest
+import torch
+from level_captioner import grey, say
+
+from captioning.inference.batches import Entry, Job, ShrinkingBatch, caption_entries, read_ahead
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
+def test_batches_come_in_order_whatever_their_size(images, size):
+    batches = list(read_ahead(map(Entry.of, images), Job(grey, say), size))
+    assert [entry.source for batch in batches for entry, _ in batch] == images
+    assert all(len(batch) == size for batch in batches[:-1])
+    assert [future.result() for batch in batches for _, future in batch] == list(range(7))
+
+
+def test_only_a_few_batches_are_read_ahead(images):
+    """Memory: a folder of a million images must not be in it."""
+    read = []
+    batches = read_ahead(map(Entry.of, images), Job(lambda image: read.append(grey(image)), say), 1)
+    for _, future in next(batches):
+        future.result()
+    batches.close()
+    assert len(read) <= 3
+
+
+def test_batches_halve_when_memory_runs_out_and_stay_halved(caplog):
+    tried = []
+
+    def function(items):
+        tried.append(len(items))
+        if len(items) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [item * 2 for item in items]
+
+    halving = ShrinkingBatch(function)
+    with caplog.at_level(logging.WARNING):
+        assert halving(list(range(8))) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert tried == [8, 4, 2, 2, 2, 2]
+    assert halving([5, 6, 7]) == [10, 12, 14]
+    assert tried[6:] == [2, 1]
+    assert "continuing with 2" in caplog.text
+
+
+def test_one_image_that_does_not_fit_is_an_error_with_a_remedy():
+    def function(items):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ValueError, match="with one image: use a smaller model"):
+        ShrinkingBatch(function)([1, 2])
+
+
+def test_a_batch_is_begun_before_the_one_before_it_is_captioned(images):
+    images[1].write_bytes(b"")
+    events, failed = [], []
+
+    def begin(levels):
+        events.append(f"begin {levels}")
+        return levels
+
+    def caption(levels):
+        events.append(f"caption {levels}")
+        return say(levels)
+
+    job = Job(grey, caption, begin=begin)
+    batches = list(caption_entries(map(Entry.of, images), job, 3, lambda entry, error: failed.append(entry.key)))
+    assert batches == [{"0": "level 0", "2": "level 2"}, {str(k): f"level {k}" for k in (3, 4, 5)}, {"6": "level 6"}]
+    assert failed == ["1"]
+    assert events == [
+        "begin [0, 2]",
+        "begin [3, 4, 5]",
+        "caption [0, 2]",
+        "begin [6]",
+        "caption [3, 4, 5]",
+        "caption [6]",
+    ]
+
+
+def test_a_job_remembers_how_many_images_fit(images):
+    tried = []
+
+    def caption(levels):
+        tried.append(len(levels))
+        if len(levels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return say(levels)
+
+    job = Job(grey, caption)
+    for _ in range(2):  # as over two shards
+        list(caption_entries(map(Entry.of, images[:4]), job, 4, lambda entry, error: None))
+    assert tried == [4, 2, 2, 2, 2]
