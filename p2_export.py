@@ -14,8 +14,9 @@ from typing import Any
 from captioning.cli import FlagParser, add_common_flags, command, setup_logging
 from captioning.data.tokenizer import END_OF_TEXT, Tokenizer
 from captioning.files import atomic_path, write_text
-from captioning.models.export import describe_training, load_decoder, make_cards, write_gpt2
+from captioning.models.export import load_decoder, make_cards, write_gpt2
 from captioning.profiles import PROFILES
+from captioning.training.run_folder import RunFolder
 
 
 def build_parser() -> Any:
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     write_gpt2(folders["gpt2"], decoder, projector, folder, Tokenizer(folder).eos_id, END_OF_TEXT)
     with atomic_path(folders["adapter"] / "adapter.safetensors") as temporary:
         shutil.copyfile(args.adapter, temporary)
-    for name, card in make_cards(config, decoder, projector, describe_training(args.adapter.parent)).items():
+    for name, card in make_cards(config, decoder, projector, RunFolder(args.adapter.parent).describe()).items():
         write_text(folders[name] / "README.md", card)
         print(folders[name])
     return 0

@@ -68,7 +68,7 @@ class Captioner(nn.Module):
         decoder: the decoder, built with ``config.lora``.
 
     Raises:
-        ValueError: the frozen weights are not the ones that ``config`` remembers.
+        ValueError: the frozen weights are not those that ``config`` has the fingerprints of.
     """
 
     encoder: Any  # a timm VisionTransformer, whose attributes nn.Module does not declare
@@ -169,13 +169,12 @@ class Captioner(nn.Module):
         self, features: torch.Tensor, batch: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | Packing]:
         """Return embeddings (B, P+S, C), positions (B, P+S) and mask of ``[prefix | captions]``."""
-        prefix = self.prefix(features)
-        count = prefix.shape[1]
+        prefix, n = self.prefix(features), self.n_prefix
         x = torch.cat([prefix, self.decoder.embed(batch.inputs).to(prefix.dtype)], 1)
-        positions = batch.positions_with_prefix(count)
+        positions = batch.positions_with_prefix(n)
         if batch.slots is None:
-            return x, positions, batch.mask_with_prefix(count)
-        return x, positions, Packing(count, batch.slots, batch.inputs.shape[1], lambda: batch.mask_with_prefix(count))
+            return x, positions, batch.mask_with_prefix(n)
+        return x, positions, Packing(n, batch.slots, batch.inputs.shape[1], lambda: batch.mask_with_prefix(n))
 
     @torch.no_grad()
     def step_function(self, features: torch.Tensor, beam_size: int, max_new_tokens: int) -> StepFunction:

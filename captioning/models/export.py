@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +41,6 @@ The captioner describes every image in the words of its training data; it has be
 {use}
 """
 
-
 ADAPTER_USE = """## Use
 
 ```
@@ -51,7 +49,6 @@ python p2_infer.py IMG_DIR OUT.json DECODER --adapter adapter.safetensors
 
 `adapter.safetensors` holds the trained tensors, and in its header the configuration that rebuilds everything else. The
 fingerprints are checked: with another encoder or decoder it does not load."""
-
 
 GPT2_USE = """## Use
 
@@ -119,18 +116,12 @@ def write_gpt2(
         end_id, end_of_text: the token that begins and ends every caption.
     """
     transformers = import_guarded("transformers")
-    c = decoder.config
     state = {
         key if key == "lm_head.weight" else f"transformer.{key}": tensor
         for key, tensor in gpt2_state_dict(decoder, untied=True).items()
     }
     config = transformers.GPT2Config(
-        vocab_size=c.vocab_size,
-        n_positions=c.n_positions,
-        n_embd=c.n_embd,
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        layer_norm_epsilon=c.layer_norm_epsilon,
+        **asdict(decoder.config),
         tie_word_embeddings="lm_head.weight" not in state,
         bos_token_id=end_id,
         eos_token_id=end_id,
@@ -141,39 +132,17 @@ def write_gpt2(
         with atomic_path(out / f"{name}.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)
-    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.n_positions, "add_prefix_space": False}
-    write_json(out / "tokenizer_config.json", settings | special)
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": decoder.config.n_positions}
+    write_json(out / "tokenizer_config.json", settings | {"add_prefix_space": False} | special)
     for theirs, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
         with atomic_path(out / theirs) as temporary:
             shutil.copyfile(Path(tokenizer_folder) / ours, temporary)
 
 
-def describe_training(run: Path) -> dict[str, str]:
-    """Return what the run folder that holds an adapter says of its training and its validation, for the card."""
-    recorded = {"training": "not recorded beside the adapter", "validation": "not recorded beside the adapter"}
-    if (run / "config.json").is_file():
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        keys = ("epochs", "batch_size", "optimizer", "lr", "seed")
-        numbers = ", ".join(f"{key} {config['train'][key]}" for key in keys)
-        recorded["training"] = f"setting {config['setting']}: {numbers}; {config['trainable_parameters']:,} parameters"
-        recorded["training"] += f"; revision {config['git']}, torch {config['versions']['torch']}"
-        recorded["training"] += "; random encoder, a check of shapes only" if config["random_weights"] else ""
-    if (run / "metrics.jsonl").is_file():
-        lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        best = [line for line in lines if line["kind"] == "epoch" and line["best"]]
-        if best:
-            scores = {key: best[-1].get(f"val_{key}") for key in ("cider", "loss")}
-            shown = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if value is not None)
-            recorded["validation"] = (
-                f"epoch {best[-1]['epoch']}: {shown}, on {best[-1]['val_images']} validation images"
-            )
-    return recorded
-
-
 def make_cards(
     config: CaptionerConfig, decoder: Decoder, projector: dict[str, Any], recorded: dict[str, str]
 ) -> dict[str, str]:
-    """Return the model cards of both folders, by folder name; ``recorded`` is from ``describe_training``."""
+    """Return the model cards of both folders, by folder name; ``recorded`` fills ``training`` and ``validation``."""
     lora, shape = asdict(config.lora), decoder.config
     layer = "the last layer" if config.encoder_layer == -1 else f"layer {config.encoder_layer}"
     parts = {

@@ -238,6 +238,27 @@ class RunFolder:
             raise FileNotFoundError(f"--resume: {self.path} holds no {NEWEST}; start without --resume")
         raise ValueError(f"--resume: no state is intact: {'; '.join(errors)}; start again in another folder")
 
+    def describe(self) -> dict[str, str]:
+        """Return a sentence on the ``training`` and one on the ``validation`` of the best adapter, for a model card."""
+        described = dict.fromkeys(("training", "validation"), "not recorded beside the adapter")
+        if self.config.is_file():
+            config = _object(self.config)
+            keys = ("epochs", "batch_size", "optimizer", "lr", "seed")
+            numbers = ", ".join(f"{key} {config['train'][key]}" for key in keys)
+            described["training"] = (
+                f"setting {config['setting']}: {numbers}; {config['trainable_parameters']:,} parameters; "
+                f"revision {config['git']}, torch {config['versions']['torch']}"
+                + ("; random encoder, a check of shapes only" if config["random_weights"] else "")
+            )
+        records = _records(self.metrics) if self.metrics.is_file() else []
+        best = [record for record in records if record["kind"] == "epoch" and record["best"]]
+        if best:
+            scores = {key: best[-1].get(f"val_{key}") for key in ("cider", "loss")}
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if value is not None)
+            images = best[-1]["val_images"]
+            described["validation"] = f"epoch {best[-1]['epoch']}: {shown}, on {images} validation images"
+        return described
+
     def plot_losses(self) -> None:
         """Draw loss.png from metrics.jsonl: training and validation loss, and CIDEr where it was measured."""
         from matplotlib.figure import Figure  # no pyplot: nothing global is touched

@@ -1,4 +1,4 @@
-"""What p2_export.py writes is loaded by transformers alone and captions as the suite does."""
+"""export.py and p2_export.py: transformers loads the folders without this suite and captions like it."""
 
 import json
 import re
@@ -81,7 +81,7 @@ def test_the_tokenizer_is_the_suites(tmp_path):
 
 @pytest.mark.parametrize(("use_cls", "layer"), [(True, -1), (False, -1), (True, -2), (False, -2)])
 def test_the_code_on_the_card_captions_like_the_suite(tmp_path, monkeypatch, capsys, tiny_data, use_cls, layer):
-    """The card's code is run as it stands; only the encoder's weights, which no hub holds, are put in its hands."""
+    """The card's code is run unchanged, but with the encoder's weights passed in, which are on no hub."""
     timm = import_guarded("timm")
     captioner, out = export(tmp_path, LORAS["best"], use_cls, layer)
     picture = sorted((tiny_data / "images" / "val").iterdir())[0]
@@ -104,7 +104,7 @@ def test_the_code_on_the_card_captions_like_the_suite(tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.strip() == expected != ""
 
 
-def test_the_card_tells_training_and_validation(tmp_path):
+def test_the_card_describes_training_and_validation(tmp_path):
     run = tmp_path / "run"
     make_adapter(run / "best.safetensors", LORAS["1"])
     described = {
