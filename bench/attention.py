@@ -9,7 +9,6 @@ they may be, which is what time depends on.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 
 import torch
 
-from bench.common import add_common_flags, in_turn, peak_memory, report
-from captioning.cli import FlagParser, command
-from captioning.data.images import list_images, load_image
+from bench.common import draw_scenes, in_turn, make_parser, peak_memory, report
+from captioning.cli import FlagParser, command, positive_int
+from captioning.data.images import load_image
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
 from captioning.maps.attention import MapSpec
@@ -28,32 +27,27 @@ from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.llava import PROMPTS, load_llava
 from captioning.profiles import PROFILES
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder
-from microworld.scenes import generate
+
+LONGEST = 30  # tokens of a caption
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Return the command line."""
-    parser = FlagParser(prog="python -m bench.attention", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--count", type=int, default=20, help="images")
-    add_common_flags(parser, repeats=5)
-    parser.add_argument("--max-new-tokens", type=int, default=30, help="longest caption in tokens")
+    parser = make_parser("attention", __doc__, repeats=5)
+    parser.add_argument("--count", type=positive_int, default=20, help="images")
     parser.add_argument("--full-size", action="store_true", help="the captioner at full size, random weights")
     return parser
 
 
-def captioner(full_size: bool, max_new_tokens: int, device: torch.device) -> CaptionerExplainer:
+def captioner(full_size: bool, device: torch.device) -> CaptionerExplainer:
     """Return the captioner with an untrained adapter."""
     profile, lora = PROFILES["full" if full_size else "micro"], LoraConfig()
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(), lora) if full_size else build_decoder(Path(profile.decoder), lora)
-    config = CaptionerConfig(
-        encoder=profile.encoder,
-        encoder_weights="random" if full_size else profile.encoder_weights,
-        encoder_kwargs=profile.encoder_kwargs,
-        lora=lora,
-    )
+    weights = "random" if full_size else profile.encoder_weights
+    config = CaptionerConfig(profile.encoder, profile.encoder_kwargs, weights, lora=lora)
     tokenizer = Tokenizer(PROFILES["micro"].tokenizer)  # at full size a stand-in: any ids take the same time
-    return CaptionerExplainer(Captioner(config, decoder).to(device).merge(), tokenizer, 5, max_new_tokens)
+    return CaptionerExplainer(Captioner(config, decoder).to(device).merge(), tokenizer, 5, LONGEST)
 
 
 def compare(explainer: Explainer, paths: list[Path], repeats: int, device: torch.device) -> list[dict[str, Any]]:
@@ -92,13 +86,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    explainers: list[Explainer] = [captioner(args.full_size, args.max_new_tokens, device)]
+    explainers: list[Explainer] = [captioner(args.full_size, device)]
     if not args.full_size:
         llava = load_llava(PROFILES["micro"].llava, device, torch.float32)
-        explainers.append(LlavaExplainer(llava, PROMPTS[1], 1, args.max_new_tokens))
+        explainers.append(LlavaExplainer(llava, PROMPTS[1], 1, LONGEST))
     with tempfile.TemporaryDirectory() as folder:
-        generate(Path(folder), "val", args.count, seed=0, workers=1)
-        paths = list_images(Path(folder) / "images" / "val")
+        paths = draw_scenes(Path(folder), args.count)
         rows = [row for e in explainers for row in compare(e, paths, args.repeats, device)]
     what = "ViT-L/14 and GPT-2 small, random weights" if args.full_size else "micro models"
     report(f"What maps cost: {what}", rows, device, args.out)

@@ -1,8 +1,7 @@
-"""What every benchmark shares: the machine in words, peak memory, and results as Markdown and JSON."""
+"""What every benchmark shares: flags, inputs, the machine in words, times, peak memory, and tables of results."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import platform
@@ -15,37 +14,100 @@ from typing import Any
 
 import torch
 
+from captioning.cli import FlagParser, positive_int
+from captioning.data.images import list_images
 from captioning.files import markdown_table, write_json, write_text
+from captioning.imports import import_guarded
 from captioning.kernels.onednn import ReorderedLinear, can_reorder
+from decoder import Decoder, gpt2_state_dict
+from microworld.scenes import generate
 
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+CPU = torch.device("cpu")
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def machine(device: torch.device) -> str:
+# --- flags and inputs -------------------------------------------------------------------------------------------------
+
+
+def make_parser(name: str, doc: str | None, repeats: int = 3, device: bool = True, clock: bool = False) -> FlagParser:
+    """Return the parser of ``python -m bench.NAME`` with the flags that benchmarks share.
+
+    Args:
+        name: of the benchmark.
+        doc: its docstring, whose first paragraph describes it.
+        repeats: default of ``--repeats``; 0 leaves it out.
+        device: add ``--device``.
+        clock: add ``--clock``.
+    """
+    parser = FlagParser(prog=f"python -m bench.{name}", description=(doc or "").split("\n\n")[0])
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
+    if repeats:
+        parser.add_argument("--repeats", type=positive_int, default=repeats, help="timed runs of each, in turn")
+    if device:
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    if clock:
+        text = "cpu: processor seconds, for a machine that does other work; set OMP_NUM_THREADS=1, as threads add up"
+        parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help=text)
+    return parser
+
+
+def draw_scenes(folder: Path, count: int, split: str = "val") -> list[Path]:
+    """Draw ``count`` scenes of the micro world below ``folder``; return the images' paths."""
+    generate(folder, split, count, seed=0, workers=1)
+    return list_images(folder / "images" / split)
+
+
+def transformers_gpt2(decoder: Decoder, eos: int, **options: float) -> Any:
+    """Return transformers' GPT-2 with the decoder's weights."""
+    transformers, c = import_guarded("transformers"), decoder.config
+    config = transformers.GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.n_positions,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        **options,
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    model.transformer.load_state_dict(gpt2_state_dict(decoder))
+    return model
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def machine(device: torch.device = CPU) -> str:
     """Say in one line what the figures were taken on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = lines[0].split(":", 1)[1].strip() if lines else cpu
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
     return f"{where}; torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores"
 
 
-def peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device = CPU) -> float:
     """Return the peak so far in GB: of the accelerator's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
 
 
+def timed(run: Callable[[], Any], device: torch.device = CPU, clock: Clock = time.perf_counter) -> float:
+    """Return the seconds of one run, the device's work included."""
+    start = clock()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - start
+
+
 def in_turn(
-    rivals: dict[str, Callable[[], Any]],
-    repeats: int,
-    device: torch.device,
-    clock: Callable[[], float] = time.perf_counter,
+    rivals: dict[str, Callable[[], Any]], repeats: int, device: torch.device = CPU, clock: Clock = time.perf_counter
 ) -> dict[str, float]:
     """Return the median seconds of each rival, run in turn ``repeats`` times, so that noise meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
@@ -55,35 +117,8 @@ def in_turn(
     return {name: median(values) for name, values in seconds.items()}
 
 
-def timed(run: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Return the seconds of one run, the device's work included."""
-    start = clock()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - start
-
-
-def add_common_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """Add ``--repeats``, ``--out`` and ``--device``, which every benchmark of models takes."""
-    parser.add_argument("--repeats", type=int, default=repeats, help="timed runs of each, in turn")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-
-
-def add_clock(parser: argparse.ArgumentParser) -> None:
-    """Add ``--clock``: which time is measured."""
-    parser.add_argument(
-        "--clock",
-        choices=sorted(CLOCKS),
-        default="wall",
-        help="cpu: processor seconds, for a machine that does other work; "
-        "set OMP_NUM_THREADS=1, since they add up over threads",
-    )
-
-
 class Floor:
-    """What the hardware allows: bytes over the measured rate of copying, operations over that of one big product.
+    """What the hardware allows: bytes at the measured rate of copying, operations at that of one big product.
 
     On a CPU that is the faster of a plain product and one with a weight reordered for oneDNN.
 
@@ -95,7 +130,7 @@ class Floor:
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter, size: int = 2048
+        self, device: torch.device, dtype: torch.dtype, clock: Clock = time.perf_counter, size: int = 2048
     ) -> None:
         a, b = torch.randn(2, size, size, device=device).to(dtype)
         source = torch.ones(16 * size * size, device=device)
@@ -117,14 +152,13 @@ class Floor:
         return f"{self.bytes_a_second / 1e9:.1f} GB/s, {self.operations_a_second / 1e9:.0f} GFLOP/s"
 
 
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return ``rows``, dictionaries of one set of keys, as a Markdown table."""
-    columns = list(rows[0])
-    return markdown_table(columns, [[_cell(row[c]) for c in columns] for row in rows]).rstrip("\n")
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    return markdown_table(list(rows[0]), cells).rstrip("\n")
 
 
 def report(title: str, rows: Sequence[dict[str, Any]], device: torch.device, out: Path | None) -> None:

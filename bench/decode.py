@@ -4,7 +4,7 @@
     python -m bench.decode --tiny                  a tiny decoder: are the captions of all three equal? no times
 
 All start from the same projected image tokens and have the same weights, LoRA merged. The student script feeds the
-whole sequence anew for every token, takes logits everywhere and captions one image after the other. At full size its
+whole sequence again for every token, takes logits everywhere and captions one image after the other. At full size its
 time is that of its first and its last step of one image, averaged, times steps and images (a step's cost grows
 linearly). Random weights hardly ever say EOS, so every caption has its full length.
 """
@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 
-from bench.common import CLOCKS, Floor, add_clock, add_common_flags, in_turn, peak_memory, report, timed
-from captioning.cli import FlagParser, command
+from bench.common import CLOCKS, Floor, in_turn, make_parser, peak_memory, report, timed, transformers_gpt2
+from captioning.cli import FlagParser, command, positive_int
 from captioning.device import autocast, pick_device
-from captioning.imports import import_guarded
 from captioning.inference import search
 from captioning.models.inference_weights import prepare_decoder
 from captioning.models.step_functions import StepFunction
-from decoder import Decoder, DecoderConfig, gpt2_state_dict
+from decoder import Decoder, DecoderConfig
 
 BEAMS = 5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,20 +46,12 @@ FULL = Size(DecoderConfig(), prefix=257, tokens=30, eos=50256)
 TINY = Size(DecoderConfig(vocab_size=41, n_positions=40, n_embd=32, n_layer=2, n_head=2), prefix=9, tokens=12, eos=40)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Return the command line."""
-    parser = FlagParser(prog="python -m bench.decode", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--precision",
-        nargs="+",
-        choices=sorted(DTYPES),
-        default=sorted(DTYPES, reverse=True),
-        help="types of weights and sums",
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help="images at once")
-    add_common_flags(parser, repeats=3)
+    parser, types = make_parser("decode", __doc__, clock=True), list(DTYPES)
+    parser.add_argument("--precision", nargs="+", choices=types, default=types, help="types of weights and sums")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="images at once")
     parser.add_argument("--tiny", action="store_true", help="compare captions of a tiny decoder; no times")
-    add_clock(parser)
     return parser
 
 
@@ -86,7 +77,7 @@ class Rivals:
                     elif name == "wpe.weight":
                         parameter.normal_(std=0.3)  # else every step says the same word
             self.prefix = torch.randn(batch_size, size.prefix, size.config.n_embd).to(device)  # (B, P, C)
-        self.theirs = transformers_model(self.decoder, size).to(device, DTYPES[precision])
+        self.theirs = transformers_gpt2(self.decoder, size.eos).eval().to(device, DTYPES[precision])
         self.decoder = self.decoder.to(device).eval().requires_grad_(False)
         self.prepared = prepare_decoder(copy.deepcopy(self.decoder), DTYPES[precision])
         self.captions: dict[str, list[list[int]]] = {}
@@ -164,26 +155,6 @@ class PlainStep:
         histories = torch.stack([fed[seen] for seen in ancestors[0]])  # (K, t)
         x = torch.cat([self.prefix.expand(len(histories), -1, -1), self.decoder.embed(histories)], 1)
         return self.decoder.logits(self.decoder(x, torch.arange(x.shape[1])))[None, :, -1]
-
-
-def transformers_model(decoder: Decoder, size: Size) -> Any:
-    """Return transformers' GPT-2 with the decoder's weights."""
-    transformers = import_guarded("transformers")
-    c = size.config
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=c.vocab_size,
-            n_positions=c.n_positions,
-            n_embd=c.n_embd,
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            bos_token_id=size.eos,
-            eos_token_id=size.eos,
-            pad_token_id=size.eos,
-        )
-    )
-    model.transformer.load_state_dict(gpt2_state_dict(decoder))
-    return model.eval()
 
 
 def floor_seconds(floor: Floor, size: Size, images: int, dtype: torch.dtype) -> float:

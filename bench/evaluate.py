@@ -7,13 +7,11 @@
 Both sides run in turn within one run, after a warm-up, and medians are compared, so that a busy machine slows both;
 their results are compared as well. Captions are the micro world's, or those of --annotation-file, whose words are
 richer. Wall time, since Java's work is another process's. The pure tokenizer runs in an interpreter of its own, so that
-its start counts as Java's does. At full size --images is few by default; both sides' times are of those images, and
-nothing is reckoned up to more.
+its start counts as Java's does. At full size --images is few by default; both sides' times are of those images.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -27,8 +25,8 @@ from typing import Any
 
 import torch
 
-from bench.common import in_turn, peak_memory, report
-from captioning.cli import FlagParser, command
+from bench.common import CPU, draw_scenes, in_turn, make_parser, peak_memory, report
+from captioning.cli import FlagParser, command, positive_int
 from captioning.data.annotations import Annotations, find_images, load_annotations, load_references
 from captioning.imports import import_guarded
 from captioning.profiles import PROFILES, ROOT
@@ -37,12 +35,10 @@ from captioning.scoring.clipscore import ClipScorer, clip_scores
 from captioning.scoring.evaluator import Evaluator
 from captioning.scoring.tokenizers import drop_punctuation, ptb_java, ptb_python
 from microworld.composer import make_scene
-from microworld.scenes import generate
 
 IMAGES, REFERENCES = 2000, 5
 TOLERANCE = 1e-5  # of scores: batches are summed in another order than single images
 SECOND_RUN = {"micro": 2000, "full": 40, "tiny": 6}  # images of the second run unless --images says otherwise
-CPU = torch.device("cpu")
 PURE = "import json, sys, ptb; json.dump(ptb.tokenize(json.load(sys.stdin)), sys.stdout)"  # with nothing of the suite
 
 
@@ -187,28 +183,20 @@ def second_run(size: str, count: int) -> Iterator[Duel]:
             torch.save(model.state_dict(), weights)
             del model
         scorer = ClipScorer(profile.clip_model, weights, CPU)
-        generate(folder, "val", count, seed=0, workers=1)
+        draw_scenes(folder, count)
         what = f"{profile.clip_model} with random weights" if size == "full" else "micro scorer"
         annotations = load_annotations(folder / "val.json")
         yield second_run_duel(scorer, what, annotations, folder / "images" / "val", folder / "cache")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Return the command line of this benchmark."""
-    parser = FlagParser(prog="python -m bench.evaluate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each side")
-    parser.add_argument(
-        "--images",
-        type=int,
-        help=f"scenes of the second run (default: {SECOND_RUN['micro']}, at full size {SECOND_RUN['full']})",
-    )
+    parser = make_parser("evaluate", __doc__, device=False)
+    text = f"scenes of the second run (default: {SECOND_RUN['micro']}, at full size {SECOND_RUN['full']})"
+    parser.add_argument("--images", type=positive_int, help=text)
     parser.add_argument("--annotation-file", help="take captions from here instead of the micro world")
-    parser.add_argument(
-        "--random-full-size",
-        action="store_true",
-        help="only the second run, with the full size's scorer and random weights, whose scores mean nothing",
-    )
+    text = "only the second run, with the full size's scorer and random weights, whose scores mean nothing"
+    parser.add_argument("--random-full-size", action="store_true", help=text)
     parser.add_argument("--tiny", action="store_true", help="compare the scores of a few scenes; no times")
     return parser
 
@@ -217,9 +205,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, and write it where asked to; with --tiny return 1 where results differ."""
     args = build_parser().parse_args(argv)
-    for flag in ("repeats", "images"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     size = "tiny" if args.tiny else "full" if args.random_full_size else "micro"
     duels = []
     if size != "full":

@@ -4,9 +4,9 @@
     bash bench/full_size.sh --tiny                the same steps in small on a CPU: does every one run?
     bash bench/full_size.sh --steps 2 --scst-steps 1 --images 2 --maps 1 --batch-size 1      full size, few images
 
-Every part is one of the suite's own command lines, printed before it runs. Weights are random, so throughput and memory
-are those of a real job and captions are nonsense. The tokenizer has GPT-2's 50257 entries, and splits words as the
-micro world's does.
+Every part is one of the suite's own command lines, printed before it runs. Weights are random: throughput and memory
+are those of a real job, captions are nonsense. The tokenizer has GPT-2's 50257 entries and splits words as the micro
+world's does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,58 +29,97 @@ import torch
 
 from bench import photographs
 from bench.arithmetic import BEAMS, TOKENS
-from bench.common import Floor, machine, markdown
-from bench.stand_ins import FULL, SAMPLES, TINY, Size, write_decoder, write_tokenizer
-from captioning import cli
-from captioning.cli import FlagParser, setup_logging
+from bench.common import Floor, machine, make_parser, markdown
+from bench.stand_ins import FULL, NUMBERS, SAMPLES, TINY, Size, write_decoder, write_tokenizer
+from captioning.cli import FlagParser, command, positive_int, setup_logging
 from captioning.data.annotations import load_split
 from captioning.data.images import list_images
 from captioning.device import pick_device
-from captioning.files import write_json, write_text
+from captioning.files import read_json, write_json, write_text
 from captioning.profiles import ROOT
+from microworld.scenes import generate
+from microworld.steps import flags
 
 MINUTES = 8.0  # that a rehearsal may take on a GPU
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Return the command line."""
-    parser = FlagParser(prog="bench/full_size.sh", description=__doc__.split("\n\n")[0])
+    parser = make_parser("full_size", __doc__, repeats=0)
     add = parser.add_argument
     add("--tiny", action="store_true", help="small models, few images")
-    for name, text in (
-        ("steps", "training steps"),
-        ("scst_steps", "self-critical steps"),
-        ("images", "images captioned"),
-        ("maps", "images explained"),
-        ("val_images", "validation images"),
-        ("batch_size", "images a training step"),
-        ("infer_batch", "images captioned at once"),
-    ):
-        default = f"(default: {getattr(FULL, name)}; tiny {getattr(TINY, name)})"
-        add("--" + name.replace("_", "-"), type=int, help=f"{text} {default}", metavar="N")
+    for name, what in NUMBERS.items():
+        text = f"{what} (default: {FULL.numbers[name]}; tiny {TINY.numbers[name]})"
+        add("--" + name.replace("_", "-"), type=positive_int, help=text, metavar="N")
     add("--minutes", type=float, help=f"stop after so long (default: {MINUTES:g} on CUDA, never elsewhere)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw images")
+    add("--workers", type=positive_int, default=os.cpu_count() or 1, help="processes that draw images")
     add("--work", type=Path, help="new folder for images, cache and runs, kept (default: a temporary one)")
-    add("--out", type=Path, help="write OUT.md and OUT.json")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return parser
 
 
 def choose(args: argparse.Namespace, size: Size) -> dict[str, int]:
     """Return the size's numbers with those of the flags that were given."""
-    names = ("steps", "scst_steps", "images", "maps", "val_images", "batch_size", "infer_batch")
-    given = {name: getattr(size, name) if getattr(args, name) is None else getattr(args, name) for name in names}
-    for name, value in {**given, "workers": args.workers}.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if given["maps"] > given["images"]:
-        raise ValueError(f"--maps {given['maps']}: more than --images {given['images']}")
+    numbers = size.numbers | {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
+    if numbers["maps"] > numbers["images"]:
+        raise ValueError(f"--maps {numbers['maps']}: more than --images {numbers['images']}")
     if args.minutes is not None and not args.minutes > 0:
         raise ValueError(f"--minutes {args.minutes}: must be more than 0")
-    return given
+    return numbers
 
 
-# --- what the scripts are given ---------------------------------------------------------------------------------------
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+class Rehearsal:
+    """Runs scripts of the suite one after another below one folder.
+
+    Args:
+        folder: where everything goes.
+        device: ``--device`` of the scripts.
+        seconds: that are left to all of them.
+    """
+
+    def __init__(self, folder: Path, device: str, seconds: float) -> None:
+        self.folder, self.device = folder, device
+        self.end = time.monotonic() + seconds
+
+    def __call__(self, title: str, *arguments: object, **options: object) -> dict[str, Any]:
+        """Run ``python arguments… --options…``, a script of the suite, in the repository.
+
+        Returns:
+            The script's usage as ``bench.measured`` writes it.
+
+        Raises:
+            ValueError: the command failed, or the time is over.
+        """
+        words, usage = [*map(str, arguments), *flags(**options)], self.folder / "usage.json"
+        print(f"\n== {title}\n$ python {shlex.join(words)}", flush=True)
+        left = self.end - time.monotonic()
+        timeout = None if math.isinf(left) else max(left, 0.01)
+        command = [sys.executable, "-m", "bench.measured", str(usage), *words]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        try:
+            code = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=timeout).returncode
+        except subprocess.TimeoutExpired as error:
+            remedy = "give more --minutes, or fewer --steps and --images"
+            raise ValueError(f"the time was over during '{title}'; {remedy}") from error
+        if code:
+            raise ValueError(f"the part '{title}' failed with exit code {code}; see its message above")
+        return read_json(usage)
+
+
+def prepare(folder: Path, size: Size, numbers: dict[str, int], workers: int) -> float:
+    """Draw the photographs with their captions and write tokenizer and subset; return a caption set's mean tokens."""
+    tokenizer, source = write_tokenizer(folder / "tokenizer"), folder / "data"
+    generate(source, "train", numbers["batch_size"] * numbers["steps"], seed=0, workers=workers)
+    generate(source, "val", numbers["val_images"], seed=0, workers=workers)
+    generate(folder / "unseen", "val", numbers["images"], seed=1, workers=workers)
+    paths = [path for images in folder.glob("*/images/*") for path in list_images(images)]
+    bytes_an_image = photographs.convert(paths, workers, size.photograph)
+    print(f"{len(paths)} photographs of {bytes_an_image / 1e3:.0f} kB")
+    write_subset(source, folder / "rewarded", numbers["batch_size"] * min(numbers["steps"], numbers["scst_steps"]))
+    samples = load_split(source, "train")
+    return sum(len(tokenizer.encode(c)) + 1 for s in samples for c in s.captions) / len(samples)
 
 
 def write_subset(source: Path, target: Path, images: int) -> None:
@@ -94,183 +133,46 @@ def write_subset(source: Path, target: Path, images: int) -> None:
     (target / "images").symlink_to(source.resolve() / "images")
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
+def run_all(run: Rehearsal, size: Size, numbers: dict[str, int]) -> tuple[dict[str, dict[str, Any]], str]:
+    """Run the scripts up to the first that fails; return what they took, and why not all are there."""
+    usages: dict[str, dict[str, Any]] = {}
+    try:
+        for title, words, options in commands(run.folder, size, numbers):
+            usages[title] = run(title, *words, **options | ({"device": run.device} if title != "score" else {}))
+        check_results(run.folder, numbers)
+    except ValueError as error:
+        return usages, str(error)
+    return usages, ""
 
 
-class Rehearsal:
-    """Runs commands of the suite one after another below one folder, and keeps what each took.
-
-    Args:
-        folder: where everything goes.
-        device: ``--device`` of the scripts.
-        seconds: that are left to all of them.
-    """
-
-    def __init__(self, folder: Path, device: str, seconds: float) -> None:
-        self.folder, self.device = folder, device
-        self.end = time.monotonic() + seconds
-        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-
-    def __call__(self, title: str, *arguments: object) -> dict[str, Any]:
-        """Run ``python arguments…``, a script of the suite or ``-m`` and a module, in the repository.
-
-        Returns:
-            The script's usage as ``bench.measured`` writes it; for a module nothing.
-
-        Raises:
-            ValueError: the command failed, or the time is over.
-        """
-        command = [str(a) for a in arguments]
-        print(f"\n== {title}\n$ python {shlex.join(command)}", flush=True)
-        usage = self.folder / "usage.json"
-        wrapped = command if command[0] == "-m" else ["-m", "bench.measured", str(usage), *command]
-        left = self.end - time.monotonic()
-        try:
-            done = subprocess.run(
-                [sys.executable, *wrapped],
-                cwd=ROOT,
-                env=self.environment,
-                check=False,
-                timeout=None if math.isinf(left) else max(left, 0.01),
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ValueError(
-                f"the time was over during '{title}'; give more --minutes, or fewer --steps and --images"
-            ) from error
-        if done.returncode:
-            raise ValueError(f"the part '{title}' failed with exit code {done.returncode}; see its message above")
-        return {} if command[0] == "-m" else json.loads(usage.read_text(encoding="utf-8"))
-
-
-def prepare(run: Rehearsal, size: Size, numbers: dict[str, int], workers: int) -> float:
-    """Draw the photographs with their captions and write tokenizer and subset; return a caption set's mean tokens."""
-    tokenizer = write_tokenizer(run.folder / "tokenizer")
-    source = run.folder / "data"
-    counts = {"train": numbers["batch_size"] * numbers["steps"], "val": numbers["val_images"]}
-    for split, count in counts.items():
-        run(
-            f"draw {split}",
-            "-m",
-            "microworld.scenes",
-            "--out",
-            source,
-            "--split",
-            split,
-            "--count",
-            count,
-            "--workers",
-            workers,
-        )
-    run(
-        "draw images to caption",
-        "-m",
-        "microworld.scenes",
-        "--out",
-        run.folder / "unseen",
-        "--split",
-        "val",
-        "--count",
-        numbers["images"],
-        "--seed",
-        "1",
-        "--workers",
-        workers,
-    )
-    folders = [source / "images" / split for split in counts] + [run.folder / "unseen" / "images" / "val"]
-    paths = [path for folder in folders for path in list_images(folder)]
-    bytes_an_image = photographs.convert(paths, workers, size.photograph)
-    print(f"{len(paths)} photographs of {bytes_an_image / 1e3:.0f} kB")
-    images = min(counts["train"], numbers["batch_size"] * numbers["scst_steps"])
-    write_subset(source, run.folder / "rewarded", images)
-    samples = load_split(source, "train")
-    return sum(len(tokenizer.encode(c)) + 1 for s in samples for c in s.captions) / len(samples)
-
-
-def commands(run: Rehearsal, size: Size, numbers: dict[str, int]) -> dict[str, list[object]]:
-    """Return the command of each part, in order."""
-    folder, device = run.folder, ["--device", run.device]
-    tokenizer = ["--tokenizer", folder / "tokenizer"]
-    common = [
-        "--profile",
-        size.profile,
-        "--random-weights",
-        "--cache",
-        folder / "cache",
-        *tokenizer,
-        "--epochs",
-        1,
-        "--batch-size",
-        numbers["batch_size"],
-        "--val-images",
-        numbers["val_images"],
-        *device,
-    ]
-    trained, decoder = folder / "trained", folder / "trained" / "decoder_model.safetensors"
-    smaller = []
-    if size is TINY:
+def commands(
+    folder: Path, size: Size, numbers: dict[str, int]
+) -> Iterator[tuple[str, list[object], dict[str, object]]]:
+    """Yield title, words and options of each script, in order."""
+    decoder = None
+    if size is TINY:  # smaller than --random-weights makes it
         decoder = folder / "decoder_model.safetensors"
         write_decoder(decoder, size.decoder)
-        smaller = ["--decoder", decoder]
-    adapter = ["--adapter", trained / "best.safetensors"]
-    unseen, captions = folder / "unseen" / "images" / "val", folder / "captions.json"
-    shown = list_images(unseen)[: numbers["maps"]]
-    return {
-        "train": ["p2_train.py", "--data", folder / "data", "--out", trained, *common, *smaller],
-        "scst": [
-            "p2_train.py",
-            "--data",
-            folder / "rewarded",
-            "--out",
-            folder / "tuned",
-            *common,
-            "--decoder",
-            decoder,
-            "--objective",
-            "scst",
-            "--samples",
-            SAMPLES,
-            "--init-adapter",
-            trained / "best.safetensors",
-        ],
-        "inference": [
-            "p2_infer.py",
-            unseen,
-            captions,
-            decoder,
-            *adapter,
-            *tokenizer,
-            "--profile",
-            size.profile,
-            "--batch-size",
-            numbers["infer_batch"],
-            *device,
-        ],
-        "maps": [
-            "p3_attention.py",
-            "--model",
-            "p2",
-            "--images",
-            *shown,
-            "--out",
-            folder / "maps",
-            *adapter,
-            "--decoder",
-            decoder,
-            *tokenizer,
-            "--profile",
-            size.profile,
-            *device,
-        ],
-        "score": [
-            "evaluate.py",
-            "--pred-file",
-            captions,
-            "--annotation-file",
-            folder / "unseen" / "val.json",
-            "--metrics",
-            "cider",
-        ],
+    common = {"profile": size.profile, "tokenizer": folder / "tokenizer"}
+    training = common | {
+        "random_weights": True,
+        "cache": folder / "cache",
+        "epochs": 1,
+        "batch_size": numbers["batch_size"],
+        "val_images": numbers["val_images"],
     }
+    trained, adapter = folder / "trained", folder / "trained" / "best.safetensors"
+    yield "train", ["p2_train.py"], training | {"data": folder / "data", "out": trained, "decoder": decoder}
+    decoder = decoder or trained / "decoder_model.safetensors"
+    tuning = {"objective": "scst", "samples": SAMPLES, "init_adapter": adapter, "decoder": decoder}
+    yield "scst", ["p2_train.py"], training | {"data": folder / "rewarded", "out": folder / "tuned"} | tuning
+    unseen, captions = folder / "unseen" / "images" / "val", folder / "captions.json"
+    batch = {"batch_size": numbers["infer_batch"]}
+    yield "inference", ["p2_infer.py", unseen, captions, decoder], common | {"adapter": adapter} | batch
+    shown = {"images": list_images(unseen)[: numbers["maps"]], "out": folder / "maps"}
+    yield "maps", ["p3_attention.py"], common | {"model": "p2", "adapter": adapter, "decoder": decoder} | shown
+    references = folder / "unseen" / "val.json"
+    yield "score", ["evaluate.py"], {"pred_file": captions, "annotation_file": references, "metrics": "cider"}
 
 
 def check_results(folder: Path, numbers: dict[str, int]) -> None:
@@ -298,7 +200,7 @@ def work_of(usage: dict[str, Any], what: str) -> dict[str, Any]:
     """Add up what a script reported of one kind of work; ValueError where it reported none."""
     parts = [part for part in usage["work"] if part["what"] == what]
     if not parts:
-        raise ValueError(f"no word of '{what}' from a script: nothing to show in the table")
+        raise ValueError(f"a script did not report '{what}': nothing to show in the table")
     cuda = [part["cuda_gb"] for part in parts if part["cuda_gb"] is not None]
     return {
         "count": sum(part["count"] for part in parts),
@@ -331,21 +233,13 @@ def parts_of(size: Size, numbers: dict[str, int], caption_tokens: float, product
     """
     models, batch, tokens = size.models, numbers["batch_size"], round(caption_tokens)
     train, reward = batch * models.train(tokens), batch * models.scst(SAMPLES, TOKENS, tokens)
-    encode = models.encoder.operations
+    encode, search = models.encoder.operations, models.encoder.operations + models.search(BEAMS, TOKENS)
     cached = batch * numbers["steps"] + numbers["val_images"]
     return [
         Part("feature cache", "train", "cache", "images", cached, encode, "fp32"),
         Part("training", "train", "train", "steps", numbers["steps"], train, product),
         Part("self-critical training", "scst", "train", "steps", numbers["scst_steps"], reward, product),
-        Part(
-            "inference",
-            "inference",
-            "caption",
-            "images",
-            numbers["images"],
-            encode + models.search(BEAMS, TOKENS),
-            product,
-        ),
+        Part("inference", "inference", "caption", "images", numbers["images"], search, product),
         Part("attention maps", "maps", "explain", "images", numbers["maps"], models.explain(BEAMS, TOKENS), "fp32"),
     ]
 
@@ -362,36 +256,34 @@ def table(parts: list[Part], usages: dict[str, dict[str, Any]], rates: dict[str,
     for part in parts:
         if part.command in usages:
             work = work_of(usages[part.command], part.what)
-            reached = work["count"] / work["seconds"] * part.operations
-            rows.append(row(part.name, work, part.unit, reached, part.kind, rates[part.kind]))
-    if "score" not in usages:
-        return rows
-    score = usages["score"]
-    whole = {**score, "count": next(part.count for part in parts if part.command == "inference")}
-    return [*rows, row("CIDEr, start included", whole, "captions", None, "-", None)]
+            reached = work["count"] / work["seconds"] * part.operations  # those of the arithmetic, a second
+            share = f"{reached / rates[part.kind]:.1%} ({part.kind})"
+            rows.append(row(part.name, work, part.unit, reached / 1e12, share))
+    if "score" in usages:
+        captions = next(part.count for part in parts if part.command == "inference")
+        rows.append(row("CIDEr, start included", usages["score"] | {"count": captions}, "captions", "-", "-"))
+    return rows
 
 
-def estimate(parts: list[Part], rates: dict[str, float]) -> str:
-    """Say what the matrix products of each part take at the measured rates: less than any run can."""
-    least = {part.name: part.count * part.operations / rates[part.kind] for part in parts}
-    return "products alone, at the measured rates: " + ", ".join(f"{name} {s:.3g} s" for name, s in least.items())
-
-
-def row(
-    name: str, work: dict[str, Any], unit: str, operations: float | None, kind: str, rate: float | None
-) -> dict[str, Any]:
-    """Return one row; ``operations`` a second are those of the arithmetic, at the rate reached."""
+def row(name: str, work: dict[str, Any], unit: str, teraflops: float | str, share: str) -> dict[str, Any]:
+    """Return one row of the table."""
     return {
         "part": name,
         "count": work["count"],
         "unit": unit,
         "seconds": work["seconds"],
         "a second": work["count"] / work["seconds"],
-        "TFLOP/s": "-" if operations is None else operations / 1e12,
-        "share of the matrix rate": "-" if operations is None else f"{operations / rate:.1%} ({kind})",
+        "TFLOP/s": teraflops,
+        "share of the matrix rate": share,
         "GPU memory, GB": "-" if work["cuda_gb"] is None else work["cuda_gb"],
         "host memory, GB": work["host_gb"],
     }
+
+
+def estimate(parts: list[Part], rates: dict[str, float]) -> str:
+    """Say what the matrix products of each part take at the measured rates: less than any run can."""
+    least = {part.name: part.count * part.operations / rates[part.kind] for part in parts}
+    return "products alone, at the measured rates: " + ", ".join(f"{name} {s:.3g} s" for name, s in least.items())
 
 
 def measure_rates(device: torch.device, size: Size) -> tuple[dict[str, float], float]:
@@ -410,13 +302,11 @@ def rehearse(args: argparse.Namespace, size: Size, device: torch.device, folder:
     default = MINUTES if device.type == "cuda" else math.inf
     run = Rehearsal(folder, args.device, 60 * (default if args.minutes is None else args.minutes))
     rates, copying = measure_rates(device, size)
-    tokens = prepare(run, size, numbers, args.workers)
+    tokens = prepare(folder, size, numbers, args.workers)
     prepared = time.monotonic() - started
     parts = parts_of(size, numbers, tokens, "bf16" if device.type == "cuda" else "fp32")
     print(estimate(parts, rates))
-    usages, failure = run_all(run, commands(run, size, numbers))
-    if not failure:
-        check_results(folder, numbers)
+    usages, failure = run_all(run, size, numbers)
     again, copying_again = measure_rates(device, size)  # other work on the machine may have been in the way
     rates = {kind: max(rate, again[kind]) for kind, rate in rates.items()}
     return {
@@ -432,17 +322,6 @@ def rehearse(args: argparse.Namespace, size: Size, device: torch.device, folder:
         "reserved_gb": {k: u["cuda_gb"] for k, u in usages.items() if u["cuda_gb"] is not None},
         "minutes": (time.monotonic() - started) / 60,
     }
-
-
-def run_all(run: Rehearsal, commands: dict[str, list[object]]) -> tuple[dict[str, dict[str, Any]], str]:
-    """Run the commands up to the first that fails; return what they took, and why not all are there."""
-    usages: dict[str, dict[str, Any]] = {}
-    for title, command in commands.items():
-        try:
-            usages[title] = run(title, *command)
-        except ValueError as error:
-            return usages, str(error)
-    return usages, ""
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -470,7 +349,7 @@ def in_folder(work: Path | None, function: Callable[[Path], dict[str, Any]]) -> 
     return function(work.resolve())
 
 
-@cli.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Rehearse; return 0, or 2 where a part failed or the time was over."""
     args = build_parser().parse_args(argv)

@@ -4,7 +4,7 @@
     python -m bench.llava --full-size --dtype float16         LLaVA-1.5-7B's architecture, random weights
 
 Tokens must be equal, image by image; a difference ends the run with exit code 1. Random weights answer with noise,
-whose ties in half precision fall as the batch has it, so there the captions are timed and not compared.
+whose ties in half precision depend on the batch, so there the captions are timed and not compared.
 """
 
 from __future__ import annotations
@@ -17,27 +17,25 @@ from typing import Any
 
 import torch
 
-from bench.common import add_common_flags, in_turn, peak_memory, report
-from captioning.cli import FlagParser, command
+from bench.common import draw_scenes, in_turn, make_parser, peak_memory, report
+from captioning.cli import FlagParser, command, positive_int
 from captioning.data.images import list_images, load_image
 from captioning.device import pick_device
 from captioning.imports import import_guarded
 from captioning.inference.batches import Entry, Job, caption_entries
 from captioning.models.llava import DTYPES, PROMPTS, TEMPLATE, Llava, load_llava, pick_dtype
 from captioning.profiles import PROFILES
-from microworld.scenes import generate
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Return the command line."""
-    parser = FlagParser(prog="python -m bench.llava", description=__doc__.split("\n\n")[0])
+    parser = make_parser("llava", __doc__)
     parser.add_argument("--images", type=Path, help="folder of images (default: micro scenes, drawn)")
-    parser.add_argument("--count", type=int, default=100, help="how many of them")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at once on our side")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
-    add_common_flags(parser, repeats=3)
+    parser.add_argument("--count", type=positive_int, default=100, help="how many of them")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="images at once on our side")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=64, help="longest answer in tokens")
     parser.add_argument("--full-size", action="store_true", help="LLaVA-1.5-7B's architecture with random weights")
-    parser.add_argument("--layers", type=int, help="fewer layers in tower and language model, for --full-size")
+    parser.add_argument("--layers", type=positive_int, help="fewer layers in tower and language model, for --full-size")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights")
     return parser
 
@@ -130,9 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         model = load_llava(PROFILES["micro"].llava, device, dtype)
     with tempfile.TemporaryDirectory() as folder:
-        if not args.images:
-            generate(Path(folder), "val", args.count, seed=0, workers=1)
-        paths = list_images(args.images or Path(folder) / "images" / "val")[: args.count]
+        paths = list_images(args.images)[: args.count] if args.images else draw_scenes(Path(folder), args.count)
         results = [compare(model, paths, setting, args) for setting in PROMPTS]
     what = "LLaVA-1.5-7B's architecture, random weights" if args.full_size else "micro LLaVA"
     what += f", {args.layers} layers" if args.full_size and args.layers else ""

@@ -45,12 +45,12 @@ class Peaks:
         self.host, self.cuda = 0.0, 0.0
 
     def look(self) -> dict[str, float | None]:
-        """Return the peaks since the last look, and begin anew."""
+        """Return the peaks since the last look, and start again."""
         host, cuda = peak_host(), None
         if torch.cuda.is_initialized():
             devices = range(torch.cuda.device_count())
             cuda = max(torch.cuda.max_memory_allocated(i) for i in devices) / GB
-            # Taken from the card, but for the CUDA context; what is not in use any more stays taken.
+            # Taken from the card, but for the CUDA context; memory that is no longer in use stays taken.
             self.cuda = max(self.cuda, *(torch.cuda.max_memory_reserved(i) / GB for i in devices))
             for i in devices:
                 torch.cuda.reset_peak_memory_stats(i)

@@ -1,6 +1,6 @@
 """What a step of self-critical training spends on its reward: ``python -m bench.scst``.
 
-GPT-2 small with LoRA behind 257 image tokens, random weights, so every beam runs to its full length; references are
+GPT-2 small with LoRA after 257 image tokens, random weights, so every beam runs to its full length; references are
 drawn from a Zipf distribution over GPT-2's vocabulary, 10,000 images with 5 captions of 12 tokens each.
 """
 
@@ -12,8 +12,8 @@ import time
 import numpy as np
 import torch
 
-from bench.common import add_common_flags, peak_memory, report
-from captioning.cli import FlagParser, command
+from bench.common import make_parser, peak_memory, report
+from captioning.cli import command, positive_int
 from captioning.device import pick_device
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.training.rewards import CiderReward
@@ -70,14 +70,10 @@ def measure(images: int, samples: int, repeats: int, device: torch.device) -> di
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 where the reward takes 10 % of a step or more."""
-    parser = FlagParser(prog="python -m bench.scst", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--images", type=int, default=4, help="images a step")
-    parser.add_argument("--samples", type=int, default=5, help="captions an image: beams")
-    add_common_flags(parser, repeats=3)
+    parser = make_parser("scst", __doc__)
+    parser.add_argument("--images", type=positive_int, default=4, help="images a step")
+    parser.add_argument("--samples", type=positive_int, default=5, help="captions an image: beams")
     args = parser.parse_args(argv)
-    for name in ("images", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
     device = pick_device(args.device)
     parts = measure(args.images, args.samples, args.repeats, device)
     share = parts["reward"] / sum(parts.values())

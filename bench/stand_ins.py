@@ -1,4 +1,4 @@
-"""What stands in for downloads where speed is measured: shapes at full size and in small, a tokenizer, a decoder."""
+"""What replaces downloads where speed is measured: shapes at full size and in small, a tokenizer, a decoder."""
 
 from __future__ import annotations
 
@@ -22,44 +22,57 @@ VOCABULARY = 50257
 
 @dataclass(frozen=True)
 class Size:
-    """A size of the rehearsal: shapes for the arithmetic, flags that make the scripts build them, and how much."""
+    """A size of the rehearsal.
+
+    Attributes:
+        models: shapes for the arithmetic.
+        profile: of the scripts, which build models of these shapes.
+        decoder: shape of the decoder, for a file of random weights.
+        photograph: width and height in pixels.
+        floor: rows of the matrices whose product is timed.
+        numbers: how much of what, by the name of the flag that changes it.
+    """
 
     models: CaptionerShape
     profile: str
     decoder: DecoderConfig
     photograph: tuple[int, int]
-    steps: int
-    scst_steps: int
-    images: int
-    maps: int
-    val_images: int
-    batch_size: int
-    infer_batch: int
-    floor: int  # rows of the matrices whose product is timed
+    floor: int
+    numbers: dict[str, int]
 
 
-FULL = Size(CaptionerShape(), "full", DecoderConfig(), photographs.SIZE, 200, 50, 2000, 10, 16, 16, 64, 2048)
+NUMBERS = {
+    "steps": "training steps",
+    "scst_steps": "self-critical steps",
+    "images": "images captioned",
+    "maps": "images explained",
+    "val_images": "validation images",
+    "batch_size": "images a training step",
+    "infer_batch": "images captioned at once",
+}
+FULL = Size(
+    CaptionerShape(),
+    "full",
+    DecoderConfig(),
+    photographs.SIZE,
+    2048,
+    dict(zip(NUMBERS, (200, 50, 2000, 10, 16, 16, 64), strict=True)),
+)
 TINY = Size(
     CaptionerShape(Vit(145, 192, 6, 192), gpt2(2, 128, VOCABULARY)),
     "micro",
     DecoderConfig(n_embd=128, n_layer=2, n_head=2),
     (160, 120),
-    3,
-    2,
-    6,
-    1,
-    4,
-    2,
-    4,
     1024,
+    dict(zip(NUMBERS, (3, 2, 6, 1, 4, 2, 4), strict=True)),
 )
 
 
 def write_tokenizer(folder: Path) -> Tokenizer:
     """Write a stand-in for GPT-2's tokenizer files: 50257 entries, every one of which can be decoded.
 
-    The micro world's merges come first. The rest join two entries of which the second begins with a space; texts are
-    cut before spaces first, so these never apply, and texts are split exactly as by the micro world's files.
+    The micro world's merges come first. The others join two entries of which the second begins with a space. Texts are
+    cut before spaces, so these never apply, and texts are split exactly as by the micro world's files.
     """
     source = Path(PROFILES["micro"].tokenizer)
     vocabulary = json.loads((source / "encoder.json").read_text(encoding="utf-8"))

@@ -22,15 +22,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from bench.common import report
-from captioning import cli
-from captioning.cli import FlagParser
+from bench.common import CPU, draw_scenes, make_parser, report
+from captioning.cli import FlagParser, command, positive_int
 from captioning.files import write_text
 from captioning.imports import import_guarded
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import PROFILES, ROOT
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_state_dict
-from microworld.scenes import generate
+from microworld.steps import flags
 
 MICRO = PROFILES["micro"]
 TINY_ENCODER = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16, "img_size": 48, "crop_pct": 1.0}
@@ -39,25 +38,21 @@ LORA = LoraConfig(4, 4.0)
 ROWS = 10  # of the curve in the table; --out has all of it
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Return the command line."""
-    parser = FlagParser(prog="python -m bench.stream", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--images", type=int, default=200_000, help="in all; 8.5 kB of disk each")
-    parser.add_argument("--per-tar", type=int, default=2000, help="images a tar")
-    parser.add_argument("--distinct", type=int, default=64, help="different drawings among them")
-    parser.add_argument("--captioner", choices=("micro", "tiny"), default="micro", help="size of the random captioner")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at once")
-    parser.add_argument("--beam-size", type=int, default=1, help="live beams")
-    parser.add_argument("--max-new-tokens", type=int, default=4, help="longest caption in tokens")
-    parser.add_argument("--every", type=float, default=1.0, help="seconds between two looks at the memory")
-    parser.add_argument("--limit-gb", type=float, default=1.5, help="more resident memory than this is a failure")
-    parser.add_argument("--folder", type=Path, help="work here, and keep it (default: a temporary folder)")
-    parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json, OUT.png and OUT.curve.jsonl")
+    parser = make_parser("stream", __doc__, repeats=0, device=False)
+    add = parser.add_argument
+    add("--images", type=positive_int, default=200_000, help="in all; 8.5 kB of disk each")
+    add("--per-tar", type=positive_int, default=2000, help="images a tar")
+    add("--distinct", type=positive_int, default=64, help="different drawings among them")
+    add("--captioner", choices=("micro", "tiny"), default="micro", help="size of the random captioner")
+    add("--every", type=float, default=1.0, help="seconds between two looks at the memory")
+    add("--limit-gb", type=float, default=1.5, help="more resident memory than this is a failure")
     return parser
 
 
 def make_captioner(folder: Path, size: str) -> list[str]:
-    """Write an adapter, and for ``tiny`` a decoder, into ``folder``; return what ``p2_infer.py`` is told of them."""
+    """Write an adapter, and for ``tiny`` a decoder, into ``folder``; return ``p2_infer.py``'s flags for them."""
     torch.manual_seed(0)
     if size == "micro":
         decoder, file = build_decoder(MICRO.decoder, LORA), MICRO.decoder
@@ -73,8 +68,7 @@ def make_captioner(folder: Path, size: str) -> list[str]:
 
 def make_tars(folder: Path, images: int, per_tar: int, distinct: int) -> str:
     """Write the shards; return the brace range that names them."""
-    generate(folder / "drawings", "val", distinct, seed=0, workers=1)
-    drawings = [path.read_bytes() for path in sorted((folder / "drawings" / "images" / "val").iterdir())]
+    drawings = [path.read_bytes() for path in draw_scenes(folder / "drawings", distinct)]
     count = -(-images // per_tar)
     for shard in range(count):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
@@ -129,7 +123,7 @@ def resident(pid: int) -> dict[str, float]:
 
 
 def summarise(curve: list[dict[str, float]], images: int) -> list[dict[str, Any]]:
-    """Return the curve's first points behind each tenth of the images."""
+    """Return the curve's first points after each tenth of the images."""
     marks = [images * tenth // ROWS for tenth in range(ROWS)]
     rows = [next((point for point in curve if point["images"] > mark), None) for mark in marks]
     return [row for row in [*rows, curve[-1]] if row]
@@ -150,10 +144,10 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
     models = make_captioner(folder, args.captioner)
     tars = make_tars(folder, args.images, args.per_tar, args.distinct)
     out = folder / "out.jsonl"
-    names = ("batch_size", "beam_size", "max_new_tokens")
-    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
-    command = [sys.executable, "p2_infer.py", tars, str(out), *models, *flags]
-    code, curve = watch(command, out / "_state", args.every, args.out and args.out.with_suffix(".curve.jsonl"))
+    words = ["p2_infer.py", tars, str(out), *models, *flags(batch_size=64, beam_size=1, max_new_tokens=4)]
+    code, curve = watch(
+        [sys.executable, *words], out / "_state", args.every, args.out and args.out.with_suffix(".curve.jsonl")
+    )
     if code:
         raise ValueError(f"p2_infer.py ended with exit code {code}")
     manifest = json.loads((out / "_manifest.json").read_text(encoding="utf-8"))
@@ -161,24 +155,18 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
         raise ValueError(f"{manifest['keys']} results for {args.images} images")
     peak = max(point["peak MB"] for point in curve)
     title = f"{args.images} images from {len(manifest['shards'])} tars, {args.captioner} captioner: peak {peak:.0f} MB"
-    report(title, summarise(curve, args.images), torch.device("cpu"), args.out)
+    report(title, summarise(curve, args.images), CPU, args.out)
     if args.out:
         draw(curve, args.limit_gb, args.out.with_suffix(".png"))
     return int(peak > args.limit_gb * 1e3)
 
 
-@cli.command
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return 1 where more memory was resident than allowed."""
     args = build_parser().parse_args(argv)
-    for name in ("images", "per_tar", "distinct"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not Path("/proc/self/status").is_file():
         raise ValueError("bench.stream reads /proc, which only Linux has")
-    if args.folder:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        return measure(args, args.folder)
     with tempfile.TemporaryDirectory() as folder:
         return measure(args, Path(folder))
 

@@ -24,19 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.common import CLOCKS, Floor, add_clock, add_common_flags, in_turn, peak_memory, report
-from captioning.cli import FlagParser, command
+from bench.common import CLOCKS, Floor, draw_scenes, in_turn, make_parser, peak_memory, report, transformers_gpt2
+from captioning.cli import FlagParser, command, positive_int
 from captioning.data.batches import pack_captions
-from captioning.data.images import list_images
 from captioning.device import autocast, pick_device, product_dtype
-from captioning.imports import import_guarded
 from captioning.inference.encode import cached_features, read_pixels
 from captioning.models.captioner import IGNORED, Captioner, CaptionerConfig
 from captioning.profiles import PROFILES
 from captioning.training.config import TrainConfig
 from captioning.training.trainer import make_optimizer
-from decoder import Decoder, DecoderConfig, LoraConfig, cast_frozen, gpt2_state_dict
-from microworld.scenes import generate
+from decoder import Decoder, DecoderConfig, LoraConfig, cast_frozen
 
 CAPTIONS = 5  # an image
 TOLERANCE = 1e-3  # the cache rounds features to float16
@@ -48,21 +45,14 @@ TINY = (
 FULL = (DecoderConfig(), PROFILES["full"].encoder, {})
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Return the command line."""
-    parser = FlagParser(prog="python -m bench.train", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--precision",
-        nargs="+",
-        choices=("fp32", "bf16"),
-        default=["fp32", "bf16"],
-        help="fp32, or bf16 under autocast",
-    )
-    parser.add_argument("--images", type=int, default=4, help="images a step of ours, all of their captions together")
-    parser.add_argument("--student-batch", type=int, default=5, help="captions a step of both peers")
-    add_common_flags(parser, repeats=3)
-    parser.add_argument("--tiny", action="store_true", help="compare losses and gradients of tiny models; no times")
-    add_clock(parser)
+    parser, types = make_parser("train", __doc__, clock=True), ["fp32", "bf16"]
+    add = parser.add_argument
+    add("--precision", nargs="+", choices=types, default=types, help="fp32, or bf16 under autocast")
+    add("--images", type=positive_int, default=4, help="images a step of ours, all of their captions together")
+    add("--student-batch", type=positive_int, default=5, help="captions a step of both peers")
+    add("--tiny", action="store_true", help="compare losses and gradients of tiny models; no times")
     return parser
 
 
@@ -80,24 +70,7 @@ class LoraConv1D(torch.nn.Module):
 
 def transformers_model(decoder: Decoder, eos: int) -> torch.nn.Module:
     """Return transformers' GPT-2 with the decoder's weights, frozen, and its LoRA, shared."""
-    transformers = import_guarded("transformers")
-    c = decoder.config
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=c.vocab_size,
-            n_positions=c.n_positions,
-            n_embd=c.n_embd,
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            bos_token_id=eos,
-            eos_token_id=eos,
-            pad_token_id=eos,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    )
-    model.transformer.load_state_dict(gpt2_state_dict(decoder))
+    model = transformers_gpt2(decoder, eos, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     model.requires_grad_(False)
     for theirs, ours in zip(model.transformer.h, decoder.h, strict=True):
         for part in ("attn", "mlp"):
@@ -133,8 +106,7 @@ class Rivals:
             self.captioner = Captioner(CaptionerConfig(encoder, kwargs, "random", lora=lora), decoder).to(device)
         self.captioner.train()
         self.theirs = transformers_model(decoder, self.eos).to(device)
-        generate(folder, "train", images, seed=0, workers=1)
-        paths = list_images(folder / "images" / "train")
+        paths = draw_scenes(folder, images)
         self.pixels = read_pixels(self.captioner.transform, paths)
         self.features = cached_features(self.captioner, paths, folder / "cache")
         self.optimizer = make_optimizer(self.captioner, TrainConfig())
@@ -156,7 +128,7 @@ class Rivals:
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
 
     def transformers_loss(self, start: int, count: int) -> torch.Tensor:
-        """transformers' own, of ``count`` captions from number ``start`` on, behind cached features."""
+        """transformers' own, of ``count`` captions from number ``start`` on, after cached features."""
         images, inputs, labels = self.unpacked(start, count)
         prefix = self.captioner.prefix(self.features.gather(images).float().to(self.captioner.device))
         embeds = torch.cat([prefix, self.theirs.transformer.wte(inputs).to(prefix.dtype)], 1)
@@ -166,7 +138,7 @@ class Rivals:
 
     @staticmethod
     def real(labels: torch.Tensor, count: int) -> torch.Tensor:
-        """Which tokens behind ``count`` of the prefix are no padding: BOS, and what is predicted."""
+        """Which tokens after ``count`` of the prefix are no padding: BOS, and what is predicted."""
         real = (labels[:, count:] != IGNORED).long()
         real[:, 0] = 1
         return real

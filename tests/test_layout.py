@@ -47,7 +47,6 @@ SHARED = {
     "distributed": {"cli", "imports"},
 }
 DECODER = {"captioning.kernels", "captioning.tensors", "captioning.messages"}
-PENDING = {"bench.full_size"}
 
 
 def imported(nodes):
@@ -108,7 +107,7 @@ def test_subpackages_import_only_what_they_may(name):
     strangers = {other for other in siblings(name) if not within(other, places)} - {"captioning"}
     if unit(name) != "kernels":
         strangers = {other for other in strangers if not is_shared(other)}
-    assert not strangers or name in PENDING
+    assert not strangers
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if is_shared(name)])
@@ -129,11 +128,11 @@ def test_nothing_imports_a_script(name):
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(("bench", "microworld"))])
 def test_the_suite_does_not_depend_on_micro_world_and_benchmarks(name):
-    assert name in PENDING or not {o for o in siblings(name) if o.startswith(("microworld", "bench"))}
+    assert not {o for o in siblings(name) if o.startswith(("microworld", "bench"))}
 
 
 def test_imports_run_in_no_circle():
-    graph = {name: siblings(name) - {name} for name in MODULES if unit(name) not in PENDING}
+    graph = {name: siblings(name) - {name} for name in MODULES}
     done, open_ = set(), []
 
     def visit(name):
@@ -218,7 +217,7 @@ def test_files_and_functions_stay_short_enough_to_read(name):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     assert len(SOURCES[name].splitlines()) <= 650
-    assert name in PENDING or not {function: lines for function, lines in lengths.items() if lines > 60}
+    assert not {function: lines for function, lines in lengths.items() if lines > 60}
 
 
 @pytest.mark.parametrize("name", MODULES)

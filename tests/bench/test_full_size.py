@@ -1,8 +1,9 @@
 """bench/full_size.sh in its small form: every part runs, and the table says what each took. Nothing about times."""
 
-import argparse
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 
@@ -16,51 +17,50 @@ from captioning.data.annotations import load_split
 from captioning.data.tokenizer import Tokenizer
 from captioning.profiles import PROFILES, ROOT
 from decoder import build_decoder
+from microworld.steps import flags
 
 PARTS = ["feature cache", "training", "self-critical training", "inference", "attention maps", "CIDEr, start included"]
 
 
-def test_the_small_form_runs_every_part(tmp_path):
-    """Through the shell script, as a user types it."""
-    command = [
-        "bash",
-        "bench/full_size.sh",
-        "--tiny",
-        "--steps",
-        "2",
-        "--scst-steps",
-        "1",
-        "--images",
-        "4",
-        "--workers",
-        "1",
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "found",
-        "--work",
-        tmp_path / "work",
-    ]
-    environment = {**bench.os.environ, "PYTHON": sys.executable}
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """What the small form printed and left, through the shell script, as a user types it."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    numbers = {"steps": 2, "scst_steps": 1, "images": 4, "val_images": 2, "workers": 1}
+    words = flags(tiny=True, **numbers, device="cpu", out=folder / "found", work=folder / "work")
+    command, environment = ["bash", "bench/full_size.sh", *words], {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_small_form_runs_every_part(rehearsal):
+    folder, shown = rehearsal
     for script in ("p2_train.py", "p2_infer.py", "p3_attention.py", "evaluate.py"):
-        assert f"$ python {script}" in done.stdout
-    found = json.loads((tmp_path / "found.json").read_text())
-    rows = {row["part"]: row for row in found["rows"]}
+        assert f"$ python {script}" in shown
+    rows = {row["part"]: row for row in json.loads((folder / "found.json").read_text())["rows"]}
     assert list(rows) == PARTS
-    assert [row["count"] for row in rows.values()] == [2 * 2 + 4, 2, 1, 4, 1, 4]
+    assert [row["count"] for row in rows.values()] == [2 * 2 + 2, 2, 1, 4, 1, 4]
     for row in rows.values():
         assert row["seconds"] > 0 and row["host memory, GB"] > 0.05
         assert row["a second"] == pytest.approx(row["count"] / row["seconds"])
     for name in PARTS[:-1]:
         assert rows[name]["TFLOP/s"] > 0
         assert math.isfinite(float(rows[name]["share of the matrix rate"].split("%")[0]))
-    table = (tmp_path / "found.md").read_text()
-    assert table in done.stdout
+    table = (folder / "found.md").read_text()
+    assert table in shown
     assert all(f"| {name} |" in table for name in PARTS)
-    tokens = json.loads((tmp_path / "work" / "tokenizer" / "encoder.json").read_text())
+    tokens = json.loads((folder / "work" / "tokenizer" / "encoder.json").read_text())
     assert len(tokens) == VOCABULARY
+
+
+def test_missing_results_are_noticed(rehearsal, tmp_path):
+    work, numbers = tmp_path / "work", {"steps": 2, "scst_steps": 1, "images": 4, "maps": 1}
+    shutil.copytree(rehearsal[0] / "work", work, symlinks=True)
+    bench.check_results(work, numbers)
+    (work / "captions.json").write_text('{"a": "x"}')
+    with pytest.raises(ValueError, match="1 captions instead of 4"):
+        bench.check_results(work, numbers)
 
 
 def test_the_stand_in_tokenizer_has_the_whole_vocabulary_and_splits_as_the_micro_one(tmp_path, tiny_data):
@@ -106,14 +106,13 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, capsy
         "work": [{"what": "cache", **part}, {"what": "train", **part}],
     }
 
-    def run(self, title, *arguments):
+    def run(self, title, *arguments, **options):
         if title == "scst":
             raise ValueError("the time was over during 'scst'")
         return usage
 
     monkeypatch.setattr(bench.Rehearsal, "__call__", run)
     monkeypatch.setattr(bench, "prepare", lambda *_: 50.0)
-    monkeypatch.setattr(bench.data, "list_images", lambda _: [])
     assert bench.main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "found")]) == 2
     shown = capsys.readouterr()
     assert "the time was over during 'scst'" in shown.err
@@ -126,39 +125,25 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, capsy
 def test_a_rehearsal_ends_when_its_time_is_over(tmp_path):
     run = bench.Rehearsal(tmp_path, "cpu", 0.0)
     with pytest.raises(ValueError, match="the time was over during 'train'; give more --minutes"):
-        run("train", "p2_train.py", "--help")
+        run("train", "p2_train.py", help=True)
 
 
 def test_a_part_that_fails_ends_the_rehearsal(tmp_path):
     run = bench.Rehearsal(tmp_path, "cpu", math.inf)
-    with pytest.raises(ValueError, match="the part 'train' failed with exit code 2"):
-        run("train", "p2_train.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", "--profile", "micro")
-
-
-def test_missing_results_are_noticed(tmp_path):
-    numbers = {"steps": 2, "scst_steps": 1, "images": 2, "maps": 1}
-    for name, step in (("trained", 2), ("tuned", 1)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
-    (tmp_path / "maps").mkdir()
-    (tmp_path / "maps" / "a.npz").touch()
-    (tmp_path / "captions.json").write_text('{"a": "x", "b": "y"}')
-    bench.check_results(tmp_path, numbers)
-    (tmp_path / "captions.json").write_text('{"a": "x"}')
-    with pytest.raises(ValueError, match="1 captions instead of 2"):
-        bench.check_results(tmp_path, numbers)
+    with pytest.raises(ValueError, match="the part 'score' failed with exit code 2"):
+        run("score", "evaluate.py", pred_file=tmp_path / "nowhere", annotation_file="nowhere", metrics="cider")
 
 
 def test_work_is_added_up_and_its_absence_noticed():
     part = {"what": "cache", "count": 3, "seconds": 2.0, "host_gb": 1.0, "cuda_gb": 4.0}
     usage = {"work": [part, {**part, "count": 5, "host_gb": 2.0, "cuda_gb": 3.0}, {**part, "what": "train"}]}
     assert bench.work_of(usage, "cache") == {"count": 8, "seconds": 4.0, "host_gb": 2.0, "cuda_gb": 4.0}
-    with pytest.raises(ValueError, match="no word of 'explain'"):
+    with pytest.raises(ValueError, match="did not report 'explain'"):
         bench.work_of(usage, "explain")
 
 
 def test_a_measured_script_reports_work_memory_and_its_exit_code(tmp_path):
-    """In a process of its own: a peak belongs to the work before the line that reports it."""
+    """In its own process: a peak belongs to the work before the line that reports it."""
     script = tmp_path / "script.py"
     script.write_text(
         "import logging, sys\n"
@@ -185,16 +170,11 @@ def test_a_script_that_is_not_there_is_named(tmp_path, capsys):
 
 
 def test_numbers_of_the_size_with_those_that_flags_give():
-    args = argparse.Namespace(
-        **dict.fromkeys(("steps", "scst_steps", "images", "maps", "val_images", "infer_batch")),
-        batch_size=7,
-        workers=1,
-        minutes=None,
-    )
+    args = bench.build_parser().parse_args(["--batch-size", "7"])
     numbers = bench.choose(args, TINY)
     assert numbers["batch_size"] == 7
-    assert numbers["steps"] == TINY.steps
+    assert numbers["steps"] == TINY.numbers["steps"]
     parts = {part.name: part for part in bench.parts_of(TINY, numbers, 50, "bf16")}
-    assert parts["feature cache"].count == 7 * TINY.steps + TINY.val_images
+    assert parts["feature cache"].count == 7 * TINY.numbers["steps"] + TINY.numbers["val_images"]
     assert parts["training"].operations == 7 * TINY.models.train(50)
     assert (parts["training"].kind, parts["attention maps"].kind) == ("bf16", "fp32")

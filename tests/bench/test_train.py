@@ -13,14 +13,14 @@ def test_loss_and_gradients_are_equal(capsys):
 
 def test_a_prefix_that_the_captions_do_not_share_is_noticed(monkeypatch):
     """Were positions not to restart after the prefix, loss and gradients would be others."""
-    pack = bench.data.pack_captions
+    pack = bench.pack_captions
 
     def shifted(*args, **kwargs):
         batch = pack(*args, **kwargs)
         batch.positions += 1
         return batch
 
-    monkeypatch.setattr(bench.data, "pack_captions", shifted)
+    monkeypatch.setattr(bench, "pack_captions", shifted)
     assert bench.main(["--tiny", "--images", "2"]) == 1
 
 
