@@ -197,6 +197,10 @@ def test_commands_without_a_mark_run(workplace, capsys):
             code = importlib.import_module(name).main([PLACEHOLDERS.get(word, word) for word in arguments])
             assert code == 0, f"{command.page}: {command.text}\n{capsys.readouterr().err}"
             ran.append(name)
+    for page, text in TEXTS.items():
+        for language, lines in fences(text):
+            if language == "python":
+                exec(compile("\n".join(lines), page, "exec"), {})
     assert {"p2_infer", "p1_llava_caption", "p3_attention", "evaluate", "report", "microworld.scenes"} <= set(ran)
     assert (workplace / "captions.json").is_file() and (workplace / "demo" / "report.html").is_file()
 
