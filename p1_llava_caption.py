@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,11 @@ from captioning.scale.pipeline import ShardRun, add_flags, add_images_and_result
 from captioning.scoring import evaluator
 from captioning.scoring.clipscore import ClipScorer
 
-log = logging.getLogger("captioning")
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = FlagParser(description=__doc__)
+    add = parser.add_argument
     add_images_and_results(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--setting", type=int, choices=sorted(PROMPTS), default=1, help="prompt of the report")
@@ -42,17 +40,15 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run both settings, score them and print a table; needs --annotation-file",
     )
-    parser.add_argument("--model", help="hub id or folder of a LLaVA 1.5 (default: the profile's)")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--num-beams", type=positive_int, default=1, help="live beams; 1 is greedy search")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=64, help="longest answer in tokens")
-    parser.add_argument("--batch-size", type=positive_int, default=16, help="images at once; halved if memory runs out")
-    parser.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; auto: float16, on a CPU float32"
-    )
-    parser.add_argument("--load-in-4bit", action="store_true", help="quantise the weights (needs bitsandbytes)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT.json")
-    parser.add_argument("--annotation-file", type=Path, help="COCO-style references of the images, for --compare")
+    add("--model", help="hub id or folder of a LLaVA 1.5 (default: the profile's)")
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("--num-beams", type=positive_int, default=1, help="live beams; 1 is greedy search")
+    add("--max-new-tokens", type=positive_int, default=64, help="longest answer in tokens")
+    add("--batch-size", type=positive_int, default=16, help="images at once; halved if memory runs out")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; auto: float16, on a CPU float32")
+    add("--load-in-4bit", action="store_true", help="quantise the weights (needs bitsandbytes)")
+    add("--overwrite", action="store_true", help="replace an existing OUT.json")
+    add("--annotation-file", type=Path, help="COCO-style references of the images, for --compare")
     add_common_flags(parser)
     add_flags(parser)
     return parser

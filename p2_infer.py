@@ -31,33 +31,32 @@ from captioning.scale.pipeline import ShardRun, add_flags, add_images_and_result
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = FlagParser(description=__doc__)
+    add = parser.add_argument
     add_images_and_results(parser)
-    parser.add_argument("decoder", type=Path, metavar="DECODER", help="GPT-2 state dict (.bin, .pt or .safetensors)")
-    parser.add_argument(
-        "--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="what p2_train.py wrote"
-    )
-    parser.add_argument("--encoder-weights", help="local file of the encoder's weights (default: the one trained with)")
-    parser.add_argument("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
-    parser.add_argument("--beam-size", type=positive_int, default=5, help="live beams; 1 is greedy search")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=30, help="longest caption in tokens")
-    parser.add_argument("--length-penalty", type=float, default=1.0, help="above 1 favours longer captions")
-    parser.add_argument("--batch-size", type=positive_int, default=16, help="images at once")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA")
-    parser.add_argument(
+    add("decoder", type=Path, metavar="DECODER", help="GPT-2 state dict (.bin, .pt or .safetensors)")
+    add("--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="what p2_train.py wrote")
+    add("--encoder-weights", help="local file of the encoder's weights (default: the one trained with)")
+    add("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
+    add("--beam-size", type=positive_int, default=5, help="live beams; 1 is greedy search")
+    add("--max-new-tokens", type=positive_int, default=30, help="longest caption in tokens")
+    add("--length-penalty", type=float, default=1.0, help="above 1 favours longer captions")
+    add("--batch-size", type=positive_int, default=16, help="images at once")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA")
+    add(
         "--jpeg-draft",
         action=argparse.BooleanOptionalAction,
         default=False,
         help=f"decode big JPEGs smaller, to no less than {DRAFT_FACTOR} times the model's size: "
         "faster, and now and then another caption",
     )
-    parser.add_argument(
+    add(
         "--compile",
         action="store_true",
         help="compile the decoding steps: same captions, a minute or more at the start",
     )
     add_common_flags(parser)
     add_flags(parser)
-    parser.add_argument(
+    add(
         "--overwrite",
         action="store_true",
         help="with shards: drop another run's results (a folder's own OUT.json always is)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,20 +12,18 @@ from captioning.files import atomic_path, parse_json
 from captioning.imports import import_guarded
 
 FORMS = ("json", "jsonl", "parquet")
-
-
 ROWS = 10_000  # of a Parquet file that are in memory at once
 
 
 def form_of(out: Path, asked: str) -> str:
-    """Return the form of the results: what was ``asked`` for, or for ``auto`` what the ending of ``out`` says."""
+    """Return the form of the results: the one ``asked`` for, or for ``auto`` what the suffix of ``out`` says."""
     if asked != "auto":
         return asked
     return {".jsonl": "jsonl", ".parquet": "parquet"}.get(out.suffix.lower(), "json")
 
 
 def write_part(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Write (key, caption) rows as JSONL or Parquet, by the ending of ``path``, atomically.
+    """Write (key, caption) rows as JSONL or Parquet, by the suffix of ``path``, atomically.
 
     Raises:
         OSError: naming the file and what to do.
@@ -60,9 +59,10 @@ def read_part(path: Path) -> Iterator[tuple[str, str]]:
 def _write_parquet(path: Path, rows: Iterable[tuple[str, str]]) -> None:
     arrow, module = import_guarded("pyarrow"), parquet()
     schema = arrow.schema([("key", arrow.string()), ("caption", arrow.string())])
+    left = iter(rows)
     with module.ParquetWriter(path, schema) as writer:
-        for some in _batched(rows, ROWS):
-            keys, captions = zip(*some, strict=True)
+        while chunk := list(itertools.islice(left, ROWS)):
+            keys, captions = zip(*chunk, strict=True)
             writer.write_table(arrow.table([keys, captions], schema=schema))
 
 
@@ -75,14 +75,3 @@ def parquet() -> Any:
             f"Parquet needs pyarrow, which cannot be imported ({error}): pip install pyarrow, or choose "
             "--out-format jsonl"
         ) from error
-
-
-def _batched(rows: Iterable[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
-    some: list[tuple[str, str]] = []
-    for row in rows:
-        some.append(row)
-        if len(some) == size:
-            yield some
-            some = []
-    if some:
-        yield some

@@ -114,7 +114,7 @@ def test_damaged_states_give_way_to_the_one_before_or_to_an_error(tmp_path, try_
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_damaged_caches_are_built_anew(tmp_path, try_damage, count):
+def test_damaged_caches_are_built_again(tmp_path, try_damage, count):
     paths = []
     for number in range(9):
         paths.append(tmp_path / f"{number}.jpg")

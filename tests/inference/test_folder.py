@@ -72,7 +72,7 @@ def test_a_damaged_side_file_is_named(tmp_path, images):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_damaged_line_is_captioned_again_and_the_others_are_kept(tmp_path, images, caplog, overwrite):
-    """A flipped letter in the side file stood in the final captions; with --overwrite damage cost them all."""
+    """A flipped letter in the side file got into the final captions; with --overwrite damage cost them all."""
     out, part = tmp_path / "out.json", tmp_path / "out.json.part.jsonl"
     with pytest.raises(Interrupted):
         run(out, images, breaking_after(2))
@@ -173,7 +173,7 @@ def test_no_process_ends_before_the_result_is_written(tmp_path, images, monkeypa
 
 
 def test_a_damaged_side_file_of_another_process_is_dropped_where_overwriting_is_allowed(tmp_path, images):
-    """p2_infer.py, which always overwrites, said to give --overwrite, which it did not have."""
+    """p2_infer.py, which always overwrites, asked for --overwrite, a flag that it did not have."""
     (tmp_path / "out.json.part.jsonl").write_text('{"run": ' + json.dumps(RUN) + "}\n" + kept("1", "kept"))
     (tmp_path / "out.json.part1.jsonl").write_text("nonsense\n" + kept("2", "lost"))
     captions = run(tmp_path / "out.json", images, overwrite=True)

@@ -287,8 +287,8 @@ def test_logits_that_are_no_numbers_name_their_rows(search, value):
         search(step)
 
 
-def test_what_a_finished_image_says_is_ignored():
-    """The model goes on with rows that are done; garbage there must stop neither the others nor the search."""
+def test_logits_of_a_finished_image_are_ignored():
+    """The model is still fed rows that are done; garbage from them must stop neither the others nor the search."""
 
     def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
         logits = never_ends(tokens, ancestors)
@@ -318,7 +318,7 @@ def test_bad_settings_name_their_flag(search, message):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_images_that_leave_the_batch_keep_their_captions(beams):
-    """With ``keep`` the batch shrinks, and every image has the caption and score that it has in a whole batch."""
+    """With ``keep`` the batch shrinks, and every image has the caption and score that it has in a complete batch."""
     model, rows, sizes = TableModel(6, rows=9, depth=2, sharpness=2.0), list(range(9)), []
     model.table[..., EOS] += torch.linspace(0, 6, 9).view(-1, 1, 1)  # the last ones end at once, the first ones late
     stays = beam_search(model.step(rows), 9, EOS, EOS, beams, 12)
@@ -349,7 +349,7 @@ def test_images_that_leave_the_batch_keep_their_captions(beams):
     assert all(later == earlier or later <= 0.75 * earlier for earlier, later in itertools.pairwise(sizes))
 
 
-def test_a_broken_image_is_named_by_its_place_in_the_whole_batch():
+def test_a_broken_image_is_named_by_its_place_in_the_first_batch():
     """After images have left, the row in the batch is another one than the image."""
 
     def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
@@ -367,8 +367,8 @@ def test_a_broken_image_is_named_by_its_place_in_the_whole_batch():
 
 @pytest.mark.parametrize("every", [2, 3, 7, 50])
 @pytest.mark.parametrize("beams", [0, 1, 3])
-def test_looking_seldom_finds_the_same(every, beams):
-    """Steps that follow the end of all images change nothing, and images leave the batch at the next look."""
+def test_rare_checks_find_the_same(every, beams):
+    """Steps after the end of all images change nothing, and images leave the batch at the next check."""
     model, rows = TableModel(6, rows=9, depth=2, sharpness=2.0), list(range(9))
     model.table[..., EOS] += torch.linspace(3, 8, 9).view(-1, 1, 1)
     calls = []
@@ -385,15 +385,15 @@ def test_looking_seldom_finds_the_same(every, beams):
             return greedy(counted, 9, EOS, EOS, 12, check_every=every)
         return beam_search(counted, 9, EOS, EOS, beams, 12, check_every=every)
 
-    always, seldom = search(1), search(every)
-    assert seldom.tokens == always.tokens
-    assert seldom.scores == always.scores
+    always, rarely = search(1), search(every)
+    assert rarely.tokens == always.tokens
+    assert rarely.scores == always.scores
     assert calls[0] < 12
     assert calls[1] == min(12, -(-calls[0] // every) * every)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_broken_image_is_named_with_its_first_token_however_late_one_looks(beams):
+def test_a_broken_image_is_named_with_its_first_token_however_late_the_check(beams):
     def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
         logits = never_ends(tokens, ancestors)
         at = ancestors.shape[-1] // tokens.shape[1]

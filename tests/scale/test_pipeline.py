@@ -23,7 +23,7 @@ def test_a_folder_and_a_list_become_parts_too(tmp_path):
     assert len(list((tmp_path / "a.jsonl").glob("*.jsonl"))) == 3
 
 
-def test_a_folder_is_listed_anew_when_a_run_has_finished(tmp_path):
+def test_a_folder_is_listed_again_when_a_run_has_finished(tmp_path):
     folder, out = tmp_path / "images", tmp_path / "out.jsonl"
     folder.mkdir()
     for name, content in pictures(0, 5):
@@ -50,8 +50,8 @@ def test_p2_infer_captions_tars_as_the_folder_that_they_were_made_of(tmp_path, t
     expected = json.loads((tmp_path / "folder.json").read_text())
     assert len(set(expected.values())) > 1
     assert results(out) == expected
-    said = manifest(out)["run"]
-    assert said["encoder_hash"] and said["decoder_hash"] and said["adapter"] == sha256_of(adapter)
+    found = manifest(out)["run"]
+    assert found["encoder_hash"] and found["decoder_hash"] and found["adapter"] == sha256_of(adapter)
     assert p2_infer.main([tars, out, *words, "--max-new-tokens", "3"]) == BAD_INPUT
     assert p2_infer.main([tars, out, *words, "--max-new-tokens", "3", "--overwrite"]) == 0
     write_tar(tmp_path / "1.tar", [("x.png", b"")])
@@ -69,6 +69,6 @@ def test_llava_captions_a_list_as_its_folder(tmp_path, tiny_data):
     listed = [str(tmp_path / "list.txt"), str(tmp_path / "b.json"), *words]
     assert p1_llava_caption.main([*listed, "--list-root", str(folder)]) == 0
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    said = json.loads((tmp_path / "b.manifest.json").read_text())
-    assert len(said["run"]["weights_sha256"]) == 64
+    found = json.loads((tmp_path / "b.manifest.json").read_text())
+    assert len(found["run"]["weights_sha256"]) == 64
     assert p1_llava_caption.main([*listed, "--compare", "--annotation-file", str(tiny_data / "val.json")]) == 2

@@ -20,8 +20,8 @@ def test_every_key_has_one_result_and_the_manifest_says_so(tars, tmp_path, form)
     out = tmp_path / f"out.{form}"
     assert run(tars, out) == 0
     assert results(out) == EXPECTED
-    said = manifest(out)
-    assert said["totals"] == {
+    found = manifest(out)
+    assert found["totals"] == {
         "shards": 3,
         "images": 16,
         "captioned": 16,
@@ -30,10 +30,10 @@ def test_every_key_has_one_result_and_the_manifest_says_so(tars, tmp_path, form)
         "others": 0,
         "damaged": 0,
     }
-    assert said["exactly_one_result_for_each_key"] is True
-    assert said["keys"] == 16
-    assert said["run"]["model"] == "m"
-    for number, (shard, count) in enumerate(zip(said["shards"], (5, 7, 4), strict=True)):
+    assert found["exactly_one_result_for_each_key"] is True
+    assert found["keys"] == 16
+    assert found["run"]["model"] == "m"
+    for number, (shard, count) in enumerate(zip(found["shards"], (5, 7, 4), strict=True)):
         path = tars.parent / f"{number}.tar"
         assert shard["shard"]["path"] == str(path)
         assert shard["sha256"] == sha256_of(path)
@@ -63,8 +63,8 @@ def test_bad_input_is_named_counted_and_spares_the_rest(tmp_path, caplog):
     assert run(folder / "*.tar", tmp_path / "out.jsonl") == PARTIAL
     expected = {f"{k:03d}": f"level {k}" for k in range(7)} | {"bad": "level 7"}
     assert results(tmp_path / "out.jsonl") == expected
-    said = manifest(tmp_path / "out.jsonl")
-    assert said["totals"] == {
+    found = manifest(tmp_path / "out.jsonl")
+    assert found["totals"] == {
         "shards": 4,
         "images": 11,
         "captioned": 8,
@@ -73,9 +73,9 @@ def test_bad_input_is_named_counted_and_spares_the_rest(tmp_path, caplog):
         "others": 1,
         "damaged": 2,
     }
-    assert said["keys"] == len(expected)
-    first, second, third, fourth = said["shards"]
-    for shard in said["shards"]:
+    assert found["keys"] == len(expected)
+    first, second, third, fourth = found["shards"]
+    for shard in found["shards"]:
         assert shard["images"] == shard["captioned"] + shard["unreadable"] + shard["duplicates"]
     assert [p["entry"].rpartition(": ")[2] for p in first["problems"]] == ["001.png", "bad.png"]
     assert [p["entry"].rpartition(": ")[2] for p in second["problems"]] == ["002"]
@@ -115,7 +115,7 @@ def test_a_key_that_an_earlier_shard_no_longer_has_comes_back(tars, tmp_path):
     assert not list((out / "_state").glob("*.whole.*"))
 
 
-def test_a_shard_that_is_gone_takes_its_part_out_of_sight_and_comes_back_with_it(tars, tmp_path):
+def test_a_part_is_put_aside_with_its_shard_and_comes_back_with_it(tars, tmp_path):
     """Its captions would have stayed among the results, and the manifest would not have named them."""
     out, seen = tmp_path / "out.jsonl", []
     source = tars.parent / "*.tar"
@@ -130,7 +130,7 @@ def test_a_shard_that_is_gone_takes_its_part_out_of_sight_and_comes_back_with_it
     assert contents(out) == before
 
 
-def test_another_run_is_neither_gone_on_with_nor_dropped(tars, tmp_path):
+def test_another_run_is_neither_resumed_nor_dropped(tars, tmp_path):
     out = tmp_path / "out.jsonl"
     run(tars, out)
     (out / "mine.txt").write_text("precious")
@@ -143,19 +143,19 @@ def test_another_run_is_neither_gone_on_with_nor_dropped(tars, tmp_path):
     assert (out / "mine.txt").read_text() == "precious"
 
 
-def test_a_strange_folder_or_file_is_left_alone(tars, tmp_path):
-    strange = tmp_path / "strange.jsonl"
-    strange.mkdir()
-    (strange / "0.jsonl").write_text("precious")
+def test_a_folder_or_file_of_others_is_left_alone(tars, tmp_path):
+    others = tmp_path / "others.jsonl"
+    others.mkdir()
+    (others / "0.jsonl").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="holds other things"):
-            run(tars, strange, overwrite=overwrite)
-    assert contents(strange) == {"0.jsonl": "precious"}
+            run(tars, others, overwrite=overwrite)
+    assert contents(others) == {"0.jsonl": "precious"}
     (tmp_path / "file.jsonl").write_text("precious")
     with pytest.raises(ValueError, match="is a file"):
         run(tars, tmp_path / "file.jsonl")
     with pytest.raises(ValueError, match="is a folder"):
-        run(tars, strange, form="json")
+        run(tars, others, form="json")
 
 
 @pytest.mark.parametrize("source", ["no.tar", "no.txt", "tars/{0..9}.tar", "images"])
@@ -190,7 +190,7 @@ def test_a_part_damaged_since_is_named(tars, tmp_path):
     assert results(out) == EXPECTED
 
 
-def test_what_a_killed_process_left_half_made_goes(tars, tmp_path):
+def test_unfinished_files_of_a_killed_process_are_removed(tars, tmp_path):
     out = tmp_path / "out.jsonl"
     run(tars, out)
     (out / ".0.jsonl.abc.tmp").write_text("half")

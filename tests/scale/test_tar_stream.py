@@ -44,11 +44,11 @@ def test_a_pattern_says_which_entries_are_images(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_tar_cut_off_anywhere_gives_what_is_whole_and_names_the_damage(tmp_path, mode):
-    """tarfile ends at a missing or damaged header as at a good end; webdataset, which uses it, does so too."""
+def test_a_tar_cut_off_anywhere_gives_its_complete_entries_and_names_the_damage(tmp_path, mode):
+    """tarfile takes a missing or damaged header for a good end, and so does webdataset, which uses it."""
     whole = write_tar(tmp_path / "whole.tar", pictures(0, 6), mode).read_bytes()
     expected = [entry.source for entry in TarShard(tmp_path / "whole.tar", "t").entries(Findings())]
-    end = 6 * 1024 if mode == "w" else len(whole) - 40  # behind it all entries and the end mark are there
+    end = 6 * 1024 if mode == "w" else len(whole) - 40  # from there on all entries and the end mark are in it
     cut = tmp_path / "cut.tar"
     for length in {*range(0, end, 97), *range(0, end, 512), end - 1}:
         cut.write_bytes(whole[:length])
@@ -58,7 +58,7 @@ def test_a_tar_cut_off_anywhere_gives_what_is_whole_and_names_the_damage(tmp_pat
         assert found.damage, length
 
 
-def test_a_damaged_header_is_no_good_end(tmp_path):
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
     path = write_tar(tmp_path / "t.tar", pictures(0, 6))
     whole = bytearray(path.read_bytes())
     for number in range(6):

@@ -8,7 +8,7 @@ from captioning.cli import PARTIAL
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "parquet"])
-def test_a_run_interrupted_anywhere_ends_as_if_it_never_was(tars, tmp_path, form):
+def test_a_run_interrupted_anywhere_ends_like_one_that_was_not(tars, tmp_path, form):
     if form == "parquet":
         pytest.importorskip("pyarrow")
     write_tar(tars.parent / "1.tar", [*pictures(5, 12), ("003.png", picture(0)), ("bad.png", b"")])
@@ -34,7 +34,7 @@ def test_a_torn_or_damaged_line_is_captioned_again(tars, tmp_path):
     assert results(out) == EXPECTED
 
 
-def test_a_finished_run_does_nothing_more_and_a_changed_shard_alone_is_done_again(tars, tmp_path):
+def test_of_a_finished_run_only_changed_shards_are_captioned_again(tars, tmp_path):
     out, seen = tmp_path / "out.jsonl", []
     run(tars, out)
     before = contents(out)
