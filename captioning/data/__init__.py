@@ -3,6 +3,7 @@
 annotations    caption files and predictions, read strictly     images         which there are, and their pixels
 tokenizer      GPT-2's byte-level BPE                           batches        captions packed after their image
 feature_cache  the frozen encoder's tokens, kept on disk        hw3_dataset    makes hw3_data/, for hw3_download.sh
+part_files     captions as JSONL or Parquet
 """
 
 import importlib

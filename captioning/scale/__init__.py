@@ -2,9 +2,8 @@
 
 pipeline        from flags to captions; a `ShardRun`             sources     tars, lists and folders, as shards
 worker          one process: claim, caption and seal a shard     tar_stream  tars read once, damage noticed
-ray_engine      the same by actors of a Ray cluster              part_files  captions as JSONL or Parquet
-results         a run's folder from its start to its end         manifest    what all shards held and came to
-duplicate_keys  keys that two shards have
+ray_engine      the same by actors of a Ray cluster              manifest    what all shards held and came to
+results         a run's folder from its start to its end         duplicate_keys  keys that two shards have
 """
 
 from captioning.scale.pipeline import ShardRun, caption_source

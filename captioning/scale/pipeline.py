@@ -12,9 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from captioning.cli import PARTIAL, positive_int
+from captioning.data.part_files import FORMS, form_of
 from captioning.distributed import ALONE, Processes
 from captioning.inference.batches import Job
-from captioning.scale.part_files import FORMS, form_of
 from captioning.scale.ray_engine import caption_with_ray
 from captioning.scale.results import Results
 from captioning.scale.sources import Shard, Source

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from captioning import files
+from captioning.data.part_files import parquet, read_part, write_part
 from captioning.files import atomic_path, read_json, sha256_of, write_json
 from captioning.inference.append_log import as_read_back, other_run
 from captioning.messages import some
 from captioning.scale.duplicate_keys import DuplicateKeys
 from captioning.scale.manifest import Manifest, write_lines
-from captioning.scale.part_files import parquet, read_part, write_part
 from captioning.scale.sources import Shard
 from captioning.scale.worker import Folder
 

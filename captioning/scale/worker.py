@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from captioning import files
+from captioning.data.part_files import read_part, write_part
 from captioning.files import read_json, sha256_of, write_json
 from captioning.inference.append_log import AppendLog, as_read_back, read_log
 from captioning.inference.batches import Entry, Job, caption_entries
-from captioning.scale.part_files import read_part, write_part
 from captioning.scale.sources import Findings, Shard
 from captioning.timing import Timer
 

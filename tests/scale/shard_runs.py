@@ -7,9 +7,9 @@ from pathlib import Path
 
 from level_captioner import grey, picture, say
 
+from captioning.data.part_files import form_of, read_part
 from captioning.distributed import ALONE
 from captioning.inference.batches import Job
-from captioning.scale.part_files import form_of, read_part
 from captioning.scale.pipeline import ShardRun, caption_source
 from captioning.scale.sources import Source
 

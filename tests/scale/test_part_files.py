@@ -10,8 +10,8 @@ from shard_runs import EXPECTED, results, run, write_tar
 
 from captioning import files
 from captioning.cli import PARTIAL
-from captioning.scale import part_files
-from captioning.scale.part_files import read_part
+from captioning.data import part_files
+from captioning.data.part_files import read_part
 
 
 def test_a_parquet_file_is_one_to_other_readers(tars, tmp_path):
