@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS, VOCAB_SIZE
 
 from captioning.profiles import PROFILES, Profile
+from captioning.scoring import evaluator
 from decoder import Decoder, DecoderConfig, gpt2_state_dict
 from microworld.scenes import generate
 
@@ -59,3 +60,26 @@ def tiny_profile(tmp_path_factory, tiny_data, tiny_decoder_file, tokenizer_folde
         llava=PROFILES["micro"].llava,
         cache=str(tmp_path_factory.mktemp("cache")),
     )
+
+
+def constant_cider(references, predictions):
+    return 0.5, {}
+
+
+@pytest.fixture
+def constant_score(monkeypatch):
+    """Every validation of a training has the same CIDEr."""
+    monkeypatch.setattr(evaluator, "cider", constant_cider)
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, tiny_profile):
+    """A run of two epochs that nothing interrupted, with ``constant_score``; a test that changes it takes a copy."""
+    from runs import train  # it imports all that trains
+
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROFILES, "micro", tiny_profile)
+        patch.setattr(evaluator, "cider", constant_cider)
+        assert train(out) == 0
+    return out

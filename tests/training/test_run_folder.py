@@ -1,291 +1,172 @@
-"""What a run must not lose: exact resuming from any step, damaged states, two writers, signals, skipped steps."""
+"""run_folder.py: states that survive a kill, one writer, finished runs, and run folders of the last version."""
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from runs import assert_same_run, records, signal_at, train
 from safetensors.torch import save_file
+from tiny import TINY_ENCODER, VOCAB_SIZE
 
-from captioning.cli import INTERRUPTED, STOPPED
-from captioning.models.adapter import read_adapter
-from captioning.models.captioner import Captioner
+from captioning.cli import BAD_INPUT, STOPPED
+from captioning.models.encoder import build_encoder
 from captioning.profiles import PROFILES, ROOT
-from captioning.scoring import evaluator
-from captioning.tensors import read_tensors, write_tensors
-from captioning.training.run_folder import BEFORE, NEWEST, Progress, RunFolder, State
-from captioning.training.trainer import Trainer
+from captioning.training.run_folder import BEFORE, NEWEST, Progress, RunFolder, State, find_runs, read_run
+from decoder import Decoder, DecoderConfig, gpt2_state_dict
 from p2_train import main
 
-EPOCHS, STEPS = 2, 3  # 12 images in batches of 4
-TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7, dtype=torch.int64)}
-SMALL = (
-    "--profile",
-    "micro",
-    "--device",
-    "cpu",
-    "--batch-size",
-    "4",
-    "--lora-rank",
-    "4",
-    "--val-images",
-    "4",
-    "--beam-size",
-    "2",
-    "--max-new-tokens",
-    "8",
-    "--log-every",
-    "1",
-    "--save-every",
-    "1",
-    "--lora-dropout",
-    "0.3",
-)
+pytestmark = pytest.mark.usefixtures("constant_score")
+NO_OPTIMIZER = {"state": {}, "param_groups": []}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def micro(tiny_profile):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PROFILES, "micro", tiny_profile)
-        patch.setattr(evaluator, "cider", lambda references, predictions: (0.5, {}))
-        yield
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    assert train(out) == 0
-    return out
-
-
-def train(out, *flags):
-    return main([*SMALL, "--epochs", str(EPOCHS), "--out", str(out), *map(str, flags)])
-
-
-def metrics(out):
-    """All lines without the one figure that a clock makes."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def assert_same_run(out, other):
-    assert metrics(out) == metrics(other)
-    for name in ("best", "last"):
-        mine, theirs = (read_adapter(folder / f"{name}.safetensors")[1] for folder in (out, other))
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine.keys() | theirs.keys()), name
-
-
-def send_at(monkeypatch, step, number):
-    """Send ourselves a signal in the middle of ``step``."""
-    take = Trainer.train_step
-
-    def interrupted(trainer, batches):
-        if trainer.progress.step == step:
-            os.kill(os.getpid(), number)
-        return take(trainer, batches)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-
-
-# --------------------------------------------------------------------------------------------------------- resuming
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [0, 1, 2, 4])
-def test_a_signal_ends_the_run_behind_its_step_to_resume_exactly(unbroken, tmp_path, monkeypatch, step, number):
-    out, handler = tmp_path / "run", signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        send_at(patch, step, number)
-        assert train(out, "--save-every", 1000) == STOPPED
-    assert signal.getsignal(number) == handler
-    assert metrics(out)[-1]["step"] == step + 1
-    assert train(out, "--resume", "--save-every", 1000) == 0
-    assert_same_run(out, unbroken)
-
-
-@pytest.fixture
-def interruptible():
-    """SIGINT as a terminal has it: a job in the background of a shell is started with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
-    take = Trainer.train_step
-
-    def interrupted(trainer, batches):
-        os.kill(os.getpid(), signal.SIGINT)
-        while not trainer.stop.requested:  # two signals sent at once may arrive as one
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
-        return take(trainer, batches)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    assert train(tmp_path / "run") == INTERRUPTED
-    assert not RunFolder(tmp_path / "run").has_state
-
-
-@pytest.mark.parametrize("flags", [("--accumulate", "2"), ("--captions-per-image", "2"), ("--optimizer", "adam")])
-def test_options_resume_bit_for_bit(tmp_path, monkeypatch, flags):
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert train(whole, *flags) == 0
-    with monkeypatch.context() as patch:
-        send_at(patch, 2, signal.SIGTERM)
-        assert train(out, *flags) == STOPPED
-    assert train(out, *flags, "--resume") == 0
-    assert_same_run(out, whole)
-
-
-@pytest.mark.parametrize("where", ["keep", "validate", "save_state", "write_metrics"])
-def test_dying_around_the_end_of_an_epoch_loses_and_doubles_nothing(unbroken, tmp_path, monkeypatch, where):
-    """The line of an epoch was once written behind the state: dying in between lost it for good."""
-    out, method = tmp_path / "run", getattr(Trainer, where)
-
-    def dies(trainer, *args):
-        if trainer.progress.step < STEPS or (where == "save_state" and trainer.progress.epoch == 0):
-            return method(trainer, *args)
-        result = method(trainer, *args)
-        if where == "write_metrics" and args[0]["kind"] != "epoch":
-            return result
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, where, dies)
-        assert train(out) == INTERRUPTED
-    assert train(out, "--resume") == 0
-    assert_same_run(out, unbroken)
-
-
-def test_a_damaged_newest_state_gives_way_to_the_one_before(unbroken, tmp_path, monkeypatch, caplog):
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        send_at(patch, 4, signal.SIGTERM)
-        assert train(out) == STOPPED
-    newest = out / NEWEST
-    content = bytearray(newest.read_bytes())
-    content[-1000] ^= 1  # one bit of the optimiser's moments: every length and name is still right
-    newest.write_bytes(content)
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "step", "st')  # torn by the kill
-    assert train(out, "--resume") == 0
-    assert "checksum" in caplog.text and "continuing from the state before" in caplog.text
-    assert_same_run(out, unbroken)
-
-
-def test_a_finished_run_resumes_to_itself(unbroken, tmp_path):
-    before = {path.name: path.read_bytes() for path in unbroken.iterdir() if path.suffix == ".safetensors"}
-    assert train(unbroken, "--resume") == 0
-    assert {name: (unbroken / name).read_bytes() for name in before} == before
-
-
-def test_flags_that_change_no_result_may_change_on_resuming(unbroken):
-    assert train(unbroken, "--resume", "--log-every", 2, "--max-skipped", 3) == 0
-
-
-# ---------------------------------------------------------------------------------------- steps without a number
-
-
-@pytest.mark.parametrize("spoil", ["loss", "gradient"])
-@pytest.mark.parametrize("clip", [0, 1])
-def test_a_step_without_a_number_is_skipped_and_counted(tmp_path, monkeypatch, spoil, clip):
-    out, loss, seen = tmp_path / "run", Captioner.loss, []
-
-    def spoilt(captioner, *args):
-        value = loss(captioner, *args)
-        if not captioner.training:
-            return value
-        seen.append({name: p.detach().clone() for name, p in captioner.trainable().items()})
-        if len(seen) != 2:
-            return value
-        infinite_slope = (captioner.projector.weight * 0).sqrt().sum()  # its value is 0
-        return value * math.nan if spoil == "loss" else value + infinite_slope
-
-    monkeypatch.setattr(Captioner, "loss", spoilt)
-    assert train(out, "--epochs", 1, "--clip", clip) == 0
-    assert [r["step"] for r in metrics(out) if r["kind"] == "skipped"] == [2]
-    assert [r["step"] for r in metrics(out) if r["kind"] == "step"] == [1, 3]
-    first, second, third = seen
-    assert all(torch.equal(second[name], third[name]) for name in first)  # the bad step changed nothing
-    assert any(not torch.equal(first[name], second[name]) for name in first)
-    assert all(tensor.isfinite().all() for tensor in read_adapter(out / "last.safetensors")[1].values())
-    assert math.isfinite(metrics(out)[-1]["train_loss"])
-
-
-def test_out_of_memory_names_the_flags(tmp_path, monkeypatch, capsys):
-    def full(captioner, *args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Captioner, "loss", full)
-    assert train(tmp_path / "run") == 2
-    assert "--batch-size 2 --accumulate 2" in capsys.readouterr().err
-    assert train(tmp_path / "run", "--batch-size", 1) == 2
-    assert "--captions-per-image 1" in capsys.readouterr().err
-
-
-def test_a_full_disk_is_told_before_work(tmp_path, monkeypatch, capsys):
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    assert train(tmp_path / "run") == 2
-    assert "free some space" in capsys.readouterr().err
-
-
-# --------------------------------------------------------------------------------------------------------- files
-
-
-def test_tensors_and_texts_come_back_and_any_flipped_byte_is_noticed(tmp_path):
-    file = tmp_path / "file.safetensors"
-    write_tensors(file, TENSORS, {"text": "é"})
-    tensors, texts = read_tensors(file)
-    assert texts == {"text": "é"}
-    assert all(torch.equal(tensors[key], TENSORS[key]) for key in TENSORS)
-    content = file.read_bytes()
-    for place in range(len(content)):
-        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        try:
-            tensors, texts = read_tensors(file)
-        except ValueError as error:
-            assert str(file) in str(error)
-            continue
-        # What is left undetected is the checksum's own name, and padding: nothing that is used.
-        assert all(torch.equal(tensors[key], TENSORS[key]) for key in TENSORS)
-        assert texts["text"] == "é"
-
-
-def test_a_file_without_a_checksum_is_read(tmp_path):
-    """Adapters of earlier versions have none."""
-    save_file(TENSORS, tmp_path / "old.safetensors", metadata={"captioner": "{}"})
-    assert read_tensors(tmp_path / "old.safetensors")[1] == {"captioner": "{}"}
+def test_a_state_comes_back_as_it_was(tmp_path):
+    weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+    optimizer = torch.optim.AdamW([{"params": [weight], "lr": 0.5}], betas=(0.8, 0.9))
+    weight.sum().backward()
+    optimizer.step()
+    progress = Progress(2, 1, 7, [0.5, 0.25], 3, 1, 0.75, "val_cider", 1)
+    state = State({"a.b": weight.detach()}, optimizer.state_dict(), {"cpu": torch.get_rng_state()}, progress)
+    state.write(tmp_path / "state")
+    found = State.read(tmp_path / "state")
+    assert found.progress == progress
+    assert torch.equal(found.adapter["a.b"], weight)
+    assert torch.equal(found.random["cpu"], state.random["cpu"])
+    again = torch.optim.AdamW([{"params": [weight], "lr": 0.1}])
+    again.load_state_dict(found.optimizer)
+    assert again.param_groups[0]["lr"] == 0.5
+    assert again.state_dict()["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_only_two_states_are_kept_and_a_kill_between_renames_leaves_one(tmp_path):
     folder = RunFolder(tmp_path)
-    for count in range(4):
-        folder.save_state(State(TENSORS, {"state": {}, "param_groups": []}, {}, Progress(step=count)))
+    for step in range(4):
+        folder.save_state(State({"a": torch.zeros(2)}, NO_OPTIMIZER, {}, Progress(step=step)))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([NEWEST, BEFORE])
     assert folder.load_state().progress.step == 3
     folder.newest.unlink()
     assert folder.load_state().progress.step == 2
 
 
+def test_a_damaged_newest_state_gives_way_to_the_one_before(unbroken, tmp_path, monkeypatch, caplog):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_at(patch, 4, signal.SIGTERM)
+        assert train(out, "--save-every", 1) == STOPPED
+    newest = RunFolder(out).newest
+    content = bytearray(newest.read_bytes())
+    content[-1000] ^= 1  # one bit of the optimiser's moments: every length and name is still right
+    newest.write_bytes(content)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')  # cut short by the kill
+    assert train(out, "--resume") == 0
+    assert "checksum" in caplog.text
+    assert "continuing from the state before" in caplog.text
+    assert_same_run(out, unbroken)
+
+
+def test_where_no_state_is_intact_nothing_is_resumed(unbroken, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out)
+    for state in out.glob("training_state*.safetensors"):
+        state.write_bytes(state.read_bytes()[:200])
+    assert train(out, "--resume") == BAD_INPUT
+    assert "no state is intact" in capsys.readouterr().err
+
+
 def test_a_second_writer_is_refused_and_leftovers_go(unbroken, tmp_path, capsys):
     left = tmp_path / ".last.safetensors.abc.tmp"
     left.write_text("half")
-    code = (
-        "from pathlib import Path; from captioning.training.run_folder import RunFolder; "
-        f"RunFolder(Path({str(tmp_path)!r})).lock()"
-    )
     with RunFolder(tmp_path).lock():
         assert not left.exists()
-        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "another process is writing this run" in result.stderr
+        with pytest.raises(ValueError, match="another process is writing this run"):
+            RunFolder(tmp_path).lock()
+    RunFolder(tmp_path).lock().close()
     with RunFolder(unbroken).lock():
-        assert train(unbroken, "--resume") == 2
+        assert train(unbroken, "--resume") == BAD_INPUT
     assert "another process" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_noticed_before_work(tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert train(tmp_path / "run") == BAD_INPUT
+    assert "free some space" in capsys.readouterr().err
+
+
+def test_a_cider_is_never_compared_with_a_loss():
+    by_cider, by_loss = Progress(), Progress()
+    ciders = [{"val_loss": 2.0, "val_cider": 0.4}, {"val_loss": 1.0}, {"val_loss": 3.0, "val_cider": 0.5}]
+    assert [by_cider.is_better(record) for record in ciders] == [True, False, True]
+    losses = [{"val_loss": 2.0}, {"val_loss": 3.0, "val_cider": 9.0}, {"val_loss": math.nan}, {"val_loss": 1.0}]
+    assert [by_loss.is_better(record) for record in losses] == [True, False, False, True]
+    assert (by_loss.criterion, by_loss.best, by_loss.stale) == ("val_loss", -1.0, 0)
+
+
+# ------------------------------------------------------------------------------------------------ the last version
+
+FIXTURE = ROOT / "tests" / "fixtures" / "run_before"  # a run that SIGTERM ended in step 5 of 6, and its lines unbroken
+ENCODER = {"embed_dim": 8, "depth": 1, "num_heads": 1, "patch_size": 16, "img_size": 48, "crop_pct": 1.0}
+FLAGS = (
+    "--profile micro --device cpu --batch-size 4 --epochs 2 --lora-rank 1 --no-lora-lm-head --val-images 2 "
+    "--beam-size 2 --max-new-tokens 6 --log-every 1 --lora-dropout 0 --out run"
+)
+
+
+def patterned(state):
+    """Return weights that are the same on every machine, as random ones are not."""
+    made = {}
+    for offset, name in enumerate(sorted(state)):
+        k = torch.arange(state[name].numel())
+        mixed = (k * k * 31 + k * 17 + offset * 101) % 1009
+        made[name] = (mixed.double() / 1009 - 0.5).float().reshape(state[name].shape)
+    return made
+
+
+@pytest.fixture
+def run_before(tiny_profile, tmp_path, monkeypatch):
+    """A copy of the run folder that the last version wrote, and the models that it was made with."""
+    monkeypatch.chdir(tmp_path)
+    small = DecoderConfig(vocab_size=VOCAB_SIZE, n_positions=96, n_embd=64, n_layer=1, n_head=1)
+    save_file(patterned(gpt2_state_dict(Decoder(small))), "decoder.safetensors")
+    save_file(patterned(build_encoder(TINY_ENCODER, "random", ENCODER).state_dict()), "encoder.safetensors")
+    files = {"decoder_files": ("decoder.safetensors",), "encoder_weights": "encoder.safetensors", "cache": "cache"}
+    profile = replace(tiny_profile, **files, encoder_kwargs=ENCODER)
+    monkeypatch.setitem(PROFILES, "micro", profile)
+    out = tmp_path / "run"
+    shutil.copytree(FIXTURE, out)
+    config = (out / "config.json").read_text().replace("DATA", str(Path(tiny_profile.data).resolve()))
+    (out / "config.json").write_text(config)
+    return out
+
+
+def test_a_run_of_the_last_version_resumes_and_is_reported(run_before):
+    assert main([*FLAGS.split(), "--resume"]) == 0
+    found = records(run_before)
+    wanted = [json.loads(line) for line in (FIXTURE / "unbroken.jsonl").read_text().splitlines()]
+    assert [line.keys() for line in found] == [line.keys() - {"seconds"} for line in wanted]
+    for line, other in zip(found, wanted, strict=True):
+        assert line.pop("kind") == other["kind"]
+        assert line == pytest.approx({key: other[key] for key in line}, rel=1e-4)
+    assert read_run(run_before).best_cider == 0.5
+
+
+def test_a_finished_run_of_the_last_version_is_found(run_before):
+    assert "has not ended (1 of 2 epochs" in find_runs(run_before.parent)[1][0].reason
+    shutil.copy(FIXTURE / "unbroken.jsonl", run_before / "metrics.jsonl")
+    (run,), omitted = find_runs(run_before.parent)
+    assert not omitted
+    assert (run.name, run.objective, len(run.steps), len(run.epochs), run.seconds) == ("run", "xe", 6, 2, 0.4)
+
+
+@pytest.mark.parametrize(("option", "value"), [("average_last", 2), ("rank_stabilized", True), ("draws", "sample")])
+def test_a_run_with_an_option_that_is_gone_is_not_resumed(run_before, capsys, option, value):
+    config = json.loads((run_before / "config.json").read_text())
+    config["train"][option] = value
+    (run_before / "config.json").write_text(json.dumps(config))
+    assert main([*FLAGS.split(), "--resume"]) == BAD_INPUT
+    assert f"started with other values of train.{option}" in capsys.readouterr().err

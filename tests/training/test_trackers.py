@@ -1,43 +1,15 @@
 """trackers.py: what metrics.jsonl gets, the trackers get; by TensorBoard itself, and by a stand-in for the others."""
 
 import importlib.util
-import json
 
 import pytest
 import torch
+from runs import records, train
 
-from captioning.profiles import PROFILES
-from captioning.scoring import evaluator
 from captioning.training.trackers import Trackers, flat
 from captioning.training.trainer import Trainer
-from p2_train import main
 
-FLAGS = (
-    "--profile",
-    "micro",
-    "--device",
-    "cpu",
-    "--batch-size",
-    "4",
-    "--lora-rank",
-    "4",
-    "--val-images",
-    "4",
-    "--beam-size",
-    "1",
-    "--max-new-tokens",
-    "4",
-    "--log-every",
-    "1",
-    "--epochs",
-    "1",
-)
-
-
-@pytest.fixture
-def micro(tiny_profile, monkeypatch):
-    monkeypatch.setitem(PROFILES, "micro", tiny_profile)
-    monkeypatch.setattr(evaluator, "cider", lambda references, predictions: (0.5, {}))
+pytestmark = pytest.mark.usefixtures("constant_score")
 
 
 @pytest.fixture
@@ -46,71 +18,64 @@ def tracking():
 
 
 def stand_in(tracking, monkeypatch, *names):
-    """Put a tracker that keeps what it is told in the place of these, and let them alone be installed."""
-    told = []
+    """Put a tracker that keeps what it is given in the place of these, and let them alone be installed."""
+    given = []
 
     class Tracker(tracking.GeneralTracker):
         name, requires_logging_directory, tracker = "stand-in", False, None
 
         def __init__(self, run_name, **kwargs):
             super().__init__()
-            self.told = {"project": run_name, **kwargs, "lines": []}
-            told.append(self.told)
+            self.given = {"project": run_name, **kwargs, "lines": []}
+            given.append(self.given)
 
         def start(self):
-            self.told["started"] = True
+            self.given["started"] = True
 
         def store_init_configuration(self, values):
-            self.told["config"] = values
+            self.given["config"] = values
 
         def log(self, values, step=None, **kwargs):
-            self.told["lines"].append((step, values))
+            self.given["lines"].append((step, values))
 
         def finish(self):
-            self.told["finished"] = True
+            self.given["finished"] = True
 
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: list(names))
     for name in names:
         monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, Tracker)
-    return told
-
-
-def train(out, *flags):
-    return main([*FLAGS, "--out", str(out), *flags])
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return given
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "all"])
-def test_a_tracker_gets_the_config_and_every_line(name, micro, tracking, tmp_path, monkeypatch):
-    told = stand_in(tracking, monkeypatch, *(("wandb", "trackio") if name == "all" else (name,)))
+def test_a_tracker_gets_the_config_and_every_line(name, tracking, tmp_path, monkeypatch):
+    given = stand_in(tracking, monkeypatch, *(("wandb", "trackio") if name == "all" else (name,)))
     out = tmp_path / "my run"
-    assert train(out, "--log-with", name) == 0
-    assert len(told) == (2 if name == "all" else 1)
-    for tracker in told:
+    assert train(out, "--epochs", 1, "--log-with", name) == 0
+    assert len(given) == (2 if name == "all" else 1)
+    for tracker in given:
         assert tracker["project"] == "captioning"
         assert tracker["name"] == "my run"
         assert tracker["started"]
         assert tracker["finished"]
         assert tracker["config"]["train.lora_rank"] == 4
-        assert [step for step, _ in tracker["lines"]] == [line["step"] for line in lines(out)]
-        assert [values["step/loss"] for _, values in tracker["lines"][:3]] == [line["loss"] for line in lines(out)[:3]]
+        steps, losses = zip(*((line["step"], line.get("loss")) for line in records(out)), strict=True)
+        assert [step for step, _ in tracker["lines"]] == list(steps)
+        assert [values["step/loss"] for _, values in tracker["lines"][:3]] == list(losses[:3])
         assert tracker["lines"][3][1]["epoch/val_cider"] == 0.5
     assert not torch.distributed.is_initialized()
 
 
-def test_a_tracker_ends_with_a_run_that_fails(micro, tracking, tmp_path, monkeypatch):
-    told = stand_in(tracking, monkeypatch, "wandb")
+def test_a_tracker_ends_with_a_run_that_fails(tracking, tmp_path, monkeypatch):
+    given = stand_in(tracking, monkeypatch, "wandb")
     monkeypatch.setattr(Trainer, "validate", lambda trainer: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "run", "--log-with", "wandb")
-    assert told[0]["finished"]
+    assert given[0]["finished"]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "all"])
-def test_a_missing_tracker_is_named_with_its_package(name, micro, tracking, tmp_path, monkeypatch, capsys):
+def test_a_missing_tracker_is_named_with_its_package(name, tracking, tmp_path, monkeypatch, capsys):
     stand_in(tracking, monkeypatch)
     assert train(tmp_path / "run", "--log-with", name) == 2
     error = capsys.readouterr().err
@@ -120,15 +85,15 @@ def test_a_missing_tracker_is_named_with_its_package(name, micro, tracking, tmp_
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
-def test_tensorboard_shows_the_numbers_of_a_resumed_run_too(micro, tmp_path):
+def test_tensorboard_shows_the_numbers_of_a_resumed_run_too(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "run"
-    assert train(out, "--log-with", "tensorboard") == 0
-    assert train(out, "--log-with", "tensorboard", "--resume") == 0  # nothing is left to do
+    assert train(out, "--epochs", 1, "--log-with", "tensorboard") == 0
+    assert train(out, "--epochs", 1, "--log-with", "tensorboard", "--resume") == 0  # nothing is left to do
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     shown = [(event.step, event.value) for event in events.Scalars("step/loss")]
-    assert shown == [(line["step"], pytest.approx(line["loss"])) for line in lines(out) if line["kind"] == "step"]
+    assert shown == [(line["step"], pytest.approx(line["loss"])) for line in records(out) if line["kind"] == "step"]
     assert events.Scalars("epoch/val_cider")[0].value == 0.5
     assert list((out / "tensorboard").rglob("hparams.yml"))
 
@@ -145,7 +110,7 @@ def test_a_config_is_flat_for_a_tracker():
 
 
 def test_trackers_hand_on_numbers_only(tracking, tmp_path, monkeypatch):
-    told = stand_in(tracking, monkeypatch, "wandb")
+    given = stand_in(tracking, monkeypatch, "wandb")
     trackers = Trackers("wandb", tmp_path)
     trackers.log({"kind": "epoch", "step": 7, "val_loss": 1.5, "best": True, "note": "words"})
-    assert told[0]["lines"] == [(7, {"epoch/val_loss": 1.5, "epoch/best": 1.0})]
+    assert given[0]["lines"] == [(7, {"epoch/val_loss": 1.5, "epoch/best": 1.0})]

@@ -1,0 +1,228 @@
+"""p2_infer.py end to end through its command line, with tiny random models on a tiny micro world."""
+
+import functools
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import evaluate
+import p2_infer
+from captioning.data.images import load_image
+from captioning.inference import batches
+from captioning.inference.captions import compile_steps
+from captioning.inference.encode import StreamEncoder, draft_side
+from captioning.models.adapter import load_captioner
+from captioning.profiles import PROFILES
+
+
+@pytest.fixture(autouse=True, scope="module")
+def micro(tiny_profile):
+    """The tiny profile stands in for the micro one: only a profile names an encoder's arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROFILES, "micro", tiny_profile)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(unbroken):
+    return unbroken
+
+
+def infer(images, out, adapter, *flags, decoder=None):
+    files = (images, out, decoder or PROFILES["micro"].decoder, "--adapter", adapter)
+    small = ("--profile", "micro", "--device", "cpu", "--beam-size", 2, "--max-new-tokens", 12)
+    return p2_infer.main([*map(str, (*files, *small, *flags))])
+
+
+def test_inference_captions_every_picture_and_is_scored(run, tiny_data, tmp_path, capsys):
+    pred, images = tmp_path / "deep" / "pred.json", tiny_data / "images" / "val"
+    assert infer(images, pred, run / "best.safetensors") == 0
+    predictions = json.loads(pred.read_text())
+    assert set(predictions) == {path.stem for path in images.iterdir()}
+    assert all(isinstance(text, str) for text in predictions.values())
+    scoring = ["--pred_file", str(pred), "--annotation_file", str(tiny_data / "val.json"), "--metrics", "cider"]
+    assert evaluate.main(scoring) == 0
+    assert "CIDEr:" in capsys.readouterr().out
+
+
+def test_the_size_of_a_batch_changes_no_caption(run, tiny_data, tmp_path):
+    results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
+    for size in (1, 3):
+        assert infer(*files, "--batch-size", size) == 0
+        results.append(json.loads((tmp_path / "p.json").read_text()))
+    assert results[0] == results[1]
+
+
+def test_compiled_steps_caption_alike(run, tiny_data, tmp_path, monkeypatch):
+    """The last batch, of three pictures, is smaller than the others; the compiler itself is test_compiling.py's."""
+    monkeypatch.setattr(p2_infer, "compile_steps", functools.partial(compile_steps, backend="eager"))
+    results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
+    for flags in ([], ["--compile"]):
+        assert infer(*files, "--batch-size", 5, *flags) == 0
+        results.append(json.loads((tmp_path / "p.json").read_text()))
+    assert results[0] == results[1]
+
+
+def test_encoding_a_batch_ahead_captions_alike(run, tiny_data, tmp_path, monkeypatch):
+    """What a GPU does on streams, here one after the other: the next batch is encoded before this one is decoded."""
+    order, gather, encode = [], StreamEncoder.gather, StreamEncoder.encode
+    monkeypatch.setattr(StreamEncoder, "gather", lambda s, e: order.append(f"decode {len(e)}") or gather(s, e))
+    monkeypatch.setattr(StreamEncoder, "encode", lambda s, p: order.append(f"encode {len(p)}") or encode(s, p))
+    results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
+    for ahead in (False, True):
+        monkeypatch.setattr(p2_infer, "works_beside", lambda device, ahead=ahead: ahead)
+        assert infer(*files, "--batch-size", 3) == 0
+        results.append(json.loads((tmp_path / "p.json").read_text()))
+    assert results[0] == results[1]
+    assert order[:6] == ["encode 3", "decode 3", "encode 3", "decode 3", "encode 2", "decode 2"]
+    assert order[6:] == ["encode 3", "encode 3", "decode 3", "encode 2", "decode 3", "decode 2"]
+
+
+def test_big_photographs_may_be_decoded_smaller(run, tmp_path, monkeypatch):
+    """The flag reaches the reader, with four times the pixels that the encoder sees; without it all is decoded."""
+    sizes, load = [], load_image
+
+    def noted(path, draft=None):
+        image = load(path, draft)
+        sizes.append(image.size)
+        return image
+
+    monkeypatch.setattr(batches, "load_image", noted)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (640, 480), "red").save(tmp_path / "images" / "a.jpg")
+    for flags in ([], ["--jpeg-draft"], ["--no-jpeg-draft"]):
+        assert infer(tmp_path / "images", tmp_path / "p.json", run / "last.safetensors", *flags) == 0
+    assert sizes == [(640, 480), (320, 240), (640, 480)]  # 4 x 48 = 192 is what a quarter would be below
+
+
+def test_a_draft_keeps_four_times_the_pixels_of_the_transform(run):
+    captioner = load_captioner(run / "last.safetensors", Path(PROFILES["micro"].decoder), None, torch.device("cpu"))
+    assert draft_side(captioner.transform) == 192
+    with pytest.raises(ValueError, match="--jpeg-draft needs a transform with a resize"):
+        draft_side(lambda image: image)
+
+
+def test_odd_pictures_are_captioned(run, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (40, 64, 3), np.uint8)
+    picture = Image.fromarray(noise)
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.convert("L").save(folder / "grey.jpeg")
+    picture.convert("1").save(folder / "bits.png")
+    picture.convert("P").save(folder / "palette.png", transparency=3)
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(folder / "sixteen.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture.save(folder / "turned.JPG", exif=exif)
+    Image.new("RGBA", (1, 1)).save(folder / "dot.webp")
+    Image.new("RGB", (900, 3)).save(folder / "stripe.png")
+    assert infer(folder, tmp_path / "pred.json", run / "last.safetensors") == 0
+    assert set(json.loads((tmp_path / "pred.json").read_text())) == {
+        "cmyk",
+        "grey",
+        "bits",
+        "palette",
+        "sixteen",
+        "turned",
+        "dot",
+        "stripe",
+    }
+
+
+def test_a_broken_picture_is_named_and_spares_the_others(run, tiny_data, tmp_path, capfd, caplog):
+    folder = tmp_path / "images"
+    shutil.copytree(tiny_data / "images" / "val", folder)
+    broken = folder / "000000000002.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    assert infer(folder, tmp_path / "pred.json", run / "last.safetensors") == 3
+    predictions = json.loads((tmp_path / "pred.json").read_text())
+    assert len(predictions) == 7
+    assert "000000000002" not in predictions
+    assert "000000000002.jpg" in caplog.text
+    for path in folder.iterdir():
+        path.write_bytes(b"no picture")
+    assert infer(folder, tmp_path / "none.json", run / "last.safetensors") == 2
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_folders_without_plain_pictures_are_refused(run, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    twins = tmp_path / "twins"
+    twins.mkdir()
+    for name in ("a.jpg", "a.png"):
+        Image.new("RGB", (8, 8)).save(twins / name)
+    for place, message in (
+        (tmp_path / "gone", "no such folder"),
+        (tmp_path / "empty", "no image here"),
+        (twins, "a.jpg and a.png"),
+    ):
+        assert infer(place, tmp_path / "pred.json", run / "last.safetensors") == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert str(place) in error
+    assert not (tmp_path / "pred.json").exists()
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_bad_adapters_and_decoders_are_refused_by_name(run, tiny_data, tmp_path, capsys):
+    images, adapter = tiny_data / "images" / "val", run / "last.safetensors"
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(adapter.read_bytes()[:1000])
+    whole = PROFILES["micro"].decoder
+    short = tmp_path / "short.bin"
+    torch.save(load_file(whole), short)
+    short.write_bytes(short.read_bytes()[:-5000])
+    other = tmp_path / "other.bin"
+    torch.save({k: v + 1e-3 for k, v in load_file(whole).items()}, other)
+    evil = tmp_path / "evil.bin"
+    evil.write_bytes(pickle.dumps({"wte.weight": Bomb(tmp_path / "exploded")}, protocol=2))
+    for bad, decoder, message in (
+        (tmp_path / "gone.safetensors", whole, "gone.safetensors"),
+        (cut, whole, "cut.safetensors"),
+        (adapter, tmp_path / "none.bin", "none.bin"),
+        (adapter, short, "short.bin"),
+        (adapter, other, "trained on another decoder"),
+        (adapter, evil, "evil.bin"),
+    ):
+        assert infer(images, tmp_path / "pred.json", bad, decoder=decoder) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+    assert not (tmp_path / "exploded").exists()
+    assert not (tmp_path / "pred.json").exists()
+
+
+def test_a_pickled_decoder_captions_like_the_same_safetensors(run, tiny_data, tmp_path):
+    file = tmp_path / "decoder_model.bin"
+    state = {f"transformer.{k}": v for k, v in load_file(PROFILES["micro"].decoder).items()}
+    torch.save(state | {"lm_head.weight": state["transformer.wte.weight"]}, file)
+    results = []
+    for decoder in (None, file):
+        assert infer(tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors", decoder=decoder) == 0
+        results.append(json.loads((tmp_path / "p.json").read_text()))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--beam-size", "--max-new-tokens"])
+def test_sizes_below_one_are_refused(flag, run, tiny_data, tmp_path, capsys):
+    argv = [tiny_data / "images" / "val", tmp_path / "p.json", PROFILES["micro"].decoder, flag, "0"]
+    assert p2_infer.main([*map(str, argv), "--profile", "micro"]) == 2
+    assert f"{flag} 0" in capsys.readouterr().err

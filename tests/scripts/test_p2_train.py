@@ -1,0 +1,152 @@
+"""p2_train.py from its command line to an adapter that captions, and p2_train.sh, with tiny random models."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from PIL import Image
+from runs import STEPS, records, train
+
+import p2_infer
+from captioning.models.adapter import read_adapter
+from captioning.profiles import PROFILES, ROOT
+
+
+@pytest.fixture(autouse=True, scope="module")
+def micro(tiny_profile):
+    """The tiny profile stands in for the micro one: only a profile names an encoder's arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROFILES, "micro", tiny_profile)
+        yield
+
+
+def test_a_run_folder_holds_all_that_is_promised(tmp_path):
+    run = tmp_path / "run"
+    assert train(run) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["train"]["epochs"] == 2
+    assert config["captioner"]["encoder"] == PROFILES["micro"].encoder
+    assert config["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert [r["epoch"] for r in records(run, "epoch")] == [1, 2]
+    assert [r["step"] for r in records(run, "step")] == list(range(1, 2 * STEPS + 1))
+    assert all(r["val_cider"] >= 0 and r["val_loss"] < 8 for r in records(run, "epoch"))
+    with Image.open(run / "loss.png") as plot:
+        assert plot.width > 100
+    for name in ("best", "last"):
+        stored, state = read_adapter(run / f"{name}.safetensors")
+        assert stored.lora.rank == 4
+        assert config["trainable_parameters"] == sum(t.numel() for t in state.values())
+    assert not list(run.glob("*.tmp")) + list(run.glob(".*"))
+
+
+@pytest.mark.usefixtures("constant_score")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--no-cls",),
+        ("--lora-enable", "1,0,1"),
+        ("--accumulate", "2"),
+        ("--precision", "bf16"),
+    ],
+)
+def test_options_train(flags, tmp_path):
+    assert train(tmp_path / "run", *flags, "--epochs", 1) == 0
+    steps = 2 if flags[0] == "--accumulate" else STEPS
+    assert records(tmp_path / "run", "epoch")[0]["step"] == steps
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--epochs", "0"), "--epochs 0"),
+        (("--encoder-layer", "-9"), "--encoder-layer -9"),
+        (("--lora-rank", "0"), "--lora-rank"),
+        (("--data", "nowhere"), "nowhere"),
+        (("--device", "cuda:99"), "cuda:99"),
+    ],
+)
+def test_bad_flags_are_refused_by_name(flags, message, tmp_path, capsys):
+    assert train(tmp_path / "run", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_few_pictures_are_learned_by_heart_and_captioned_word_for_word(tiny_data, tmp_path):
+    """Training, search, adapter file and inference in one: a break in any of them loses these captions."""
+    copies = 15  # under other names: an epoch then has enough steps, and each picture is encoded but once
+    content = json.loads((tiny_data / "train.json").read_text())
+    captions = {n: content["annotations"][5 * n]["caption"] for n in range(4)}
+    folder = tmp_path / "data"
+    for split, repeats in (("train", copies), ("val", 1)):
+        (folder / "images" / split).mkdir(parents=True)
+        rows = {"images": [], "annotations": []}
+        for n, caption in captions.items():
+            for copy in range(repeats):
+                number = n * copies + copy
+                name = f"picture-{number}.jpg"
+                shutil.copy(tiny_data / "images" / "train" / f"{n:012d}.jpg", folder / "images" / split / name)
+                rows["images"].append({"id": number, "file_name": name})
+                rows["annotations"].append({"id": number, "image_id": number, "caption": caption})
+        (folder / f"{split}.json").write_text(json.dumps(rows))
+
+    out = tmp_path / "run"
+    flags = "--epochs 5 --lr 5e-3 --lora-dropout 0 --lora-rank 16 --lora-alpha 16 --max-new-tokens 20"
+    assert train(out, "--data", folder, *flags.split()) == 0
+    losses = [r["train_loss"] for r in records(out, "epoch")]
+    assert losses[-1] < losses[0] / 2
+    pred = tmp_path / "pred.json"
+    small = "--profile micro --device cpu --beam-size 2 --max-new-tokens 20"
+    files = (folder / "images" / "val", pred, PROFILES["micro"].decoder, "--adapter", out / "last.safetensors")
+    assert p2_infer.main([*map(str, files), *small.split()]) == 0
+    assert json.loads(pred.read_text()) == {f"picture-{n * copies}": caption for n, caption in captions.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ p2_train.sh
+
+
+NVIDIA_SMI = """#!/bin/sh
+for gpu in $LISTED; do echo "GPU $gpu: NVIDIA H100 (UUID: GPU-$gpu)"; done
+"""
+PYTHON = """#!/bin/sh
+if [ "$1" = -c ]; then echo "$USABLE"; else printf '%s\\n' "$@"; fi
+"""
+
+
+def shell(tmp_path, listed, usable, *flags):
+    """Run p2_train.sh on a machine with such GPUs; return the words of the command that it starts."""
+    for name, text in (("nvidia-smi", NVIDIA_SMI), ("python", PYTHON)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": str(tmp_path / "python"),
+        "LISTED": listed,
+        "USABLE": usable,
+    }
+    result = subprocess.run(
+        ["bash", ROOT / "p2_train.sh", *flags], env=environment, capture_output=True, text=True, check=True
+    )
+    return result.stdout.splitlines()
+
+
+def test_the_shell_script_starts_a_process_for_every_gpu(tmp_path):
+    words = shell(tmp_path, "0 1 2 3", "4", "--epochs", "4", "--out", "a folder")
+    assert words[:2] == ["-m", "accelerate.commands.launch"]
+    assert words[words.index("--num_processes") + 1] == "4"
+    assert words[words.index("p2_train.py") :] == ["p2_train.py", "--epochs", "4", "--out", "a folder"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "usable", "flags"),
+    [
+        ("", "0", []),
+        ("0", "1", []),
+        ("0 1", "1", []),
+        ("0 1", "2", ["--device", "cuda:1"]),
+        ("0 1", "2", ["--device=cpu"]),
+    ],
+)
+def test_the_shell_script_starts_one_plain_process_otherwise(listed, usable, flags, tmp_path):
+    assert shell(tmp_path, listed, usable, "--epochs", "4", *flags) == ["p2_train.py", "--epochs", "4", *flags]

@@ -1,0 +1,187 @@
+"""setup.py: from the flags to a trainer, and what is refused on the way, in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from runs import records, train
+
+from captioning.cli import BAD_INPUT
+from captioning.inference.encode import cached_features
+from captioning.models.adapter import load_captioner, read_adapter
+from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.profiles import PROFILES
+from captioning.training import setup
+from captioning.training.setup import pick_own_device
+from decoder import LoraConfig, build_decoder
+
+pytestmark = pytest.mark.usefixtures("constant_score")
+
+
+def copy_data(tiny_data, folder, change):
+    """Copy the data with ``change`` applied to the parsed train.json."""
+    shutil.copytree(tiny_data, folder)
+    content = json.loads((folder / "train.json").read_text())
+    change(content)
+    (folder / "train.json").write_text(json.dumps(content))
+    return folder
+
+
+def captioner(profile, layer):
+    lora = LoraConfig(4, 4.0)
+    config = CaptionerConfig(profile.encoder, profile.encoder_kwargs, "random", lora=lora, encoder_layer=layer)
+    return Captioner(config, build_decoder(profile.decoder, lora)).eval()
+
+
+# ------------------------------------------------------------------------------------------------ the captioner
+
+
+def test_another_layer_feeds_the_projector_and_has_features_of_its_own(tiny_profile, tiny_data, tmp_path):
+    last, before = captioner(tiny_profile, -1), captioner(tiny_profile, -2)
+    pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    tokens = {}
+    block = before.encoder.blocks[-2]
+    handle = block.register_forward_hook(lambda module, inputs, output: tokens.update(found=output))
+    found = before.encode(pixels)
+    handle.remove()
+    assert torch.equal(found, tokens["found"])  # CLS first, then the patches, and no norm
+    assert found.shape == last.encode(pixels).shape
+    paths = sorted((tiny_data / "images" / "val").glob("*"))[:2]
+    ours, theirs = (cached_features(model, paths, tmp_path / "cache") for model in (before, last))
+    assert not torch.equal(ours[0], theirs[0])  # one key for both once gave the cached layer to either
+
+
+def test_the_layer_is_remembered_by_the_adapter_and_adapters_without_one_have_the_last(tmp_path, tiny_profile):
+    assert train(tmp_path / "run", "--epochs", 1, "--encoder-layer", -2) == 0
+    assert read_adapter(tmp_path / "run" / "best.safetensors")[0].encoder_layer == -2
+    plain = vars(captioner(tiny_profile, -1).config) | {"lora": {"rank": 4}}
+    plain.pop("encoder_layer")
+    assert CaptionerConfig.from_dict(plain).encoder_layer == -1
+
+
+def test_report_faithful_preprocesses_by_name_and_scales_by_one_over_the_rank(tmp_path, tiny_data):
+    """timm answers a name with ImageNet's mean, deviation and crop, whatever the model's own; inference must agree."""
+    out = tmp_path / "run"
+    assert train(out, "--epochs", 1, "--report-faithful") == 0
+    stored = read_adapter(out / "best.safetensors")[0]
+    assert stored.lora.scaling == pytest.approx(1 / 4)
+    assert list(stored.encoder_kwargs["mean"]) == [0.485, 0.456, 0.406]
+    assert stored.encoder_kwargs["crop_pct"] == 0.875
+    assert json.loads((out / "config.json").read_text())["report_faithful"] is True
+    loaded = load_captioner(out / "best.safetensors", PROFILES["micro"].decoder, None, torch.device("cpu"))
+    own = captioner(PROFILES["micro"], -1).transform
+    with Image.open(sorted((tiny_data / "images" / "val").iterdir())[0]) as image:
+        assert not torch.allclose(loaded.transform(image), own(image), atol=0.05)
+    assert "0.4850" in repr(loaded.transform)
+
+
+def test_report_faithful_leaves_what_is_asked_for(tmp_path):
+    assert train(tmp_path / "run", "--epochs", 1, "--report-faithful", "--lora-alpha", 2) == 0
+    assert read_adapter(tmp_path / "run" / "best.safetensors")[0].lora.alpha == 2
+
+
+def test_too_many_trained_parameters_are_refused(tmp_path, capsys):
+    assert train(tmp_path / "run", "--max-trainable", 1000) == BAD_INPUT
+    assert "--max-trainable 1,000" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "last.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ the data
+
+
+def test_images_that_are_not_cached_give_the_losses_of_cached_ones(unbroken, tmp_path):
+    """Of the validation images too, whose loss is taken where autocast might round the encoder."""
+    flags = ("--cache", tmp_path / "cache", "--cache-gb", 0)
+    assert train(tmp_path / "run", *flags) == 0
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert (folder / "features.bin").stat().st_size == 0
+    for kind, key in (("step", "loss"), ("epoch", "val_loss")):
+        cached, encoded = ([record[key] for record in records(out, kind)] for out in (unbroken, tmp_path / "run"))
+        assert encoded == pytest.approx(cached, abs=1e-4)
+
+
+def test_the_blind_baseline_trains_and_says_so(unbroken, tmp_path):
+    assert train(tmp_path / "run", "--shuffle-captions", "--epochs", 1) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["shuffled_captions"] is True
+    blind, seeing = (records(out, "step")[0]["loss"] for out in (tmp_path / "run", unbroken))
+    assert blind != seeing  # the first batch shows the same images with other captions
+
+
+def test_a_missing_training_image_is_named(tiny_data, tmp_path, capsys):
+    folder = copy_data(tiny_data, tmp_path / "data", lambda content: None)
+    (folder / "images" / "train" / "000000000003.jpg").unlink()
+    assert train(tmp_path / "run", "--data", folder) == BAD_INPUT
+    assert "000000000003.jpg" in capsys.readouterr().err
+
+
+def test_a_caption_too_long_for_the_context_is_named_with_its_image(tiny_data, tmp_path, capsys):
+    def lengthen(content):
+        content["annotations"][26]["caption"] = "a red bike " * 90
+
+    folder = copy_data(tiny_data, tmp_path / "data", lengthen)
+    assert train(tmp_path / "run", "--data", folder) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert "000000000005.jpg" in error
+    assert "caption 2" in error
+
+
+# ------------------------------------------------------------------------------------------------ the run folder
+
+
+def test_resuming_on_other_captions_is_refused(unbroken, capsys):
+    assert train(unbroken, "--resume", "--shuffle-captions") == BAD_INPUT
+    assert "shuffled_captions" in capsys.readouterr().err
+
+
+def test_resuming_with_other_numbers_or_nothing_to_resume_is_refused(unbroken, tmp_path, capsys):
+    assert train(unbroken, "--resume", "--lr", "0.5") == BAD_INPUT
+    error = capsys.readouterr().err
+    assert "train.lr" in error
+    assert "--resume" in error
+    assert train(tmp_path / "empty", "--resume") == BAD_INPUT
+    assert "start without --resume" in capsys.readouterr().err
+
+
+def test_a_run_folder_in_use_is_not_written_over(unbroken, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in unbroken.iterdir()}
+    assert train(unbroken) == BAD_INPUT
+    assert f"--out {unbroken}" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in unbroken.iterdir()} == before
+
+
+# --------------------------------------------------------------------------------------------- an adapter to tune
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--init-adapter"),
+        (("--init-adapter", "gone.safetensors"), "gone.safetensors"),
+        (("--init-adapter", "BEST", "--lora-rank", 8), "--lora-rank 8"),
+        # The weights are the same, what they are fed with is not.
+        (("--init-adapter", "BEST", "--report-faithful", "--lora-alpha", 32), "preprocessing"),
+        (("--init-adapter", "BEST", "--samples", 1), "--samples 1"),
+    ],
+)
+def test_bad_starts_are_refused_by_flag(unbroken, tmp_path, capsys, flags, message):
+    flags = [unbroken / "best.safetensors" if flag == "BEST" else flag for flag in flags]
+    assert train(tmp_path / "run", "--objective", "scst", *flags) == BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_a_clip_reward_needs_a_clip(unbroken, tmp_path, monkeypatch, capsys):
+    def no_clip(*args):
+        raise FileNotFoundError("no CLIP here")
+
+    monkeypatch.setattr(setup, "ClipScorer", no_clip)
+    flags = ("--objective", "scst", "--init-adapter", unbroken / "best.safetensors", "--clip-reward", 1)
+    assert train(tmp_path / "run", *flags) == BAD_INPUT
+    assert "no CLIP here" in capsys.readouterr().err
+
+
+def test_under_a_launcher_no_gpu_may_be_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device cuda:1: every process would take it"):
+        pick_own_device("cuda:1")
