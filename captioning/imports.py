@@ -17,7 +17,7 @@ def import_guarded(name: str) -> ModuleType:
     PyPI's torchvision beside a CPU-only torch finds no compiled operators, and ``import torchvision`` dies while it
     registers fake kernels for them (``operator torchvision::nms does not exist``, pytorch/vision #9077 and #9085).
     Nothing in this suite calls those operators, so while torchvision is imported for the first time a registration
-    whose operator is missing is passed over; ``torch.library.register_fake`` is put back afterwards.
+    whose operator is missing is ignored; ``torch.library.register_fake`` is put back afterwards.
     """
     if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is not None:
         register_fake = torch.library.register_fake

@@ -44,7 +44,7 @@ LAYOUTS = {
 
 
 def huggingface_gpt2(config: DecoderConfig, scale: float = 1.0):
-    """A random GPT2LMHeadModel of this shape, biases included; ``scale`` sharpens what it says."""
+    """A random GPT2LMHeadModel of this shape, biases included; ``scale`` sharpens its predictions."""
     transformers = import_guarded("transformers")
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(

@@ -191,7 +191,7 @@ class Captioner(nn.Module):
         return torch.arange(self.n_prefix - self.n_patches, self.n_prefix)
 
     def attend(
-        self, features: torch.Tensor, tokens: Sequence[int], whole: bool = False
+        self, features: torch.Tensor, tokens: Sequence[int], all_rows: bool = False
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Read one finished caption after its image and return where it looked.
 
@@ -201,7 +201,7 @@ class Captioner(nn.Module):
         Args:
             features: encoder tokens of one image, (1, N, D).
             tokens: BOS and the T ids of the caption.
-            whole: return the rows of the whole sequence, S = P + T + 1.
+            all_rows: return the rows of the whole sequence, S = P + T + 1.
 
         Returns:
             Attention weights (1, nh, T + 1 or S, S) of every layer, and the logits (T + 1, V) of the caption's rows.
@@ -210,7 +210,7 @@ class Captioner(nn.Module):
         count, total = self.n_prefix, self.n_prefix + len(tokens)
         attentions: list[torch.Tensor] = []
         prefix = self.prefix(features)
-        if whole:
+        if all_rows:
             x = torch.cat([prefix, self.decoder.embed(ids).to(prefix.dtype)], 1)
             hidden = self.decoder(x, torch.arange(total), attentions=attentions)[:, count:]
         else:

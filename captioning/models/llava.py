@@ -36,7 +36,6 @@ PROMPTS = {  # the report's two settings
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ARCHITECTURE = "LlavaForConditionalGeneration"
 
-
 Past = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values (1, nh, length, hs) of each layer
 
 
@@ -124,7 +123,9 @@ class Llava:
             rows[0].past = _past(output.past_key_values, input_ids.shape[1] - 1)
         return [self._until_end(answer) for answer in output.sequences[:, input_ids.shape[1] :].tolist()]
 
-    def attend(self, row: Row, tokens: Sequence[int], whole: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def attend(
+        self, row: Row, tokens: Sequence[int], all_rows: bool = False
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Read a finished answer after its image and prompt in one pass and return where it looked.
 
         Image and prompt take the fused path into a cache, if they have not been read yet, and only the answer's rows
@@ -134,7 +135,7 @@ class Llava:
         Args:
             row: image and prompt.
             tokens: the T ids of the answer.
-            whole: return the rows of the whole sequence of S tokens, not only the answer's.
+            all_rows: return the rows of the whole sequence of S tokens, not only the answer's.
 
         Returns:
             Attention weights (1, nh, T + 1 or S, S) of every layer of the language model, the first of the last T + 1
@@ -143,7 +144,7 @@ class Llava:
         answer = torch.tensor(list(tokens), dtype=torch.long)
         ids = torch.cat([row.input_ids, answer])[None].to(self.device)
         inputs: dict[str, Any]
-        if whole:
+        if all_rows:
             read, inputs = 0, {"pixel_values": row.pixel_values.to(self.device, self.model.dtype)}
         else:
             read, inputs = len(row.input_ids) - 1, {"past_key_values": _cache(self._read_prompt(row))}
@@ -163,8 +164,8 @@ class Llava:
         """Return keys and values of all but the last id of ``row``, computed once."""
         if row.past is None:
             length = len(row.input_ids) - 1
-            ids, pixels = row.input_ids[None, :length].to(self.device), row.pixel_values
-            pixels = pixels.to(self.device, self.model.dtype)
+            ids = row.input_ids[None, :length].to(self.device)
+            pixels = row.pixel_values.to(self.device, self.model.dtype)
             prompt = self.model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1)
             row.past = _past(prompt.past_key_values, length)
         return row.past

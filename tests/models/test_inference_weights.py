@@ -1,4 +1,4 @@
-"""inference_weights.py: prepared weights say what plain ones say, and whatever could not be undone is refused."""
+"""inference_weights.py: prepared weights give the logits of plain ones, and unmerged LoRA is refused."""
 
 import copy
 
@@ -39,7 +39,7 @@ def logits_and_captions(decoder, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("own_head", [True, False])
-def test_a_prepared_decoder_says_the_same(decoder, dtype, own_head):
+def test_a_prepared_decoder_gives_the_same_logits(decoder, dtype, own_head):
     if not own_head:
         decoder.lm_head = None
     embeddings = decoder.wte.weight.clone()
@@ -54,7 +54,7 @@ def test_a_prepared_decoder_says_the_same(decoder, dtype, own_head):
         assert sum(isinstance(module, ReorderedLinear) for module in prepared.modules()) == 4 * CONFIG.n_layer + 1
 
 
-def test_where_nothing_can_be_packed_weights_are_cast_and_the_embeddings_stay(decoder, monkeypatch):
+def test_where_nothing_can_be_reordered_weights_are_cast_and_the_embeddings_stay(decoder, monkeypatch):
     monkeypatch.setattr("captioning.models.inference_weights.can_reorder", lambda device, dtype: False)
     decoder.lm_head = None
     logits, _ = logits_and_captions(decoder, torch.bfloat16)
@@ -66,7 +66,7 @@ def test_where_nothing_can_be_packed_weights_are_cast_and_the_embeddings_stay(de
     assert prepare_decoder(decoder, torch.float32).lm_head is None  # nothing to cast, so no second output layer
 
 
-def test_an_encoder_sees_the_same():
+def test_a_prepared_encoder_gives_the_same_tokens():
     encoder = build_encoder(TINY_ENCODER, "random", TINY_ENCODER_KWARGS)
     pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -43,7 +43,7 @@ def captions(step, count, beams):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("beams", [1, 4])
-def test_batches_of_any_size_are_captioned_as_ever(decoder, beams, dtype):
+def test_batches_of_any_size_are_captioned_as_without_compiling(decoder, beams, dtype):
     """One compiled shape serves full and smaller batches, and nothing of a batch is left over in the next."""
     prepare_decoder(decoder, dtype, reorder=False)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
