@@ -18,12 +18,13 @@ from captioning.data.tokenizer import Tokenizer
 from captioning.device import PRECISIONS, autocast, pick_device
 from captioning.distributed import Processes, join
 from captioning.inference.batches import Job
-from captioning.inference.captions import caption_features, check_vocabulary, compile_steps
+from captioning.inference.captions import caption_features, check_vocabulary
 from captioning.inference.encode import Encoded, StreamEncoder, draft_side
 from captioning.inference.folder import PredictionLog, caption_images
 from captioning.models.adapter import load_captioner, read_adapter
 from captioning.models.captioner import Captioner
 from captioning.models.inference_weights import prepare
+from captioning.models.step_functions import CompiledStepFunction
 from captioning.profiles import PROFILES
 from captioning.scale.pipeline import ShardRun, add_flags, add_images_and_results, caption_source, is_plain_folder
 
@@ -68,17 +69,17 @@ def caption_function(
     captioner: Captioner, tokenizer: Tokenizer, encoder: StreamEncoder, args: argparse.Namespace
 ) -> Callable[[list], list[str]]:
     """Return what makes captions of a list of encoded images."""
-    steps = None
+    steps, longest = None, args.max_new_tokens
     if args.compile:
         with autocast(captioner.device, args.precision):
-            steps = compile_steps(captioner, args.batch_size, args.beam_size, args.max_new_tokens)
+            steps = CompiledStepFunction(
+                captioner.decoder, args.batch_size, captioner.n_prefix, args.beam_size, longest
+            )
 
     def caption(encoded: list[Encoded]) -> list[str]:
         with autocast(captioner.device, args.precision):
             features = encoder.gather(encoded)
-            return caption_features(
-                captioner, tokenizer, features, args.beam_size, args.max_new_tokens, args.length_penalty, steps
-            )
+            return caption_features(captioner, tokenizer, features, args.beam_size, longest, args.length_penalty, steps)
 
     return caption
 

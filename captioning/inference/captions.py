@@ -53,14 +53,3 @@ def check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
             f"--tokenizer has {tokenizer.vocab_size} tokens, the decoder only {decoder.config.vocab_size}; "
             "take the tokenizer that belongs to the decoder"
         )
-
-
-def compile_steps(
-    captioner: Captioner, batch_size: int, beam_size: int = 5, max_new_tokens: int = 30, backend: str = "inductor"
-) -> CompiledStepFunction:
-    """Return what ``caption_features`` takes as ``steps``; call both under the same ``autocast``.
-
-    Raises:
-        ValueError: there is no compiler, or prefix and caption do not fit into the decoder's context.
-    """
-    return CompiledStepFunction(captioner.decoder, batch_size, captioner.n_prefix, beam_size, max_new_tokens, backend)

@@ -17,9 +17,9 @@ import evaluate
 import p2_infer
 from captioning.data.images import load_image
 from captioning.inference import batches
-from captioning.inference.captions import compile_steps
 from captioning.inference.encode import StreamEncoder, draft_side
 from captioning.models.adapter import load_captioner
+from captioning.models.step_functions import CompiledStepFunction
 from captioning.profiles import PROFILES
 
 
@@ -62,8 +62,8 @@ def test_the_size_of_a_batch_changes_no_caption(run, tiny_data, tmp_path):
 
 
 def test_compiled_steps_caption_alike(run, tiny_data, tmp_path, monkeypatch):
-    """The last batch, of three pictures, is smaller than the others; the compiler itself is test_compiling.py's."""
-    monkeypatch.setattr(p2_infer, "compile_steps", functools.partial(compile_steps, backend="eager"))
+    """The last batch, of three pictures, is smaller than the others; test_step_functions.py compiles."""
+    monkeypatch.setattr(p2_infer, "CompiledStepFunction", functools.partial(CompiledStepFunction, backend="eager"))
     results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
     for flags in ([], ["--compile"]):
         assert infer(*files, "--batch-size", 5, *flags) == 0
