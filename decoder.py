@@ -76,14 +76,8 @@ class DecoderConfig:
         vocab_size, n_embd = state["wte.weight"].shape
         if n_head is None and n_embd % 64:
             raise ValueError(f"decoder width {n_embd} is no multiple of 64, so give the number of heads (n_head)")
-        layers = {key.split(".")[1] for key in state if key.startswith("h.")}
-        return cls(
-            vocab_size=vocab_size,
-            n_positions=state["wpe.weight"].shape[0],
-            n_embd=n_embd,
-            n_layer=len(layers),
-            n_head=n_embd // 64 if n_head is None else n_head,
-        )
+        n_layer = len({key.split(".")[1] for key in state if key.startswith("h.")})
+        return cls(vocab_size, len(state["wpe.weight"]), n_embd, n_layer, n_embd // 64 if n_head is None else n_head)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,9 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from captioning.files import atomic_path
 from captioning.messages import first_line, some
@@ -75,7 +73,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> st
 
 # What the readers raise for damaged files; for pickles found by cutting and flipping bytes at random.
 _DAMAGE = (
-    safetensors.SafetensorError,
+    SafetensorError,
     OSError,
     RuntimeError,
     EOFError,
@@ -105,7 +103,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     with path.open("rb") as file:  # outside of the try, so that a missing permission is reported as such
         try:
             if path.suffix == ".safetensors":
-                return safetensors.torch.load_file(path)
+                return load_file(path)
             state = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(

@@ -12,6 +12,7 @@ from functools import cached_property, reduce
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _CPU_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 
@@ -26,7 +27,7 @@ class Packing:
         mask: builds the same as a boolean mask (B, 1, P+S, P+S), for attention that takes one.
     """
 
-    def __init__(self, n_prefix: int, slots: torch.Tensor, length: int, mask: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, n_prefix: int, slots: Tensor, length: int, mask: Callable[[], Tensor]) -> None:
         self.n_prefix, self._mask = n_prefix, mask
         rows = torch.arange(len(slots), device=slots.device)[:, None]  # (B, 1)
         self.valid = slots >= 0  # (B, k, T)
@@ -39,20 +40,20 @@ class Packing:
         self._from_grid = rows, back[:, :-1].clamp_min(0)
 
     @cached_property
-    def mask(self) -> torch.Tensor:
+    def mask(self) -> Tensor:
         """Where a query may look, bool (B, 1, P+S, P+S)."""
         return self._mask()
 
-    def grid(self, x: torch.Tensor) -> torch.Tensor:
+    def grid(self, x: Tensor) -> Tensor:
         """Gather what is after the prefix, (B, S, nh, n), by caption: (B, k, nh, T, n)."""
         return x[self._to_grid].unflatten(1, self.valid.shape[1:]).transpose(2, 3)
 
-    def row(self, x: torch.Tensor) -> torch.Tensor:
+    def row(self, x: Tensor) -> Tensor:
         """The inverse of ``grid``, zeros on padding: (B, k, nh, T, n) to (B, S, nh, n)."""
         return x.transpose(2, 3).flatten(1, 2)[self._from_grid] * self._covered[:, :, None, None]
 
 
-def can_attend_packed(qkv: torch.Tensor) -> bool:
+def can_attend_packed(qkv: Tensor) -> bool:
     """Whether ``PackedAttention`` has a fused kernel for qkv (..., hs): by device, type and size of a head."""
     size, dtype = qkv.shape[-1], qkv.dtype
     if is_cpu(qkv):
@@ -82,7 +83,7 @@ class PackedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, packing: Packing, captions_only: bool = False) -> torch.Tensor:
+    def forward(ctx: Any, qkv: Tensor, packing: Packing, captions_only: bool = False) -> Tensor:
         """Map qkv (B, P+S, 3, nh, hs) to (B, P+S, C), or to the rows of the captions only, (B, S, C)."""
         with torch.autocast(qkv.device.type, enabled=False):  # it would round scores here and not in the backward
             out, lse, ctx.kernel_states = _attend(qkv, packing, captions_only)
@@ -92,7 +93,7 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of qkv."""
         qkv, out, lse = ctx.saved_tensors
         n_prefix, first = ctx.packing.n_prefix, ctx.packing.n_prefix if ctx.captions_only else 0
@@ -114,7 +115,7 @@ class PackedAttention(torch.autograd.Function):
         return result, None, None
 
 
-def _attend(qkv: torch.Tensor, packing: Packing, captions_only: bool) -> tuple[torch.Tensor, torch.Tensor, list]:
+def _attend(qkv: Tensor, packing: Packing, captions_only: bool) -> tuple[Tensor, Tensor, list]:
     """Return output (B, nh, n, hs), log-sum-exp (B, nh, n) and kernel states of all n = P+S rows, or the captions'."""
     n_prefix, first = packing.n_prefix, packing.n_prefix if captions_only else 0
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, P+S, hs)
@@ -131,9 +132,7 @@ def _attend(qkv: torch.Tensor, packing: Packing, captions_only: bool) -> tuple[t
     return out, lse, states
 
 
-def _attend_prefix(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captions_only: bool
-) -> tuple[torch.Tensor, torch.Tensor, list]:
+def _attend_prefix(q: Tensor, k: Tensor, v: Tensor, captions_only: bool) -> tuple[Tensor, Tensor, list]:
     """Let rows q (B, nh, n, hs) attend to the prefix: the captions' rows see all of it, its own see it causally.
 
     Args:
@@ -162,15 +161,8 @@ def _cuda_calls(n_prefix: int, captions_only: bool) -> list[tuple[slice, bool]]:
 
 
 def _attend_prefix_backward(
-    states: list,
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    captions_only: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    states: list, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, captions_only: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the queries and of the prefix's keys and values."""
     if is_cpu(q):
         return getattr(torch.ops.aten, _CPU_FLASH + "_backward")(grad, q, k, v, out, lse, 0.0, not captions_only)
@@ -186,7 +178,7 @@ def _attend_prefix_backward(
     return torch.cat(queries, 2), reduce(torch.add, keys), reduce(torch.add, values)
 
 
-def _caption_scores(qkv: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, ...]:
+def _caption_scores(qkv: Tensor, packing: Packing) -> tuple[Tensor, ...]:
     """Return q, k, v of the captions (B, S, 3, nh, hs) by caption, (B, k, nh, T, hs), and causal scores (…, T, T)."""
     q, k, v = (packing.grid(part) for part in qkv.to(_at_least_float32(qkv)).unbind(2))
     hidden = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
@@ -194,8 +186,8 @@ def _caption_scores(qkv: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, 
 
 
 def _attend_caption_backward(
-    qkv: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, packing: Packing
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    qkv: Tensor, grad: Tensor, out: Tensor, lse: Tensor, packing: Packing
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the captions' own share of the gradients of q, k and v, each (B, S, nh, hs)."""
     q, k, v, scores = _caption_scores(qkv, packing)
     grad, out = packing.grid(grad.to(q.dtype)), packing.grid(out.transpose(1, 2).to(q.dtype))
@@ -209,10 +201,10 @@ def _attend_caption_backward(
     )
 
 
-def is_cpu(x: torch.Tensor) -> bool:
+def is_cpu(x: Tensor) -> bool:
     """Whether ``x`` is on the CPU; a function, so that a test can play the other device."""
     return x.device.type == "cpu"
 
 
-def _at_least_float32(x: torch.Tensor) -> torch.dtype:
+def _at_least_float32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)

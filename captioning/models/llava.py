@@ -179,10 +179,7 @@ class Llava:
         config = copy.deepcopy(self.model.generation_config)
         config.update(
             do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            max_length=None,
+            **dict.fromkeys(("temperature", "top_p", "top_k", "max_length")),
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,

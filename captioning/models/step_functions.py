@@ -113,8 +113,7 @@ class CompiledStepFunction:
         self.tokens = torch.zeros(batch_size, beam_size, dtype=torch.long, device=device)
         self.mask = torch.zeros(batch_size, 1, beam_size, length, dtype=torch.bool, device=device)
         self.mask[..., :n_prefix] = True
-        self.positions = torch.arange(n_prefix, n_prefix + max_new_tokens, device=device)  # (L,), of every step
-        self.position = self.positions[:1].clone()
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.slots = torch.arange(beam_size, device=device)
         mode = "reduce-overhead" if backend == "inductor" and device.type == "cuda" else None
         self._compiled = torch.compile(self._step, fullgraph=True, dynamic=False, backend=backend, mode=mode)
@@ -135,10 +134,9 @@ class CompiledStepFunction:
     def __call__(self, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
         """Return the logits (n, K, V) after the newest tokens (n, K), each of which sees its ancestors (n, K, s)."""
         images, end = len(tokens), self.n_prefix + ancestors.shape[2]
-        step = ancestors.shape[2] // self.beam_size - 1
         self.tokens[:images] = tokens
         self.mask[:images, 0, :, self.n_prefix : end] = ancestors
-        self.position.copy_(self.positions[step : step + 1])
+        self.position.fill_(self.n_prefix + ancestors.shape[2] // self.beam_size - 1)
         torch.arange(end - self.beam_size, end, out=self.slots)
         self.cache.slots = self.slots
         return self._compiled(self.tokens, self.position, self.mask)[:images]
