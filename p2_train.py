@@ -64,7 +64,7 @@ def build_parser() -> FlagParser:
     parser.add_argument(
         "--log-with",
         choices=TRACKERS,
-        help="hand the numbers of metrics.jsonl to a tracker too; all: every one that is installed (default: none)",
+        help="send the numbers of metrics.jsonl to a tracker too; all: every one that is installed (default: none)",
     )
     add_common_flags(parser)
     add_flags(parser.add_argument_group("numbers (defaults are those of --setting best)"))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The best full-size run: GPT-2 small + CLIP ViT-L/14 with LoRA, on what `bash hw3_download.sh` made.
-# Flags are handed on: bash p2_train.sh --epochs 4, or bash p2_train.sh --setting 1 (which goes to runs/1).
-# On several GPUs it starts a process for each; CUDA_VISIBLE_DEVICES=0 or a --device keeps it to one.
+# Flags are passed on: bash p2_train.sh --epochs 4, or bash p2_train.sh --setting 1 (which goes to runs/1).
+# On several GPUs it starts a process for each; CUDA_VISIBLE_DEVICES=0 or a --device limits it to one.
 set -euo pipefail
 cd "$(dirname "$0")"
 if [[ -z ${PYTHON:-} ]]; then
@@ -11,7 +11,7 @@ fi
 
 gpus=1
 if [[ " $* " != *" --device"[\ =]* ]] && command -v nvidia-smi >/dev/null; then
-  # Asked of torch only where there may be several: it knows which of them this process may use.
+  # torch knows which of them this process may use, but takes seconds: it is asked only where there are several.
   listed=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
   if ((listed > 1)); then
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')

@@ -81,7 +81,7 @@ class TrainConfig:
     encoder_layer: int = option(
         -1, "layer that feeds the projector, from the end: -1 is the last, -2 the one before", below=0
     )
-    projector_epochs: int = option(0, "first epochs that train the projector alone", at_least=0)
+    projector_epochs: int = option(0, "first epochs, which train the projector only", at_least=0)
     patience: int = option(0, "epochs without a better one after which training stops; 0 never stops", at_least=0)
     objective: str = option(
         "xe", "xe (cross-entropy), or scst (CIDEr-D as a reward; needs --init-adapter)", choices=("xe", "scst")

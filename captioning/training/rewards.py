@@ -34,9 +34,9 @@ class CiderReward:
     def __call__(
         self, images: Sequence[int], samples: Sequence[Sequence[int]], more: np.ndarray | float = 0.0
     ) -> np.ndarray:
-        """Return the rewards (n,) of ``samples``, which hold EOS where they are finished; ``images`` says of what.
+        """Return the rewards (n,) of ``samples``, each of the image of the same place; finished ones end with EOS.
 
-        ``more`` (n,) is reward of another kind, which the guards hold for as well.
+        ``more`` (n,) is a reward of another kind, to which the guards apply as well.
         """
         earned = (self.cider(images, samples) + more) * self.penalty(images, samples)
         return np.where(self.excessive(images, samples), 0.0, earned)
@@ -56,7 +56,7 @@ class CiderReward:
 
 
 class ClipReward:
-    """CLIPScore of texts against training images, whose features are computed once, a part by each process."""
+    """CLIPScore of texts against training images; each process computes the features of a part of them, once."""
 
     def __init__(self, scorer: ClipScorer, paths: Sequence[Any], processes: Processes = ALONE) -> None:
         self.scorer = scorer
@@ -71,5 +71,5 @@ class ClipReward:
 
 
 def repeats(tokens: Sequence[int]) -> int:
-    """How many bigrams of ``tokens`` have stood in it before."""
+    """Return how many bigrams of ``tokens`` have occurred in it before."""
     return max(len(tokens) - 1, 0) - len(set(pairwise(tokens)))

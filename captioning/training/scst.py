@@ -5,11 +5,11 @@ Several captions of an image are found by one beam search, which teaches what in
 its advantage is its reward minus the mean of the image's other captions (Luo, arXiv 2003.09971), so no greedy pass is
 needed. ``clip_reward`` mixes CLIPScore in (Cho et al., arXiv 2205.13115).
 
-Three guards against what rewards invite: EOS is a token of captions and references, so that an ending in the middle of
-a phrase costs n-grams; a caption that repeats more bigrams than most references of its image earns nothing; and one
-that is shorter than its references is damped by BLEU's brevity penalty (Papineni et al. 2002), since CIDEr-D hardly
-minds a missing word or two, and CLIPScore not at all. ``xe_weight`` keeps cross-entropy in the loss (Paulus et al.,
-arXiv 1705.04304), which holds wording near people's.
+Three guards against what rewards invite (rewards.py): EOS is a token of captions and references, so that an ending in
+the middle of a phrase costs n-grams; a caption that repeats more bigrams than most references of its image earns
+nothing; and one that is shorter than its references earns less by BLEU's brevity penalty (Papineni et al. 2002), since
+CIDEr-D hardly notices a missing word or two, and CLIPScore not at all. ``xe_weight`` keeps cross-entropy in the loss
+(Paulus et al., arXiv 1705.04304), so that the wording stays like people's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from captioning.training.trainer import Trainer, count_targets
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
-    """Return rewards (B, K) less the mean of the other K - 1 samples of the image."""
+    """Return rewards (B, K) minus the mean of the other K - 1 captions of the image."""
     count = rewards.shape[1]
     return rewards - (rewards.sum(1, keepdims=True) - rewards) / (count - 1)
 
@@ -53,7 +53,7 @@ def beams(
 
 
 def ended(captions: Sequence[list[int]], eos: int, longest: int) -> list[list[int]]:
-    """Give every caption its EOS back, but for those that were cut at ``longest`` tokens."""
+    """Give every caption its EOS back, except those that were cut at ``longest`` tokens."""
     return [tokens if len(tokens) == longest else [*tokens, eos] for tokens in captions]
 
 
@@ -64,14 +64,14 @@ def weighted_loss(
     weights: Sequence[Sequence[float]],
     eos: int,
 ) -> torch.Tensor:
-    """Return minus the sum over all captions of weight * log-probability, all of an image behind one prefix.
+    """Return minus the sum over all captions of weight * log-probability; those of an image share one prefix.
 
     Where weights are advantages, its gradient is REINFORCE's; where they are 1, that of the summed cross-entropy.
 
     Args:
-        captioner: in eval mode, so that it gives the tokens the probabilities that they were drawn with.
+        captioner: in eval mode, so that it gives the tokens the probabilities that they were found with.
         features: encoder tokens (B, N, D).
-        captions: ``[image][caption]`` token ids, with EOS where it counts: not behind a sample that was cut.
+        captions: ``[image][caption]`` token ids, with EOS where it counts: not after a caption that was cut.
         weights: ``[image][caption]``.
         eos: id of EOS.
     """
@@ -79,7 +79,7 @@ def weighted_loss(
     of_tokens: list[float] = []
     for group, row in zip(captions, weights, strict=True):
         for caption, weight in zip(group, row, strict=True):
-            cut = caption[-1] != eos  # packing adds an EOS that nobody drew: it gets no weight
+            cut = caption[-1] != eos  # packing adds an EOS that the search did not find: it gets no weight
             of_tokens += [weight] * len(caption) + [0.0] * cut
     batch = pack_captions(bare, eos, pad_to_multiple=8).to(features.device)
     log_probs = captioner.log_probs(features, batch)
@@ -115,22 +115,22 @@ class ScstTrainer(Trainer):
         return super().train_epoch(bar)
 
     def batch_loss(self, indices: list[int]) -> torch.Tensor:
-        """Draw, reward, and return this process's part of the loss of one batch of images.
+        """Search, reward, and return this process's part of the loss of one batch of images.
 
-        Policy loss and cross-entropy are means over all tokens of the batch, drawn ones and those of references.
+        The policy's loss is a mean over all tokens that were found for the batch, cross-entropy over its references'.
         """
-        self.captioner.eval()  # no dropout: probabilities must be those of the draw
+        self.captioner.eval()  # no dropout: probabilities must be those of the search
         eos, places = self.tokenizer.eos_id, self.processes.share(range(len(indices)))
         own = [indices[place] for place in places]
         features = self.train_split.tokens(own, self.device) if own else None
-        samples = self.draw(features) if features is not None else []
+        samples = self.search(features) if features is not None else []
         rewards = self.score(own, samples) if own else np.zeros((0, self.config.samples))
-        lengths = [len(sample) for group in samples for sample in group]
-        all_drawn, all_reward = self.processes.total(sum(lengths), float(rewards.sum()))
-        self.rewards.append(all_reward / (len(indices) * self.config.samples))
+        own_tokens = sum(len(sample) for group in samples for sample in group)
+        n_tokens, reward = self.processes.total(own_tokens, float(rewards.sum()))
+        self.rewards.append(reward / (len(indices) * self.config.samples))
         if features is None:
             return torch.zeros((), device=self.device)
-        weights = (advantages(rewards) / all_drawn).tolist()
+        weights = (advantages(rewards) / n_tokens).tolist()
         if self.config.xe_weight:
             shown = [self.shown[i] for i in indices]
             weight = self.config.xe_weight / count_targets(shown)
@@ -140,14 +140,14 @@ class ScstTrainer(Trainer):
         with autocast(self.device, self.config.precision):
             return weighted_loss(self.captioner, features, samples, weights, eos)
 
-    def draw(self, features: torch.Tensor) -> list[list[list[int]]]:
-        """Return captions of the images with these features, ``[image][caption]``."""
+    def search(self, features: torch.Tensor) -> list[list[list[int]]]:
+        """Return captions ``[image][caption]`` of the images with these encoder tokens (B, N, D)."""
         config = self.config
         with autocast(self.device, config.precision):
             return beams(self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens)
 
     def score(self, indices: Sequence[int], samples: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
-        """Return the rewards (B, K)."""
+        """Return the rewards (B, K) of ``samples[image][caption]``."""
         images = np.repeat(indices, self.config.samples).tolist()
         flat = [sample for group in samples for sample in group]
         more: np.ndarray | float = 0.0

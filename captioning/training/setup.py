@@ -67,7 +67,7 @@ def prepare(args: Any, processes: Processes, held: contextlib.ExitStack) -> Trai
         described = describe_run(args, config, trainer)
         write_json(folder.config, described)
         if trackers:
-            held.enter_context(trackers.begun(described))
+            held.enter_context(trackers.started(described))
             trainer.listeners.append(trackers.log)
     return trainer
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from captioning.imports import import_guarded
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}  # tracker: what pip calls it
-CHOICES = (*PACKAGES, "all")
-PROJECT = "captioning"  # runs are told apart by the name of their folder
+NAMES = ("tensorboard", "wandb", "trackio")  # pip's names too
+CHOICES = (*NAMES, "all")
+PROJECT = "captioning"  # the folder's name distinguishes the runs
 
 
 class Trackers:
@@ -29,10 +29,10 @@ class Trackers:
     def __init__(self, name: str, out: Path) -> None:
         tracking = import_guarded("accelerate.tracking")
         installed = [str(tracker) for tracker in tracking.get_available_trackers()]
-        wanted = list(PACKAGES) if name == "all" else [name]
+        wanted = NAMES if name == "all" else (name,)
         found = [tracker for tracker in wanted if tracker in installed]
         if not found:
-            packages = " or ".join(f"`pip install {PACKAGES[tracker]}`" for tracker in wanted)
+            packages = " or ".join(f"`pip install {tracker}`" for tracker in wanted)
             raise ValueError(f"--log-with {name}: not installed; {packages}, or leave the flag out")
         arguments = {
             "tensorboard": {"run_name": "tensorboard", "logging_dir": str(out)},
@@ -42,7 +42,7 @@ class Trackers:
         self._trackers = [tracking.LOGGER_TYPE_TO_CLASS[tracker](**arguments[tracker]) for tracker in found]
 
     @contextlib.contextmanager
-    def begun(self, config: dict[str, Any]) -> Iterator[None]:
+    def started(self, config: dict[str, Any]) -> Iterator[None]:
         """Start all trackers with the run's ``config`` as their hyperparameters; end them at the end."""
         with contextlib.ExitStack() as ends:
             for tracker in self._trackers:
@@ -52,7 +52,7 @@ class Trackers:
             yield
 
     def log(self, record: dict[str, Any]) -> None:
-        """Hand on one line of metrics.jsonl: its numbers, named by its kind."""
+        """Pass on the numbers of one line of metrics.jsonl, named by its kind."""
         values = {
             f"{record['kind']}/{key}": float(value)
             for key, value in record.items()
