@@ -7,8 +7,14 @@ from pathlib import Path
 
 from captioning.profiles import ROOT
 
+TORCHRUN = "torch.distributed.run --standalone --nproc_per_node"
+ACCELERATE = (  # as p2_train.sh has it; it takes longer to start
+    "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no "
+    "--main_process_port 0 --num_processes"
+)
 
-def launch(count, script, *arguments, timeout=500):
+
+def launch(count, script, *arguments, launcher=TORCHRUN, timeout=500):
     """Run ``script``, which can import its neighbours, in ``count`` processes; return what came of it."""
     environment = {
         **os.environ,
@@ -16,7 +22,7 @@ def launch(count, script, *arguments, timeout=500):
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(script).parent)]),
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, script]
+    command = [sys.executable, "-m", *launcher.split(), count, script]
     process = subprocess.Popen(
         [*map(str, command), *map(str, arguments)],
         env=environment,

@@ -5,14 +5,12 @@ Starting processes takes seconds, so one launch of three and one of two make all
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import launched
 import pytest
 import torch
+from launching import ACCELERATE, launch
 from runs import records, same, weights
 from safetensors.torch import load_file
 
@@ -35,38 +33,6 @@ CASES = {
 }
 LONG = f"{EXACT} --batch-size 5 --epochs 3"  # three steps an epoch
 DROPOUT = f"{SMALL} --lora-rank 4 --lora-dropout 0.5 --batch-size 5 --epochs 2"
-
-
-TORCHRUN = "torch.distributed.run --standalone --nproc_per_node"
-ACCELERATE = (  # as p2_train.sh has it; it takes longer to start
-    "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no "
-    "--main_process_port 0 --num_processes"
-)
-
-
-def launch(count, *command, launcher=TORCHRUN, timeout=300):
-    """Run a script in several processes, one thread each; return what came of it."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", *launcher.split(), str(count), *map(str, command)],
-        env=environment,
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        output, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # killed, the launcher would leave its processes running
-        process.communicate()
-        raise
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def arguments(out, flags):
