@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -78,6 +79,7 @@ def decoder_step(decoder: Decoder, prefix: torch.Tensor, beams: int, max_new_tok
     return step
 
 
+@functools.cache
 def two_models(pull: float):
     """A random GPT-2 of transformers and ours with its weights; ``pull`` is what every logit of EOS gains."""
     transformers = import_guarded("transformers")
