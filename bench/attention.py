@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,15 @@ def captioner(full_size: bool, device: torch.device) -> CaptionerExplainer:
     decoder = Decoder(DecoderConfig(), lora) if full_size else build_decoder(Path(profile.decoder), lora)
     weights = "random" if full_size else profile.encoder_weights
     config = CaptionerConfig(profile.encoder, profile.encoder_kwargs, weights, lora=lora)
-    tokenizer = Tokenizer(PROFILES["micro"].tokenizer)  # at full size a stand-in: any ids take the same time
+    tokenizer = Tokenizer(PROFILES["micro"].tokenizer)  # also at full size: any ids take the same time
     return CaptionerExplainer(Captioner(config, decoder).to(device).merge(), tokenizer, 5, LONGEST)
 
 
 def compare(explainer: Explainer, paths: list[Path], repeats: int, device: torch.device) -> list[dict[str, Any]]:
     """Time captions alone, and captions with the maps of each method."""
-    spec = DEFAULTS[explainer.name]
-    specs = {f"{spec.method} (default)": spec, **{m: MapSpec(m, "all", "mean") for m in ("raw", "grad", "rollout")}}
-    specs = dict({repr(value): (name, value) for name, value in reversed(specs.items())}.values())
+    default = DEFAULTS[explainer.name]
+    others = [MapSpec(method, "all", "mean") for method in ("raw", "grad", "rollout")]
+    specs = {f"{default.method} (default)": default} | {spec.method: spec for spec in others if spec != default}
 
     def caption(spec: MapSpec | None) -> None:
         for path in paths:
@@ -63,10 +64,8 @@ def compare(explainer: Explainer, paths: list[Path], repeats: int, device: torch
             if spec and explainer.text(tokens).strip():
                 read(explainer, inputs, tokens, [spec]).maps(spec)
 
-    rivals = {"captions alone": lambda: caption(None)}
-    rivals |= {name: (lambda spec=spec: caption(spec)) for name, spec in specs.items()}
-    for run in rivals.values():
-        run()
+    rivals = {"captions alone": partial(caption, None)} | {name: partial(caption, s) for name, s in specs.items()}
+    in_turn(rivals, 1, device)  # warm-up
     seconds = in_turn(rivals, repeats, device)
     alone = seconds["captions alone"]
     return [

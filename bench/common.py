@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -107,7 +107,7 @@ def timed(run: Callable[[], Any], device: torch.device = CPU, clock: Clock = tim
 
 
 def in_turn(
-    rivals: dict[str, Callable[[], Any]], repeats: int, device: torch.device = CPU, clock: Clock = time.perf_counter
+    rivals: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device = CPU, clock: Clock = time.perf_counter
 ) -> dict[str, float]:
     """Return the median seconds of each rival, run in turn ``repeats`` times, so that noise meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}

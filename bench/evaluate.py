@@ -6,7 +6,7 @@
 
 Both sides run in turn within one run, after a warm-up, and medians are compared, so that a busy machine slows both;
 their results are compared as well. Captions are the micro world's, or those of --annotation-file, whose words are
-richer. Wall time, since Java's work is another process's. The pure tokenizer runs in an interpreter of its own, so that
+richer. Wall time, since Java's work is another process's. The pure tokenizer runs in its own interpreter, so that
 its start counts as Java's does. At full size --images is few by default; both sides' times are of those images.
 """
 
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Duel:
         images: how many are scored.
         sides: their name and their way, our name and our way.
         difference: says how far their result is from ours, as ``(name, number)``.
-        warm_up: their way on a part of the work, where the whole takes minutes; None: the whole.
+        warm_up: their way on a part of the work, where all of it takes minutes; None: all of it.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Duel:
         theirs, ours = self.sides
         (self.warm_up or self.sides[theirs])()
         kept(ours)
-        seconds = in_turn({name: (lambda name=name: kept(name)) for name in self.sides}, repeats, CPU, clock)
+        seconds = in_turn({name: partial(kept, name) for name in self.sides}, repeats, CPU, clock)
         name, difference = self.difference(results[theirs], results[ours])
         return {
             "what": self.what,
@@ -218,8 +219,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{len(duels)} comparisons; different: {', '.join(different) or 'none'}")
             return int(bool(different))
         rows = [duel.row(args.repeats) for duel in duels]
-    captions = "those of --annotation-file" if args.annotation_file else "the micro world's"
-    report(f"Scoring against pycocoevalcap; captions: {captions}; wall time", rows, CPU, args.out)
+    whose = "those of --annotation-file" if args.annotation_file else "the micro world's"
+    report(f"Scoring against pycocoevalcap; captions: {whose}; wall time", rows, CPU, args.out)
     return 0
 
 

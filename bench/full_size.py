@@ -327,14 +327,14 @@ def rehearse(args: argparse.Namespace, size: Size, device: torch.device, folder:
 def as_text(found: dict[str, Any]) -> str:
     """Return the results as one Markdown table with a title and what it was measured against."""
     rates = ", ".join(f"{kind} {rate / 1e12:.3g} TFLOP/s" for kind, rate in found["matrix_rates"].items())
-    whole = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found["seconds"].items())
+    processes = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found["seconds"].items())
     title = "Rehearsal in small" if found["tiny"] else "Rehearsal at full size: random ViT-L/14 and GPT-2 small"
     reserved = ", ".join(f"{name} {gb:.1f} GB" for name, gb in found["reserved_gb"].items())
     reserved = f" Taken from the GPU by its allocator: {reserved}." if reserved else ""
     rows = markdown(found["rows"]) if found["rows"] else "No part was finished."
     return (
         f"## {title}\n\n{found['machine']}; matrix products {rates}; copying {found['copy_rate'] / 1e9:.3g} GB/s\n\n"
-        f"{rows}\n\nWhole processes, start included: {whole}. All: {found['minutes']:.1f} min.{reserved}\n"
+        f"{rows}\n\nProcesses, start included: {processes}. All: {found['minutes']:.1f} min.{reserved}\n"
     )
 
 

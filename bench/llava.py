@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ def ours(model: Llava, paths: list[Path], prompt: str, max_new_tokens: int, batc
     def failed(entry: Entry, error: Exception) -> None:
         raise error
 
-    job = Job(lambda image: model.row(image, prompt), lambda rows: model.generate(rows, max_new_tokens=max_new_tokens))
-    batches = caption_entries(map(Entry.of, paths), job, batch_size, failed)
+    generate: Any = partial(model.generate, max_new_tokens=max_new_tokens)  # tokens, where a script's job makes texts
+    job = Job(lambda image: model.row(image, prompt), generate)
+    batches: Any = caption_entries(map(Entry.of, paths), job, batch_size, failed)
     return [answer for answers in batches for answer in answers.values()]
 
 

@@ -3,7 +3,7 @@
     python -m bench.measured USAGE.json p2_infer.py IMG_DIR OUT.json DECODER
 
 The scripts report what they have done through ``captioning.timing.Timer``: what, how many of it, and the seconds. Peaks
-are those since the report before, which tells the caching and the training of one process apart; the whole process has
+are those since the report before, so that caching and training of one process are separate; the process as a whole has
 its own.
 """
 
@@ -103,10 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     handler = WorkHandler(peaks)
     logging.getLogger().addHandler(handler)
     started = time.perf_counter()
-    try:
-        code = run_script(args.script, args.arguments)
-    finally:
-        logging.getLogger().removeHandler(handler)
+    code = run_script(args.script, args.arguments)
     seconds = time.perf_counter() - started
     last = peaks.look()
     usage = {

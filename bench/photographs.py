@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from captioning.files import atomic_path
+from microworld.scenes import spread
 
 SIZE = (640, 480)
 AMPLITUDE, QUALITY = 34.0, 91
@@ -38,8 +38,8 @@ def photograph(drawing: Image.Image, seed: int, size: tuple[int, int] = SIZE) ->
     """Return a JPEG of ``size`` pixels of the drawing under noise; another seed shifts the noise."""
     rng = np.random.default_rng(seed)
     shift = (int(rng.integers(size[1])), int(rng.integers(size[0])))
-    pixels = np.asarray(drawing.convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32)
-    pixels = pixels + AMPLITUDE * np.roll(_texture(size), shift, (0, 1))
+    resized = drawing.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized, np.float32) + AMPLITUDE * np.roll(_texture(size), shift, (0, 1))
     content = io.BytesIO()
     Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(content, "JPEG", quality=QUALITY)
     return content.getvalue()
@@ -56,10 +56,5 @@ def _convert(job: tuple[int, Path], size: tuple[int, int]) -> int:
 
 def convert(paths: Sequence[Path], workers: int, size: tuple[int, int] = SIZE) -> float:
     """Make photographs of the drawings ``paths``, in place; return their mean size in bytes."""
-    jobs = list(enumerate(paths))
-    if workers <= 1:
-        sizes = [_convert(job, size) for job in jobs]
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            sizes = list(pool.map(partial(_convert, size=size), jobs, chunksize=16))
+    sizes = list(spread(partial(_convert, size=size), list(enumerate(paths)), workers))
     return sum(sizes) / len(sizes)

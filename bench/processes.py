@@ -99,7 +99,8 @@ class Job:
 
     def infer(self) -> dict[str, str]:
         """Read, encode and caption this process's part of the images."""
-        captions, own = {}, self.processes.share(self.paths)
+        captions: dict[str, str] = {}
+        own = self.processes.share(self.paths)
         for start in range(0, len(own), self.args.batch_size):
             batch = own[start : start + self.args.batch_size]
             pixels = read_pixels(self.captioner.transform, batch).to(self.captioner.device)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import cast
 
 import numpy as np
 import torch
 
 from bench.common import make_parser, peak_memory, report
 from captioning.cli import command, positive_int
+from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.training.rewards import CiderReward
@@ -24,7 +26,7 @@ ENCODER, EOS = "vit_large_patch14_clip_224", 50256
 
 
 class Ids:
-    """Stands in for the tokenizer: only its two numbers are asked for."""
+    """Replaces the tokenizer, of which only these two numbers are used."""
 
     eos_id, vocab_size = EOS, EOS + 1
 
@@ -50,7 +52,7 @@ def measure(images: int, samples: int, repeats: int, device: torch.device) -> di
     times: dict[str, list[float]] = {"draw": [], "reward": [], "gradient": []}
     for _ in range(repeats + 1):
         marks = [time.perf_counter()]
-        drawn = beams(captioner, Ids, features, samples, 30)
+        drawn = beams(captioner, cast(Tokenizer, Ids), features, samples, 30)
         marks.append(time.perf_counter())
         flat = [sample for group in drawn for sample in group]
         rewards = reward(np.repeat(np.arange(images), samples).tolist(), flat).reshape(images, samples)

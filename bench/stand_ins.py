@@ -69,7 +69,7 @@ TINY = Size(
 
 
 def write_tokenizer(folder: Path) -> Tokenizer:
-    """Write a stand-in for GPT-2's tokenizer files: 50257 entries, every one of which can be decoded.
+    """Write tokenizer files in place of GPT-2's: 50257 entries, every one of which can be decoded.
 
     The micro world's merges come first. The others join two entries of which the second begins with a space. Texts are
     cut before spaces, so these never apply, and texts are split exactly as by the micro world's files.

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.common import CLOCKS, Floor, draw_scenes, in_turn, make_parser, peak_memory, report, transformers_gpt2
@@ -42,7 +43,7 @@ TINY = (
     "vit_base_patch32_clip_224.openai",
     {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16, "img_size": 48},
 )
-FULL = (DecoderConfig(), PROFILES["full"].encoder, {})
+FULL: tuple[DecoderConfig, str, dict] = (DecoderConfig(), PROFILES["full"].encoder, {})
 
 
 def build_parser() -> FlagParser:
@@ -68,7 +69,7 @@ class LoraConv1D(torch.nn.Module):
         return self.base(x) + x @ self.lora.lora_A.T @ self.lora.lora_B.T * self.lora.scaling
 
 
-def transformers_model(decoder: Decoder, eos: int) -> torch.nn.Module:
+def transformers_model(decoder: Decoder, eos: int) -> Any:
     """Return transformers' GPT-2 with the decoder's weights, frozen, and its LoRA, shared."""
     model = transformers_gpt2(decoder, eos, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     model.requires_grad_(False)
@@ -117,41 +118,32 @@ class Rivals:
         features = self.features.gather(range(len(self.features))).float().to(device)
         return self.captioner.loss(features, pack_captions(self.captions, self.eos, pad_to_multiple=8).to(device))
 
-    def student_loss(self, start: int, count: int) -> torch.Tensor:
-        """The script's, of ``count`` captions from number ``start`` on."""
-        device, decoder = self.captioner.device, self.captioner.decoder
-        images, inputs, targets = self.unpacked(start, count)
-        prefix = self.captioner.prefix(self.captioner.encode(self.pixels[images].to(device)))  # (n, P, C)
+    def student_loss(self, count: int) -> torch.Tensor:
+        """The script's, of the first ``count`` captions."""
+        decoder, (images, inputs, labels) = self.captioner.decoder, self.unpacked(count)
+        prefix = self.captioner.prefix(self.captioner.encode(self.pixels[images].to(labels.device)))  # (n, P, C)
         x = torch.cat([prefix, decoder.embed(inputs[:, :-1]).to(prefix.dtype)], 1)
         logits = decoder.logits(decoder(x, torch.arange(x.shape[1])).flatten(0, 1)).float()  # (n * (P + T), V)
-        targets = F.pad(targets[:, 1:], (prefix.shape[1], 0), value=IGNORED)
+        targets = F.pad(labels[:, 1:], (prefix.shape[1], 0), value=IGNORED)
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
 
-    def transformers_loss(self, start: int, count: int) -> torch.Tensor:
-        """transformers' own, of ``count`` captions from number ``start`` on, after cached features."""
-        images, inputs, labels = self.unpacked(start, count)
-        prefix = self.captioner.prefix(self.features.gather(images).float().to(self.captioner.device))
+    def transformers_loss(self, count: int) -> torch.Tensor:
+        """transformers' own, of the first ``count`` captions, after cached features."""
+        images, inputs, labels = self.unpacked(count)
+        prefix = self.captioner.prefix(self.features.gather(images).float().to(labels.device))
         embeds = torch.cat([prefix, self.theirs.transformer.wte(inputs).to(prefix.dtype)], 1)
         labels = F.pad(labels, (prefix.shape[1], 0), value=IGNORED)
-        seen = F.pad(self.real(labels, prefix.shape[1]), (prefix.shape[1], 0), value=1)
+        seen = (labels != IGNORED).long()
+        seen[:, : prefix.shape[1] + 1] = 1  # the prefix, and BOS
         return self.theirs(inputs_embeds=embeds, attention_mask=seen, labels=labels, use_cache=False).loss
 
-    @staticmethod
-    def real(labels: torch.Tensor, count: int) -> torch.Tensor:
-        """Which tokens after ``count`` of the prefix are no padding: BOS, and what is predicted."""
-        real = (labels[:, count:] != IGNORED).long()
-        real[:, 0] = 1
-        return real
-
-    def unpacked(self, start: int, count: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    def unpacked(self, count: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
         """One caption a row: its image, ``BOS tokens EOS`` padded (n, T + 1), and the same as labels, BOS ignored."""
-        chosen = [(image, tokens) for image, row in enumerate(self.captions) for tokens in row][start : start + count]
-        longest = max(len(tokens) for _, tokens in chosen) + 2
-        inputs, labels = torch.full((2, len(chosen), longest), self.eos)
-        labels[:] = IGNORED
-        for row, (_, tokens) in enumerate(chosen):
-            inputs[row, 1 : len(tokens) + 1] = torch.tensor(tokens)
-            labels[row, 1 : len(tokens) + 2] = torch.tensor([*tokens, self.eos])
+        chosen = [(image, tokens) for image, row in enumerate(self.captions) for tokens in row][:count]
+        rows = [torch.tensor([self.eos, *tokens, self.eos]) for _, tokens in chosen]
+        inputs = pad_sequence(rows, batch_first=True, padding_value=self.eos)
+        labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+        labels[:, 0] = IGNORED
         device = self.captioner.device
         return [image for image, _ in chosen], inputs.to(device), labels.to(device)
 
@@ -174,7 +166,7 @@ def largest_difference(rivals: Rivals) -> tuple[float, float]:
     count = sum(map(len, rivals.captions))
     ours = rivals.packed_loss()
     mine, furthest = rivals.gradients(ours), [0.0, 0.0]
-    for theirs in (rivals.student_loss(0, count), rivals.transformers_loss(0, count)):
+    for theirs in (rivals.student_loss(count), rivals.transformers_loss(count)):
         wanted = rivals.gradients(theirs)
         apart = max(((mine[k] - wanted[k]).norm() / wanted[k].norm()).item() for k in wanted)
         furthest = [max(furthest[0], abs(ours.item() - theirs.item()) / theirs.item()), max(furthest[1], apart)]
@@ -198,8 +190,8 @@ def compare(rivals: Rivals, precision: str, args: argparse.Namespace, device: to
     dtype = product_dtype(device, precision)
     runs = {
         "ours": lambda: rivals.step(rivals.packed_loss, precision),
-        "transformers": lambda: rivals.step(lambda: rivals.transformers_loss(0, count), precision),
-        "script": lambda: rivals.step(lambda: rivals.student_loss(0, count), precision),
+        "transformers": lambda: rivals.step(lambda: rivals.transformers_loss(count), precision),
+        "script": lambda: rivals.step(lambda: rivals.student_loss(count), precision),
     }
     cast_frozen(rivals.captioner.decoder, dtype)  # as training does, once
     peaks, operations = {}, {}

@@ -104,7 +104,7 @@ def write_captions(scene: Scene, rng: random.Random) -> list[Caption]:
 
 
 def noun_phrase(caption: Caption, group: Group, rng: random.Random, detail: float = 0.9, article: str = "") -> Caption:
-    """Append "a small red bike", "three white sheep", …; ``detail`` is how likely colour and size are told."""
+    """Append "a small red bike", "three white sheep", …; ``detail`` is how likely colour and size are named."""
     ids, kind = group.ids, group.kind
     singular, plural = kind.names()[0] if rng.random() < 0.82 else rng.choice(kind.names())
     adjectives = []

@@ -1,4 +1,4 @@
-"""Compose scenes by lot: place, things, sizes, colours, and positions that keep what the captions will say true."""
+"""Compose random scenes: place, things, sizes, colours, and positions that make true what the captions will say."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from microworld.captions import Caption, write_captions
 from microworld.scene import SCALES, SIZE, Box, Group, Scene, Thing
 from microworld.things import COLOURS, KINDS, PLACES, Kind
 
-HOLDERS = ("table", "chair")  # things stand on them
+HOLDERS = ("table", "chair")  # other things are put on them
 HEAVENLY = ("sun", "moon")  # there is one of each, always of one size
-SHELTERS = ("table", "tree", "umbrella")  # things stand under them
+SHELTERS = ("table", "tree", "umbrella")  # other things are put under them
 
 
 def held_out(kind: str, colour: str | None) -> bool:
@@ -21,11 +21,11 @@ def held_out(kind: str, colour: str | None) -> bool:
 
 
 class NoRoom(Exception):  # noqa: N818 - control flow inside this module, not an error of the caller
-    """The things drawn by lot do not fit into the picture; the caller tries another lot."""
+    """The chosen things do not fit into the picture; the caller tries again."""
 
 
 class Composer:
-    """Draws lots for one scene and places its things."""
+    """Chooses the things of one scene at random and places them."""
 
     def __init__(self, rng: random.Random, novel: bool) -> None:
         self.rng, self.novel = rng, novel
@@ -33,7 +33,7 @@ class Composer:
         self.boxes: list[Box] = []
 
     def compose(self) -> Scene:
-        """Return a scene with every thing placed; raises NoRoom when the lot does not fit."""
+        """Return a scene with every thing placed; raises NoRoom when they do not fit."""
         rng = self.rng
         place = rng.choice(PLACES)
         horizon = rng.uniform(0.66, 0.72) if place == "room" else rng.uniform(0.42, 0.56)
@@ -52,7 +52,7 @@ class Composer:
         self._add_extras(scene)
         return scene
 
-    # lots
+    # what is in it
 
     def _kinds(self, place: str, anchors: tuple[str, ...], narrower: float = 1e9) -> list[Kind]:
         return [
@@ -171,10 +171,10 @@ class Composer:
                 continue
             scene.extras.append(extra)
 
-    # places
+    # where it is
 
     def _floor(self, scene: Scene, group: Group) -> float:
-        """Return where the feet of a ground thing stand, in pixels from the top."""
+        """Return the bottom of a thing on the ground, in pixels from the top."""
         lowest = max(scene.horizon * SIZE + 14, group.extent()[1] * 0.72 + 6, 0.72 * SIZE)
         return self.rng.uniform(lowest, 0.965 * SIZE)
 

@@ -33,6 +33,7 @@ from microworld.recipes import (
 )
 from microworld.things import COLOURS, KINDS
 
+BPE_FILES = {"vocab": "encoder.json", "merges": "vocab.bpe"}
 UNSEEN = 500  # scenes that retrieval is measured on
 
 
@@ -124,10 +125,11 @@ def retrieval(model: Any, tokenizer: Any, pixels: int, run: Run) -> dict[str, fl
 def copy_clip_tokenizer(out: Path) -> None:
     """Write the decoder's BPE into ``out`` as the fast tokenizer that open_clip loads: caption, end, padding with 0."""
     from tokenizers.processors import TemplateProcessing
-    from transformers import GPT2TokenizerFast
 
-    source = MICRO_WEIGHTS / "decoder"
-    tokenizer = GPT2TokenizerFast(vocab=str(source / "encoder.json"), merges=str(source / "vocab.bpe"), pad_token="!")
+    transformers = import_guarded("transformers")
+
+    files = {name: str(MICRO_WEIGHTS / "decoder" / file) for name, file in BPE_FILES.items()}
+    tokenizer = transformers.GPT2TokenizerFast(**files, pad_token="!")
     end = tokenizer.eos_token
     # open_clip pools the text tower at the highest id, the first one of it: so there is an end, and no beginning.
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -91,7 +91,7 @@ def build_model() -> Any:
         ),
         image_token_index=IMAGE,
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
-        vision_feature_layer=-1,  # the micro encoder's last layer tells best what is where; real LLaVA takes -2
+        vision_feature_layer=-1,  # the micro encoder's last layer says best what is where; real LLaVA takes -2
     )
     model = transformers.LlavaForConditionalGeneration(config)
     tower = model.model.vision_tower

@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from captioning.files import write_json
 from captioning.profiles import PROFILES
 from decoder import DecoderConfig
 from microworld.scene import SIZE, Scene
-from microworld.scenes import make_image
+from microworld.scenes import make_image, spread
 from microworld.things import COLOURS, KINDS
 
 log = logging.getLogger(__name__)
@@ -93,9 +92,7 @@ class Scenes:
 def draw_scenes(seed: int, count: int, pixels: int, workers: int) -> Scenes:
     """Draw ``count`` scenes of the `pretrain` split with ``seed`` at ``pixels`` a side."""
     jobs = [(seed, index, pixels) for index in range(count)]
-    with ProcessPoolExecutor(workers) as pool:
-        rows = list(tqdm(pool.map(_draw_small, jobs, chunksize=32), total=count, desc="draw", disable=None))
-    images, captions, labels = zip(*rows, strict=True)
+    images, captions, labels = zip(*spread(_draw_small, jobs, workers, "draw"), strict=True)
     return Scenes(np.stack(images), list(captions), np.stack(labels))
 
 

@@ -51,7 +51,7 @@ class Group:
 
 @dataclass
 class Scene:
-    """A place with a main group, perhaps another one that stands in ``relation`` to it, and extras behind."""
+    """A place with a main group, perhaps another one in ``relation`` to it, and extras in the background."""
 
     place: str
     horizon: float  # share of the height
@@ -65,7 +65,7 @@ class Scene:
         return [*self.extras, *([self.other] if self.other else []), self.main]
 
     def things(self) -> list[Thing]:
-        """All things in drawing order: extras, then what stands farther back."""
+        """All things in drawing order: extras, then the others, the farthest first."""
         shelter = self.relation in ("under", "on")
         near = [t for g in self.groups()[len(self.extras) :] for t in g.things]
         if not shelter:

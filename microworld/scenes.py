@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
@@ -28,6 +29,8 @@ from microworld.drawing import render
 from microworld.scene import SIZE, Scene
 from microworld.things import KINDS
 
+J = TypeVar("J")
+R = TypeVar("R")
 SPLITS = ("pretrain", "train", "val", "val_novel")
 
 
@@ -92,7 +95,7 @@ def generate(out: Path, split: str, count: int, seed: int, workers: int = 2) -> 
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(split, seed, index, folder) for index in range(count)]
     merged: dict[str, list] = {"images": [], "annotations": [], "objects": [], "scenes": []}
-    for rows in tqdm(_map(jobs, workers), total=count, desc=f"draw {split}", disable=not sys.stderr.isatty()):
+    for rows in spread(_write_one, jobs, workers, f"draw {split}"):
         for key, value in rows.items():
             merged[key] += value
     info = {"description": "micro world, generated drawings", "split": split, "seed": seed, "count": count}
@@ -102,12 +105,14 @@ def generate(out: Path, split: str, count: int, seed: int, workers: int = 2) -> 
     return path
 
 
-def _map(jobs: list, workers: int) -> Iterator[dict[str, Any]]:
+def spread(function: Callable[[J], R], jobs: Sequence[J], workers: int, title: str | None = None) -> Iterator[R]:
+    """Yield ``function`` of every job in order, computed by ``workers`` processes, under a progress bar."""
+    bar = partial(tqdm, total=len(jobs), desc=title, disable=not (title and sys.stderr.isatty()))
     if workers <= 1:
-        yield from map(_write_one, jobs)
+        yield from bar(map(function, jobs))
         return
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(_write_one, jobs, chunksize=16)
+        yield from bar(pool.map(function, jobs, chunksize=16))
 
 
 @command

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from captioning.cli import FlagParser, command, positive_int
 from captioning.device import PRECISIONS
@@ -108,7 +109,8 @@ class Study:
     def rewards(self) -> None:
         """Tune the setting ``best`` of every seed by each reward, and score the result on the demo's scenes."""
         names, data = self.chosen(REWARDS), self.args.out / "data"
-        common = {"lr": f"{SCST_NUMBERS['lr'] * WIDTH_RATIO:.3g}", "batch_size": BATCH, "val_images": 150}
+        rate: Any = SCST_NUMBERS["lr"]
+        common = {"lr": f"{rate * WIDTH_RATIO:.3g}", "batch_size": BATCH, "val_images": 150}
         for seed in range(self.args.seeds or 3):
             base = self.setting("best", seed)
             for name in names:

@@ -7,6 +7,7 @@ Seconds are processor time of one thread, so that other work on the machine dist
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import tarfile
@@ -41,7 +42,7 @@ def make_runs(paths: list[Path], phone: Path, folder: Path) -> dict[str, Callabl
     def read_shard() -> None:
         with tarfile.open(shard, "r|") as tar:
             for member in tar:
-                tar.extractfile(member).read()
+                (tar.extractfile(member) or io.BytesIO()).read()
 
     def write_lines() -> None:
         with lines.open("w", encoding="utf-8") as file:

@@ -162,7 +162,7 @@ class Job:
         """
         rng, cluster, length, end, redone = random.Random(seed), self.cluster, self.length(shard), 0.0, 0.0
         count = round(self.images / shard)
-        queue = [0.0] * count  # a heap: from when on each shard that is not begun can be had
+        queue = [0.0] * count  # a heap: from when on each waiting shard is available
         free = [(0.0, gpu) for gpu in range(self.gpus)]  # a heap: when each GPU is free
         fails = [rng.expovariate(cluster.failures) for _ in range(cluster.nodes(self.gpus))]  # when a node fails next
         up = [0.0] * len(fails)  # from when on a node is up

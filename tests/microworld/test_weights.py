@@ -18,7 +18,7 @@ from captioning.models.encoder import build_encoder, build_transform
 from captioning.profiles import MICRO_WEIGHTS, PROFILES
 from captioning.scoring.clipscore import ClipScorer, clipscore
 from decoder import LoraConfig, build_decoder
-from microworld import pretrain_llava, recipes
+from microworld import recipes
 from microworld.scenes import make_image
 
 MICRO = PROFILES["micro"]
@@ -120,20 +120,3 @@ def test_llava_loads_by_the_librarys_own_calls_and_sees_with_the_encoders_tower(
         tower = model.model.vision_tower
         seen = tower.post_layernorm(tower(pixels, output_hidden_states=True).hidden_states[-1])
         assert torch.allclose(seen, encoder.forward_features(pixels), atol=2e-2)  # fp16 files of one float32 original
-
-
-def test_questions_of_one_scene_do_not_see_each_other():
-    """Packed after one image, questions are learned as if each came alone."""
-    torch.manual_seed(0)
-    model = pretrain_llava.build_model()
-    tokenizer = import_guarded("transformers").AutoProcessor.from_pretrained(MICRO.llava).tokenizer
-    pairs = [[pretrain_llava.encode_pair(tokenizer, *p) for p in pretrain_llava.conversations(k, 0)] for k in range(2)]
-    features, head = torch.randn(2, 144, 192), torch.tensor(tokenizer("USER: ").input_ids)
-
-    def loss(features, batch):
-        with torch.no_grad():
-            return float(pretrain_llava.instruction_loss(model, head, features, pretrain_llava.pack_pairs(batch)))
-
-    alone = [(loss(features[k : k + 1], [[pair]]), len(pair[1])) for k in range(2) for pair in pairs[k]]
-    mean = sum(value * count for value, count in alone) / sum(count for _, count in alone)
-    assert loss(features, pairs) == pytest.approx(mean, abs=1e-5)
