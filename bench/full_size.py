@@ -280,12 +280,6 @@ def row(name: str, work: dict[str, Any], unit: str, teraflops: float | str, shar
     }
 
 
-def estimate(parts: list[Part], rates: dict[str, float]) -> str:
-    """Say what the matrix products of each part take at the measured rates: less than any run can."""
-    least = {part.name: part.count * part.operations / rates[part.kind] for part in parts}
-    return "products alone, at the measured rates: " + ", ".join(f"{name} {s:.3g} s" for name, s in least.items())
-
-
 def measure_rates(device: torch.device, size: Size) -> tuple[dict[str, float], float]:
     """Return the operations a second of matrix products by type, and the bytes a second of copying."""
     kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if device.type == "cuda" else {})
@@ -305,7 +299,6 @@ def rehearse(args: argparse.Namespace, size: Size, device: torch.device, folder:
     tokens = prepare(folder, size, numbers, args.workers)
     prepared = time.monotonic() - started
     parts = parts_of(size, numbers, tokens, "bf16" if device.type == "cuda" else "fp32")
-    print(estimate(parts, rates))
     usages, failure = run_all(run, size, numbers)
     again, copying_again = measure_rates(device, size)  # other work on the machine may have been in the way
     rates = {kind: max(rate, again[kind]) for kind, rate in rates.items()}

@@ -80,13 +80,8 @@ def make_tars(folder: Path, images: int, per_tar: int, distinct: int) -> str:
     return str(folder / f"{{00000..{count - 1:05d}}}.tar")
 
 
-def watch(command: list[str], state: Path, every: float, out: Path | None = None) -> tuple[int, list[dict[str, float]]]:
-    """Run ``command``; return its exit code and the curve: seconds, images captioned, resident memory and its peak.
-
-    With ``out`` each point is written there as it comes, a line of JSON.
-    """
-    if out:
-        write_text(out, "")
+def watch(command: list[str], state: Path, every: float) -> tuple[int, list[dict[str, float]]]:
+    """Run ``command``; return its exit code and the curve: seconds, images captioned, resident memory and its peak."""
     curve: list[dict[str, float]] = []
     counted: dict[str, int] = {}
     began = time.monotonic()
@@ -101,9 +96,6 @@ def watch(command: list[str], state: Path, every: float, out: Path | None = None
             if memory:
                 done = sum(counted.values())
                 curve.append({"seconds": round(time.monotonic() - began, 1), "images": done, **memory})
-                if out:
-                    with out.open("a", encoding="ascii") as file:
-                        file.write(json.dumps(curve[-1]) + "\n")
     finally:
         if process.poll() is None:
             process.kill()
@@ -145,9 +137,7 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
     tars = make_tars(folder, args.images, args.per_tar, args.distinct)
     out = folder / "out.jsonl"
     words = ["p2_infer.py", tars, str(out), *models, *flags(batch_size=64, beam_size=1, max_new_tokens=4)]
-    code, curve = watch(
-        [sys.executable, *words], out / "_state", args.every, args.out and args.out.with_suffix(".curve.jsonl")
-    )
+    code, curve = watch([sys.executable, *words], out / "_state", args.every)
     if code:
         raise ValueError(f"p2_infer.py ended with exit code {code}")
     manifest = json.loads((out / "_manifest.json").read_text(encoding="utf-8"))
@@ -157,6 +147,7 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
     title = f"{args.images} images from {len(manifest['shards'])} tars, {args.captioner} captioner: peak {peak:.0f} MB"
     report(title, summarise(curve, args.images), CPU, args.out)
     if args.out:
+        write_text(args.out.with_suffix(".curve.jsonl"), "".join(json.dumps(point) + "\n" for point in curve))
         draw(curve, args.limit_gb, args.out.with_suffix(".png"))
     return int(peak > args.limit_gb * 1e3)
 

@@ -5,7 +5,7 @@
     python -m bench.scale_study --write                  write the page and its pictures
     python -m bench.scale_study --check                  is the page what the script gives?
 
-A CPU's costs come from costs.json; a GPU's are computed from operations, bytes and assumed shares of its peaks.
+A CPU's costs are measured; a GPU's are computed from operations, bytes and assumed shares of its peaks.
 """
 
 from __future__ import annotations
@@ -171,8 +171,7 @@ def draw_shards(axis: Any, job: Job) -> None:
     lost = [job.losses(shard) for shard in SHARDS]
     for name in lost[0]:
         axis.plot(SHARDS, [100 * shares[name] for shares in lost], label=name)
-    simulated = [100 * job.simulate(shard)[0] for shard in SHARDS]
-    axis.plot(SHARDS, simulated, "o", color="black", mfc="white", label="simulated")
+    axis.plot(SHARDS, [100 * job.simulate(shard)[0] for shard in SHARDS], "o", color="black", label="simulated")
     axis.set(xlabel="images a shard", ylabel=f"lost on {MOST} GPUs, % of the useful time")
 
 
@@ -204,8 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--images {args.images:g}: must be from 1e6 to 1e10; a smaller job needs no such plan")
     cluster, costs = Cluster(**{name: getattr(args, name) for name in ASSUMPTIONS}), read_json(HERE / "costs.json")
     tuned, llava = workloads(costs, cluster)
-    if args.rate:
-        tuned = replace(tuned, stages={"measured": 1 / args.rate})
+    tuned = replace(tuned, stages={"measured": 1 / args.rate}) if args.rate else tuned
     every = [{gpus: Job(work, cluster, gpus, args.images) for gpus in GPUS} for work in (tuned, llava)]
     text = render(costs, every)
     if args.check:

@@ -48,11 +48,8 @@ class Cluster:
 
     def slowest(self, moved: float, operations: float, launches: float) -> float:
         """Return the seconds of a step: the slowest of bytes moved, operations, and blocks launched."""
-        return max(
-            moved / (self.bandwidth * self.step_share),
-            operations / (self.products * self.encode_share),
-            launches * self.kernels * self.launch,
-        )
+        memory, products = moved / self.bandwidth / self.step_share, operations / self.products / self.encode_share
+        return max(memory, products, launches * self.kernels * self.launch)
 
 
 @dataclass(frozen=True)
