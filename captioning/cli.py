@@ -6,6 +6,7 @@ import argparse
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,11 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 def setup_logging(verbose: bool = False) -> None:
-    """Send log records to stderr: the suite's at INFO (DEBUG when ``verbose``), other libraries' warnings only."""
+    """Send log records to stderr: the suite's at INFO (DEBUG when ``verbose``), other libraries' warnings only.
+
+    What Pillow warns of, damaged metadata above all, says nothing about captions and does not name the picture.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.basicConfig(format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     for name in ("__main__", "captioning", "bench", "microworld"):
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -1,11 +1,13 @@
 """Every command line: one line for bad input, its exit code, and both spellings of a flag."""
 
 import argparse
+import subprocess
 import sys
 
 import pytest
 
 from captioning.cli import BAD_INPUT, INTERRUPTED, FlagParser, add_common_flags, command, positive_int
+from captioning.profiles import ROOT
 
 
 @pytest.fixture
@@ -72,6 +74,18 @@ def test_help_shows_defaults(parser):
     assert "predictions (default: p.json)" in help_
     assert "of the draw (default: 0)" in help_
     assert "(default: None)" not in help_ and "(default: False)" not in help_
+
+
+def test_pillow_does_not_warn_beside_our_messages():
+    code = (
+        "import warnings; from captioning.cli import setup_logging; setup_logging()\n"
+        "from PIL import Image\n"
+        "picture = Image.new('P', (1, 1)); picture.info['transparency'] = b'x'; picture.convert('RGB')\n"
+        "warnings.warn_explicit('Corrupt EXIF data', UserWarning, 'x.py', 1, 'PIL.TiffImagePlugin')\n"
+        "warnings.warn_explicit('ours', UserWarning, 'x.py', 1, 'captioning.x')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stderr.splitlines() == ["x.py:1: UserWarning: ours"]
 
 
 @pytest.mark.parametrize(

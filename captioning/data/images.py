@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import os
 from collections.abc import Iterable
@@ -10,14 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from captioning.data.metadata import orientation, without_metadata
 from captioning.files import is_text
-from captioning.messages import some
+from captioning.messages import first_line, some
 
 if TYPE_CHECKING:  # scoring captions by CIDEr lists images and reads none, so Pillow is imported where pixels are
-    from PIL import Image
+    from PIL import Image, ImageFile
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of the images in a folder
 READABLE_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")  # also of images that a caption file names
+
+# Formats that Pillow knows by name and does not read itself; for EPS it would start Ghostscript on the file.
+NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 MAX_IMAGE_BYTES = 512 * 2**20  # images within Pillow's limit on pixels are smaller than this
 
@@ -54,6 +60,20 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     return images
 
 
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Return the image formats that are read here, by Pillow's names; HEIF where pillow-heif is installed."""
+    from PIL import Image
+
+    Image.preinit()  # first, as Pillow itself does: the order decides where a file could be of two formats
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in Image.ID if name not in NOT_READ)
+
+
 def load_image(path: str | os.PathLike, draft: int | None = None) -> Image.Image:
     """Return the image at ``path`` as 8-bit RGB, upright: EXIF rotation applied, first frame, transparency on white.
 
@@ -80,19 +100,70 @@ def decode_image(encoded: bytes, name: object, draft: int | None = None) -> Imag
     Raises:
         ValueError: as :func:`load_image`, beginning with ``name``.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            if draft and image.format == "JPEG":
-                _decode_smaller(image, draft)
-            return _to_rgb(ImageOps.exif_transpose(image))
+        return _decode(encoded, draft)
     except UnidentifiedImageError as error:
         reason = "of no known image format" if encoded else "empty"
         raise ValueError(f"{name}: the file is {reason}; replace it or take it out") from error
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow raises each of these for damaged files, SyntaxError for PNG and EXIF among them.
-        raise ValueError(f"{name}: cannot be read as an image ({error}); replace it or take it out") from error
+    except Exception as error:  # of any type: Pillow's readers do not agree on what a damaged file raises
+        reason = first_line(error)
+        raise ValueError(f"{name}: cannot be read as an image ({reason}); replace it or take it out") from error
+
+
+def _decode(encoded: bytes, draft: int | None) -> Image.Image:
+    """Return the picture, also where Pillow fails at its metadata: then without them."""
+    try:
+        return _read(encoded, draft)
+    except Exception:
+        pixels, exif = without_metadata(encoded)
+        with contextlib.suppress(Exception):
+            if pixels != encoded:
+                return _read(pixels, draft, exif)
+        raise
+
+
+def _read(encoded: bytes, draft: int | None, exif: bytes | None = None) -> Image.Image:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded), formats=formats()) as image:
+        if draft and image.format == "JPEG":
+            _decode_smaller(image, draft)
+        transparent = _transparent_value(image)
+        image.load()
+        if transparent is not None:
+            image.info["transparency"] = transparent
+        if exif is not None:
+            image.info["exif"] = exif
+        return _to_rgb(_turned(image, orientation(image)))
+
+
+def _transparent_value(image: ImageFile.ImageFile) -> int | tuple[int, ...] | None:
+    """Return a PNG's transparent value on the scale of the pixels as Pillow reads them, where Pillow does not."""
+    layout = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    value = image.info.get("transparency")
+    if layout in ("L;2", "L;4") and value is not None:
+        return value * (85 if layout == "L;2" else 17)
+    if layout == "RGB;16B" and value is not None:
+        return tuple(part >> 8 for part in value)
+    return None
+
+
+def _turned(image: Image.Image, way: int) -> Image.Image:
+    """Return an image that is stored in one of EXIF's eight orientations upright."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[way]) if way in turns else image
 
 
 def _decode_smaller(image: Image.Image, shorter: int) -> None:
@@ -111,8 +182,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels; save it with 8 bits a channel")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255, which leaves an almost white picture; keep the high byte as libpng does.
-        grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint16) >> 8  # (H, W)
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)  # (H, W)
+        grey = (np.clip(values, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

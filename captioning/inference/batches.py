@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from captioning.data.images import decode_image, load_image
+from captioning.messages import first_line
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +102,14 @@ class Job:
             self.begin = ShrinkingBatch(self.begin)
 
     def read(self, entry: Entry) -> Any:
-        """Return an entry's image, prepared. Raises ValueError or OSError where it cannot be read."""
-        return self.prepare(entry.load(self.draft))
+        """Return an entry's image, prepared. Raises ValueError or OSError naming it, whatever is wrong with it."""
+        try:
+            return self.prepare(entry.load(self.draft))
+        except Exception as error:  # of any type: one picture must not end a run
+            if isinstance(error, ValueError | OSError) and entry.name in str(error):
+                raise
+            log.debug("%s", entry.name, exc_info=True)
+            raise ValueError(f"{entry.name}: {first_line(error)}; replace it or take it out") from error
 
 
 Failed = Callable[[Entry, Exception], None]  # called with each entry that cannot be read, and why

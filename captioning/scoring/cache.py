@@ -30,6 +30,7 @@ from captioning.tensors import read_tensors, write_tensors
 log = logging.getLogger(__name__)
 
 KEPT = 20  # sets of references in a folder; the one that was not used for the longest time goes first
+LOADER = 2  # raised whenever data.images gives other pixels than before
 SOURCES = {  # by tokenizer, the files beside this one that decide what is kept of references
     "ptb": ("tokenizers.py", "ptb.py", "cider.py"),
     "ptb-java": ("tokenizers.py", "java.py", "cider.py"),
@@ -52,7 +53,8 @@ def cached_image_features(
         OSError: a file is missing or must not be read.
         ValueError: see ``clipscore.image_features``.
     """
-    maker = (scorer.model_name, scorer.fingerprint, repr(scorer.preprocess), scorer.precision, scorer.device.type)
+    made_by = (scorer.model_name, scorer.fingerprint, repr(scorer.preprocess), scorer.precision, scorer.device.type)
+    maker = (*made_by, LOADER)
     file = folder / f"{_hash(maker)[:16]}.safetensors"
     digests = [sha256_of(Path(path)) for path in paths]
     known = _read(file, _features_by_image) or {}

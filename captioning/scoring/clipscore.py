@@ -13,20 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from captioning.data.annotations import check_keys
+from captioning.data.images import load_image
 from captioning.device import pick_device
 from captioning.files import sha256_of
 from captioning.imports import import_guarded
 from captioning.messages import one_line, some
 from captioning.profiles import PROFILES
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +104,8 @@ class ClipScorer:
         return torch.nonzero((tokens[:, context:] != padding).any(dim=1)).flatten().tolist()
 
     def load_image(self, path: str | os.PathLike) -> torch.Tensor:
-        """Return the preprocessed pixels ``(3, size, size)`` of an image; errors as ``open_image``."""
-        with open_image(path) as image:
-            return self.preprocess(image)
+        """Return the preprocessed pixels ``(3, size, size)`` of an image; errors as ``data.images.load_image``."""
+        return self.preprocess(load_image(path))
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -123,25 +120,6 @@ class ClipScorer:
         return F.normalize(features.float(), dim=-1)
 
 
-@contextmanager
-def open_image(path: str | os.PathLike) -> Iterator[Image]:
-    """Yield the image at ``path`` as it is stored: EXIF orientation is ignored, as by OpenAI's CLIP.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be decoded, whether at once or when its pixels are used.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-        raise ValueError(f"{path}: not a readable image ({error}); fetch or convert it again") from error
-
-
 def clipscore(
     scorer: ClipScorer,
     image_paths: Mapping[str, str | os.PathLike],
@@ -152,7 +130,7 @@ def clipscore(
     """Return ``{key: 2.5 * max(cos(image, prefix + caption), 0)}`` in the order of ``image_paths``.
 
     Raises:
-        FileNotFoundError: an image is missing.
+        OSError: an image is missing or must not be read.
         ValueError: the keys differ, an image cannot be decoded, or a score is not finite.
     """
     check_keys(image_paths, captions)

@@ -7,8 +7,8 @@ import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
+from captioning.data.images import load_image
 from captioning.files import data_url
-from captioning.scoring.clipscore import open_image
 
 SHOWN = 12  # images in a section
 PIXELS = 360  # the longer side of a picture on the page, at most
@@ -53,7 +53,7 @@ def page(
         seed: of the random choice.
 
     Raises:
-        FileNotFoundError, ValueError: as ``clipscore.open_image``.
+        OSError, ValueError: as ``data.images.load_image``.
     """
     images = list(ranking)
     best, others = images[:SHOWN], images[SHOWN:]
@@ -78,8 +78,7 @@ def _card(image: str, row: Mapping[str, float | str], references: Sequence[str],
     numbers = " · ".join(f"{metric} {score:.3f}" for metric, score in row.items() if metric != "caption")
     listed = "".join(f"<li>{html.escape(reference)}</li>" for reference in references)
     name, caption = html.escape(image), html.escape(caption)
-    with open_image(path) as picture:
-        url = data_url(picture, PIXELS)
+    url = data_url(load_image(path), PIXELS)
     return (
         f'<li><img alt="{caption}" loading="lazy" src="{url}"><div class="text">'
         f'<p class="caption">{caption}</p><p class="numbers">{html.escape(numbers)}</p><p class="name">{name}</p>'

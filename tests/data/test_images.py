@@ -1,14 +1,16 @@
 """Every kind of image file becomes upright RGB or is refused by name; drafts keep nearly the same pixels."""
 
+import io
 import os
 import zlib
 
 import numpy as np
 import pytest
+from image_bytes import grey_png
 from PIL import Image
 
 from captioning.data import images as images_module
-from captioning.data.images import DRAFT_FACTOR, list_images, load_image
+from captioning.data.images import DRAFT_FACTOR, decode_image, formats, list_images, load_image
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -94,6 +96,44 @@ def test_sixteen_bit_ramp_is_scaled_and_not_clipped(tmp_path):
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "a.png"))[..., 0], ramp // 257)
     (tmp_path / "b.png").write_bytes(b"P5 16 16 65535\n" + ramp.astype(">u2").tobytes())  # Pillow's mode "I"
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "b.png"))[..., 1], ramp // 257)
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "transparent", "expected"),
+    [
+        (1, b"\x80", 1, [255] + [0] * 7),
+        (1, b"\x80", 0, [255] * 8),
+        (2, b"\x1b", 1, [0, 255, 170, 255]),
+        (4, b"\x5a", 5, [255, 170]),
+        (8, b"\x05\x0a", 5, [255, 10]),
+        (16, b"\x05\x05\x05\x06", 0x0505, [255, 5]),  # equal in the eight bits that are kept
+        (16, b"\x00\x00\x80\x00", 0, [255, 128]),
+    ],
+)
+def test_a_transparent_grey_is_white_at_any_depth(depth, row, transparent, expected):
+    """16 bits lost the transparency; of 2 and 4 bits Pillow scales the pixels and not the transparent value."""
+    image = decode_image(grey_png(depth, row, (transparent,)), "a.png")
+    assert np.asarray(image)[0].tolist() == [[level] * 3 for level in expected]
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_transparent_colour_is_white(depth):
+    row = b"".join(value.to_bytes(depth // 8, "big") for value in (1, 2, 300 % 2**depth, 1, 2, 4))
+    image = decode_image(grey_png(depth, row, (1, 2, 300 % 2**depth), colours=2), "a.png")
+    assert image.getpixel((0, 0)) == WHITE
+    assert image.getpixel((1, 0)) == ((1, 2, 4) if depth == 8 else (0, 0, 0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_shades_of_transparency_is_blended_without_a_warning(tmp_path):
+    """Pillow warned of it and dropped the transparency where the mode was RGB at once."""
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([*RED, *RED, *RED])
+    palette.putdata([0, 1, 2])
+    palette.save(tmp_path / "a.png", transparency=bytes([0, 128, 255]))
+    pixels = np.asarray(load_image(tmp_path / "a.png"))[0].tolist()
+    assert pixels[0] == list(WHITE) and pixels[2] == list(RED)
+    assert pixels[1] == pytest.approx([255, 127, 127], abs=1)
 
 
 def test_palette_transparency_and_animation(tmp_path):
@@ -192,6 +232,16 @@ def test_bombs_floats_and_folders_are_refused(tmp_path, monkeypatch):
         load_image(bomb)
     with pytest.raises(OSError, match=str(tmp_path)):
         load_image(tmp_path)
+
+
+def test_formats_that_pillow_hands_to_other_programs_are_not_opened(monkeypatch):
+    """Of an EPS that is named .jpg Pillow would start Ghostscript."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("Ghostscript was started"))
+    eps = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(eps, "EPS")
+    with pytest.raises(ValueError, match="of no known image format"):
+        decode_image(eps.getvalue(), "a.jpg")
+    assert {"JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF"} & {*Image.OPEN} <= {*formats()}
 
 
 # --- JPEG drafts ----------------------------------------------------------------------------------------------------

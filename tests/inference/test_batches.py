@@ -6,6 +6,8 @@ import pytest
 import torch
 from level_captioner import grey, say
 
+from captioning.data import images as images_module
+from captioning.data import metadata
 from captioning.inference.batches import Entry, Job, ShrinkingBatch, caption_entries, read_ahead
 
 
@@ -92,3 +94,29 @@ def test_a_job_remembers_how_many_images_fit(images):
     for _ in range(2):  # as over two shards
         list(caption_entries(map(Entry.of, images[:4]), job, 4, lambda entry, error: None))
     assert tried == [4, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("1x1"), KeyError("mode"), MemoryError(), OSError("no name")])
+def test_whatever_one_picture_raises_it_is_named_and_the_others_are_captioned(images, error):
+    def prepare(image):
+        if grey(image) == 4:
+            raise error
+        return grey(image)
+
+    failed = {}
+    batches = caption_entries(map(Entry.of, images), Job(prepare, say), 3, lambda entry, e: failed.update({entry: e}))
+    captions = {key: caption for batch in batches for key, caption in batch.items()}
+    assert captions == {str(k): f"level {k}" for k in range(7) if k != 4}
+    ((entry, reason),) = failed.items()
+    assert (entry.key, type(reason)) == ("4", ValueError)
+    assert str(reason).startswith(f"{images[4]}: ") and str(reason).endswith("; replace it or take it out")
+
+
+def test_what_pillow_raises_for_one_picture_does_not_end_a_run(images, monkeypatch):
+    """struct.error, TypeError and AttributeError did."""
+    whole = metadata.orientation
+    monkeypatch.setattr(images_module, "orientation", lambda image: whole(image) if grey(image) != 4 else 1 / 0)
+    failed = []
+    batches = caption_entries(map(Entry.of, images), Job(grey, say), 3, lambda entry, error: failed.append(str(error)))
+    assert sum(map(len, batches)) == 6
+    assert failed == [f"{images[4]}: cannot be read as an image (division by zero); replace it or take it out"]

@@ -226,6 +226,13 @@ def test_another_model_never_gets_these_features(tmp_path, pictures, encoded, ch
     assert len(encoded) == 6
 
 
+def test_features_of_pixels_read_otherwise_are_never_served(tmp_path, pictures, encoded, monkeypatch):
+    for number in (1, 2, 2):
+        monkeypatch.setattr(cache, "LOADER", number)
+        cached_image_features(scorer(), pictures, 2, tmp_path / "cache")
+    assert len(encoded) == 6
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text"])
 def test_damaged_features_are_reported_and_made_again(tmp_path, pictures, encoded, caplog, damage):
     folder = tmp_path / "cache"

@@ -99,8 +99,36 @@ def test_a_score_that_is_no_number_is_an_error(paths, scorer, monkeypatch):
 def test_a_corrupt_image_is_named(tmp_path, paths, scorer, damage):
     broken = tmp_path / "broken.png"
     broken.write_bytes(damage(paths["im0"].read_bytes()))
-    with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
+    with pytest.raises(ValueError, match=r"broken\.png: .*replace it"):
         clipscore(scorer, {**paths, "im0": broken}, CAPTIONS)
+
+
+def test_clip_sees_what_the_captioner_sees(tmp_path, paths, scorer):
+    """A 16-bit grey was white to it, a photograph on its side, and transparency whatever colour lay below."""
+    picture = Image.open(paths["im0"]).convert("L")
+    levels = np.asarray(picture)
+    Image.fromarray(levels.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    clear = np.dstack([levels, np.where(levels > 100, 255, 0).astype(np.uint8)])
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    Image.fromarray(np.where(levels > 100, levels, 255).astype(np.uint8)).save(tmp_path / "on white.png")
+    picture.save(tmp_path / "plain.png")
+    plain, deep, turned, clear, white = (
+        scorer.load_image(tmp_path / f"{name}.png") for name in ("plain", "deep", "turned", "clear", "on white")
+    )
+    assert torch.equal(deep, plain) and torch.equal(turned, plain)
+    assert torch.equal(clear, white) and not torch.equal(clear, plain)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparency_is_scored_without_a_warning(tmp_path, paths, scorer):
+    palette = Image.open(paths["im0"]).convert("P")
+    palette.save(tmp_path / "palette.png", transparency=bytes(range(256)))
+    Image.open(tmp_path / "palette.png").convert("RGBA").save(tmp_path / "alpha.png")
+    seen, wanted = (scorer.load_image(tmp_path / name) for name in ("palette.png", "alpha.png"))
+    assert torch.equal(seen, wanted)
 
 
 def test_openai_weights_in_a_local_file_are_refused_or_warned_of(tmp_path, caplog):

@@ -91,7 +91,7 @@ def test_pictures_are_small(pictures):
 
 def test_a_broken_picture_is_named(tmp_path):
     (tmp_path / "x.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
+    with pytest.raises(ValueError, match=r"x\.png: the file is of no known image format"):
         make_page({"x": tmp_path / "x.png"})
     with pytest.raises(FileNotFoundError):
         make_page({"y": tmp_path / "y.png"})
