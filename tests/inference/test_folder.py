@@ -17,9 +17,9 @@ RUN = {"model": "m", "beams": (1, 2)}
 
 
 def run(out, images, caption=say, batch_size=3, **kwargs):
-    with PredictionLog(out, RUN, **kwargs) as log_file:
-        caption_images(log_file, images, Job(grey, caption), batch_size)
-        return log_file.finish(images)
+    with PredictionLog(out, RUN, **kwargs) as predictions:
+        caption_images(predictions, images, Job(grey, caption), batch_size)
+        return predictions.finish(images)
 
 
 def test_every_image_has_its_caption_and_the_side_file_goes(tmp_path, images):
@@ -57,8 +57,8 @@ def test_another_run_is_neither_resumed_nor_dropped(tmp_path, images):
     with pytest.raises(ValueError, match=r"another run \(other model\)"):
         PredictionLog(out, {**RUN, "model": "n"})
     assert (tmp_path / "out.json.part.jsonl").read_bytes() == before
-    with PredictionLog(out, {**RUN, "model": "n"}, overwrite=True) as log_file:
-        assert log_file.captions == {}
+    with PredictionLog(out, {**RUN, "model": "n"}, overwrite=True) as predictions:
+        assert predictions.captions == {}
 
 
 def test_a_damaged_side_file_is_named(tmp_path, images):
@@ -163,10 +163,10 @@ def test_no_process_ends_before_the_result_is_written(tmp_path, images, monkeypa
     """With an image that cannot be read all ended with exit code 3, and the launcher killed the one still writing."""
     processes = Pretended(rank, 2)
     monkeypatch.setattr(folder, "write_json", lambda *words: processes.events.append("write"))
-    with PredictionLog(tmp_path / "out.json", RUN, processes=processes) as log_file:
-        caption_images(log_file, images, Job(grey, say), 3)
+    with PredictionLog(tmp_path / "out.json", RUN, processes=processes) as predictions:
+        caption_images(predictions, images, Job(grey, say), 3)
         processes.events.clear()
-        log_file.finish(images)
+        predictions.finish(images)
     assert processes.events == (
         ["wait", "write", "wait for the first"] if rank == 0 else ["wait", "wait for the first"]
     )
@@ -193,10 +193,10 @@ def test_side_files_of_another_run_are_refused_by_all(tmp_path, images):
 def test_every_image_belongs_to_one_process(tmp_path, images):
     seen = []
     for rank in (1, 2, 0):
-        with PredictionLog(tmp_path / "out.json", RUN, processes=Pretended(rank, 3)) as log_file:
-            log_file.captions.clear()  # as if all had started at once
+        with PredictionLog(tmp_path / "out.json", RUN, processes=Pretended(rank, 3)) as predictions:
+            predictions.captions.clear()  # as if all had started at once
             job = Job(grey, lambda levels: seen.extend(levels) or say(levels))
-            caption_images(log_file, images, job, 2)
+            caption_images(predictions, images, job, 2)
             if rank == 0:
-                assert len(log_file.finish(images)) == 7
+                assert len(predictions.finish(images)) == 7
     assert sorted(seen) == list(range(7))
