@@ -22,45 +22,48 @@ from captioning.training.rewards import CiderReward
 from captioning.training.scst import advantages, beams, weighted_loss
 from decoder import Decoder, DecoderConfig, LoraConfig
 
-ENCODER, EOS = "vit_large_patch14_clip_224", 50256
-
 
 class Ids:
     """Replaces the tokenizer, of which only these two numbers are used."""
 
-    eos_id, vocab_size = EOS, EOS + 1
+    def __init__(self, vocab_size: int) -> None:
+        self.eos_id, self.vocab_size = vocab_size - 1, vocab_size
 
 
-def make_captioner(device: torch.device) -> Captioner:
+def make_captioner() -> Captioner:
     """Return the full-size captioner with one layer of its encoder, whose tokens are cached in training anyway."""
     lora = LoraConfig(32, 32.0, lm_head=True)
-    config = CaptionerConfig(ENCODER, {"depth": 1}, "random", lora=lora)
-    return Captioner(config, Decoder(DecoderConfig(), lora)).to(device).eval()
+    config = CaptionerConfig("vit_large_patch14_clip_224", {"depth": 1}, "random", lora=lora)
+    return Captioner(config, Decoder(DecoderConfig(), lora))
 
 
-def references(images: int) -> list[list[list[int]]]:
-    """Return 5 captions of 12 token ids for each image."""
-    drawn = np.random.default_rng(0).zipf(1.3, size=(images, 5, 12)) % EOS
-    return drawn.tolist()
+def measure(captioner: Captioner, images: int, samples: int, repeats: int, known: int = 10_000) -> dict[str, float]:
+    """Return the median seconds of each part of a step, after one step to warm up.
 
-
-def measure(images: int, samples: int, repeats: int, device: torch.device) -> dict[str, float]:
-    """Return the median seconds of each part of a step, after one step to warm up."""
-    captioner, captions = make_captioner(device), references(10_000)
-    reward = CiderReward(captions, EOS)
+    Args:
+        captioner: that is trained.
+        images: of a step.
+        samples: captions of each.
+        repeats: steps that are timed.
+        known: images with references.
+    """
+    device, ids = captioner.device, Ids(captioner.decoder.config.vocab_size)
+    eos = ids.eos_id
+    captions = (np.random.default_rng(0).zipf(1.3, size=(known, 5, 12)) % eos).tolist()
+    reward = CiderReward(captions, eos)
     features = torch.randn(images, *captioner.feature_shape, device=device)
     times: dict[str, list[float]] = {"draw": [], "reward": [], "gradient": []}
     for _ in range(repeats + 1):
         marks = [time.perf_counter()]
-        drawn = beams(captioner, cast(Tokenizer, Ids), features, samples, 30)
+        drawn = beams(captioner, cast(Tokenizer, ids), features, samples, 30)
         marks.append(time.perf_counter())
         flat = [sample for group in drawn for sample in group]
         rewards = reward(np.repeat(np.arange(images), samples).tolist(), flat).reshape(images, samples)
         marks.append(time.perf_counter())
-        people = [[[*caption, EOS] for caption in group] for group in captions[:images]]
+        people = [[[*caption, eos] for caption in group] for group in captions[:images]]
         weights = np.concatenate([advantages(rewards), np.full((images, 5), 0.25)], 1)
         both = [a + b for a, b in zip(drawn, people, strict=True)]
-        weighted_loss(captioner, features, both, weights.tolist(), EOS).backward()
+        weighted_loss(captioner, features, both, weights.tolist(), eos).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         marks.append(time.perf_counter())
@@ -77,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=positive_int, default=5, help="captions an image: beams")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    parts = measure(args.images, args.samples, args.repeats, device)
+    parts = measure(make_captioner().to(device).eval(), args.images, args.samples, args.repeats)
     share = parts["reward"] / sum(parts.values())
     row = {"images": args.images, "samples an image": args.samples}
     row |= {f"{name}, s": seconds for name, seconds in parts.items()}

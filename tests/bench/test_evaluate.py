@@ -41,7 +41,7 @@ def test_the_tiny_form_notices_what_differs(monkeypatch, capsys):
     assert "different: second run, micro scorer" in capsys.readouterr().out
 
 
-def test_a_row_has_medians_of_runs_in_turn_behind_a_warm_up():
+def test_a_row_has_medians_of_runs_in_turn_after_a_warm_up():
     runs, now = [], [0.0]
 
     def side(name, seconds):

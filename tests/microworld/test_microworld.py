@@ -337,7 +337,7 @@ def test_counts_and_colours_are_true(taught):
     assert counted > 150
 
 
-def test_key_objects_are_told_all_and_at_more_length(taught):
+def test_key_objects_are_all_named_and_at_more_length(taught):
     for scene, pairs in taught:
         answer = next(a for q, a in pairs if q in KEY_OBJECTS)
         for group in scene.groups():
