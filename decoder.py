@@ -20,7 +20,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import loralib
@@ -28,9 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captioning.checkpoints import read_state_dict, transformers_config
 from captioning.kernels.frozen_linear import frozen_linear, keep_cast_weight
 from captioning.kernels.packed_attention import PackedAttention, Packing, can_attend_packed
-from captioning.tensors import copy_exactly, read_state_dict
+from captioning.messages import some
+from captioning.tensors import copy_exactly
 
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # the linear layers of a block, for LoRA to adapt
 
@@ -72,7 +74,9 @@ class DecoderConfig:
         state = _plain_keys(state)
         for name in ("wte.weight", "wpe.weight"):
             if name not in state or state[name].ndim != 2:
-                raise ValueError(f"the decoder weights hold no matrix {name!r}; give a GPT-2 state dict")
+                raise ValueError(
+                    f"the decoder weights hold no matrix {name!r} but {some(state)}; give a GPT-2 state dict"
+                )
         vocab_size, n_embd = state["wte.weight"].shape
         if n_head is None and n_embd % 64:
             raise ValueError(f"decoder width {n_embd} is no multiple of 64, so give the number of heads (n_head)")
@@ -538,19 +542,32 @@ _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mas
 def build_decoder(
     source: str | os.PathLike | State, lora: LoraConfig | None = None, n_head: int | None = None
 ) -> Decoder:
-    """Build a decoder with the shape and weights of a GPT-2 state dict, or of a file with one, and add LoRA.
+    """Build a decoder with the shape and weights of a GPT-2 state dict, and add LoRA.
+
+    The state dict may be given as whatever ``read_state_dict`` reads. What weights do not show, heads and epsilon, is
+    taken from transformers' ``config.json`` where one lies with them.
 
     Raises:
         FileNotFoundError, ValueError: see ``read_state_dict``, ``DecoderConfig.from_state_dict`` and ``load_gpt2``.
     """
-    state = source if isinstance(source, Mapping) else read_state_dict(source)
+    if isinstance(source, Mapping):
+        return _build(source, lora, n_head, {})
+    state = read_state_dict(source)
     try:
-        decoder = Decoder(DecoderConfig.from_state_dict(state, n_head), lora)
-        load_gpt2(decoder, state)
+        return _build(state, lora, n_head, transformers_config(source))
     except ValueError as error:
-        if isinstance(source, Mapping):
-            raise
         raise ValueError(f"{source}: {error}") from error
+
+
+def _build(state: State, lora: LoraConfig | None, n_head: int | None, known: Mapping[str, Any]) -> Decoder:
+    known = known if known.get("model_type") == "gpt2" else {}
+    activation = known.get("activation_function", "gelu_new")
+    if activation not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise ValueError(f"config.json: activation_function {activation}, and the decoder computes GPT-2's gelu_new")
+    shape = DecoderConfig.from_state_dict(state, n_head or known.get("n_head"))
+    epsilon = known.get("layer_norm_epsilon", shape.layer_norm_epsilon)
+    decoder = Decoder(replace(shape, layer_norm_epsilon=epsilon), lora)
+    load_gpt2(decoder, state)
     return decoder
 
 

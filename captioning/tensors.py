@@ -1,21 +1,19 @@
-"""Named tensors: in safetensors files with a checksum, from others' files without running a pickle, and copied."""
+"""Named tensors: fingerprints, safetensors files with a checksum, and copies that must fit exactly."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import pickle
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from captioning.files import atomic_path
-from captioning.messages import first_line, some
+from captioning.messages import some
 
 DIGEST = "digest"  # name of the checksum among a file's texts
 
@@ -69,54 +67,6 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
 def _digest(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> str:
     words = json.dumps([sorted(texts.items()), fingerprint(tensors)])
     return hashlib.sha256(words.encode()).hexdigest()
-
-
-# What the readers raise for damaged files; for pickles found by cutting and flipping bytes at random.
-_DAMAGE = (
-    SafetensorError,
-    OSError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ValueError,
-    AssertionError,
-    struct.error,
-)
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Read named tensors from a ``.safetensors`` file or a ``.bin``, ``.pt``, ``.pth`` pickle, onto the CPU.
-
-    Pickles are read with ``weights_only=True``: one that wants to run code is refused and nothing of it is run.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another suffix, a damaged file, or one that holds anything but named tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}; check the path, or run `bash hw3_download.sh p2`")
-    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; expected .safetensors, .bin, .pt or .pth")
-    with path.open("rb") as file:  # outside of the try, so that a missing permission is reported as such
-        try:
-            if path.suffix == ".safetensors":
-                return load_file(path)
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path}: not a plain dict of tensors (damaged, or it holds objects whose loading could run code); "
-                "download it again, or save the state dict alone, best as .safetensors"
-            ) from error
-        except _DAMAGE as error:
-            raise ValueError(
-                f"{path}: damaged or cut short ({first_line(error)}); download or save it again"
-            ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{path}: holds no plain dict of tensors; save the model's state_dict() alone")
-    return state
 
 
 @torch.no_grad()

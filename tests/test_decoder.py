@@ -637,3 +637,48 @@ def test_errors_of_a_file_name_it(tmp_path):
     torch.save(corrupt(Decoder(TINY), **{"ln_f.bias": None}), tmp_path / "decoder.bin")
     with pytest.raises(ValueError, match=r"decoder\.bin: .*missing ln_f\.bias"):
         build_decoder(tmp_path / "decoder.bin", n_head=TINY.n_head)
+
+
+@pytest.mark.parametrize("body", [False, True], ids=["GPT2LMHeadModel", "GPT2Model"])
+@pytest.mark.parametrize("size", ["1GB", "20kB"], ids=["whole", "in shards"])
+def test_folders_of_save_pretrained_say_what_weights_do_not_show(tmp_path, body, size):
+    """Heads and epsilon: with others, logits would differ and nothing would be said."""
+    model = huggingface_gpt2(TINY, scale=1.5)
+    model.config.layer_norm_epsilon = 0.1
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 0.1
+    (model.transformer if body else model).save_pretrained(tmp_path, max_shard_size=size)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or size == "20kB"
+    ids = torch.randint(TINY.vocab_size, (3, 20))
+    with torch.no_grad():
+        theirs = model(ids).logits
+    for source in (tmp_path, next(iter([*tmp_path.glob("*.index.json"), *tmp_path.glob("model.safetensors")]))):
+        assert (full_logits(build_decoder(source), ids) - theirs).abs().max() < 1e-4
+
+
+def test_a_folder_whose_gpt2_has_another_activation_is_refused(tmp_path):
+    model = huggingface_gpt2(TINY)
+    model.config.activation_function = "gelu"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json: activation_function gelu, and the decoder computes"):
+        build_decoder(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "gpt.", "module._orig_mod.gpt."])
+@pytest.mark.parametrize("head", [False, True])
+def test_wrapped_checkpoints_load(tmp_path, prefix, head):
+    model = huggingface_gpt2(TINY)
+    state = (model if head else model.transformer).state_dict()
+    content = {"state_dict": {prefix + name: tensor for name, tensor in state.items()}, "epoch": 3}
+    torch.save(content, tmp_path / "decoder.pt")
+    again = gpt2_state_dict(build_decoder(tmp_path / "decoder.pt", n_head=TINY.n_head))
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.transformer.state_dict().items())
+
+
+def test_what_is_no_gpt2_is_named_by_what_it_holds(tmp_path):
+    adapter = {"decoder.h.0.attn.c_attn.lora_A": torch.ones(2, 2), "projector.bias": torch.ones(2)}
+    safetensors.torch.save_file(adapter, tmp_path / "best.safetensors")
+    message = r"best\.safetensors: .*no matrix 'wte\.weight' but decoder\.h\.0\.attn\.c_attn\.lora_A, projector\.bias;"
+    with pytest.raises(ValueError, match=message):
+        build_decoder(tmp_path / "best.safetensors")

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from captioning.checkpoints import read_state_dict
 from captioning.imports import import_guarded
 from captioning.messages import first_line, some
-from captioning.tensors import copy_exactly, read_state_dict
+from captioning.tensors import copy_exactly
 
 RANDOM = "random"  # the one word that asks for an encoder without trained weights
 RANDOM_ENCODER_SEED = 20241127  # random encoders are the same in training and in inference

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mutate import damaged_bytes, damaged_json
 from PIL import Image
 
+from captioning.checkpoints import read_state_dict
 from captioning.data.annotations import load_annotations, load_predictions, load_split
 from captioning.data.feature_cache import CacheSpec, FeatureCache
 from captioning.data.images import load_image
@@ -26,7 +27,7 @@ from captioning.maps.grounding import load_grounded_captions
 from captioning.maps.pairs import read_per_image
 from captioning.models.adapter import load_captioner
 from captioning.models.captioner import Captioner, CaptionerConfig
-from captioning.tensors import fingerprint, read_state_dict
+from captioning.tensors import fingerprint
 from captioning.training.run_folder import Progress, RunFolder, State
 from decoder import LoraConfig, build_decoder
 from microworld.scenes import generate
