@@ -29,14 +29,10 @@ class Processes:
     """The processes of a run and which of them this one is; every method is called by all of them, in one order.
 
     As a context manager it parts from the others at the end: no process leaves before all have come so far.
-
-    Attributes:
-        rank: number of this process, from 0 on.
-        count: how many there are.
     """
 
-    rank: int = 0
-    count: int = 1
+    rank: int = 0  # number of this process
+    count: int = 1  # how many there are
     _main_memory: Any = field(default=None, repr=False, compare=False)  # the group that exchanges what is there
 
     def __enter__(self) -> Processes:

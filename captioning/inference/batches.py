@@ -25,17 +25,11 @@ READ_AHEAD = 2  # batches that are read while one is captioned
 
 @dataclass(frozen=True)
 class Entry:
-    """An image to caption, not decoded yet.
+    """An image to caption, not decoded yet."""
 
-    Attributes:
-        key: by which its caption is found.
-        name: how messages refer to it.
-        source: its path, the content of its file, or why there is neither.
-    """
-
-    key: str
-    name: str
-    source: Path | bytes | ValueError
+    key: str  # by which its caption is found
+    name: str  # how messages refer to it
+    source: Path | bytes | ValueError  # its path, the content of its file, or why there is neither
 
     @classmethod
     def of(cls, path: Path) -> Entry:
@@ -81,19 +75,15 @@ class ShrinkingBatch:
 
 @dataclass
 class Job:
-    """What a model does to images. Both steps that run on the device shrink their batches when memory runs out.
+    """What a model does to images. Both functions of batches shrink them when the device's memory runs out.
 
-    Attributes:
-        prepare: turns a decoded image (PIL, RGB) into what ``caption`` takes; runs in threads, ahead of it.
-        caption: returns the captions of a list of those.
-        draft: that of ``data.images.load_image``.
-        begin: starts the work on a batch while the batch before it is captioned, and returns what ``caption`` takes
-            then; for a device that works beside the program.
+    ``begin`` is for a device that works beside the program: it starts the work on a batch while the batch before it is
+    captioned, and returns what ``caption`` takes then.
     """
 
-    prepare: Callable[[Image.Image], Any]
+    prepare: Callable[[Image.Image], Any]  # turns a decoded RGB image into what caption takes; runs in threads
     caption: Callable[[list], list[str]]
-    draft: int | None = None
+    draft: int | None = None  # that of data.images.load_image
     begin: Callable[[list], list] | None = None
 
     def __post_init__(self) -> None:

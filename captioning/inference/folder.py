@@ -140,14 +140,7 @@ class PredictionLog:
 
 
 def caption_images(predictions: PredictionLog, paths: Sequence[Path], job: Job, batch_size: int) -> None:
-    """Caption this process's share of what ``predictions`` lacks of ``paths``; an unreadable image is named in the log.
-
-    Args:
-        predictions: takes the captions.
-        paths: images; their stems are the keys.
-        job: what the model does to them.
-        batch_size: images at once.
-    """
+    """Caption this process's share of the images ``paths`` that ``predictions`` lacks; unreadable ones are logged."""
     processes, timer = predictions.processes, Timer("caption")
     todo = processes.share([path for path in paths if path.stem not in predictions.captions])
     with tqdm(total=len(todo), desc="caption", disable=None if processes.first else True) as bar:

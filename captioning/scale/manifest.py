@@ -1,17 +1,11 @@
 """The manifest of a run over shards: what decided the captions, what every shard held, and the totals.
 
-{
-  "results": "out.jsonl",
-  "exactly_one_result_for_each_key": true,
-  "keys": 16,                                            captions
-  "totals": {"shards": 3, "images": 17, "captioned": 16, "unreadable": 1, …},
-  "run": {…},                                            whatever decided the captions
-  "versions": {"python": …, "torch": …},
-  "shards": [
-    {"shard": {"path": …, "size": …}, "sha256": …, "images": 5, …, "part": "0.jsonl", "part_sha256": …},
-    …                                                    a line a shard
-  ]
-}
+{"results": "out.jsonl", "exactly_one_result_for_each_key": true, "keys": 16,
+ "totals": {"shards": 3, "images": 17, "captioned": 16, "unreadable": 1, …},
+ "run": {…}, "versions": {"python": …, "torch": …},
+ "shards": [
+   {"shard": {"path": …, "size": …}, "sha256": …, "images": 5, …, "part": "0.jsonl", "part_sha256": …},
+   …
 """
 
 from __future__ import annotations
@@ -30,19 +24,11 @@ PACKAGES = ("torch", "timm", "transformers", "pillow")
 
 
 class Manifest:
-    """Collects the records of all shards in a temporary file, since the totals precede them. A context manager.
-
-    Args:
-        path: of the manifest.
-        spool: the temporary file.
-
-    Attributes:
-        totals: sums over the records so far.
-    """
+    """Collects the records of all shards in a temporary file, since the totals precede them. A context manager."""
 
     def __init__(self, path: Path, spool: Path) -> None:
-        self.path, self.totals = path, dict.fromkeys(("shards", *COUNTS, "damaged"), 0)
-        self._spool = spool
+        self.path, self._spool = path, spool
+        self.totals = dict.fromkeys(("shards", *COUNTS, "damaged"), 0)  # over the records so far
         self._records = spool.open("w+", encoding="utf-8")
 
     def __enter__(self) -> Manifest:

@@ -25,31 +25,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardRun:
-    """A run over shards: which images, where their captions go, and who makes them.
-
-    Attributes:
-        source: the images.
-        out: the one JSON, or the folder of parts.
-        form: ``json``, ``jsonl`` or ``parquet``.
-        settings: whatever decides the captions; results made by others are neither resumed nor dropped.
-        batch_size: images at once.
-        overwrite: drop results of another run.
-        retry_unreadable: go again through finished shards in which images could not be read.
-        engine: ``plain``, this process and those launched with it; or ``ray``, the actors of a cluster.
-        ray_actors: how many of those; None: one for each GPU, or else each CPU.
-        device: ``--device`` of the actors.
-    """
+    """A run over shards: which images, where their captions go, and who makes them."""
 
     source: Source
-    out: Path
-    form: str
-    settings: dict[str, Any]
-    batch_size: int
-    overwrite: bool = False
-    retry_unreadable: bool = False
-    engine: str = "plain"
-    ray_actors: int | None = None
-    device: str = "auto"
+    out: Path  # the one JSON, or the folder of parts
+    form: str  # json, jsonl or parquet
+    settings: dict[str, Any]  # whatever decides the captions; results made by other settings are not resumed
+    batch_size: int  # images at once
+    overwrite: bool = False  # drop results of another run
+    retry_unreadable: bool = False  # go again through finished shards in which images could not be read
+    engine: str = "plain"  # this process and those launched with it; or ray: the actors of a cluster
+    ray_actors: int | None = None  # None: one for each GPU, or else each CPU
+    device: str = "auto"  # --device of the actors
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, settings: dict[str, Any]) -> ShardRun:
@@ -65,15 +52,9 @@ class ShardRun:
 
 
 def caption_source(run: ShardRun, build: Callable[[], Job], processes: Processes = ALONE) -> int:
-    """Caption all images of a run.
+    """Caption all images of a run; return the exit code: 0, or 3 (``PARTIAL``) where an image was left out.
 
-    Args:
-        run: what to do.
-        build: loads the model; it is called in each process that captions.
-        processes: share the shards, each of which is claimed by one of them.
-
-    Returns:
-        The exit code: 0, or 3 (``PARTIAL``) where an image was left out.
+    ``build`` loads the model, in each process that captions. Of several processes each claims a shard at a time.
     """
     if run.engine == "ray" and processes.count > 1:
         raise ValueError("--engine ray: starts processes itself; run it without accelerate launch")

@@ -29,14 +29,7 @@ ROOT = str(Path(__file__).resolve().parents[2])
 
 
 class CaptionActor:
-    """The actor: loads the model at its first shard, then captions one shard after another.
-
-    Args:
-        build: loads the model.
-        folder: takes the captions.
-        batch_size: images at once.
-        shards: all of them; a row names one by its number.
-    """
+    """The actor: loads the model at its first shard, then captions one of ``shards`` after another."""
 
     def __init__(self, build: Callable[[], Job], folder: Folder, batch_size: int, shards: Sequence[Shard]) -> None:
         self._build, self._folder, self._batch_size, self._shards = build, folder, batch_size, shards
@@ -63,13 +56,8 @@ def caption_with_ray(
 ) -> None:
     """Caption the shards that are not finished on the cluster of ``RAY_ADDRESS``, or on this machine without one.
 
-    Args:
-        folder: takes the captions.
-        shards: in order.
-        build: loads the model; it is called in each actor.
-        batch_size: images at once.
-        actors: models at once; None: one for each GPU that may be used, or else each CPU.
-        use_gpus: give actors GPUs where the cluster has any.
+    ``build`` loads the model in each actor, of which there are ``actors``: without a number one for each GPU that may
+    be used, or else each CPU.
 
     Raises:
         ValueError: Ray is not installed, an actor met bad input, or actors died too often.

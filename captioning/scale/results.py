@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from captioning import files
 from captioning.data.part_files import parquet, read_part, write_part
-from captioning.files import atomic_path, read_json, sha256_of, write_json
+from captioning.files import atomic_path, lock, read_json, sha256_of, write_json
 from captioning.inference.append_log import as_read_back, other_run
 from captioning.messages import some
 from captioning.scale.duplicate_keys import DuplicateKeys
@@ -69,7 +68,7 @@ class Results:
         state = self.folder.state
         self._check_folder()
         state.mkdir(parents=True, exist_ok=True)
-        self._lock = files.lock(state / "lock")
+        self._lock = lock(state / "lock")
         for path in [*self.folder.path.glob(".*.tmp"), *state.glob(".*.tmp")]:  # left by a process that was killed
             _delete(path)
         self._check_run()
@@ -197,10 +196,10 @@ class Results:
         """Move parts of shards that the source no longer has into the state; should one come back, so does its part."""
         present = {self.folder.record(shard).name for shard in shards} | {"run.json"}
         for record in self.folder.state.glob("*.json"):
-            part = self.folder.path / f"{record.stem}.{self.folder.ending}"
+            part = self.folder.path / f"{record.stem}.{self.folder.suffix}"
             if record.name not in present and part.exists():
                 log.warning("%s: its shard is no longer among the images; put aside in %s", part, self.folder.state)
-                uncut = self.folder.state / f"{record.stem}.whole.{self.folder.ending}"
+                uncut = self.folder.state / f"{record.stem}.whole.{self.folder.suffix}"
                 if uncut.exists():
                     part.unlink()
                 else:

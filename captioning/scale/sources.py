@@ -35,17 +35,11 @@ SORTED_AT_ONCE = 10**5  # names of a folder that are sorted in memory
 
 @dataclass
 class Findings:
-    """What one pass over a shard finds besides its images; complete after the last entry.
+    """What one pass over a shard finds besides its images; complete after the last entry."""
 
-    Attributes:
-        others: files whose names are not those of images.
-        damage: why the rest of the shard cannot be read.
-        sha256: of the file, or of the list's lines.
-    """
-
-    others: int = 0
-    damage: str = ""
-    sha256: str = ""
+    others: int = 0  # files whose names are not those of images
+    damage: str = ""  # why the rest of the shard cannot be read
+    sha256: str = ""  # of the file, or of the list's lines
 
 
 # ---------------------------------------------------------------------------------------------------------------- tars
@@ -53,17 +47,11 @@ class Findings:
 
 @dataclass(frozen=True)
 class TarShard:
-    """A tar file, plain or compressed; an image's key is its name in the tar without the suffix.
-
-    Attributes:
-        path: the file.
-        name: of its results, unique among the shards.
-        pattern: which entries are images, as in ``*.jpg``; without it all those with an image's suffix.
-    """
+    """A tar file, plain or compressed; an image's key is its name in the tar without the suffix."""
 
     path: Path
-    name: str
-    pattern: str | None = None
+    name: str  # of its results, unique among the shards
+    pattern: str | None = None  # which entries are images, as in *.jpg; None: those with an image's suffix
 
     def identity(self) -> dict[str, Any]:
         """Return what changes when the shard does."""
@@ -111,24 +99,15 @@ class TarShard:
 
 @dataclass(frozen=True)
 class ListShard:
-    """Successive lines of a list: a path a line, or a JSON object with ``image``, its path, and maybe ``key``.
+    """Successive lines of a list: a path a line, or a JSON object with ``image``, its path, and maybe ``key``."""
 
-    Attributes:
-        path: the list.
-        name: of its results, unique among the shards.
-        start, end: bytes of the list at which it begins and ends.
-        line: number of its first line, from 1.
-        sha256: of those bytes.
-        root: what relative paths are relative to.
-    """
-
-    path: Path
-    name: str
-    start: int
+    path: Path  # of the list
+    name: str  # of its results, unique among the shards
+    start: int  # bytes of the list at which it begins and ends
     end: int
-    line: int
-    sha256: str
-    root: Path
+    line: int  # number of its first line, from 1
+    sha256: str  # of those bytes
+    root: Path  # what relative paths are relative to
 
     def identity(self) -> dict[str, Any]:
         """Return what changes when the shard does."""
@@ -232,19 +211,12 @@ Shard = TarShard | ListShard
 
 @dataclass(frozen=True)
 class Source:
-    """What a command line names as its images.
+    """What a command line names as its images."""
 
-    Attributes:
-        argument: a folder of images, a list (``LIST_SUFFIXES``), or tars: a path, a glob, ``{000..999}`` or ``{a,b}``.
-        shard_size: images of a folder or list that make a shard.
-        root: what a list's relative paths are relative to; without it the list's folder.
-        pattern: which entries of a tar are images.
-    """
-
-    argument: Path
-    shard_size: int = 10_000
-    root: Path | None = None
-    pattern: str | None = None
+    argument: Path  # a folder of images, a list (LIST_SUFFIXES), or tars: a path, a glob, {000..999} or {a,b}
+    shard_size: int = 10_000  # images of a folder or list that make a shard
+    root: Path | None = None  # what a list's relative paths are relative to; None: the list's folder
+    pattern: str | None = None  # which entries of a tar are images
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captioning import files
 from captioning.data.part_files import read_part, write_part
-from captioning.files import read_json, sha256_of, write_json
+from captioning.files import HeldError, read_json, sha256_of, write_json
 from captioning.inference.append_log import AppendLog, as_read_back, read_log
 from captioning.inference.batches import Entry, Job, caption_entries
 from captioning.scale.sources import Findings, Shard
@@ -36,15 +35,10 @@ COUNTS = ("images", "captioned", "unreadable", "duplicates", "others")  # of a s
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder of a run, whose layout is drawn above. Can be sent to other processes.
-
-    Attributes:
-        path: the folder.
-        ending: of the parts.
-    """
+    """The folder of a run, whose layout is drawn above. Can be sent to other processes."""
 
     path: Path
-    ending: str = "jsonl"
+    suffix: str = "jsonl"  # of the parts
 
     @property
     def state(self) -> Path:
@@ -53,11 +47,11 @@ class Folder:
 
     def part(self, shard: Shard) -> Path:
         """Return the file of a shard's captions."""
-        return self.path / f"{shard.name}.{self.ending}"
+        return self.path / f"{shard.name}.{self.suffix}"
 
     def uncut(self, shard: Shard) -> Path:
         """Return the file of all of a shard's captions where its part lacks some, whose keys another shard has."""
-        return self.state / f"{shard.name}.whole.{self.ending}"
+        return self.state / f"{shard.name}.whole.{self.suffix}"
 
     def side(self, shard: Shard) -> Path:
         """Return the file of an unfinished shard's captions."""
@@ -102,15 +96,13 @@ class Folder:
     def claim(self, shard: Shard, patience: float = 0.0) -> ShardLog | None:
         """Return the log of a shard that is not finished; None where it is, or where another process works on it.
 
-        Args:
-            shard: which.
-            patience: seconds to wait for another process that holds it, in case that one is about to die.
+        For such a process, which may be about to die, it waits ``patience`` seconds.
         """
         deadline = time.monotonic() + patience
         while self.done(shard) is None:
             try:
                 side = AppendLog(self.side(shard))
-            except files.HeldError:
+            except HeldError:
                 if time.monotonic() >= deadline:
                     return None
                 time.sleep(0.2)
@@ -215,12 +207,8 @@ def header_of(shard: Shard) -> dict[str, Any]:
 def caption_shards(folder: Folder, shards: Iterable[Shard], job: Job, batch_size: int, patience: float = 0.0) -> None:
     """Caption the shards that are not finished and that no other process works on, each as a stream.
 
-    Args:
-        folder: takes the captions.
-        shards: in any order.
-        job: what the model does to images.
-        batch_size: images at once.
-        patience: seconds to wait for a shard that another process holds.
+    The arguments are a run's folder, its shards in any order, what to do to their images and to how many at once, and
+    the seconds to wait for a shard that another process holds.
     """
     for shard in shards:
         shard_log = folder.claim(shard, patience)
