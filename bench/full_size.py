@@ -114,7 +114,7 @@ def prepare(folder: Path, size: Size, numbers: dict[str, int], workers: int) -> 
     generate(source, "train", numbers["batch_size"] * numbers["steps"], seed=0, workers=workers)
     generate(source, "val", numbers["val_images"], seed=0, workers=workers)
     generate(folder / "unseen", "val", numbers["images"], seed=1, workers=workers)
-    paths = [path for images in folder.glob("*/images/*") for path in list_images(images)]
+    paths = [path for images in sorted(folder.glob("*/images/*")) for path in list_images(images)]
     bytes_an_image = photographs.convert(paths, workers, size.photograph)
     print(f"{len(paths)} photographs of {bytes_an_image / 1e3:.0f} kB")
     write_subset(source, folder / "rewarded", numbers["batch_size"] * min(numbers["steps"], numbers["scst_steps"]))
