@@ -1,14 +1,16 @@
-"""Training batches: captions packed after their image, and the order in which images come.
+"""Training batches: captions packed after their image, and the order in which images or captions come.
 
-A training sequence holds one image and all of its captions, ``[prefix | caption 1 | … | caption k]``. Every caption
-attends to the prefix and to itself only, and its positions restart after the prefix, so one pass gives exactly the
-losses and gradients of k separate sequences.
+A training sequence holds one image and those of its captions that are in the batch, ``[prefix | caption 1 | … |
+caption k]``. Every caption attends to the prefix and to itself only, and its positions restart after the prefix, so one
+pass gives exactly the losses and gradients of k separate sequences.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +18,13 @@ import torch
 from captioning.data.annotations import Sample
 
 IGNORED = -100  # the label that torch's cross_entropy leaves out
+
+
+class Batch(NamedTuple):
+    """What one pass learns from: the places of B images in their split, and of each the captions, as token ids."""
+
+    images: list[int]
+    captions: list[list[list[int]]]
 
 
 @dataclass
@@ -139,6 +148,29 @@ def length_grouped_batches(lengths: Sequence[int], batch_size: int, seed: int, e
         pool = pool[np.argsort(length_of[pool], kind="stable")]
         batches += [pool[i : i + batch_size].tolist() for i in range(0, len(pool), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def caption_batches(captions: Sequence[Sequence[list[int]]], batch_size: int, seed: int, epoch: int) -> list[Batch]:
+    """Return batches of ``batch_size`` captions, every caption once, in an order drawn from ``seed`` and ``epoch``.
+
+    Captions are shuffled over all images, and the last batch may be smaller. Those of one image that meet in
+    a batch stand together, so that they share its prefix.
+
+    Raises:
+        ValueError: ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: must be 1 or more")
+    flat = [(image, caption) for image, group in enumerate(captions) for caption in group]
+    order = np.random.default_rng((seed, epoch)).permutation(len(flat))
+    batches = []
+    for start in range(0, len(flat), batch_size):
+        groups: dict[int, list[list[int]]] = defaultdict(list)
+        for place in order[start : start + batch_size]:
+            image, caption = flat[place]
+            groups[image].append(caption)
+        batches.append(Batch(list(groups), list(groups.values())))
+    return batches
 
 
 def shuffle_captions(samples: Sequence[Sample], seed: int) -> list[Sample]:

@@ -42,9 +42,12 @@ class TrainConfig:
     """
 
     epochs: int = option(8, "passes over the training images", at_least=1)
-    batch_size: int = option(
-        16, "images a batch, over all processes together; all their captions go with them", at_least=1
+    batch_by: str = option(
+        "images",
+        "what a batch counts: images, all of whose captions go with them, or captions, shuffled over all images",
+        choices=("images", "captions"),
     )
+    batch_size: int = option(16, "images or captions a batch, over all processes together", at_least=1)
     accumulate: int = option(1, "batches an optimiser step", at_least=1)
     lr: float = option(2e-3, "learning rate of LoRA", above=0, below=10)
     projector_lr: float = option(2e-3, "learning rate of the projector", above=0, below=10)
@@ -107,6 +110,8 @@ class TrainConfig:
             raise ValueError(f"--projector-epochs {self.projector_epochs}: must be from 0 to --epochs")
         if self.objective == "scst" and self.label_smoothing:
             raise ValueError("--label-smoothing is of --objective xe; leave it out with scst")
+        if self.objective == "scst" and self.batch_by == "captions":
+            raise ValueError("--batch-by captions is of --objective xe: scst compares the captions of an image")
 
     def lora(self) -> LoraConfig:
         """The decoder's LoRA."""
@@ -138,6 +143,7 @@ def add_flags(parser: Any) -> None:
 
 # The report's own: plain Adam at 5e-5, no schedule, and loralib's default lora_alpha of 1 (a scaling of 1 / rank).
 _REPORT = TrainConfig(
+    batch_by="captions",
     lr=5e-5,
     projector_lr=5e-5,
     optimizer="adam",
@@ -159,4 +165,12 @@ SETTINGS = {
 }
 # What --objective scst changes of a setting. Rewards are noisy and start from a trained captioner: small rates that
 # rise slowly. Most is gained where the cosine ends, so patience must not end it before.
-SCST_NUMBERS = {"lr": 1e-4, "schedule": "cosine", "epochs": 4, "warmup": 0.1, "patience": 4, "weight_decay": 0.0}
+SCST_NUMBERS: dict[str, Any] = {
+    "batch_by": "images",
+    "lr": 1e-4,
+    "schedule": "cosine",
+    "epochs": 4,
+    "warmup": 0.1,
+    "patience": 4,
+    "weight_decay": 0.0,
+}

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from captioning.data.batches import pack_captions
+from captioning.data.batches import Batch, pack_captions
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import autocast
 from captioning.inference import search
@@ -114,29 +114,28 @@ class ScstTrainer(Trainer):
         self.rewards = []
         return super().train_epoch(bar)
 
-    def batch_loss(self, indices: list[int]) -> torch.Tensor:
+    def batch_loss(self, batch: Batch) -> torch.Tensor:
         """Search, reward, and return this process's part of the loss of one batch of images.
 
         The policy's loss is a mean over all tokens that were found for the batch, cross-entropy over its references'.
         """
         self.captioner.eval()  # no dropout: probabilities must be those of the search
-        eos, places = self.tokenizer.eos_id, self.processes.share(range(len(indices)))
-        own = [indices[place] for place in places]
+        eos, places = self.tokenizer.eos_id, self.processes.share(range(len(batch.images)))
+        own = [batch.images[place] for place in places]
         features = self.train_split.tokens(own, self.device) if own else None
         samples = self.search(features) if features is not None else []
         rewards = self.score(own, samples) if own else np.zeros((0, self.config.samples))
         own_tokens = sum(len(sample) for group in samples for sample in group)
         n_tokens, reward = self.processes.total(own_tokens, float(rewards.sum()))
-        self.rewards.append(reward / (len(indices) * self.config.samples))
+        self.rewards.append(reward / (len(batch.images) * self.config.samples))
         if features is None:
             return torch.zeros((), device=self.device)
         weights = (advantages(rewards) / n_tokens).tolist()
         if self.config.xe_weight:
-            shown = [self.shown[i] for i in indices]
-            weight = self.config.xe_weight / count_targets(shown)
+            weight = self.config.xe_weight / count_targets(batch.captions)
             for group, row, place in zip(samples, weights, places, strict=True):
-                group += [[*caption, eos] for caption in shown[place]]
-                row += [weight] * len(shown[place])
+                group += [[*caption, eos] for caption in batch.captions[place]]
+                row += [weight] * len(batch.captions[place])
         with autocast(self.device, self.config.precision):
             return weighted_loss(self.captioner, features, samples, weights, eos)
 

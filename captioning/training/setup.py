@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 
 FILES_OF_WEIGHTS = 11  # best, last, and weights with two moments in each of three states, one of them being written
 FREE = {"log_every", "save_every", "max_skipped"}  # numbers that may be changed when a run is resumed
-REMOVED = {"average_last": 0, "rank_stabilized": False, "draws": "beam"}  # options of the last version, and their "off"
+# What an option means where a run of another version does not have it: those that are gone, and those that came later.
+ABSENT = {"average_last": 0, "rank_stabilized": False, "draws": "beam"} | {"batch_by": "images"}
 
 
 def pick_own_device(name: str) -> torch.device:
@@ -209,8 +210,8 @@ def check_resumed(folder: RunFolder, now: dict[str, Any]) -> None:
     if not folder.config.is_file():
         raise FileNotFoundError(f"--resume: {folder.config} does not exist; start without --resume")
     before, now = read_json(folder.config), json.loads(json.dumps(now))
-    wanted = {**REMOVED, **now["train"]}
-    changed = [f"train.{k}" for k in wanted if k not in FREE and before["train"].get(k, REMOVED.get(k)) != wanted[k]]
+    had, wanted = {**ABSENT, **before["train"]}, {**ABSENT, **now["train"]}
+    changed = [f"train.{k}" for k in wanted if k not in FREE and had.get(k) != wanted[k]]
     changed += [f"captioner.{k}" for k, value in now["captioner"].items() if before["captioner"].get(k) != value]
     changed += [k for k in ("shuffled_captions", "data") if before.get(k) != now[k]]
     if changed:

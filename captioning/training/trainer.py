@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from captioning.data.annotations import Sample
 from captioning.data.batches import (
+    Batch,
+    caption_batches,
     captions_of_epoch,
     length_grouped_batches,
     pack_captions,
@@ -61,6 +63,13 @@ def schedule_factor(step: int, steps: int, config: TrainConfig) -> float:
         return 1.0
     progress = (step - warmup) / max(1, steps - warmup)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def steps_per_epoch(config: TrainConfig, captions: Sequence[Sequence[Any]]) -> int:
+    """Return how many optimiser steps an epoch over ``captions[image][caption]`` takes."""
+    shown = [min(len(group), config.captions_per_image or len(group)) for group in captions]
+    batches = math.ceil((len(shown) if config.batch_by == "images" else sum(shown)) / config.batch_size)
+    return math.ceil(batches / config.accumulate)
 
 
 class StopSignals:
@@ -124,11 +133,9 @@ class Trainer:
         self.captioner, self.tokenizer, self.config, self.folder = captioner, tokenizer, config, folder
         self.processes, self.device = processes, captioner.device
         self.train_split, self.val_split = train, val
-        self.shown = captions_of_epoch(train.captions, config.captions_per_image, config.seed, epoch=0)
         self.optimizer = make_optimizer(captioner, config)
         cast_frozen(captioner.decoder, product_dtype(self.device, config.precision))
-        per_epoch = math.ceil(len(train.samples) / config.batch_size)
-        self.steps_per_epoch = math.ceil(per_epoch / config.accumulate)
+        self.steps_per_epoch = steps_per_epoch(config, train.captions)
         self.steps = self.steps_per_epoch * config.epochs
         self.progress = Progress()
         self.random_state: dict[str, torch.Tensor] = {}  # of a run that is resumed in the middle of an epoch
@@ -187,19 +194,22 @@ class Trainer:
         self.val_loss(count)
         self.captions(min(count, 2))
 
-    def batches(self) -> Iterator[list[int]]:
-        """Yield this epoch's batches of indices."""
+    def batches(self) -> list[Batch]:
+        """Return this epoch's batches."""
         epoch, config = self.progress.epoch, self.config
-        self.shown = captions_of_epoch(self.train_split.captions, config.captions_per_image, config.seed, epoch)
-        lengths = list(map(packed_length, self.shown))
-        yield from length_grouped_batches(lengths, config.batch_size, config.seed, epoch)
+        shown = captions_of_epoch(self.train_split.captions, config.captions_per_image, config.seed, epoch)
+        if config.batch_by == "captions":
+            return caption_batches(shown, config.batch_size, config.seed, epoch)
+        lengths = list(map(packed_length, shown))
+        batches = length_grouped_batches(lengths, config.batch_size, config.seed, epoch)
+        return [Batch(images, [shown[image] for image in images]) for images in batches]
 
     def train_epoch(self, bar: Any) -> float:
         """Train what is left of an epoch, or until a signal asks to stop, and return its mean loss."""
         config, progress = self.config, self.progress
         self.seed_epoch()
         self.captioner.train()
-        batches = list(self.batches())
+        batches = self.batches()
         groups = [batches[start : start + config.accumulate] for start in range(0, len(batches), config.accumulate)]
         timer, first = Timer("train"), progress.position
         for group in groups[progress.position :]:
@@ -254,7 +264,7 @@ class Trainer:
                 f"{self.folder.path}"
             )
 
-    def train_step(self, batches: list[list[int]]) -> float:
+    def train_step(self, batches: list[Batch]) -> float:
         """Take one optimiser step over ``batches`` and return their mean loss.
 
         Where it or the gradient is not finite, NaN is returned and nothing but the count of steps has changed. All
@@ -264,8 +274,8 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, (config.lr, config.projector_lr), strict=True):
             group["lr"] = lr * schedule_factor(self.progress.step, self.steps, config)
         self.optimizer.zero_grad(set_to_none=True)
-        for indices in batches:
-            loss = self.batch_loss(indices) / len(batches)
+        for batch in batches:
+            loss = self.batch_loss(batch) / len(batches)
             if loss.requires_grad:  # a process without an image of a small batch has nothing to differentiate
                 loss.backward()
             total += loss.item()
@@ -284,33 +294,30 @@ class Trainer:
         self.optimizer.step()
         return total
 
-    def batch_loss(self, indices: list[int]) -> torch.Tensor:
-        """Return this process's part of the loss of one batch of images; the parts add up to the batch's."""
-        shown = [self.shown[i] for i in indices]
-        return self.part_of_loss(self.train_split, indices, shown, self.config.label_smoothing)
+    def batch_loss(self, batch: Batch) -> torch.Tensor:
+        """Return this process's part of the loss of one batch; the parts add up to the batch's."""
+        return self.part_of_loss(self.train_split, batch, self.config.label_smoothing)
 
-    def part_of_loss(
-        self, split: Split, indices: Sequence[int], captions: Sequence[Any], label_smoothing: float = 0.0
-    ) -> torch.Tensor:
+    def part_of_loss(self, split: Split, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
         """Return what this process's images add to the batch's mean over all tokens of its captions."""
-        own = self.processes.share(range(len(indices)))
+        own = self.processes.share(range(len(batch.images)))
         if not own:
             return torch.zeros((), device=self.device)
-        mine = [captions[i] for i in own]
-        features = split.tokens([indices[i] for i in own], self.device)
+        mine = [batch.captions[i] for i in own]
+        features = split.tokens([batch.images[i] for i in own], self.device)
         packed = pack_captions(mine, self.tokenizer.eos_id, pad_to_multiple=8).to(self.device)
         with autocast(self.device, self.config.precision):
             loss = self.captioner.loss(features, packed, label_smoothing)
-        return loss * (count_targets(mine) / count_targets(captions))
+        return loss * (count_targets(mine) / count_targets(batch.captions))
 
     @torch.no_grad()
     def val_loss(self, count: int) -> float:
         """Return the mean loss over the first ``count`` validation images."""
         losses = []
         for start in range(0, count, self.config.batch_size):
-            indices = range(start, min(start + self.config.batch_size, count))
-            loss = self.part_of_loss(self.val_split, indices, [self.val_split.captions[i] for i in indices])
-            losses.append(loss.item() * len(indices))
+            images = list(range(start, min(start + self.config.batch_size, count)))
+            batch = Batch(images, [self.val_split.captions[image] for image in images])
+            losses.append(self.part_of_loss(self.val_split, batch).item() * len(images))
         return self.processes.total(sum(losses))[0] / count
 
     def captions(self, count: int, beam_size: int | None = None) -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 
 from captioning.data.annotations import Sample
 from captioning.data.batches import (
+    caption_batches,
     captions_of_epoch,
     length_grouped_batches,
     pack_captions,
@@ -98,6 +99,23 @@ def test_length_grouped_batches_cover_all_and_waste_little():
     assert length_grouped_batches([], 4, 0, 0) == []
     with pytest.raises(ValueError, match="--batch-size 0"):
         length_grouped_batches([1], 0, 0, 0)
+
+
+def test_caption_batches_show_every_caption_once_and_keep_an_images_together():
+    captions = [[[image, number] for number in range(5 - image % 2)] for image in range(40)]
+    batches = caption_batches(captions, 16, seed=0, epoch=0)
+    assert [sum(map(len, batch.captions)) for batch in batches] == [16] * 11 + [4]  # 180 captions
+    assert all(len(batch.images) == len(set(batch.images)) for batch in batches)
+    pairs = [(image, caption) for batch in batches for image, group in zip(*batch, strict=True) for caption in group]
+    assert all(image == caption[0] for image, caption in pairs)
+    assert sorted(caption for _, caption in pairs) == sorted(itertools.chain(*captions))
+    assert any(len(group) > 1 for batch in batches for group in batch.captions)
+    assert batches == caption_batches(captions, 16, seed=0, epoch=0)
+    others = [caption_batches(captions, 16, seed, epoch) for seed, epoch in ((0, 1), (1, 0))]
+    assert batches != others[0] != others[1] != batches
+    assert caption_batches([], 4, 0, 0) == []
+    with pytest.raises(ValueError, match="--batch-size 0"):
+        caption_batches(captions, 0, 0, 0)
 
 
 @pytest.mark.parametrize("count", [2, 3, 50])

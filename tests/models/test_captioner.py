@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny import EOS, LORA, SHAPE, VOCAB, make_captioner, ragged_captions, random_features
 
-from captioning.data.batches import pack_captions
+from captioning.data.batches import caption_batches, pack_captions
 from captioning.inference import search
 from captioning.models import captioner as captioner_module
 from captioning.models.captioner import Captioner, CaptionerConfig
@@ -55,6 +55,20 @@ def test_packed_captions_give_the_loss_and_gradients_of_single_ones(use_cls, lor
     assert min(g.abs().max() for g in wanted.values()) > 1e-4  # all of them take part
     for name, gradient in wanted.items():
         assert torch.allclose(ours[name], gradient, atol=1e-5), name
+
+
+def test_a_batch_of_captions_gives_the_loss_and_gradients_of_one_caption_a_sequence():
+    """Captions of one image that meet in it share its prefix."""
+    model, captions = make_captioner().double(), ragged_captions((5, 1, 4, 3))
+    features, parameters = random_features(model, 4).double(), list(model.trainable().values())
+    batches = caption_batches(captions, 7, seed=0, epoch=0)
+    assert max(len(group) for batch in batches for group in batch.captions) > 1
+    for images, shown in batches:
+        packed = model.loss(features[images], pack_captions(shown, EOS))
+        single = unpacked_loss(model, features[images], shown)
+        assert packed.item() == pytest.approx(single.item(), abs=1e-6)
+        for ours, wanted in zip(*(torch.autograd.grad(loss, parameters) for loss in (packed, single)), strict=True):
+            assert torch.allclose(ours, wanted, rtol=0, atol=1e-6)
 
 
 def test_a_caption_sees_neither_its_neighbours_nor_padding(captioner):

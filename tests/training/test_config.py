@@ -34,6 +34,7 @@ def flags(*argv):
         ({"xe_weight": -1.0}, "--xe-weight -1.0"),
         ({"optimizer": "sgd"}, "--optimizer sgd: choose from adam, adamw"),
         ({"objective": "scst", "label_smoothing": 0.1}, "--label-smoothing is of --objective xe"),
+        ({"objective": "scst", "batch_by": "captions"}, "--batch-by captions is of --objective xe"),
         ({"lora_rank": 0}, "--lora-rank"),
     ],
 )

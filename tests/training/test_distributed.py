@@ -28,6 +28,7 @@ CASES = {
     "accumulated": f"{EXACT} --batch-size 4 --accumulate 2 --epochs 3 --projector-epochs 1 --captions-per-image 2 "
     "--label-smoothing 0.1 --clip 0.3 --lora-enable 1,0,1",
     "single": f"{EXACT} --batch-size 1 --epochs 1 --cache-gb 0.00001",
+    "captions": f"{EXACT} --batch-by captions --batch-size 7 --captions-per-image 3 --epochs 1",
     "poisoned": UNEVEN,
     "rewarded": f"{SMALL} --objective scst --samples 3 --batch-size 5 --accumulate 2 --epochs 2 --patience 0",
 }

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from runs import STEPS, assert_same_run, records, same, signal_at, train, weight
 from captioning.cli import BAD_INPUT, INTERRUPTED, STOPPED
 from captioning.models.captioner import Captioner
 from captioning.scoring import evaluator
+from captioning.training.config import SETTINGS, TrainConfig
 from captioning.training.run_folder import RunFolder
-from captioning.training.trainer import Trainer
+from captioning.training.trainer import Trainer, steps_per_epoch
 
 pytestmark = pytest.mark.usefixtures("constant_score")
 
@@ -83,6 +85,23 @@ def test_training_stops_when_patience_is_over(tmp_path, scores):
     assert records(tmp_path / "run", "stopped")
 
 
+@pytest.mark.parametrize(("setting", "steps"), [*((name, 3125) for name in "12345"), ("best", 625)])
+def test_steps_an_epoch_at_full_size(setting, steps):
+    captions = [range(5)] * 10_000
+    assert steps_per_epoch(SETTINGS[setting], captions) == steps
+    assert steps_per_epoch(replace(SETTINGS[setting], accumulate=2), captions) == math.ceil(steps / 2)
+
+
+def test_steps_of_captions_count_those_that_an_epoch_shows():
+    config = TrainConfig(batch_by="captions", batch_size=4, captions_per_image=2)
+    assert steps_per_epoch(config, [range(1), range(2), range(5)]) == 2  # 1 + 2 + 2 captions
+
+
+def test_captions_are_counted_in_batches_and_logged(tmp_path):
+    assert train(tmp_path / "run", "--epochs", 1, "--batch-by", "captions") == 0
+    assert [record["step"] for record in records(tmp_path / "run", "step")] == list(range(1, 16))  # 60 captions
+
+
 # -------------------------------------------------------------------------------------------------------- resuming
 
 
@@ -125,7 +144,14 @@ def test_a_second_signal_stops_immediately(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--accumulate", "2"), ("--captions-per-image", "2"), ("--optimizer", "adam"), ("--lora-dropout", "0.5")]
+    "flags",
+    [
+        ("--accumulate", "2"),
+        ("--captions-per-image", "2"),
+        ("--optimizer", "adam"),
+        ("--lora-dropout", "0.5"),
+        ("--batch-by", "captions", "--captions-per-image", "1"),
+    ],
 )
 def test_options_resume_bit_for_bit(tmp_path, monkeypatch, flags):
     unbroken, out = tmp_path / "unbroken", tmp_path / "run"
