@@ -5,6 +5,7 @@ Nothing in a file is ever run: pickles are read as plain data, and a TorchScript
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -77,6 +78,13 @@ def read_state_dict(path: str | os.PathLike) -> State:
     if path.name.endswith(INDEX):
         return peel(_read_shards(path))
     return peel(_read_file(path))
+
+
+def names_in_safetensors(path: str | os.PathLike) -> set[str]:
+    """Return the names of the tensors in a safetensors file; none for other files."""
+    with contextlib.suppress(safetensors.SafetensorError, OSError), safetensors.safe_open(path, "pt") as file:
+        return set(file.keys())
+    return set()
 
 
 def transformers_config(path: str | os.PathLike) -> dict[str, Any]:

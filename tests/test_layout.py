@@ -45,6 +45,7 @@ SHARED = {
     "cli": {"profiles"},
     "tensors": {"files", "messages"},
     "checkpoints": {"files", "messages", "torchscript"},
+    "clip_names": {"checkpoints", "torchscript"},
     "distributed": {"cli", "imports"},
 }
 DECODER = {"captioning.kernels", "captioning.checkpoints", "captioning.tensors", "captioning.messages"}

@@ -1,5 +1,7 @@
 """Tiny models: names and sizes for fixtures, and random decoders and captioners for tests that build their own."""
 
+import warnings
+
 import torch
 
 from captioning.models.captioner import Captioner, CaptionerConfig
@@ -39,3 +41,19 @@ def ragged_captions(counts=(1, 5, 3), seed=0):
     generator = torch.Generator().manual_seed(seed)
     lengths = [torch.randint(1, 9, (n,), generator=generator).tolist() for n in counts]
     return [[torch.randint(0, EOS, (n,), generator=generator).tolist() for n in row] for row in lengths]
+
+
+def write_torchscript(state, path):
+    """Write tensors as a TorchScript archive whose modules and parameters have their names, as OpenAI's CLIPs."""
+    root = torch.nn.Module()
+    for name, tensor in state.items():
+        *modules, last = name.split(".")
+        module = root
+        for part in modules:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_buffer(last, tensor.detach().clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(root), path)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pickle
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,12 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from captioning.checkpoints import names_in_safetensors, read_state_dict, transformers_config
+from captioning.clip_names import openai_names, trained_with_quick_gelu
 from captioning.data.annotations import check_keys
 from captioning.data.images import load_image
 from captioning.device import pick_device
 from captioning.files import sha256_of
 from captioning.imports import import_guarded
-from captioning.messages import one_line, some
+from captioning.messages import first_sentence, one_line, some
 from captioning.profiles import PROFILES
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,8 @@ class ClipScorer:
 
     Args:
         model: an open_clip model name, or a folder with ``open_clip_config.json`` and the weights beside it.
-        weights: an open_clip tag or a local file; None for a folder.
+        weights: an open_clip tag, or what ``read_state_dict`` reads, in the layout of open_clip, OpenAI or
+            transformers; None for a folder.
         device: where it runs; None picks one.
         precision: ``fp32``, ``fp16``, ``bf16``, or ``auto``: fp16 on CUDA, as OpenAI's package runs it, else fp32.
 
@@ -61,9 +65,9 @@ class ClipScorer:
         self.precision = precision if precision != "auto" else "fp16" if self.device.type == "cuda" else "fp32"
         open_clip = _import_open_clip()
         name = _resolve_clip(open_clip, model, weights)
-        with _explained(model, weights):
+        with _explained(model, weights), tempfile.TemporaryDirectory() as folder:
             self.model, self.preprocess = open_clip.create_model_from_pretrained(
-                name, weights, precision=self.precision, device=self.device
+                name, _readable(weights, folder), precision=self.precision, device=self.device
             )
             self.tokenizer = open_clip.get_tokenizer(name)  # truncates at the model's context length, OpenAI's at 77
         self.model.eval().requires_grad_(False)
@@ -213,7 +217,9 @@ def _resolve_clip(open_clip: ModuleType, model: str, weights: str | None) -> str
     """Return open_clip's name for ``model`` after refusing what open_clip would silently accept."""
     if Path(model).is_dir():
         if not (Path(model) / "open_clip_config.json").is_file():
-            raise FileNotFoundError(f"--clip-model {model}: the folder has no open_clip_config.json")
+            theirs = transformers_config(model).get("model_type") == "clip"
+            hint = "; give transformers' CLIP as --clip-weights, and its open_clip name here" if theirs else ""
+            raise FileNotFoundError(f"--clip-model {model}: the folder has no open_clip_config.json{hint}")
         if weights is not None:
             raise ValueError(f"--clip-weights {weights}: a folder ({model}) brings its own weights; leave the flag out")
         return f"local-dir:{model}"
@@ -225,7 +231,7 @@ def _resolve_clip(open_clip: ModuleType, model: str, weights: str | None) -> str
     if weights is None:
         raise ValueError(f"--clip-model {model} needs --clip-weights: a file, or one of {some(tags, 20)}")
     tag = open_clip.get_pretrained_cfg(model, weights)
-    if not tag and not Path(weights).is_file():
+    if not tag and not Path(weights).exists():
         raise FileNotFoundError(
             f"--clip-weights {weights}: no such file, and no tag of {model}: {some(tags, 20)}; run "
             "`bash hw3_download.sh p2`, or take --profile micro for the micro world"
@@ -236,16 +242,35 @@ def _resolve_clip(open_clip: ModuleType, model: str, weights: str | None) -> str
 
 def _check_activation(open_clip: ModuleType, model: str, weights: str, tag: Mapping[str, Any]) -> None:
     """Refuse GELU for weights trained with QuickGELU: open_clip only warns, and not even that for a local file."""
-    twin = f"{model}-quickgelu"
-    if open_clip.get_model_config(model).get("quick_gelu", False) or twin not in open_clip.list_models():
+    twin = model.removesuffix("-quickgelu") if model.endswith("-quickgelu") else f"{model}-quickgelu"
+    runs = bool(open_clip.get_model_config(model).get("quick_gelu", False))
+    trained = tag.get("quick_gelu", runs) if tag else trained_with_quick_gelu(weights)
+    if twin not in open_clip.list_models() or trained == runs:
         return
-    if tag.get("quick_gelu", False) or (not tag and "openai" in Path(weights).name.lower()):
+    if trained is not None:
+        names = {True: "QuickGELU", False: "GELU"}
         raise ValueError(
-            f"--clip-model {model} runs GELU and the weights {weights} were trained with QuickGELU, which gives wrong "
-            f"scores: use --clip-model {twin}"
+            f"--clip-model {model} runs {names[runs]} and the weights {weights} were trained with {names[trained]}, "
+            f"which gives wrong scores: use --clip-model {twin}"
         )
-    if not tag:
+    if not runs:
         log.warning("%s runs GELU; if %s holds OpenAI's weights, scores are wrong: use %s", model, weights, twin)
+
+
+def _readable(weights: str | None, folder: str) -> str | None:
+    """Return ``weights``, or a file in ``folder`` with the same tensors where open_clip may not know their form."""
+    from safetensors.torch import save_file
+
+    if weights is None or not Path(weights).exists() or Path(weights).suffix in (".npz", ".npy"):
+        return weights  # a model folder's own, a tag, or big_vision's
+    state = openai_names(read_state_dict(weights))
+    if Path(weights).suffix == ".safetensors" and state.keys() == names_in_safetensors(weights):
+        return weights
+    for of_archive in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's archives describe themselves
+        state.pop(of_archive, None)
+    file = Path(folder) / "clip.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+    return str(file)
 
 
 @contextmanager
@@ -258,8 +283,10 @@ def _explained(model: str, weights: str | None) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        # Of torch's refusals only the first sentence: the rest is how to run a pickle's code all the same.
+        why = first_sentence(error) if "weights_only" in str(error) else one_line(str(error))
         raise ValueError(
-            f"CLIP weights {weights or model} cannot be loaded for {model}: {one_line(str(error))}; run `bash "
+            f"CLIP weights {weights or model} cannot be loaded for {model}: {why}; run `bash "
             "hw3_download.sh` where there is a network, give a local file as --clip-weights, or take --profile micro "
             "for the micro world"
         ) from error

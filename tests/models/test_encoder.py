@@ -3,9 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS
+from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS, write_torchscript
 from torch import nn
 
+from captioning.clip_names import openai_names
 from captioning.imports import import_guarded
 from captioning.models.encoder import build_encoder, build_transform
 from captioning.tensors import fingerprint
@@ -75,3 +76,99 @@ def test_open_clips_names_are_understood(tmp_path):
     with torch.no_grad():
         pooled = encoder.forward_features(pixels)[:, 0] @ clip.visual.proj
         assert torch.allclose(pooled, clip.encode_image(pixels), atol=1e-5)
+
+
+# --- the forms in which people have weights -------------------------------------------------------------------------
+
+QUICK = "vit_base_patch32_clip_quickgelu_224.openai"
+
+
+def transformers_tower(activation="quick_gelu"):
+    """A CLIPVisionModel of the tiny encoder's shape, and its tokens after the last norm."""
+    transformers = import_guarded("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=48,
+        patch_size=16,
+        hidden_act=activation,
+    )
+    torch.manual_seed(6)
+    tower = transformers.CLIPVisionModel(config).eval()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    pixels = torch.randn(2, 3, 48, 48)
+    with torch.inference_mode():
+        tokens = tower.post_layernorm(tower(pixels).last_hidden_state)
+    return tower, pixels, tokens
+
+
+@pytest.mark.parametrize(("activation", "name"), [("quick_gelu", QUICK), ("gelu", TINY_ENCODER)])
+def test_transformers_vision_tower_gives_the_same_tokens(tmp_path, caplog, activation, name):
+    tower, pixels, tokens = transformers_tower(activation)
+    tower.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        found = build_encoder(name, str(tmp_path), TINY_ENCODER_KWARGS).forward_features(pixels)
+        other = QUICK if name == TINY_ENCODER else TINY_ENCODER
+        assert not caplog.records
+        wrong = build_encoder(other, str(tmp_path), TINY_ENCODER_KWARGS).forward_features(pixels)
+    torch.testing.assert_close(found, tokens, rtol=1e-4, atol=1e-4)
+    assert (wrong - tokens).abs().max() > 1e-2
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"--encoder {other}: runs as {other}, and --encoder-weights {tmp_path} are by all signs those of {name}"
+    )
+
+
+def test_a_whole_clip_of_transformers_gives_its_vision_tower(tmp_path):
+    transformers = import_guarded("transformers")
+    tower, pixels, tokens = transformers_tower()
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40, "eos_token_id": 39}
+    config = transformers.CLIPConfig(
+        vision_config=tower.config.to_dict(), text_config={**text, "bos_token_id": 38}, projection_dim=24
+    )
+    clip = transformers.CLIPModel(config)
+    clip.vision_model.load_state_dict(tower.state_dict())
+    torch.save({"model": {f"module.{k}": v for k, v in clip.state_dict().items()}, "epoch": 1}, tmp_path / "clip.PT")
+    encoder = build_encoder(QUICK, str(tmp_path / "clip.PT"), TINY_ENCODER_KWARGS)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.forward_features(pixels), tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [TINY_ENCODER, QUICK])
+def test_openais_archive_loads_and_under_gelu_is_warned_of(tmp_path, caplog, name):
+    tower, pixels, tokens = transformers_tower()
+    state = openai_names(tower.state_dict()) | {"input_resolution": torch.tensor(48)}
+    write_torchscript({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "ViT.pt")
+    encoder = build_encoder(name, str(tmp_path / "ViT.pt"), TINY_ENCODER_KWARGS)
+    if name == TINY_ENCODER:
+        assert f"ViT.pt are by all signs those of {QUICK}" in caplog.text
+        return
+    assert not caplog.records
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.forward_features(pixels), tokens, rtol=0.02, atol=0.02)  # half precision
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "meant"),
+    [
+        ("vit_base_patch32_clip_224", "vit_base_patch32_clip_224.openai", QUICK),
+        (TINY_ENCODER, "vit_base_patch32_clip_224.openai", QUICK),
+        (QUICK, "vit_base_patch32_clip_224.openai", None),
+        (QUICK, "vit_base_patch32_clip_224.laion2b", "vit_base_patch32_clip_224.laion2b"),
+        ("vit_base_patch32_clip_224.laion2b", "vit_base_patch32_clip_224.laion2b", None),
+        ("vit_base_patch32_clip_224", "vit_base_patch32_clip_224.my_own", None),
+        ("vit_base_patch32_clip_224", "open_clip_model", None),
+        ("vit_base_patch32_clip_224", "CLIP-of-OpenAI", QUICK),
+    ],
+)
+def test_weights_of_another_encoder_by_the_files_name_are_warned_of(tmp_path, caplog, name, file, meant):
+    path = tmp_path / f"{file}.safetensors"
+    save_file(build_encoder(name, "random", TINY_ENCODER_KWARGS).state_dict(), path)
+    assert not caplog.records
+    build_encoder(name, str(path), TINY_ENCODER_KWARGS)
+    assert [meant] * len(caplog.records) == [record.getMessage().split(" those of ")[1] for record in caplog.records]
+    assert bool(caplog.records) == bool(meant)

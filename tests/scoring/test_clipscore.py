@@ -1,5 +1,6 @@
 """clipscore.py: scores against a model put together by hand, and models and weights that must be refused."""
 
+import argparse
 import hashlib
 import io
 import json
@@ -8,9 +9,11 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from scoring_examples import CAPTIONS, STEMS
+from tiny import write_torchscript
 
 from captioning.imports import import_guarded
 from captioning.scoring.clipscore import ClipScorer, _resolve_clip, clipscore, ref_clip_scores
@@ -224,3 +227,94 @@ def test_open_clips_preprocessing_gives_the_original_packages_pixels(size):
     path.seek(0)
     assert torch.allclose(pixels, plain_pixels(path, 224), atol=1e-6)
     assert open_clip.get_model_config("ViT-B-32-quickgelu")["quick_gelu"]
+
+
+# --- the forms in which people have weights -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def named(clip_folder, tmp_path_factory):
+    """The tiny CLIP as models that open_clip knows by name, with either activation."""
+    open_clip, folder = import_guarded("open_clip"), tmp_path_factory.mktemp("configs")
+    config = json.loads((clip_folder / "open_clip_config.json").read_text())["model_cfg"]
+    for name, quick in (("tiny-clip", False), ("tiny-clip-quickgelu", True)):
+        (folder / f"{name}.json").write_text(json.dumps({**config, "quick_gelu": quick}))
+    open_clip.add_model_config(folder)
+    return "tiny-clip"
+
+
+def wrapped(state, folder):
+    torch.save({"model": {f"_orig_mod.{key}": value for key, value in state.items()}, "epoch": 3}, folder / "clip.PT")
+    return folder / "clip.PT"
+
+
+def upper_case(state, folder):
+    safetensors.torch.save_file(state, folder / "clip.SAFETENSORS")
+    return folder / "clip.SAFETENSORS"
+
+
+def in_shards(state, folder):
+    places = {key: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, key in enumerate(state)}
+    for shard in set(places.values()):
+        safetensors.torch.save_file({key: state[key] for key in places if places[key] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
+
+
+@pytest.mark.parametrize("form", [wrapped, upper_case, in_shards])
+def test_weights_in_any_form_give_the_same_scores(clip_folder, named, paths, scorer, tmp_path, form):
+    state = torch.load(clip_folder / "open_clip_pytorch_model.bin", weights_only=True)
+    other = ClipScorer(named, str(form(state, tmp_path)), torch.device("cpu"))
+    assert clipscore(other, paths, CAPTIONS) == clipscore(scorer, paths, CAPTIONS)
+
+
+def test_openais_archive_is_read_and_wants_quick_gelu(clip_folder, named, paths, scorer, tmp_path):
+    state, file = torch.load(clip_folder / "open_clip_pytorch_model.bin", weights_only=True), tmp_path / "ViT-B-32.pt"
+    numbers = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77)}
+    write_torchscript({**state, **numbers, "vocab_size": torch.tensor(49408)}, file)
+    with pytest.raises(ValueError, match=r"trained with QuickGELU, .*use --clip-model tiny-clip-quickgelu"):
+        ClipScorer(named, str(file), torch.device("cpu"))
+    quick = ClipScorer(f"{named}-quickgelu", str(file), torch.device("cpu"))
+    assert quick.model.state_dict().keys() == state.keys()
+    assert all(torch.equal(quick.model.state_dict()[name], tensor) for name, tensor in state.items())
+    assert clipscore(quick, paths, CAPTIONS) != clipscore(scorer, paths, CAPTIONS)
+
+
+def test_transformers_clip_gives_the_same_features(named, tmp_path):
+    transformers = import_guarded("transformers")
+    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        vision_config={**vision, "image_size": 32, "patch_size": 8}, text_config=text, projection_dim=8
+    )
+    torch.manual_seed(3)
+    theirs = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use --clip-model tiny-clip-quickgelu"):
+        ClipScorer(named, str(tmp_path), torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match="give transformers' CLIP as --clip-weights"):
+        ClipScorer(str(tmp_path), None, torch.device("cpu"))
+    ours = ClipScorer(f"{named}-quickgelu", str(tmp_path), torch.device("cpu"))
+    pixels, captions = torch.randn(2, 3, 32, 32), ["a red bike", "two dogs on a mat"]
+    with torch.inference_mode():
+        joint = theirs(input_ids=ours.tokenizer(captions), pixel_values=pixels)
+    torch.testing.assert_close(ours.encode_images(pixels), joint.image_embeds, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.encode_texts(captions), joint.text_embeds, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript archive")
+@pytest.mark.parametrize("archive", [True, False])
+def test_no_message_says_how_to_run_a_pickle(clip_folder, tmp_path, archive):
+    """In a model's folder open_clip reads the weights, and torch's refusal tells how to switch it off."""
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    file = tmp_path / "clip" / "open_clip_pytorch_model.bin"
+    if archive:
+        write_torchscript({"a": torch.ones(1)}, file)
+    else:
+        torch.save({"a": argparse.Namespace()}, file)
+    with pytest.raises(ValueError, match=r"cannot be loaded .*--clip-weights") as error:
+        ClipScorer(str(tmp_path / "clip"), None, torch.device("cpu"))
+    assert not {"trust", "arbitrary"} & set(str(error.value).split())
