@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.cli import FlagParser, add_common_flags, command, setup_logging
-from captioning.data.tokenizer import END_OF_TEXT, Tokenizer
+from captioning.data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_files
 from captioning.files import atomic_path, write_text
 from captioning.models.export import load_decoder, make_cards, write_gpt2
 from captioning.profiles import PROFILES
@@ -26,8 +26,8 @@ def build_parser() -> Any:
     parser.add_argument(
         "--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="what p2_train.py wrote"
     )
-    parser.add_argument("--decoder", help="GPT-2 state dict that it was trained on (default: the profile's)")
-    parser.add_argument("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
+    parser.add_argument("--decoder", help="GPT-2 that it was trained on, a file or folder (default: the profile's)")
+    parser.add_argument("--tokenizer", help="folder of GPT-2's tokenizer files (default: the profile's)")
     add_common_flags(parser, device=False)
     return parser
 
@@ -43,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         if folder.exists():
             raise ValueError(f"{folder}: exists already; name another OUT, or remove it")
     config, decoder, projector = load_decoder(args.adapter, args.decoder or profile.decoder)
-    folder = Path(args.tokenizer or profile.tokenizer)
-    write_gpt2(folders["gpt2"], decoder, projector, folder, Tokenizer(folder).eos_id, END_OF_TEXT)
+    tokenizer = args.tokenizer or profile.tokenizer
+    files, end_id = tokenizer_files(tokenizer), Tokenizer(tokenizer).eos_id
+    write_gpt2(folders["gpt2"], decoder, projector, files, end_id, END_OF_TEXT)
     with atomic_path(folders["adapter"] / "adapter.safetensors") as temporary:
         shutil.copyfile(args.adapter, temporary)
     for name, card in make_cards(config, decoder, projector, RunFolder(args.adapter.parent).describe()).items():

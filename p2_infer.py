@@ -34,10 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(description=__doc__)
     add = parser.add_argument
     add_images_and_results(parser)
-    add("decoder", type=Path, metavar="DECODER", help="GPT-2 state dict (.bin, .pt or .safetensors)")
+    add("decoder", type=Path, metavar="DECODER", help="GPT-2: a state dict (.bin, .pt or .safetensors) or a folder")
     add("--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="what p2_train.py wrote")
-    add("--encoder-weights", help="local file of the encoder's weights (default: the one trained with)")
-    add("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
+    add("--encoder-weights", help="the encoder's weights, a file or folder (default: the one trained with)")
+    add("--tokenizer", help="folder of GPT-2's tokenizer files (default: the profile's)")
     add("--beam-size", type=positive_int, default=5, help="live beams; 1 is greedy search")
     add("--max-new-tokens", type=positive_int, default=30, help="longest caption in tokens")
     add("--length-penalty", type=float, default=1.0, help="above 1 favours longer captions")

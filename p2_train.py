@@ -36,9 +36,9 @@ def build_parser() -> FlagParser:
     parser.add_argument("--out", type=Path, help="run folder (default: runs/SETTING)")
     parser.add_argument("--resume", action="store_true", help="continue from the last state in the run folder")
     parser.add_argument("--encoder", help="timm ViT (default: the profile's)")
-    parser.add_argument("--encoder-weights", help="local file of its weights (default: the profile's)")
-    parser.add_argument("--decoder", help="GPT-2 state dict (default: the profile's)")
-    parser.add_argument("--tokenizer", help="folder of encoder.json and vocab.bpe (default: the profile's)")
+    parser.add_argument("--encoder-weights", help="its weights, a file or folder (default: the profile's)")
+    parser.add_argument("--decoder", help="GPT-2, a file or folder (default: the profile's)")
+    parser.add_argument("--tokenizer", help="folder of GPT-2's tokenizer files (default: the profile's)")
     parser.add_argument("--cache", type=Path, help="folder of cached encoder tokens (default: the profile's)")
     parser.add_argument(
         "--cache-gb",

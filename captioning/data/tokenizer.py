@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -19,8 +20,11 @@ log = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"  # GPT-2 begins and ends every text with it
 
 
+FORMS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",))  # OpenAI's; transformers'
+
+
 class Tokenizer:
-    """GPT-2's byte-level BPE, read from ``encoder.json`` and ``vocab.bpe`` (Radford et al. 2019).
+    """GPT-2's byte-level BPE (Radford et al. 2019), read from ``encoder.json`` and ``vocab.bpe``, or as in FORMS.
 
     Equal to ``transformers.GPT2TokenizerFast`` with one deliberate exception: the characters ``<|endoftext|>`` inside
     a text are ordinary characters and never the special token, so no caption can end a sequence in its middle.
@@ -30,20 +34,13 @@ class Tokenizer:
         vocab_size: number of ids, 0 to ``vocab_size - 1``.
 
     Raises:
-        FileNotFoundError: ``folder`` lacks one of the two files.
+        FileNotFoundError: ``folder`` has none of FORMS complete.
         ValueError: the files are damaged or do not belong together.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        vocab_file, merges_file = Path(folder) / "encoder.json", Path(folder) / "vocab.bpe"
-        for file in (vocab_file, merges_file):
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"{file}: missing; a tokenizer is a folder with encoder.json and vocab.bpe; GPT-2's comes with "
-                    "`bash hw3_download.sh p2`"
-                )
-        vocab = _read_vocab(vocab_file)
-        merges = _read_merges(merges_file, vocab)
+        files = tokenizer_files(folder)
+        vocab, merges = _read_tokenizer_json(*files) if len(files) == 1 else _read_pair(*files)
         self.eos_id = vocab[END_OF_TEXT]
         self.vocab_size = len(vocab)
         self._tokenizer = _byte_level(tokenizers.models.BPE(vocab=vocab, merges=merges))
@@ -103,22 +100,30 @@ def _byte_level(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _read_vocab(file: Path) -> dict[str, int]:
-    vocab = read_json(file)
-    ids = list(vocab.values()) if isinstance(vocab, dict) else []
-    if not ids or not all(map(is_integer, ids)) or sorted(ids) != list(range(len(ids))):
-        raise ValueError(f"{file}: not a vocabulary; expected one object that maps its N tokens to the ids 0 to N - 1")
-    missing = [token for token in (END_OF_TEXT, *tokenizers.pre_tokenizers.ByteLevel.alphabet()) if token not in vocab]
-    if missing:
-        raise ValueError(f"{file}: not a vocabulary of GPT-2's kind; it lacks {some(missing)}")
-    return vocab
+def tokenizer_files(folder: str | os.PathLike) -> list[Path]:
+    """Return the files of the tokenizer in ``folder``: of the first of FORMS that is complete there.
+
+    Raises:
+        FileNotFoundError: none is.
+    """
+    forms = [[Path(folder) / name for name in form] for form in FORMS]
+    for files in forms:
+        if all(file.is_file() for file in files):
+            return files
+    begun = next((files for files in forms if any(file.is_file() for file in files)), forms[0])
+    missing = next(file for file in begun if not file.is_file())
+    raise FileNotFoundError(
+        f"{missing}: missing; a tokenizer is a folder with {', or '.join(map(' and '.join, FORMS))}; GPT-2's comes "
+        "with `bash hw3_download.sh p2`"
+    )
 
 
-def _read_merges(file: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
+def _read_pair(vocab_file: Path, merges_file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    vocab = _checked_vocab(read_json(vocab_file), vocab_file)
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: tokens may hold other line separators
+        lines = merges_file.read_text(encoding="utf-8").split("\n")  # not splitlines: tokens may hold other separators
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error})") from error
+        raise ValueError(f"{merges_file}: not UTF-8 text ({error})") from error
     merges: list[tuple[str, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line or (number == 1 and line.startswith("#version")):
@@ -126,10 +131,39 @@ def _read_merges(file: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
         first, _, second = line.partition(" ")
         if any(token not in vocab for token in (first, second, first + second)):
             raise ValueError(
-                f"{file}: line {number} ({line!r:.80}) does not merge two tokens of the encoder.json beside it"
+                f"{merges_file}: line {number} ({line!r:.80}) does not merge two tokens of the {vocab_file.name} "
+                "beside it"
             )
         merges.append((first, second))
-    return merges
+    return vocab, merges
+
+
+def _read_tokenizer_json(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Read the one file that transformers writes today, if it describes a tokenizer as this one."""
+    content = read_json(file)
+    try:
+        model, before = content["model"], content["pre_tokenizer"]
+        kind = (model["type"], before["type"], before["add_prefix_space"], content["normalizer"])
+        vocab = model["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        known = all({first, second, first + second} <= vocab.keys() for first, second in merges)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not a tokenizer of GPT-2's kind ({type(error).__name__}: {error})") from error
+    if kind != ("BPE", "ByteLevel", False, None):
+        raise ValueError(f"{file}: not a tokenizer of GPT-2's kind, which is byte-level BPE without prefix space")
+    if not known:
+        raise ValueError(f"{file}: its merges do not belong to its vocabulary")
+    return _checked_vocab(vocab, file), merges
+
+
+def _checked_vocab(vocab: Any, file: Path) -> dict[str, int]:
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    if not ids or not all(map(is_integer, ids)) or sorted(ids) != list(range(len(ids))):
+        raise ValueError(f"{file}: not a vocabulary; expected one object that maps its N tokens to the ids 0 to N - 1")
+    missing = [token for token in (END_OF_TEXT, *tokenizers.pre_tokenizers.ByteLevel.alphabet()) if token not in vocab]
+    if missing:
+        raise ValueError(f"{file}: not a vocabulary of GPT-2's kind; it lacks {some(missing)}")
+    return vocab
 
 
 def encode_captions(samples: Sequence[Sample], tokenizer: Tokenizer, max_tokens: int) -> list[list[list[int]]]:

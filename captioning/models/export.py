@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from captioning.models.captioner import CaptionerConfig
 from captioning.models.encoder import PREPROCESSING
 from captioning.tensors import fingerprint
 from decoder import Decoder, build_decoder, gpt2_state_dict, load_lora_state_dict, merge_lora
+
+THEIR_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # of a tokenizer's files, in transformers
 
 CARD = """---
 base_model: openai-community/gpt2
@@ -104,7 +107,7 @@ def load_decoder(adapter: Path, source: str | Path) -> tuple[CaptionerConfig, De
 
 
 def write_gpt2(
-    out: Path, decoder: Decoder, projector: dict[str, Any], tokenizer_folder: Path, end_id: int, end_of_text: str
+    out: Path, decoder: Decoder, projector: dict[str, Any], tokenizer: Sequence[Path], end_id: int, end_of_text: str
 ) -> None:
     """Write the merged decoder, the projector and the tokenizer in Hugging Face layout.
 
@@ -112,7 +115,7 @@ def write_gpt2(
         out: folder to write.
         decoder: LoRA merged.
         projector: tensors.
-        tokenizer_folder: holds encoder.json and vocab.bpe.
+        tokenizer: its files.
         end_id, end_of_text: the token that begins and ends every caption.
     """
     transformers = import_guarded("transformers")
@@ -134,9 +137,9 @@ def write_gpt2(
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": decoder.config.n_positions}
     write_json(out / "tokenizer_config.json", settings | {"add_prefix_space": False} | special)
-    for theirs, ours in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
-        with atomic_path(out / theirs) as temporary:
-            shutil.copyfile(Path(tokenizer_folder) / ours, temporary)
+    for file in tokenizer:
+        with atomic_path(out / THEIR_NAMES.get(file.name, file.name)) as temporary:
+            shutil.copyfile(file, temporary)
 
 
 def make_cards(

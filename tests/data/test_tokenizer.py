@@ -1,12 +1,14 @@
 """The tokenizer equals GPT-2's, and captions keep every token."""
 
+import functools
+import json
 import shutil
 
 import pytest
 import torch
 
 from captioning.data.annotations import Sample
-from captioning.data.tokenizer import Tokenizer, encode_captions, train_tokenizer
+from captioning.data.tokenizer import Tokenizer, encode_captions, tokenizer_files, train_tokenizer
 from captioning.imports import import_guarded
 
 TEXTS = ["a red dog runs on the green grass", "the dog doesn't see 12 red birds", "où est le café à l'été ?"] * 3
@@ -123,6 +125,70 @@ def test_damaged_tokenizer_files_are_refused(bpe, tmp_path, name, content, messa
 def test_missing_tokenizer_files_are_named(bpe, tmp_path):
     shutil.copy(bpe / "encoder.json", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"vocab\.bpe: missing"):
+        Tokenizer(tmp_path)
+
+
+def rename(bpe, folder):
+    for ours, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copy(bpe / ours, folder / theirs)
+
+
+def save_pretrained(bpe, folder, merges=None):
+    """tokenizer.json alone; until transformers 4.20 its merges were strings."""
+    files = {"vocab": str(bpe / "encoder.json"), "merges": str(bpe / "vocab.bpe")}
+    import_guarded("transformers").GPT2TokenizerFast(**files).save_pretrained(folder)
+    if merges:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+        (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("write", [rename, save_pretrained, functools.partial(save_pretrained, merges="strings")])
+def test_the_names_and_forms_of_transformers(bpe, tmp_path, write):
+    write(bpe, tmp_path)
+    assert not {"encoder.json", "vocab.bpe"} & {file.name for file in tokenizer_files(tmp_path)}
+    ours, same = Tokenizer(bpe), Tokenizer(tmp_path)
+    assert (same.eos_id, same.vocab_size) == (ours.eos_id, ours.vocab_size)
+    for text in ODD_TEXTS + TEXTS:
+        assert same.encode(text) == ours.encode(text), text
+        assert same.decode(ours.encode(text)) == text.strip()
+
+
+def test_the_suites_own_names_come_first_and_half_a_pair_is_none(bpe, tmp_path):
+    save_pretrained(bpe, tmp_path)
+    shutil.copy(bpe / "encoder.json", tmp_path)
+    assert [file.name for file in tokenizer_files(tmp_path)] == ["tokenizer.json"]
+    shutil.copy(bpe / "vocab.bpe", tmp_path)
+    assert [file.name for file in tokenizer_files(tmp_path)] == ["encoder.json", "vocab.bpe"]
+    (tmp_path / "other").mkdir()
+    shutil.copy(bpe / "vocab.bpe", tmp_path / "other" / "merges.txt")
+    with pytest.raises(FileNotFoundError, match=r"vocab\.json: missing; .*vocab\.bpe, or vocab\.json and merges"):
+        Tokenizer(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.clear(), "not a tokenizer of GPT-2's kind"),
+        (
+            lambda content: content["model"].update(type="Unigram"),
+            "not a tokenizer of GPT-2's kind, which is byte-level",
+        ),
+        (lambda content: content["pre_tokenizer"].update(add_prefix_space=True), "without prefix space"),
+        (lambda content: content.update(pre_tokenizer={"type": "Sequence"}), "not a tokenizer of GPT-2's kind"),
+        (lambda content: content.update(normalizer={"type": "NFC"}), "not a tokenizer of GPT-2's kind"),
+        (lambda content: content["model"]["merges"].append(["q", "zzz"]), "merges do not belong"),
+        (lambda content: content["model"]["merges"].append("a b c"), "not a tokenizer of GPT-2's kind"),
+        (lambda content: content["model"]["vocab"].update({"<pad>": 999}), "not a vocabulary"),
+    ],
+)
+def test_other_tokenizers_in_tokenizer_json_are_refused(bpe, tmp_path, change, message):
+    save_pretrained(bpe, tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{message}"):
         Tokenizer(tmp_path)
 
 
