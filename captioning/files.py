@@ -106,23 +106,59 @@ _MARKS = {  # UTF-32's mark begins with UTF-16's, so the order matters
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Return what the JSON file ``path`` holds: UTF-8, or what a byte-order mark says (Windows editors write one).
+    """Return what the JSON file ``path`` holds; its encoding is found as by :func:`read_text`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, repeats a key, holds NaN or infinity, is nested too deeply, or is above 1 GiB.
     """
+    content = _read_bytes(path)
+    try:
+        return parse_json(_decode(content))
+    except ValueError as error:  # bad JSON or bad encoding
+        raise ValueError(f"{path}: not a JSON file ({error}){cut_off(error)}") from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Return the text in ``path``: UTF-8, or what a byte-order mark says (Windows editors write one).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not text in that encoding, or is above 1 GiB.
+    """
+    content = _read_bytes(path)
+    try:
+        return _decode(content)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file ({error}){cut_off(error)}") from error
+
+
+def _read_bytes(path: str | os.PathLike) -> bytes:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes of JSON are more than {MAX_BYTES:,}; split the file")
-    content = path.read_bytes()
-    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
-    try:
-        return parse_json(content.decode(encoding))
-    except ValueError as error:  # bad JSON or bad encoding
-        raise ValueError(f"{path}: not a JSON file ({error}); was the download cut off?") from error
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes of text are more than {MAX_BYTES:,}; split the file")
+    return path.read_bytes()
+
+
+def _decode(content: bytes) -> str:
+    return content.decode(next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8"))
+
+
+def cut_off(error: ValueError) -> str:
+    """Return a question to end the message with where ``error`` says that a text, JSON or any, ends too early."""
+    early = False
+    if isinstance(error, UnicodeDecodeError):
+        early = error.reason in ("unexpected end of data", "truncated data")
+    elif isinstance(error, json.JSONDecodeError):
+        rest, whole = error.doc[error.pos :].strip(), error.msg.startswith("Extra data")
+        early = not whole and (error.msg.startswith("Unterminated string") or _BEGUN.fullmatch(rest) is not None)
+    return "; was the download cut off?" if early else ""
+
+
+# What can be left of a JSON value that breaks off: nothing, the start of a literal, of an exponent or of an escape.
+_BEGUN = re.compile(r"|-|\.|[eE][+-]?|t(ru?)?|f(a(ls?)?)?|n(ul?)?|\\?u?[0-9a-fA-F]{0,4}")
 
 
 def parse_json(text: str) -> Any:

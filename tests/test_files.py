@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import stat
 import threading
@@ -60,6 +61,42 @@ def test_odd_files_are_refused_by_name(tmp_path, content, message):
         read_json(file)
     assert str(error.value).startswith(str(file))
     assert len(str(error.value)) < len(str(file)) + 300
+
+
+WHOLE = {"a": [1, -2.5e-3, True, False, None, 'x\\y"\n\x01 é 😀'], "b": {"c": {}, "d": []}, "ü": 1e5, "k": -0.5}
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_only_a_file_that_ends_early_is_said_to_be_cut_off(tmp_path, ascii_only):
+    whole = json.dumps(WHOLE, ensure_ascii=ascii_only, indent=1).encode()
+    for size in range(len(whole)):
+        with pytest.raises(ValueError, match=r"; was the download cut off\?$"):
+            read_json(write(tmp_path, whole[:size]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"a": 1,}',
+        b'{"a" 1}',
+        b"{a: 1}",
+        b"[1 2]",
+        b"{'a': 1}",
+        b'{"a": "x\ny"}',
+        b'{"a": "\\q"}',
+        b"[1]\n[2]",
+        b"{}-",
+        b'{"a": nul, "b": 1}',
+        b'{"a": 1}}',
+        b'{"a": 1, "a": 2}',
+        b'{"a": "\xff"}',
+        b"a dog runs",
+    ],
+)
+def test_any_other_fault_is_no_sign_of_that(tmp_path, content):
+    with pytest.raises(ValueError, match="not a JSON file") as error:
+        read_json(write(tmp_path, content))
+    assert "cut off" not in str(error.value)
 
 
 def test_missing_and_too_large_files_are_named_before_reading(tmp_path, monkeypatch):
