@@ -34,7 +34,7 @@ from captioning.device import pick_device
 from captioning.files import write_csv, write_json, write_text
 from captioning.profiles import PROFILES
 from captioning.scoring.caption_stats import caption_statistics
-from captioning.scoring.clipscore import PRECISIONS, ClipScorer, clipscore
+from captioning.scoring.clipscore import LONG, PRECISIONS, ClipScorer, clipscore
 from captioning.scoring.evaluator import (
     DEFAULT_METRICS,
     MEANS_OF_IMAGES,
@@ -87,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip-model", help="open_clip name, or folder with open_clip_config.json (the profile's)")
     parser.add_argument("--clip-weights", help="open_clip tag or file (the profile's; a folder has its own)")
     parser.add_argument("--clip-prompt", default="", help='put before each caption; the paper has "A photo depicts "')
+    parser.add_argument(
+        "--clip-long", choices=LONG, default=LONG[0], help="captions beyond CLIP's context: cut, or the mean of windows"
+    )
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images per CLIP forward pass")
     parser.add_argument(
         "--cache",
@@ -134,7 +137,7 @@ def _make_evaluator(args: argparse.Namespace, annotations: Annotations) -> Evalu
     return Evaluator(
         annotations,
         args.images_root,
-        lambda: ClipScorer(model, weights, device, args.precision),
+        lambda: ClipScorer(model, weights, device, args.precision, args.clip_long),
         args.batch_size,
         args.tokenizer,
         args.clip_prompt,

@@ -32,6 +32,7 @@ from captioning.profiles import PROFILES
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+LONG = ("truncate", "mean")  # what becomes of captions beyond CLIP's context
 CLIPSCORE_WEIGHT = 2.5  # w of Hessel et al. 2021, equation 1
 
 
@@ -44,11 +45,14 @@ class ClipScorer:
             transformers; None for a folder.
         device: where it runs; None picks one.
         precision: ``fp32``, ``fp16``, ``bf16``, or ``auto``: fp16 on CUDA, as OpenAI's package runs it, else fp32.
+        long: what becomes of captions whose tokens, with start and end, do not fit the context (OpenAI's: 77):
+            ``truncate`` cuts them, as OpenAI's package does; ``mean`` takes them in windows (:meth:`encode_texts`).
 
     Raises:
         FileNotFoundError: the folder has no configuration, or ``weights`` is neither a tag nor a file.
         ValueError: the model is unknown, its activation is not the one that the weights were trained with, the
-            weights cannot be loaded, or open_clip is not installed. It never falls back to random weights.
+            weights cannot be loaded, its tokenizer knows no windows, or open_clip is not installed. It never falls back
+            to random weights.
     """
 
     def __init__(
@@ -57,9 +61,11 @@ class ClipScorer:
         weights: str | None = PROFILES["full"].clip_weights,
         device: torch.device | None = None,
         precision: str = "auto",
+        long: str = LONG[0],
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"--precision {precision}: use one of {', '.join(PRECISIONS)}")
+        for flag, value, known in (("--precision", precision, PRECISIONS), ("--clip-long", long, LONG)):
+            if value not in known:
+                raise ValueError(f"{flag} {value}: use one of {', '.join(known)}")
         self.model_name, self.weights = model, weights
         self.device = device or pick_device()
         self.precision = precision if precision != "auto" else "fp16" if self.device.type == "cuda" else "fp32"
@@ -70,17 +76,21 @@ class ClipScorer:
                 name, _readable(weights, folder), precision=self.precision, device=self.device
             )
             self.tokenizer = open_clip.get_tokenizer(name)  # truncates at the model's context length, OpenAI's at 77
+        if long == "mean" and not hasattr(self.tokenizer, "sot_token_id"):
+            raise ValueError(f"--clip-long mean: the tokenizer of {model} is not CLIP's; use truncate")
+        self.long = long
         self.model.eval().requires_grad_(False)
         self.input_dtype = open_clip.get_input_dtype(self.precision)
 
     @property
     def description(self) -> dict[str, str | None]:
-        """What made the numbers: model, weights, device and precision."""
+        """What made the numbers: model, weights, device, precision, and what becomes of long captions."""
         return {
             "clip_model": self.model_name,
             "clip_weights": self.weights,
             "device": str(self.device),
             "precision": self.precision,
+            "clip_long": self.long,
             "clip_sha256": self.fingerprint,
         }
 
@@ -119,9 +129,29 @@ class ClipScorer:
 
     @torch.inference_mode()
     def encode_texts(self, captions: Sequence[str]) -> torch.Tensor:
-        """Return unit-length features ``(n, dim)`` in float32 for captions as they are, without any prefix."""
-        features = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
-        return F.normalize(features.float(), dim=-1)
+        """Return unit-length features ``(n, dim)`` in float32 for captions as they are, without any prefix.
+
+        By ``mean``, the n tokens of a caption that does not fit a context of c are cut into ceil(n / (c - 2)) windows
+        of successive tokens, whose lengths differ by at most one; each is encoded between a start and an end token; and
+        the caption's feature is the mean of their unit-length features, scaled to unit length. Others are as ever.
+        """
+        features = self._encode_tokens(self.tokenizer(list(captions)))
+        for index in self.truncated(captions) if self.long == "mean" else ():
+            features[index] = F.normalize(self._encode_tokens(self._windows(captions[index])).mean(dim=0), dim=-1)
+        return features
+
+    def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.model.encode_text(tokens.to(self.device)).float(), dim=-1)
+
+    def _windows(self, caption: str) -> torch.Tensor:
+        """Return the windows of a caption ``(windows, context)``, padded with zeros as open_clip's tokenizer pads."""
+        tokens, context = torch.tensor(self.tokenizer.encode(caption)), self.tokenizer([""]).shape[1]
+        pieces = tokens.tensor_split(math.ceil(len(tokens) / (context - 2)))
+        rows = torch.zeros(len(pieces), context, dtype=torch.long)
+        for row, piece in zip(rows, pieces, strict=True):
+            row[0], row[1 : len(piece) + 1] = self.tokenizer.sot_token_id, piece
+            row[len(piece) + 1] = self.tokenizer.eot_token_id
+        return rows
 
 
 def clipscore(

@@ -42,6 +42,7 @@ from captioning.scoring.tokenizers import TOKENIZERS, pick_tokenizer, ptb_tokeni
 log = logging.getLogger(__name__)
 
 DEFAULT_METRICS = ("cider", "clipscore")  # those that reports quote
+DONE_TO_LONG = {"truncate": "were cut for it", "mean": "were taken in windows, whose mean counts"}
 
 
 # --- what comes out -------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ class Evaluation:
     errors: dict[str, str] = field(default_factory=dict)
     made_by: dict[str, str | None] = field(default_factory=dict)  # tokenizer; CLIP's model, device, precision, prompt
     annotated: int | None = None  # how many images the annotations name, where fewer were scored
-    counts: dict[str, int] = field(default_factory=dict)  # references, empty and truncated captions
+    counts: dict[str, int] = field(default_factory=dict)  # references, empty and long captions
     statistics: dict[str, Any] = field(default_factory=dict)  # caption_stats.caption_statistics
     reference_statistics: dict[str, Any] = field(default_factory=dict)  # the same of people's captions
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -106,7 +107,8 @@ class Evaluation:
         """One line on what made the numbers: tokenizer, CLIP model, device, precision."""
         parts = ["tokenizer {tokenizer}".format(**self.made_by)] if "tokenizer" in self.made_by else []
         if "clip_model" in self.made_by:
-            parts.append("{clip_model} on {device} in {precision} (fp16: other fourth digit)".format(**self.made_by))
+            maker = "{clip_model} on {device} in {precision} (fp16: other fourth digit), long captions: {clip_long}"
+            parts.append(maker.format(**self.made_by))
         return self.marked(" | ".join(parts))
 
     def ranking(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float | str]]:
@@ -258,20 +260,22 @@ class Context:
         return text_features(evaluator.scorer, captions, evaluator.batch_size, evaluator.clip_prompt)
 
     @functools.cached_property
-    def truncated(self) -> list[str]:
+    def long(self) -> list[str]:
         """The images whose caption is longer than CLIP's context."""
         stems, prompt = list(self.predictions), self.evaluator.clip_prompt
         longer = self.evaluator.scorer.truncated([prompt + caption for caption in self.predictions.values()])
-        cut = [stems[index] for index in longer]
-        if cut:
-            log.warning("%d captions are longer than CLIP's context and were cut for it: %s", len(cut), some(cut))
-        return cut
+        found = [stems[index] for index in longer]
+        if found:
+            done = DONE_TO_LONG[self.evaluator.scorer.long]
+            log.warning("%d captions are longer than CLIP's context and %s: %s", len(found), done, some(found))
+        return found
 
     def by_clip(self, label: str, scores: torch.Tensor) -> Scored:
         """Return scores ``(n,)``, their mean and their origin; ValueError where one is not finite."""
         values = list(named_scores(label, self.predictions, scores).values())
         made_by = {**self.evaluator.scorer.description, "clip_prompt": self.evaluator.clip_prompt}
-        return Scored([(sum(values) / len(values), values)], made_by, {"truncated": len(self.truncated)})
+        count = {"truncate": "truncated", "mean": "averaged"}[self.evaluator.scorer.long]
+        return Scored([(sum(values) / len(values), values)], made_by, {count: len(self.long)})
 
 
 # --- the metrics ----------------------------------------------------------------------------------------------------

@@ -73,6 +73,42 @@ def test_captions_are_truncated_at_the_context_length(scorer):
     assert not torch.allclose(shorter, cut, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def by_windows(clip_folder):
+    return ClipScorer(str(clip_folder), None, torch.device("cpu"), long="mean")
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"), [(76, (38, 38)), (150, (75, 75)), (151, (51, 50, 50)), (400, (67,) * 4 + (66,) * 2)]
+)
+def test_the_mean_of_a_long_caption_is_that_of_its_windows(by_windows, scorer, words, sizes):
+    """Words that are one token each, so that a window is a caption as well."""
+    caption = [("red", "ball", "dog", "table", "street", "man", "hat")[number % 7] for number in range(words)]
+    windows, start = [], 0
+    for size in sizes:
+        windows.append(" ".join(caption[start : start + size]))
+        start += size
+    expected = torch.nn.functional.normalize(scorer.encode_texts(windows).mean(0), dim=0)
+    short, found = by_windows.encode_texts(["a red ball", " ".join(caption)])
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.equal(short, scorer.encode_texts(["a red ball", " ".join(caption)])[0])
+    assert not torch.allclose(found, scorer.encode_texts([" ".join(caption)])[0], atol=1e-4)
+
+
+def test_captions_that_fit_are_the_same_by_mean(by_windows, scorer):
+    fitting = [*CAPTIONS.values(), "word " * 75]
+    assert torch.equal(by_windows.encode_texts(fitting), scorer.encode_texts(fitting))
+
+
+def test_windows_need_clips_own_tokenizer_and_a_known_name(clip_folder, monkeypatch):
+    open_clip = import_guarded("open_clip")
+    with pytest.raises(ValueError, match="--clip-long middle: use one of truncate, mean"):
+        ClipScorer(str(clip_folder), None, torch.device("cpu"), long="middle")
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: object())
+    with pytest.raises(ValueError, match=r"--clip-long mean: the tokenizer of .* is not CLIP's; use truncate"):
+        ClipScorer(str(clip_folder), None, torch.device("cpu"), long="mean")
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_scores_are_close_and_normalised_in_float32(clip_folder, paths, scorer, precision):
     half = ClipScorer(str(clip_folder), None, torch.device("cpu"), precision)

@@ -308,3 +308,30 @@ def test_wrong_output_flags_are_refused_before_anything_is_scored(files, capsys)
     ]:
         assert evaluate.main([*files(), "--metrics", "cider", *flags]) == BAD_INPUT
         assert message in capsys.readouterr().err
+
+
+# --- captions beyond CLIP's context ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["truncate", "mean"])
+def test_what_became_of_long_captions_is_said_and_written(files, images, clip_folder, tmp_path, caplog, how):
+    argv = [
+        *files(),
+        "--images_root",
+        str(images),
+        "--clip-model",
+        str(clip_folder),
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    argv += ["--clip-long", how]
+    captions = {**CAPTIONS, "im2": "a red ball and " * 40}
+    Path(argv[1]).write_text(json.dumps(captions))
+    Path(argv[3]).write_text(json.dumps(annotation_content({stem: ["a ball"] for stem in STEMS})))
+    assert evaluate.main([*argv, "--metrics", "clipscore,refclipscore", "--device", "cpu"]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["clip_long"] == how
+    assert result["counts"][{"truncate": "truncated", "mean": "averaged"}[how]] == 1
+    assert f"long captions: {how}" in caplog.text
+    done = {"truncate": "were cut for it", "mean": "were taken in windows, whose mean counts"}[how]
+    assert f"1 captions are longer than CLIP's context and {done}: im2" in caplog.text
