@@ -28,8 +28,10 @@ from captioning.data.annotations import (
     load_annotations,
     load_predictions,
     load_references,
+    predicted_split,
     shared_images,
 )
+from captioning.data.names import NAMES_ARE
 from captioning.device import pick_device
 from captioning.files import write_csv, write_json, write_text
 from captioning.profiles import PROFILES
@@ -71,9 +73,13 @@ log = logging.getLogger("captioning")
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = FlagParser(description="Score captions: CIDEr, CLIPScore, RefCLIPScore, BLEU, METEOR, ROUGE-L, SPICE.")
-    parser.add_argument("--pred-file", required=True, help="predictions: {file name without extension: caption}")
+    parser.add_argument("--pred-file", required=True, help="predictions: any layout of docs/scoring.md, or p2_infer's")
     parser.add_argument("--images-root", help="folder of the images; only CLIPScore and RefCLIPScore need it")
-    parser.add_argument("--annotation-file", required=True, help="COCO-style references of exactly those images")
+    parser.add_argument("--annotation-file", required=True, help="references of exactly those images: any layout too")
+    parser.add_argument("--split", metavar="NAME", help="of a file with splits, as Karpathy's (the one predicted)")
+    parser.add_argument(
+        "--pred-keys", choices=NAMES_ARE, default="auto", help="what predictions call images by, where it could be both"
+    )
     parser.add_argument("--metrics", default=",".join(DEFAULT_METRICS), help=f"{','.join(METRICS)}, or all")
     parser.add_argument("--tokenizer", default="auto", help="ptb-java, ptb (pure Python), or auto: Java's if installed")
     parser.add_argument("--allow-partial", action="store_true", help="score only the images that all files name")
@@ -119,9 +125,14 @@ def _read(args: argparse.Namespace) -> tuple[Annotations, dict[str, dict[str, st
 
     Those to score are all of them; under --allow-partial they are the images that all files name.
     """
-    annotations = load_annotations(args.annotation_file)
+    annotations = load_annotations(args.annotation_file, args.split)
+    if args.split and not annotations.splits:
+        raise ValueError(f"--split {args.split}: {args.annotation_file} has no splits; leave the flag out")
+    files = [name for name in (args.pred_file, args.compare) if name]
+    predictions = {name: load_predictions(name, annotations, args.pred_keys) for name in files}
+    if not args.split:
+        annotations = predicted_split(args.annotation_file, annotations, predictions.values())
     annotated = len(annotations.references)
-    predictions = {name: load_predictions(name) for name in (args.pred_file, args.compare) if name}
     if args.allow_partial:
         for captions in predictions.values():
             annotations, _ = shared_images(annotations, captions)
@@ -198,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(args.verbose)
     _check(args)
     annotations, files, annotated = _read(args)
-    training = load_references(args.train_annotations) if args.train_annotations else None
+    training = load_references(args.train_annotations, "train") if args.train_annotations else None
     evaluator = _make_evaluator(args, annotations)
     metrics, predictions = parse_metrics(args.metrics), files[args.pred_file]
     result = evaluator.evaluate(predictions, metrics)

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
-from captioning.data.annotations import Annotations, load_annotations
+from captioning.data.annotations import Annotations, load_annotations, match_captions, predicted_split
 from captioning.data.images import list_images
 from captioning.device import pick_device
 from captioning.distributed import Processes, join
@@ -135,6 +135,8 @@ def compare(
     scorer = ClipScorer(profile.clip_model, profile.clip_weights, pick_device(args.device))
     scores: dict[str, Any] = {}
     lines = [f"{'setting':<9}{'images':>7}{'CIDEr':>9}{'CLIPScore':>11}{'words':>8}"]
+    captions = {setting: match_captions(args.img_dir, texts, annotations) for setting, texts in captions.items()}
+    annotations = predicted_split(args.annotation_file, annotations, captions.values())
     for setting, predictions in captions.items():
         result = evaluator.evaluate_predictions(
             predictions, annotations, ("cider", "clipscore"), args.img_dir, lambda: scorer

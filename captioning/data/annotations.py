@@ -1,122 +1,106 @@
-"""Caption files in COCO's layout, read strictly once, and what training and scoring take from them; predictions.
-
-A caption file is one JSON object, ``{"images": [{id, file_name}], "annotations": [{id, image_id, caption}]}``
-(https://cocodataset.org/#format-data). :func:`read_captions` is the only reader: training takes a list of
-:class:`Sample` from it, scoring :class:`Annotations`, and the grounding of attention maps also the boxes beside them.
+"""References and predictions in whichever layout they come: checked, matched by image, and as training and scoring take
+them. formats.py reads the files, names.py says which image a name or a number means.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from captioning.data.images import READABLE_SUFFIXES, refuse_shared_stems
-from captioning.files import is_integer, is_text, read_json
+from captioning.data.coco import is_filled
+from captioning.data.formats import SUFFIXES, ImageCaptions, read_images
+from captioning.data.names import Names, find_files, keys_of, number_of
+from captioning.files import is_text
 from captioning.messages import listed, some
 
-Record = dict[str, Any]
-
-# --- the reader -----------------------------------------------------------------------------------------------------
-
-
-def _is_filled(value: Any) -> bool:
-    return is_text(value) and bool(value.strip())
-
-
-def _is_box(value: Any) -> bool:
-    is_list_of_four = isinstance(value, list) and len(value) == 4
-    return is_list_of_four and all(is_integer(v) or isinstance(v, float) for v in value)
-
-
-_INTEGER, _TEXT = ("an integer", is_integer), ("non-empty text in valid Unicode", _is_filled)
-_FIELDS = {
-    **dict.fromkeys(("id", "image_id", "category_id"), _INTEGER),
-    **dict.fromkeys(("file_name", "caption", "name"), _TEXT),
-    "bbox": ("four numbers", _is_box),
-}
+# --- references -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class CaptionFile:
-    """What a caption file holds.
+class Annotations:
+    """The references and the picture of every image of a caption file, by key (see ``names.keys_of``).
 
     Attributes:
-        content: the JSON object, with whatever else is in it.
-        images: the image records by id, in the file's order.
-        captions: the caption records of each image id, both in the order of the file's captions.
+        references: the captions as they are written.
+        file_names: relative to the folder of the images; where the file has only keys or ids, those.
+        ids: the images' numbers, from the file or else from the ends of their names.
+        splits: which part of the data an image is in, where the file says so; Karpathy's ``restval`` is ``train``.
     """
 
-    content: Record
-    images: dict[int, Record]
-    captions: dict[int, list[Record]]
+    references: dict[str, list[str]]
+    file_names: dict[str, str]
+    ids: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+
+    def of(self, keys: Iterable[str]) -> Annotations:
+        """Return the annotations of some images, in the order of ``keys``."""
+        keys = list(keys)
+        return Annotations(
+            {key: self.references[key] for key in keys},
+            {key: self.file_names[key] for key in keys},
+            {key: self.ids[key] for key in keys if key in self.ids},
+            {key: self.splits[key] for key in keys if key in self.splits},
+        )
 
 
-def read_captions(file: str | os.PathLike) -> CaptionFile:
-    """Read a caption file.
+def load_annotations(annotation_file: str | os.PathLike, split: str | None = None) -> Annotations:
+    """Return the references of a caption file in any of the layouts of formats.py.
+
+    Args:
+        annotation_file: which.
+        split: where the file has splits, as Karpathy's has, only the images of this one, or of several with commas
+            between; a file without splits is one split.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not JSON or has another structure; a text is empty or not valid Unicode; two images share an
-            id or a name without suffix, or two captions an id; a caption is of no listed image; an image has none.
+        FileNotFoundError, ValueError: as ``formats.read_images``; also where an image has no caption, a caption is
+            empty or not valid Unicode, two images share a key or an id, or there is no such split.
     """
-    content = read_object(file)
-    records = read_records(file, content, "images", "id", "file_name")
-    _refuse_repeated(file, "images", [image["id"] for image in records])
-    refuse_shared_stems(file, [Path(image["file_name"]) for image in records])
-    images = {image["id"]: image for image in records}
-    captions: dict[int, list[Record]] = {}
-    records = read_records(file, content, "annotations", "image_id", "caption")
-    _refuse_repeated(file, "captions", [record["id"] for record in records if "id" in record])
-    for record in records:
-        captions.setdefault(record["image_id"], []).append(record)
-    unknown = [image_id for image_id in captions if image_id not in images]
-    if unknown:
-        raise ValueError(f"{file}: captions of image ids that 'images' does not list: {some(unknown)}")
-    bare = [f"{image['file_name']} (id {image_id})" for image_id, image in images.items() if image_id not in captions]
+    images = read_images(annotation_file)
+    bare = [image.name for image in images if not image.captions]
     if bare:
-        raise ValueError(f"{file}: {len(bare)} of {len(images)} images have no caption: {some(bare)}")
-    return CaptionFile(content, images, captions)
+        raise ValueError(f"{annotation_file}: {len(bare)} of {len(images)} images have no caption: {some(bare)}")
+    wrong = next(((image, text) for image in images for text in image.captions if not is_filled(text)), None)
+    if wrong:
+        name, text = wrong[0].name, wrong[1]
+        raise ValueError(
+            f"{annotation_file}: a caption of {name!r} must be non-empty text in valid Unicode, not {text!r:.80}"
+        )
+    keys = keys_of(annotation_file, [image.name for image in images])
+    by_key = dict(zip(keys, images, strict=True))
+    found = Annotations(
+        {key: image.captions for key, image in by_key.items()},
+        {key: image.name for key, image in by_key.items()},
+        _ids(annotation_file, by_key),
+        {key: "train" if image.split == "restval" else image.split for key, image in by_key.items() if image.split},
+    )
+    return _of_splits(annotation_file, found, split) if split and found.splits else found
 
 
-def read_object(file: str | os.PathLike) -> Record:
-    """Return the JSON object in ``file``. Raises FileNotFoundError or ValueError where there is none."""
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: must hold one JSON object, not a {type(content).__name__}")
-    return content
+def _ids(file: str | os.PathLike, images: Mapping[str, ImageCaptions]) -> dict[str, int]:
+    """Return the ids that a file gives, or those that its names end in where no two are the same."""
+    given = {key: image.id for key, image in images.items() if image.id is not None}
+    ids = given or {key: n for key, image in images.items() if (n := number_of(image.name)) is not None}
+    owners: dict[int, str] = {}
+    for key, number in ids.items():
+        other = owners.setdefault(number, key)
+        if other != key and given:
+            raise ValueError(f"{file}: {other} and {key} have the same id {number}; give each its own")
+    return ids if len(owners) == len(ids) else {}
 
 
-def read_records(
-    file: str | os.PathLike, content: Record, name: str, *fields: str, optional: bool = False
-) -> list[Record]:
-    """Return the list ``name`` in ``content``, COCO's records with ``fields``; where ``optional`` it may be empty.
-
-    Raises:
-        ValueError: there is no such list, or a record lacks one of the fields or has it in another type.
-    """
-    records = content.get(name, [] if optional else None)
-    if not isinstance(records, list) or not (records or optional):
-        raise ValueError(f"{file}: needs a list {name!r} of records with {', '.join(fields)}")
-    for number, record in enumerate(records):
-        for field in fields:
-            wanted, is_valid = _FIELDS[field]
-            value = record.get(field) if isinstance(record, dict) else None
-            if not is_valid(value):
-                raise ValueError(f"{file}: {name}[{number}] needs {field!r} as {wanted}, not {value!r:.80}")
-    return records
+def _of_splits(file: str | os.PathLike, annotations: Annotations, split: str) -> Annotations:
+    wanted, there = {name.strip() for name in split.split(",")}, set(annotations.splits.values())
+    if not wanted <= there:
+        raise ValueError(f"{file}: has no split {split!r}; its splits are {', '.join(sorted(there))}")
+    return annotations.of(key for key, name in annotations.splits.items() if name in wanted)
 
 
-def _refuse_repeated(file: str | os.PathLike, name: str, ids: Iterable[Any]) -> None:
-    seen = set()
-    for given in ids:
-        if not isinstance(given, int | str):  # COCO's are integers; others number captions by text
-            raise ValueError(f"{file}: one of the {name} has the id {given!r:.80}, which is neither number nor text")
-        if given in seen:
-            raise ValueError(f"{file}: two {name} have the id {given!r:.80}; remove the copy")
-        seen.add(given)
+def load_references(annotation_file: str | os.PathLike, split: str | None = None) -> dict[str, list[str]]:
+    """Return ``{key: [captions]}`` of a caption file; see :func:`load_annotations`."""
+    return load_annotations(annotation_file, split).references
 
 
 # --- what training takes --------------------------------------------------------------------------------------------
@@ -131,14 +115,17 @@ class Sample:
     captions: tuple[str, ...]
 
 
-def load_samples(annotation_file: str | os.PathLike, images_root: str | os.PathLike) -> list[Sample]:
+def load_samples(
+    annotation_file: str | os.PathLike, images_root: str | os.PathLike, split: str | None = None
+) -> list[Sample]:
     """Return the samples of a caption file in the order of its images, whose names are relative to ``images_root``.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`read_captions`; FileNotFoundError also where images are missing.
+        FileNotFoundError, ValueError: as :func:`load_annotations`; FileNotFoundError also where images are missing,
+            ValueError where several could be meant.
     """
-    found, root = read_captions(annotation_file), Path(images_root)
-    paths = {image_id: root / image["file_name"] for image_id, image in found.images.items()}
+    found, root = load_annotations(annotation_file, split), Path(images_root)
+    paths = find_files(str(root), found.file_names, root)
     missing = [path.name for path in paths.values() if not path.is_file()]
     if missing:
         raise FileNotFoundError(
@@ -146,67 +133,105 @@ def load_samples(annotation_file: str | os.PathLike, images_root: str | os.PathL
             f"{some(missing)}; point --images_root (or --data) to the right folder, or complete the download"
         )
     return [
-        Sample(image_id, path, tuple(" ".join(record["caption"].split()) for record in found.captions[image_id]))
-        for image_id, path in paths.items()
+        Sample(found.ids.get(key, number), paths[key], tuple(" ".join(caption.split()) for caption in captions))
+        for number, (key, captions) in enumerate(found.references.items())
     ]
 
 
 def load_split(data_dir: str | os.PathLike, split: str) -> list[Sample]:
     """Return the samples of ``data_dir/<split>.json`` with their images in ``data_dir/images/<split>/``.
 
+    The file may be in any layout, under the suffix that belongs to it, as in ``train.jsonl``.
+
     Raises:
-        FileNotFoundError, ValueError: as :func:`load_samples`.
+        FileNotFoundError, ValueError: as :func:`load_samples`; ValueError also where there are two files.
     """
-    file = Path(data_dir) / f"{split}.json"
-    if not file.is_file():
+    files = [file for suffix in SUFFIXES if (file := Path(data_dir) / f"{split}{suffix}").is_file()]
+    if not files:
         raise FileNotFoundError(
-            f"{file}: no such file; `bash hw3_download.sh data` makes hw3_data, `python -m microworld.scenes` others"
+            f"{Path(data_dir) / split}.json: no such file; `bash hw3_download.sh data` makes hw3_data, `python -m "
+            "microworld.scenes` others"
         )
-    return load_samples(file, Path(data_dir) / "images" / split)
+    if len(files) > 1:
+        raise ValueError(f"{data_dir}: {some(file.name for file in files)} could be meant; leave one of them there")
+    return load_samples(files[0], Path(data_dir) / "images" / split, split)
 
 
-# --- what scoring takes ---------------------------------------------------------------------------------------------
+# --- predictions ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Annotations:
-    """The references and the picture of every image of a caption file, keyed by file name without suffix."""
+def load_predictions(
+    pred_file: str | os.PathLike, annotations: Annotations | None = None, names_are: str = "auto"
+) -> dict[str, str]:
+    """Read predictions in any of the layouts of formats.py: one caption an image; an empty caption is legal.
 
-    references: dict[str, list[str]]
-    file_names: dict[str, str]
-
-
-def load_annotations(annotation_file: str | os.PathLike) -> Annotations:
-    """Return the references of a caption file as they are written, and its file names.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`read_captions`.
-    """
-    found = read_captions(annotation_file)
-    names = {Path(image["file_name"]).stem: image["file_name"] for image in found.images.values()}
-    groups = ([record["caption"] for record in found.captions[image_id]] for image_id in found.images)
-    return Annotations(dict(zip(names, groups, strict=True)), names)
-
-
-def load_references(annotation_file: str | os.PathLike) -> dict[str, list[str]]:
-    """Return ``{file name without suffix: [captions]}`` of a caption file; see :func:`load_annotations`."""
-    return load_annotations(annotation_file).references
-
-
-def load_predictions(pred_file: str | os.PathLike) -> dict[str, str]:
-    """Read one flat JSON object ``{file name without suffix: caption}``; an empty caption is legal.
+    Args:
+        pred_file: which; or the folder that a captioning run wrote.
+        annotations: the images they are of; the result has their keys, and what none of them is called stays as it is.
+            Without them images are called as the file calls them.
+        names_are: ``names``, ``ids``, or ``auto``: whatever the annotations have.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it is not such an object, or names an image twice.
+        ValueError: as ``formats.read_images``; an image has no caption, several, or one that is no text in valid
+            Unicode; a name could mean two images, or two names mean one.
     """
-    predictions = read_object(pred_file)
-    for stem, caption in predictions.items():
-        if not isinstance(caption, str):
-            raise ValueError(f"{pred_file}: {stem!r} must map to one caption (a string), not {type(caption).__name__}")
-        if not is_text(caption):
-            raise ValueError(f"{pred_file}: the caption of {stem!r} holds half a surrogate pair: not valid Unicode")
-    return predictions
+    images = read_images(pred_file)
+    for image in images:
+        _check_prediction(pred_file, image)
+    if annotations is None:
+        return {image.name: image.captions[0] for image in images}
+    return match(pred_file, images, annotations, names_are)
+
+
+def _check_prediction(file: str | os.PathLike, image: ImageCaptions) -> None:
+    if len(image.captions) != 1:
+        raise ValueError(
+            f"{file}: {image.name!r} must have one caption, not {len(image.captions)}; references go to "
+            "--annotation-file"
+        )
+    (caption,) = image.captions
+    if not isinstance(caption, str):
+        raise ValueError(
+            f"{file}: {image.name!r} must map to one caption (a string), not {type(caption).__name__}; wanted is "
+            '{"NAME": "TEXT"} or [{"image": "NAME", "caption": "TEXT"}]'
+        )
+    if not is_text(caption):
+        raise ValueError(f"{file}: the caption of {image.name!r} holds half a surrogate pair: not valid Unicode")
+
+
+def match(
+    source: object, images: Sequence[ImageCaptions], annotations: Annotations, names_are: str = "auto"
+) -> dict[str, str]:
+    """Return predictions by the keys of ``annotations``; errors as :func:`load_predictions`."""
+    names = Names(annotations.file_names, annotations.ids)
+    found: dict[str, ImageCaptions] = {}
+    for image, key in zip(images, names.keys(source, images, names_are), strict=True):
+        label = key or (image.name if image.name not in annotations.references else f"id {image.name}")
+        other = found.setdefault(label, image)
+        if other is not image:
+            raise ValueError(f"{source}: {other.name!r} and {image.name!r} are both {label!r}; remove one")
+    return {key: image.captions[0] for key, image in found.items()}
+
+
+def match_captions(source: object, captions: Mapping[str, str], annotations: Annotations) -> dict[str, str]:
+    """Return captions, ``{name without suffix: caption}``, by the keys of ``annotations``; errors as :func:`match`."""
+    return match(source, [ImageCaptions(name, [caption]) for name, caption in captions.items()], annotations)
+
+
+def predicted_split(file: object, annotations: Annotations, predictions: Iterable[Mapping[str, str]]) -> Annotations:
+    """Return the one split whose images are predicted; all annotations where these have no splits.
+
+    Raises:
+        ValueError: images of several splits are predicted.
+    """
+    hit = {annotations.splits[key] for captions in predictions for key in captions if key in annotations.splits}
+    if len(hit) > 1:
+        raise ValueError(f"{file}: the predictions are of its splits {', '.join(sorted(hit))}; say which by --split")
+    return _of_splits(str(file), annotations, hit.pop()) if hit else annotations
+
+
+# --- both -----------------------------------------------------------------------------------------------------------
 
 
 def check_keys(references: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
@@ -227,16 +252,14 @@ def shared_images(annotations: Annotations, predictions: Mapping[str, str]) -> t
     Raises:
         ValueError: there are none.
     """
-    shared = [stem for stem in annotations.references if stem in predictions]
+    shared = [key for key in annotations.references if key in predictions]
     if not shared:
         check_keys(annotations.references, predictions)
-    references = {stem: annotations.references[stem] for stem in shared}
-    file_names = {stem: annotations.file_names[stem] for stem in shared}
-    return Annotations(references, file_names), {stem: predictions[stem] for stem in shared}
+    return annotations.of(shared), {key: predictions[key] for key in shared}
 
 
 def find_images(annotations: Annotations, images_root: str | os.PathLike | None) -> dict[str, Path]:
-    """Return ``{stem: path}``: the annotated file name in ``images_root``, or the one image there with that stem.
+    """Return each image's file in ``images_root``, by key, as ``names.find_files`` finds it.
 
     Raises:
         FileNotFoundError: images are missing.
@@ -244,15 +267,7 @@ def find_images(annotations: Annotations, images_root: str | os.PathLike | None)
     """
     if images_root is None:
         raise ValueError("--images_root is needed for CLIPScore; give it or use --metrics cider")
-    paths = {stem: Path(images_root) / name for stem, name in annotations.file_names.items()}
-    for stem, path in paths.items():
-        if not path.is_file():
-            twins = [path.with_name(stem + s) for suffix in READABLE_SUFFIXES for s in (suffix, suffix.upper())]
-            twins = [twin for twin in twins if twin.is_file()]
-            if len(twins) > 1:
-                names = " and ".join(twin.name for twin in twins)
-                raise ValueError(f"--images_root {images_root}: {path.name} is not there; {names} could be meant")
-            paths[stem] = twins[0] if twins else path
+    paths = find_files(f"--images_root {images_root}", annotations.file_names, Path(images_root))
     missing = [path.name for path in paths.values() if not path.is_file()]
     if missing:
         raise FileNotFoundError(

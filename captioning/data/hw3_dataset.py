@@ -26,7 +26,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from captioning.cli import FlagParser, add_common_flags, command, positive_int, setup_logging
-from captioning.data.annotations import Record, load_split
+from captioning.data.annotations import load_split
+from captioning.data.coco import Record
 from captioning.data.images import list_images, load_image
 from captioning.files import read_json, write_json, write_text
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from captioning.data.annotations import Record, read_captions, read_object, read_records
+from captioning.data.coco import Record, read_captions, read_object, read_records
 from captioning.data.images import load_image
 from captioning.maps.attention import MapSpec, Window, cell_centres
 from captioning.maps.explainers import Explainer, read

@@ -167,11 +167,11 @@ class ScstTrainer(Trainer):
     def describe(self, beam: dict[str, str], greedy: dict[str, str], cider: bool) -> dict[str, float]:
         """Return the scores of validation captions, and what they and the references are like."""
         record, shown = {}, self.val_split.samples[: len(beam)]
-        references = {s.path.stem: list(s.captions) for s in shown}
+        references = {str(s.path): list(s.captions) for s in shown}
         if cider:
             record["greedy_cider"] = evaluator.cider(references, greedy)[0]
         if self.scorer is not None:
-            scores = clipscore(self.scorer, {s.path.stem: s.path for s in shown}, beam)
+            scores = clipscore(self.scorer, {str(s.path): s.path for s in shown}, beam)
             record["clipscore"] = sum(scores.values()) / len(beam)
         words = tokenizers.ptb_tokenize(
             {"beam": list(beam.values()), "references": [c for group in references.values() for c in group]}

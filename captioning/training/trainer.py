@@ -333,7 +333,7 @@ class Trainer:
             predictions |= dict(zip(indices, texts, strict=True))
         for others in self.processes.gather(predictions):
             predictions |= others
-        return {self.val_split.samples[i].path.stem: predictions[i] for i in range(count)}
+        return {str(self.val_split.samples[i].path): predictions[i] for i in range(count)}
 
     def validate(self) -> dict[str, Any]:
         """Return loss and CIDEr of generated captions on the validation subset."""
@@ -348,7 +348,7 @@ class Trainer:
 
     def score_captions(self, predictions: dict[str, str]) -> dict[str, float]:
         """Return the CIDEr of validation captions, or nothing where it cannot be computed."""
-        references = {s.path.stem: list(s.captions) for s in self.val_split.samples[: len(predictions)]}
+        references = {str(s.path): list(s.captions) for s in self.val_split.samples[: len(predictions)]}
         try:
             return {"val_cider": evaluator.cider(references, predictions)[0]}
         except (ValueError, OSError) as error:

@@ -41,7 +41,8 @@ def test_load_split_keeps_the_order_and_normalises_white_space(split):
 def test_references_alone_need_no_images_and_stay_as_they_are(tmp_path):
     (tmp_path / "val.json").write_text(json.dumps(coco(captions=((7, " a  dog"), (3, "a cat"), (7, "one dog")))))
     found = load_annotations(tmp_path / "val.json")
-    assert found == Annotations({"a": [" a  dog", "one dog"], "b": ["a cat"]}, {"a": "a.jpg", "b": "b.png"})
+    references = {"a": [" a  dog", "one dog"], "b": ["a cat"]}
+    assert found == Annotations(references, {"a": "a.jpg", "b": "b.png"}, {"a": 7, "b": 3})
 
 
 def changed(section, number, **fields):
@@ -54,7 +55,7 @@ def changed(section, number, **fields):
     ("content", "message"),
     [
         ("{", "not a JSON file"),
-        ("[]", "must hold one JSON object, not a list"),
+        ("[]", "holds no image"),
         ({"images": []}, "needs a list 'images'"),
         ({"images": coco()["images"]}, "needs a list 'annotations'"),
         (changed("images", 1, id="3"), r"images\[1\] needs 'id' as an integer, not '3'"),
@@ -90,5 +91,5 @@ def test_missing_files_are_named(split):
 
 def test_bytes_that_are_no_text_are_refused(split):
     (split / "val.json").write_bytes(b'{"images": "\xff\xfe"}')
-    with pytest.raises(ValueError, match=r"val\.json.*not a JSON file"):
+    with pytest.raises(ValueError, match=r"val\.json.*not a text file"):
         load_split(split, "val")

@@ -36,7 +36,7 @@ def changed(name, index, **fields):
 @pytest.mark.parametrize(
     ("annotations", "message"),
     [
-        ([], "must hold one JSON object, not a list"),
+        ([], "holds no image"),
         (without(annotation_content(), "images"), "needs a list 'images'"),
         (without(annotation_content(), "annotations"), "needs a list 'annotations'"),
         (changed("images", 1, file_name=7), "images[1] needs 'file_name' as non-empty text"),
@@ -68,8 +68,11 @@ def test_wrong_annotations_are_named(tmp_path, annotations, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('["a caption"]', "must hold one JSON object, not a list"),
-        ('{"a": ["a caption"]}', "'a' must map to one caption (a string), not list"),
+        ('["a caption"]', "record 1 must be an object with image and caption, not 'a caption'"),
+        ('{"a": ["a caption", "another"]}', "'a' must have one caption, not 2"),
+        ('{"a": []}', "'a' must have one caption, not 0"),
+        ('{"a": 5}', "'a' must map to one caption (a string), not int"),
+        ('{"a": {"b": "a caption"}}', "'a' must map to one caption (a string), not dict"),
         ('{"a": "x", "b": "y", "a": "z"}', "the key 'a' occurs twice"),
         ('{"a": "\\ud83d"}', "'a' holds half a surrogate pair"),
         ('{"a": ', "Expecting value"),

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import warnings
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from safetensors.torch import load_file, save_file
 import p1_llava_caption
 from bench import llava as bench_llava
 from captioning.cli import BAD_INPUT, INTERRUPTED, PARTIAL
+from captioning.data.annotations import load_annotations
 from captioning.data.images import list_images, load_image
 from captioning.imports import import_guarded
 from captioning.inference.batches import ShrinkingBatch
 from captioning.models import llava
 from captioning.models.llava import PROMPTS, TEMPLATE, load_llava
-from captioning.profiles import PROFILES
+from captioning.profiles import PROFILES, ROOT
 from microworld.scenes import generate
 
 MICRO = PROFILES["micro"].llava
@@ -192,6 +194,18 @@ def test_compare_prints_the_table_of_both_settings(scenes, tmp_path, capsys):
     assert lines[0].split() == ["setting", "images", "CIDEr", "CLIPScore", "words"]
     assert float(lines[1].split()[2]) == pytest.approx(scores["1"]["CIDEr"], abs=1e-3)
     assert len(json.loads((tmp_path / "table_setting2.json").read_text())) == 40
+
+
+def test_the_references_of_compare_may_call_images_by_number_alone(tmp_path):
+    """As LAVIS writes them; the pictures are found by the numbers at the ends of their names, 0 among them."""
+    content = json.loads((ROOT / "examples" / "references.json").read_text())
+    content["images"] = [{"id": image["id"]} for image in content["images"]]
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    captions = json.loads((ROOT / "examples" / "predictions.json").read_text())
+    args = Namespace(profile="micro", device="cpu", img_dir=ROOT / "examples" / "images", annotation_file="gt.json")
+    scores, _ = p1_llava_caption.compare({"1": captions}, load_annotations(tmp_path / "gt.json"), args)
+    assert scores["1"]["CIDEr"] == pytest.approx(1.417998065871006)  # the README's
+    assert scores["1"]["CLIPScore"] == pytest.approx(1.3941642766, abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

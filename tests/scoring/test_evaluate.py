@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from caption_layouts import ID_FILES, PREDICTION_FILES, REFERENCE_FILES, karpathy, write_run
 from scoring_examples import BOTH_TOKENIZERS, CAPTIONS, PREDICTIONS, REFERENCES, STEMS, annotation_content, needs_java
 
 import evaluate
@@ -185,12 +186,12 @@ def test_missing_and_extra_predictions_are_both_named(files, capsys):
 def test_wrong_annotations_and_predictions_are_named_in_one_line(files, capsys):
     for name, content in [("val.json", {"annotations": []}), ("pred.json", {"predictions": []})]:
         assert evaluate.main(files(**content)) == BAD_INPUT
-        assert re.fullmatch(rf"error: \S*{name}: must hold one JSON object, not a list\n", capsys.readouterr().err)
+        assert re.fullmatch(rf"error: \S*{name}: holds no image; write it as .*\n", capsys.readouterr().err)
 
 
 def test_the_annotations_are_read_once(files, monkeypatch):
     read, load = [], evaluate.load_annotations
-    monkeypatch.setattr(evaluate, "load_annotations", lambda file: read.append(file) or load(file))
+    monkeypatch.setattr(evaluate, "load_annotations", lambda file, split: read.append(file) or load(file, split))
     argv = files()
     assert evaluate.main([*argv, *CIDER, "--compare", argv[1]]) == 0
     assert read == [argv[3]]
@@ -308,6 +309,74 @@ def test_wrong_output_flags_are_refused_before_anything_is_scored(files, capsys)
     ]:
         assert evaluate.main([*files(), "--metrics", "cider", *flags]) == BAD_INPUT
         assert message in capsys.readouterr().err
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+PAIRS = [  # every layout once
+    *((name, "coco.json") for name in (*PREDICTION_FILES, *ID_FILES)),
+    *(("flat.json", name) for name in REFERENCE_FILES if name != "lavis_gt.json"),
+    ("coco_results.json", "lavis_gt.json"),
+]
+
+
+@pytest.mark.parametrize(("predictions", "references"), PAIRS)
+def test_every_layout_gives_the_same_score(tmp_path, capsys, predictions, references):
+    pred, annotations = tmp_path / f"pred_{predictions}", tmp_path / references
+    pred.write_text({**PREDICTION_FILES, **ID_FILES}[predictions])
+    annotations.write_text(REFERENCE_FILES[references])
+    argv = ["--pred_file", str(pred), "--annotation_file", str(annotations), *CIDER]
+    assert evaluate.main([*argv, "--compare", str(pred)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert float(lines[0].removeprefix("CIDEr: ")) == pytest.approx(evaluate.cider(REFERENCES, PREDICTIONS, "ptb")[0])
+    assert lines[1].endswith("0 wins, 4 ties, 0 losses")
+
+
+def test_the_folder_that_p2_infer_writes_is_scored(tmp_path, files, capsys):
+    folder = write_run(tmp_path / "out.jsonl", [{s: PREDICTIONS[s]} for s in PREDICTIONS])
+    assert evaluate.main([*files(), "--pred_file", str(folder), *CIDER]) == 0
+    assert capsys.readouterr().out.startswith("CIDEr: ")
+
+
+def test_karpathys_split_is_the_predicted_one_or_the_one_asked_for(tmp_path, files, capsys):
+    argv = files(annotations=karpathy())
+    assert evaluate.main([*argv, *CIDER]) == 0
+    whole = capsys.readouterr().out
+    assert evaluate.main([*argv, *CIDER, "--split", "test"]) == 0
+    assert capsys.readouterr().out == whole
+    for flags, message in [
+        (["--split", "val"], "4 extra in the predictions (d, c, b, a)"),
+        (["--split", "dev"], "has no split 'dev'; its splits are test, train, val"),
+    ]:
+        assert evaluate.main([*argv, *CIDER, *flags]) == BAD_INPUT
+        assert message in capsys.readouterr().err
+    argv = files({**PREDICTIONS, "z": "one"}, karpathy())
+    assert evaluate.main([*argv, *CIDER]) == BAD_INPUT
+    assert "the predictions are of its splits test, val; say which by --split" in capsys.readouterr().err
+    assert evaluate.main([*argv, *CIDER, "--split", "test,val"]) == 0
+    assert evaluate.main([*files(), *CIDER, "--split", "test"]) == BAD_INPUT
+    assert "has no splits; leave the flag out" in capsys.readouterr().err
+
+
+def test_copies_are_counted_of_karpathys_training_splits(tmp_path, files):
+    argv = files({**PREDICTIONS, "a": "another, held back at first", "b": "one to choose by"}, karpathy())
+    argv += [*CIDER, "--train-annotations", argv[3], "--json", str(tmp_path / "out.json")]
+    assert evaluate.main(argv) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["captions"]["copied"] == 0.25
+
+
+def test_what_could_be_names_or_ids_is_said_by_a_flag(files, capsys):
+    content = annotation_content({"100": ["a dog"], "101": ["two cats"], "102": ["a ball"]})
+    for image, number in zip(content["images"], (101, 100, 102), strict=True):
+        image["file_name"] = f"{number}.png"
+    argv = [*files({"100": "two cats", "101": "a dog", "102": "a ball"}, content), *CIDER]
+    assert evaluate.main(argv) == BAD_INPUT
+    assert "'100' could be the id of 101.png and the name of 100.png" in capsys.readouterr().err
+    scores = []
+    for keys in ("names", "ids"):
+        assert evaluate.main([*argv, "--pred-keys", keys]) == 0
+        scores.append(float(capsys.readouterr().out.removeprefix("CIDEr: ")))
+    assert scores[0] > scores[1]
 
 
 # --- captions beyond CLIP's context ---------------------------------------------------------------------------------
