@@ -280,8 +280,8 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, nh, hs)
         if isinstance(mask, Packing):
             if cache is None and attentions is None and can_attend_packed(qkv):
-                assert last in (new, new - mask.n_prefix)
-                return self.c_proj(PackedAttention.apply(qkv, mask, last < new))
+                captions_only = last == new - mask.n_prefix
+                return self.c_proj(PackedAttention.apply(qkv, mask, captions_only)[:, -last:])
             mask = mask.mask
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         if last < new:
@@ -400,8 +400,7 @@ class Decoder(nn.Module):
             cache: keys and values of earlier tokens; those of x are appended to it.
             attentions: a list to be filled with every layer's attention weights (B, nh, T, S), float32. Slower than
                 the fused kernel, and equal to it but for rounding.
-            last: return only that many last rows, (B, last, C), and spare the others' work in the last block. With a
-                ``Packing`` all rows or those after the prefix.
+            last: return only that many last rows, (B, last, C), and spare the others' work in the last block.
 
         Raises:
             ValueError: a position beyond the context, a mask that is not boolean, or a full cache.

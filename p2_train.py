@@ -59,7 +59,9 @@ def build_parser() -> FlagParser:
         "--init-adapter", type=Path, help="adapter to start from; its LoRA, layer and CLS are taken over"
     )
     parser.add_argument(
-        "--report-faithful", action="store_true", help="the report's own ways: ImageNet preprocessing, LoRA alpha 1"
+        "--report-faithful",
+        action="store_true",
+        help="all that the report's code did (docs/training.md); the flag of a single point turns it off again",
     )
     parser.add_argument(
         "--log-with",

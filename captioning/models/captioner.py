@@ -143,27 +143,41 @@ class Captioner(nn.Module):
         """Project encoder tokens (B, N, D) to the decoder's width: (B, P, C)."""
         return self.projector(features[:, self.n_dropped_tokens :])
 
-    def loss(self, features: torch.Tensor, batch: Any, label_smoothing: float = 0.0) -> torch.Tensor:
+    def loss(
+        self, features: torch.Tensor, batch: Any, label_smoothing: float = 0.0, predict_bos: bool = False
+    ) -> torch.Tensor:
         """Return the mean next-token loss over all captions of the images; EOS is learned.
 
         Args:
             features: encoder tokens (B, N, D).
             batch: ``data.PackedBatch`` of the images' captions, (B, S) each.
             label_smoothing: share of the target spread over the vocabulary.
+            predict_bos: let the last image token predict BOS, once for each of the image's captions.
         """
-        logits, targets = self._predictions(features, batch)
-        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        logits, targets = self._predictions(features, batch, predict_bos)
+        if not predict_bos:
+            return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        # All captions of an image have one BOS to predict: the same prediction counts as often as there are captions.
+        counts = torch.cat([batch.segments.amax(1, keepdim=True), batch.segments.clamp(max=1)], 1)  # (B, 1 + S)
+        counts = counts[counts > 0]  # padding has 0
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+        return (losses * counts).sum() / counts.sum()
 
     def log_probs(self, features: torch.Tensor, batch: Any) -> torch.Tensor:
         """Return the log-probability of every target that is not padding, row by row: (n,)."""
         logits, targets = self._predictions(features, batch)
         return -F.cross_entropy(logits, targets, reduction="none")
 
-    def _predictions(self, features: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return float32 logits (n, V) and targets (n,) of the n caption positions, row by row."""
-        hidden = self.decoder(*self._packed_sequence(features, batch), last=batch.inputs.shape[1])  # (B, S, C)
-        kept = batch.targets != IGNORED  # the wide output layer runs on caption positions only
-        return self.decoder.logits(hidden[kept]).float(), batch.targets[kept]
+    def _predictions(
+        self, features: torch.Tensor, batch: Any, predict_bos: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float32 logits (n, V) and targets (n,) of all caption positions, row by row, BOS first if wanted."""
+        targets = batch.targets
+        if predict_bos:
+            targets = torch.cat([batch.inputs[:, :1], targets], 1)  # every row of inputs begins with BOS
+        hidden = self.decoder(*self._packed_sequence(features, batch), last=targets.shape[1])  # (B, S or S + 1, C)
+        kept = targets != IGNORED  # the wide output layer runs on these positions only
+        return self.decoder.logits(hidden[kept]).float(), targets[kept]
 
     def _packed_sequence(
         self, features: torch.Tensor, batch: Any

@@ -75,17 +75,19 @@ class State:
         optimizer: the optimiser's ``state_dict()``.
         random: state of the generators that dropout draws from, by name.
         progress: how far the training has come.
+        gradients: sums of all gradients so far by name, where they are never cleared.
     """
 
     adapter: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
     random: dict[str, torch.Tensor]
     progress: Progress
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write one safetensors file, atomically and with a checksum."""
         moments = {f"{i}.{k}": v for i, state in self.optimizer["state"].items() for k, v in state.items()}
-        parts = {"adapter": self.adapter, "optimizer": moments, "random": self.random}
+        parts = {"adapter": self.adapter, "optimizer": moments, "random": self.random, "gradients": self.gradients}
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
         values = {**asdict(self.progress), "groups": self.optimizer["param_groups"]}
         write_tensors(path, tensors, {"values": json.dumps(values)})
@@ -99,7 +101,7 @@ class State:
             ValueError: it is damaged, or holds something else.
         """
         tensors, texts = read_tensors(path)
-        parts: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "optimizer": {}, "random": {}}
+        parts: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "optimizer": {}, "random": {}, "gradients": {}}
         state: dict[int, dict[str, torch.Tensor]] = {}
         try:
             values = json.loads(texts["values"])
@@ -113,7 +115,7 @@ class State:
                 state.setdefault(int(number), {})[key] = tensor
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path}: no training state of this suite ({error!r})") from error
-        return cls(parts["adapter"], optimizer, parts["random"], progress)
+        return cls(parts["adapter"], optimizer, parts["random"], progress, parts["gradients"])
 
 
 class RunFolder:

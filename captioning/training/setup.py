@@ -27,11 +27,11 @@ from captioning.inference.captions import check_vocabulary
 from captioning.inference.encode import cached_features
 from captioning.models.adapter import read_adapter, start_from
 from captioning.models.captioner import Captioner, CaptionerConfig
-from captioning.models.encoder import RANDOM, preprocessing_by_name
+from captioning.models.encoder import PREPROCESSING, RANDOM, preprocessing_by_name
 from captioning.profiles import PROFILES, ROOT, downloaded_encoder
 from captioning.scoring.clipscore import ClipScorer
 from captioning.tensors import fingerprint
-from captioning.training.config import SCST_NUMBERS, SETTINGS, TrainConfig, flag
+from captioning.training.config import REPORT_FAITHFUL, SCST_NUMBERS, SETTINGS, TrainConfig, flag
 from captioning.training.run_folder import RunFolder
 from captioning.training.scst import ScstTrainer
 from captioning.training.trackers import Trackers
@@ -40,10 +40,15 @@ from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_stat
 
 log = logging.getLogger(__name__)
 
-FILES_OF_WEIGHTS = 11  # best, last, and weights with two moments in each of three states, one of them being written
+# Best, last, and in each of three states, one of them being written, weights, two moments and the sum of gradients.
+FILES_OF_WEIGHTS = 14
 FREE = {"log_every", "save_every", "max_skipped"}  # numbers that may be changed when a run is resumed
 # What an option means where a run of another version does not have it: those that are gone, and those that came later.
-ABSENT = {"average_last": 0, "rank_stabilized": False, "draws": "beam"} | {"batch_by": "images"}
+ABSENT = {"average_last": 0, "rank_stabilized": False, "draws": "beam"} | {
+    "batch_by": "images",
+    "predict_bos": False,
+    "clear_gradients": True,
+}
 
 
 def pick_own_device(name: str) -> torch.device:
@@ -79,7 +84,7 @@ def resolve_config(args: Any) -> TrainConfig:
     if given.get("objective") == "scst":
         given = SCST_NUMBERS | given
     if args.report_faithful:
-        given = {"lora_alpha": 1.0, "encoder_layer": -1} | given
+        given = REPORT_FAITHFUL | given
     if "lr" in given and "projector_lr" not in given:
         given["projector_lr"] = given["lr"]  # one --lr is meant for both
     if args.init_adapter:
@@ -100,6 +105,7 @@ def adopted(stored: CaptionerConfig, given: dict[str, Any], path: Path) -> dict[
         "lora_lm_head": lora.lm_head,
         "cls": stored.use_cls,
         "encoder_layer": stored.encoder_layer,
+        "preprocessing": "imagenet" if stored.encoder_kwargs.keys() >= set(PREPROCESSING) else "own",
     }
     for name, value in numbers.items():
         if given.get(name, value) != value:
@@ -146,7 +152,7 @@ def make_captioner(args: Any, config: TrainConfig, folder: RunFolder, processes:
     captioner_config = CaptionerConfig(
         encoder=name,
         encoder_kwargs=(profile.encoder_kwargs if own else {})
-        | (preprocessing_by_name(name) if args.report_faithful else {}),
+        | (preprocessing_by_name(name) if config.preprocessing == "imagenet" else {}),
         encoder_weights=weights,
         use_cls=config.cls,
         encoder_layer=config.encoder_layer,
@@ -210,7 +216,8 @@ def check_resumed(folder: RunFolder, now: dict[str, Any]) -> None:
     if not folder.config.is_file():
         raise FileNotFoundError(f"--resume: {folder.config} does not exist; start without --resume")
     before, now = read_json(folder.config), json.loads(json.dumps(now))
-    had, wanted = {**ABSENT, **before["train"]}, {**ABSENT, **now["train"]}
+    preprocessing = "imagenet" if before.get("report_faithful") else "own"  # once part of that flag
+    had, wanted = ABSENT | {"preprocessing": preprocessing} | before["train"], ABSENT | now["train"]
     changed = [f"train.{k}" for k in wanted if k not in FREE and had.get(k) != wanted[k]]
     changed += [f"captioner.{k}" for k, value in now["captioner"].items() if before["captioner"].get(k) != value]
     changed += [k for k in ("shuffled_captions", "data") if before.get(k) != now[k]]

@@ -138,6 +138,7 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(config, train.captions)
         self.steps = self.steps_per_epoch * config.epochs
         self.progress = Progress()
+        self.gradients: dict[str, torch.Tensor] = {}  # summed over all steps, where they are never cleared
         self.random_state: dict[str, torch.Tensor] = {}  # of a run that is resumed in the middle of an epoch
         self.stop = StopSignals()
         self.stopping = False  # whether any process was asked to stop
@@ -286,19 +287,29 @@ class Trainer:
             self.processes.sum_gradients(self.optimizer.param_groups[1]["params"])
         else:
             self.processes.sum_gradients(self.captioner.trainable().values())
+        trainable = self.captioner.trainable()
+        for name, gradient in self.gradients.items():
+            grad = trainable[name].grad
+            assert grad is not None  # what had one has one in every later step
+            grad += gradient
         # An infinite limit clips nothing, and the norm still shows whether the gradient is finite.
-        norm = torch.nn.utils.clip_grad_norm_(list(self.captioner.trainable().values()), config.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(list(trainable.values()), config.clip or math.inf)
         self.progress.step += 1
         if not math.isfinite(total) or not torch.isfinite(norm):
             return math.nan
         self.optimizer.step()
+        if not config.clear_gradients:
+            self.gradients = {name: p.grad for name, p in trainable.items() if p.grad is not None}
         return total
 
     def batch_loss(self, batch: Batch) -> torch.Tensor:
         """Return this process's part of the loss of one batch; the parts add up to the batch's."""
-        return self.part_of_loss(self.train_split, batch, self.config.label_smoothing)
+        config = self.config
+        return self.part_of_loss(self.train_split, batch, config.label_smoothing, config.predict_bos)
 
-    def part_of_loss(self, split: Split, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
+    def part_of_loss(
+        self, split: Split, batch: Batch, label_smoothing: float = 0.0, predict_bos: bool = False
+    ) -> torch.Tensor:
         """Return what this process's images add to the batch's mean over all tokens of its captions."""
         own = self.processes.share(range(len(batch.images)))
         if not own:
@@ -307,8 +318,8 @@ class Trainer:
         features = split.tokens([batch.images[i] for i in own], self.device)
         packed = pack_captions(mine, self.tokenizer.eos_id, pad_to_multiple=8).to(self.device)
         with autocast(self.device, self.config.precision):
-            loss = self.captioner.loss(features, packed, label_smoothing)
-        return loss * (count_targets(mine) / count_targets(batch.captions))
+            loss = self.captioner.loss(features, packed, label_smoothing, predict_bos)
+        return loss * (count_targets(mine, predict_bos) / count_targets(batch.captions, predict_bos))
 
     @torch.no_grad()
     def val_loss(self, count: int) -> float:
@@ -394,7 +405,8 @@ class Trainer:
         random = {name: state for states in self.processes.gather(own) for name, state in states.items()}
         if self.processes.first:
             optimizer = self.optimizer.state_dict()
-            self.folder.save_state(State(self.captioner.adapter_state(), optimizer, random, self.progress))
+            state = State(self.captioner.adapter_state(), optimizer, random, self.progress, self.gradients)
+            self.folder.save_state(state)
 
     def resume(self) -> None:
         """Continue from the newest intact state of the run folder.
@@ -409,6 +421,7 @@ class Trainer:
         except (KeyError, ValueError) as error:
             raise ValueError(f"--resume: {self.folder.path} holds the state of another run ({error})") from error
         self.progress = state.progress
+        self.gradients = {name: gradient.to(self.device) for name, gradient in state.gradients.items()}
         self.random_state = state.random if state.progress.position else {}
         if self.processes.first:
             self.folder.cut_metrics(state.progress)
@@ -420,9 +433,9 @@ def random_name(rank: int, kind: str) -> str:
     return f"{kind}.{rank}" if rank else kind
 
 
-def count_targets(captions: Sequence[Sequence[Sequence[int]]]) -> int:
-    """Count the target tokens of ``captions[image][caption]``, EOS included."""
-    return sum(len(caption) + 1 for group in captions for caption in group)
+def count_targets(captions: Sequence[Sequence[Sequence[int]]], bos: bool = False) -> int:
+    """Count the target tokens of ``captions[image][caption]``, EOS included, and BOS where it is one."""
+    return sum(len(caption) + 1 + bos for group in captions for caption in group)
 
 
 def memory_advice(config: TrainConfig, device: torch.device) -> str:

@@ -25,12 +25,12 @@ def captioner():
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def unpacked_loss(captioner, features, captions):
+def unpacked_loss(captioner, features, captions, predict_bos=False):
     """The definition: each caption alone after its image, plain causal attention, mean over all tokens."""
     losses = []
     for image, texts in zip(features, captions, strict=True):
         for tokens in texts:
-            inputs, targets = torch.tensor([[EOS, *tokens]]), torch.tensor([*tokens, EOS])
+            inputs, targets = torch.tensor([[EOS, *tokens]]), torch.tensor([EOS] * predict_bos + [*tokens, EOS])
             x = torch.cat([captioner.prefix(image[None]), captioner.decoder.embed(inputs)], 1)
             hidden = captioner.decoder(x, torch.arange(x.shape[1]))[0, -len(targets) :]
             losses.append(F.cross_entropy(captioner.decoder.logits(hidden), targets, reduction="none"))
@@ -57,15 +57,16 @@ def test_packed_captions_give_the_loss_and_gradients_of_single_ones(use_cls, lor
         assert torch.allclose(ours[name], gradient, atol=1e-5), name
 
 
-def test_a_batch_of_captions_gives_the_loss_and_gradients_of_one_caption_a_sequence():
-    """Captions of one image that meet in it share its prefix."""
+@pytest.mark.parametrize("predict_bos", [False, True])
+def test_a_batch_of_captions_gives_the_loss_and_gradients_of_one_caption_a_sequence(predict_bos):
+    """Captions of one image that meet in it share its prefix, and what its last token predicts."""
     model, captions = make_captioner().double(), ragged_captions((5, 1, 4, 3))
     features, parameters = random_features(model, 4).double(), list(model.trainable().values())
     batches = caption_batches(captions, 7, seed=0, epoch=0)
     assert max(len(group) for batch in batches for group in batch.captions) > 1
     for images, shown in batches:
-        packed = model.loss(features[images], pack_captions(shown, EOS))
-        single = unpacked_loss(model, features[images], shown)
+        packed = model.loss(features[images], pack_captions(shown, EOS, pad_to_multiple=8), 0.0, predict_bos)
+        single = unpacked_loss(model, features[images], shown, predict_bos)
         assert packed.item() == pytest.approx(single.item(), abs=1e-6)
         for ours, wanted in zip(*(torch.autograd.grad(loss, parameters) for loss in (packed, single)), strict=True):
             assert torch.allclose(ours, wanted, rtol=0, atol=1e-6)

@@ -35,6 +35,8 @@ def flags(*argv):
         ({"optimizer": "sgd"}, "--optimizer sgd: choose from adam, adamw"),
         ({"objective": "scst", "label_smoothing": 0.1}, "--label-smoothing is of --objective xe"),
         ({"objective": "scst", "batch_by": "captions"}, "--batch-by captions is of --objective xe"),
+        ({"objective": "scst", "predict_bos": True}, "--predict-bos is of --objective xe"),
+        ({"preprocessing": "clip"}, "--preprocessing clip: choose from own, imagenet"),
         ({"lora_rank": 0}, "--lora-rank"),
     ],
 )
@@ -64,6 +66,13 @@ def test_flags_parse_to_the_types_of_their_fields():
     ):
         with pytest.raises(argparse.ArgumentError, match=message):
             flags(*argv)
+
+
+def test_without_report_faithful_the_reports_settings_keep_its_batches_rates_and_epochs_and_no_more():
+    for name, epochs in zip("12345", (10, 5, 3, 7, 13), strict=True):
+        found = SETTINGS[name]
+        assert (found.batch_by, found.batch_size, found.lr, found.epochs) == ("captions", 16, 5e-5, epochs)
+        assert (found.predict_bos, found.clear_gradients, found.preprocessing) == (False, True, "own")
 
 
 def test_the_reports_settings_scale_lora_by_one_over_the_rank():

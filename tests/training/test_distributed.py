@@ -29,6 +29,7 @@ CASES = {
     "--label-smoothing 0.1 --clip 0.3 --lora-enable 1,0,1",
     "single": f"{EXACT} --batch-size 1 --epochs 1 --cache-gb 0.00001",
     "captions": f"{EXACT} --batch-by captions --batch-size 7 --captions-per-image 3 --epochs 1",
+    "faithful": f"{SMALL} --setting 1 --report-faithful --lora-rank 4 --batch-size 7 --captions-per-image 3 --epochs 1",
     "poisoned": UNEVEN,
     "rewarded": f"{SMALL} --objective scst --samples 3 --batch-size 5 --accumulate 2 --epochs 2 --patience 0",
 }

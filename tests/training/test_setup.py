@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from captioning.models.adapter import load_captioner, read_adapter
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import PROFILES
 from captioning.training import setup
-from captioning.training.setup import pick_own_device
+from captioning.training.config import REPORT_FAITHFUL
+from captioning.training.setup import pick_own_device, resolve_config
 from decoder import LoraConfig, build_decoder
+from p2_train import build_parser
 
 pytestmark = pytest.mark.usefixtures("constant_score")
 
@@ -80,6 +83,51 @@ def test_report_faithful_preprocesses_by_name_and_scales_by_one_over_the_rank(tm
 def test_report_faithful_leaves_what_is_asked_for(tmp_path):
     assert train(tmp_path / "run", "--epochs", 1, "--report-faithful", "--lora-alpha", 2) == 0
     assert read_adapter(tmp_path / "run" / "best.safetensors")[0].lora.alpha == 2
+
+
+SOUND = {  # of every point of the report's code, the flag that turns it off and what it then is
+    "batch_by": ("--batch-by", "images"),
+    "predict_bos": ("--no-predict-bos", False),
+    "clear_gradients": ("--clear-gradients", True),
+    "preprocessing": ("--preprocessing", "own"),
+    "lora_alpha": ("--lora-alpha", 32.0),
+    "precision": ("--precision", "auto"),
+}
+
+
+@pytest.mark.parametrize("setting", ["best", "1", "4"])
+@pytest.mark.parametrize("name", SOUND)
+def test_each_point_of_the_reports_code_can_be_turned_off_alone(setting, name):
+    option, value = SOUND[name]
+    words = [option] if isinstance(value, bool) else [option, str(value)]
+    faithful, changed = (
+        resolve_config(build_parser().parse_args(["--setting", setting, "--report-faithful", *more]))
+        for more in ([], words)
+    )
+    assert getattr(faithful, name) == REPORT_FAITHFUL[name] != value
+    assert changed == replace(faithful, **{name: value})
+
+
+def test_an_adapter_keeps_its_preprocessing(tmp_path, capsys):
+    assert train(tmp_path / "run", "--epochs", 1, "--preprocessing", "imagenet") == 0
+    start = ("--init-adapter", tmp_path / "run" / "last.safetensors", "--epochs", 1)
+    assert train(tmp_path / "further", *start) == 0
+    assert read_adapter(tmp_path / "further" / "last.safetensors")[0].encoder_kwargs["crop_pct"] == 0.875
+    assert train(tmp_path / "other", *start, "--preprocessing", "own") == BAD_INPUT
+    assert "--preprocessing own: --init-adapter" in capsys.readouterr().err
+
+
+def test_a_run_of_the_last_versions_report_faithful_is_known_by_its_preprocessing(tmp_path):
+    """It had no options of its own; images were batched, and gradients cleared."""
+    flags = ("--setting", "1", "--batch-by", "images", "--preprocessing", "imagenet", "--epochs", 1)
+    assert train(tmp_path / "run", *flags) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    for name in ("batch_by", "predict_bos", "clear_gradients", "preprocessing"):
+        del config["train"][name]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"report_faithful": True}))
+    assert train(tmp_path / "run", *flags, "--resume") == 0
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert train(tmp_path / "run", *flags, "--resume") == BAD_INPUT
 
 
 def test_too_many_trained_parameters_are_refused(tmp_path, capsys):

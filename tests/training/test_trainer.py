@@ -102,6 +102,32 @@ def test_captions_are_counted_in_batches_and_logged(tmp_path):
     assert [record["step"] for record in records(tmp_path / "run", "step")] == list(range(1, 16))  # 60 captions
 
 
+def test_gradients_that_are_not_cleared_are_summed_over_all_steps_but_those_without_a_number(tmp_path, monkeypatch):
+    """Over a step's batches too. The rate is too small to change a weight, so both runs have the same gradients."""
+    taken, step, loss = [], torch.optim.Adam.step, Captioner.loss
+
+    def noted(optimizer, *args, **kwargs):
+        taken.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+        return step(optimizer, *args, **kwargs)
+
+    def spoilt(captioner, *args):
+        calls.append(captioner.training)
+        return loss(captioner, *args) * (math.nan if sum(calls) == 4 else 1)  # of the second step
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    monkeypatch.setattr(Captioner, "loss", spoilt)
+    flags = ("--optimizer", "adam", "--lr", 1e-30, "--clip", 0, "--lora-dropout", 0, "--accumulate", 2)
+    for name in ("clear-gradients", "no-clear-gradients"):
+        calls = []
+        assert train(tmp_path / name, *flags, f"--{name}") == 0
+    cleared, summed = taken[:3], taken[3:]
+    assert len(summed) == 3  # of four steps
+    for tensors in zip(*cleared, *summed, strict=True):
+        totals = torch.stack(tensors[:3]).cumsum(0)
+        assert totals.abs().max() > 0 or not torch.stack(tensors).any()
+        assert torch.allclose(torch.stack(tensors[3:]), totals, rtol=1e-5, atol=1e-7)
+
+
 # -------------------------------------------------------------------------------------------------------- resuming
 
 
@@ -151,6 +177,8 @@ def test_a_second_signal_stops_immediately(tmp_path, monkeypatch):
         ("--optimizer", "adam"),
         ("--lora-dropout", "0.5"),
         ("--batch-by", "captions", "--captions-per-image", "1"),
+        ("--no-clear-gradients", "--projector-epochs", "1"),
+        ("--setting", "1", "--report-faithful", "--captions-per-image", "1"),
     ],
 )
 def test_options_resume_bit_for_bit(tmp_path, monkeypatch, flags):
