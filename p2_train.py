@@ -17,7 +17,7 @@ from typing import Any
 from captioning import distributed
 from captioning.cli import STOPPED, FlagParser, add_common_flags, command, setup_logging
 from captioning.training.config import SETTINGS, add_flags
-from captioning.training.setup import pick_own_device, prepare
+from captioning.training.setup import pick_own_device, plan, prepare
 from captioning.training.trackers import CHOICES as TRACKERS
 
 
@@ -35,6 +35,7 @@ def build_parser() -> FlagParser:
     parser.add_argument("--data", type=Path, help="folder with train.json, val.json, images/train, images/val")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/SETTING)")
     parser.add_argument("--resume", action="store_true", help="continue from the last state in the run folder")
+    parser.add_argument("--dry-run", action="store_true", help="check the flags and files, count the steps, and end")
     parser.add_argument("--encoder", help="timm ViT (default: the profile's)")
     parser.add_argument("--encoder-weights", help="its weights, a file or folder (default: the profile's)")
     parser.add_argument("--decoder", help="GPT-2, a file or folder (default: the profile's)")
@@ -86,6 +87,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: Any, processes: distributed.Processes) -> int:
     """Train and print what came of it; return the exit code."""
+    if args.dry_run:
+        planned = processes.together(lambda: plan(args, processes))
+        if processes.first:
+            print(planned)
+        return 0
     with contextlib.ExitStack() as held:
         trainer = processes.together(lambda: prepare(args, processes, held))
         record = trainer.run()

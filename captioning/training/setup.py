@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from captioning.data.annotations import load_split
+from captioning.data.annotations import Sample, load_split
 from captioning.data.batches import shuffle_captions
 from captioning.data.tokenizer import Tokenizer, encode_captions
 from captioning.device import pick_device, seed_everything
@@ -35,7 +35,7 @@ from captioning.training.config import REPORT_FAITHFUL, SCST_NUMBERS, SETTINGS, 
 from captioning.training.run_folder import RunFolder
 from captioning.training.scst import ScstTrainer
 from captioning.training.trackers import Trackers
-from captioning.training.trainer import Split, Trainer
+from captioning.training.trainer import Split, Trainer, steps_per_epoch
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_state_dict
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,24 @@ def prepare(args: Any, processes: Processes, held: contextlib.ExitStack) -> Trai
             held.enter_context(trackers.started(described))
             trainer.listeners.append(trackers.log)
     return trainer
+
+
+def plan(args: Any, processes: Processes) -> str:
+    """Say how long the training that the flags ask for would be; no image is encoded and no file is written.
+
+    Raises:
+        ValueError, OSError: as ``prepare``, but for what has to do with the run folder.
+    """
+    config = resolve_config(args)
+    captioner, tokenizer = make_models(args, config, processes)
+    train, captions = read_split(args, "train", captioner, tokenizer)
+    read_split(args, "val", captioner, tokenizer)
+    steps = steps_per_epoch(config, captions)
+    return (
+        f"trainable parameters: {count_trainable(captioner):,}\n"
+        f"training: {len(train):,} images with {sum(map(len, captions)):,} captions, {config.batch_size} "
+        f"{config.batch_by} a batch, {steps:,} optimiser steps an epoch, {steps * config.epochs:,} in all"
+    )
 
 
 def resolve_config(args: Any) -> TrainConfig:
@@ -124,10 +142,7 @@ def open_run(args: Any, folder: RunFolder, processes: Processes, held: contextli
 
 def build(args: Any, config: TrainConfig, folder: RunFolder, processes: Processes) -> Trainer:
     """Build models and data, and load what a resumed or tuned captioner has learned."""
-    seed_everything(config.seed)
-    tokenizer = Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
-    captioner = make_captioner(args, config, folder, processes).to(pick_own_device(args.device))
-    check_vocabulary(tokenizer, captioner.decoder)
+    captioner, tokenizer = make_models(args, config, processes, folder)
     check_run(args, config, captioner, folder, processes)
     train, val = (make_split(args, name, captioner, tokenizer, processes) for name in ("train", "val"))
     kind = ScstTrainer if config.objective == "scst" else Trainer
@@ -141,7 +156,23 @@ def build(args: Any, config: TrainConfig, folder: RunFolder, processes: Processe
     return trainer
 
 
-def make_captioner(args: Any, config: TrainConfig, folder: RunFolder, processes: Processes) -> Captioner:
+def make_models(
+    args: Any, config: TrainConfig, processes: Processes, folder: RunFolder | None = None
+) -> tuple[Captioner, Tokenizer]:
+    """Build captioner and tokenizer; ValueError where they do not fit, or more is trained than is allowed."""
+    seed_everything(config.seed)
+    tokenizer = Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
+    captioner = make_captioner(args, config, folder, processes).to(pick_own_device(args.device))
+    check_vocabulary(tokenizer, captioner.decoder)
+    trainable = count_trainable(captioner)
+    if trainable > config.max_trainable:
+        raise ValueError(
+            f"{trainable:,} trainable parameters exceed --max-trainable {config.max_trainable:,}; lower --lora-rank"
+        )
+    return captioner, tokenizer
+
+
+def make_captioner(args: Any, config: TrainConfig, folder: RunFolder | None, processes: Processes) -> Captioner:
     """Build encoder, projector and decoder from the flags, or from the profile where a flag is not given."""
     profile = PROFILES[args.profile]
     own = args.encoder is None or args.encoder == profile.encoder
@@ -161,12 +192,12 @@ def make_captioner(args: Any, config: TrainConfig, folder: RunFolder, processes:
     return Captioner(captioner_config, make_decoder(args, config.lora(), folder, processes))
 
 
-def make_decoder(args: Any, lora: LoraConfig, folder: RunFolder, processes: Processes) -> Decoder:
-    """Load the decoder, or with ``--random-weights`` and no ``--decoder`` make a GPT-2 small in the run folder."""
+def make_decoder(args: Any, lora: LoraConfig, folder: RunFolder | None, processes: Processes) -> Decoder:
+    """Load the decoder; with ``--random-weights`` and no ``--decoder`` make a GPT-2 small, in the run folder if any."""
     if args.decoder or not args.random_weights:
         return build_decoder(args.decoder or PROFILES[args.profile].decoder, lora)
     decoder = Decoder(DecoderConfig(), lora)  # the same in all processes, which have one seed
-    if processes.first:
+    if processes.first and folder is not None:
         path = folder.path / "decoder_model.safetensors"
         with atomic_path(path) as temporary:
             save_file({k: v.contiguous() for k, v in gpt2_state_dict(decoder).items()}, temporary)
@@ -175,14 +206,10 @@ def make_decoder(args: Any, lora: LoraConfig, folder: RunFolder, processes: Proc
 
 
 def check_run(args: Any, config: TrainConfig, captioner: Captioner, folder: RunFolder, processes: Processes) -> None:
-    """Refuse what would fail later, before any image is encoded: too many parameters, a full disk, another run."""
-    trainable = count_trainable(captioner)
-    if trainable > config.max_trainable:
-        raise ValueError(
-            f"{trainable:,} trainable parameters exceed --max-trainable {config.max_trainable:,}; lower --lora-rank"
-        )
+    """Refuse what would fail later, before any image is encoded: a full disk, another run."""
     if not processes.first:
         return
+    trainable = count_trainable(captioner)
     print(f"trainable parameters: {trainable:,}")
     if config.batch_size < processes.count:
         log.warning(
@@ -225,15 +252,21 @@ def check_resumed(folder: RunFolder, now: dict[str, Any]) -> None:
         raise ValueError(f"--resume: {folder.path} was started with other values of {', '.join(changed)}")
 
 
-def make_split(args: Any, name: str, captioner: Captioner, tokenizer: Tokenizer, processes: Processes) -> Split:
-    """Read a split, check its captions against the context, and encode its images once."""
-    profile = PROFILES[args.profile]
-    samples = load_split(args.data or Path(profile.data), name)
+def read_split(
+    args: Any, name: str, captioner: Captioner, tokenizer: Tokenizer
+) -> tuple[list[Sample], list[list[list[int]]]]:
+    """Return the samples of a split and their captions as token ids; ValueError where one exceeds the context."""
+    samples = load_split(args.data or Path(PROFILES[args.profile].data), name)
     if name == "train" and args.shuffle_captions:
         samples = shuffle_captions(samples, seed=0)
     room = captioner.decoder.config.n_positions - captioner.n_prefix - 1
-    captions = encode_captions(samples, tokenizer, room)
-    folder = args.cache or Path(profile.cache)
+    return samples, encode_captions(samples, tokenizer, room)
+
+
+def make_split(args: Any, name: str, captioner: Captioner, tokenizer: Tokenizer, processes: Processes) -> Split:
+    """Read a split and encode its images once."""
+    samples, captions = read_split(args, name, captioner, tokenizer)
+    folder = args.cache or Path(PROFILES[args.profile].cache)
     features = cached_features(captioner, [s.path for s in samples], folder, args.cache_gb * 1e9, processes)
     return Split(samples, captions, features)
 

@@ -11,8 +11,10 @@ from PIL import Image
 from runs import STEPS, records, train
 
 import p2_infer
+from captioning.cli import BAD_INPUT
 from captioning.models.adapter import read_adapter
 from captioning.profiles import PROFILES, ROOT
+from p2_train import main
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,6 +42,36 @@ def test_a_run_folder_holds_all_that_is_promised(tmp_path):
         assert stored.lora.rank == 4
         assert config["trainable_parameters"] == sum(t.numel() for t in state.values())
     assert not list(run.glob("*.tmp")) + list(run.glob(".*"))
+
+
+def test_a_dry_run_counts_the_steps_of_full_size_data(tmp_path, capsys):
+    """The pictures are not read, so empty files stand for them."""
+    for split, count in (("train", 10_000), ("val", 1)):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        names = [f"{number:012}.jpg" for number in range(count)]
+        for name in names:
+            (tmp_path / "images" / split / name).touch()
+        annotations = {
+            "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
+            "annotations": [{"id": n, "image_id": n // 5, "caption": "a red bike"} for n in range(5 * count)],
+        }
+        (tmp_path / f"{split}.json").write_text(json.dumps(annotations))
+    common = ["--profile", "micro", "--device", "cpu", "--data", str(tmp_path), "--dry-run", "--out"]
+    for setting, said in (
+        ("1", "16 captions a batch, 3,125 optimiser steps an epoch, 31,250 in all"),
+        ("best", "16 images a batch, 625 optimiser steps an epoch, 5,000 in all"),
+    ):
+        assert main([*common, str(tmp_path / "run"), "--setting", setting]) == 0
+        shown = capsys.readouterr().out
+        assert f"training: 10,000 images with 50,000 captions, {said}\n" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(tmp_path, capsys):
+    assert train(tmp_path / "run", "--dry-run", "--data", tmp_path / "gone") == BAD_INPUT
+    assert "gone" in capsys.readouterr().err
+    assert train(tmp_path / "run", "--dry-run", "--max-trainable", 1000) == BAD_INPUT
+    assert "--max-trainable 1,000" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("constant_score")
