@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from captioning.cli import FlagParser, add_common_flags, command, setup_logging
+from captioning.cli import FlagParser, add_allow_other_decoder, add_common_flags, command, setup_logging
 from captioning.data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_files
 from captioning.files import atomic_path, write_text
+from captioning.models.adapter import read_adapter
 from captioning.models.export import load_decoder, make_cards, write_gpt2
 from captioning.profiles import PROFILES
 from captioning.training.run_folder import RunFolder
@@ -28,6 +29,7 @@ def build_parser() -> Any:
     )
     parser.add_argument("--decoder", help="GPT-2 that it was trained on, a file or folder (default: the profile's)")
     parser.add_argument("--tokenizer", help="folder of GPT-2's tokenizer files (default: the profile's)")
+    add_allow_other_decoder(parser)
     add_common_flags(parser, device=False)
     return parser
 
@@ -42,13 +44,15 @@ def main(argv: list[str] | None = None) -> int:
     for folder in folders.values():
         if folder.exists():
             raise ValueError(f"{folder}: exists already; name another OUT, or remove it")
-    config, decoder, projector = load_decoder(args.adapter, args.decoder or profile.decoder)
+    config, decoder, projector = load_decoder(args.adapter, args.decoder or profile.decoder, args.allow_other_decoder)
     tokenizer = args.tokenizer or profile.tokenizer
     files, end_id = tokenizer_files(tokenizer), Tokenizer(tokenizer).eos_id
     write_gpt2(folders["gpt2"], decoder, projector, files, end_id, END_OF_TEXT)
     with atomic_path(folders["adapter"] / "adapter.safetensors") as temporary:
         shutil.copyfile(args.adapter, temporary)
-    for name, card in make_cards(config, decoder, projector, RunFolder(args.adapter.parent).describe()).items():
+    trained_on = read_adapter(args.adapter)[0]  # which --allow-other-decoder may have exchanged
+    for name, described in (("adapter", trained_on), ("gpt2", config)):
+        card = make_cards(described, decoder, projector, RunFolder(args.adapter.parent).describe())[name]
         write_text(folders[name] / "README.md", card)
         print(folders[name])
     return 0

@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
+from captioning.checkpoints import read_state_dict
+from captioning.cli import (
+    PARTIAL,
+    FlagParser,
+    add_allow_other_decoder,
+    add_common_flags,
+    command,
+    positive_int,
+    setup_logging,
+)
 from captioning.data.images import DRAFT_FACTOR, list_images
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import PRECISIONS, autocast, pick_device
@@ -27,6 +36,7 @@ from captioning.models.inference_weights import prepare
 from captioning.models.step_functions import CompiledStepFunction
 from captioning.profiles import PROFILES
 from captioning.scale.pipeline import ShardRun, add_flags, add_images_and_results, caption_source, is_plain_folder
+from captioning.tensors import fingerprint
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compile the decoding steps: same captions, a minute or more at the start",
     )
+    add_allow_other_decoder(parser)
     add_common_flags(parser)
     add_flags(parser)
     add(
@@ -93,6 +104,8 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
         "decoder": str(args.decoder.resolve()),
         "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
         **{name: getattr(args, name) for name in flags},
+        # The adapter's own fingerprint of the decoder, which loading holds against the file, does not hold then.
+        **({"other_decoder": fingerprint(read_state_dict(args.decoder))} if args.allow_other_decoder else {}),
     }
 
 
@@ -108,7 +121,8 @@ def load_job(args: argparse.Namespace) -> Job:
     device = pick_device(args.device)
     tokenizer = Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
     fallback = PROFILES[args.profile].encoder_weights
-    captioner = load_captioner(args.adapter, args.decoder, args.encoder_weights, device, fallback)
+    frozen = (args.decoder, args.encoder_weights)
+    captioner = load_captioner(args.adapter, *frozen, device, fallback, args.allow_other_decoder)
     check_vocabulary(tokenizer, captioner.decoder)
     prepare(captioner, args.precision, reorder=not args.compile)
     draft = draft_side(captioner.transform) if args.jpeg_draft else None

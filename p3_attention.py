@@ -17,7 +17,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
+from captioning.cli import (
+    PARTIAL,
+    FlagParser,
+    add_allow_other_decoder,
+    add_common_flags,
+    command,
+    positive_int,
+    setup_logging,
+)
 from captioning.data.annotations import load_samples
 from captioning.data.images import list_images
 from captioning.data.tokenizer import Tokenizer
@@ -97,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive_int,
         help="longest caption in tokens (default: 30 for p2, 64 for p1)",
     )
+    add_allow_other_decoder(parser)
     add_common_flags(parser)
     return parser
 
@@ -129,9 +138,8 @@ def load_explainer(args: argparse.Namespace, device: torch.device) -> Explainer:
         prompt = check_prompt(args.prompt) if args.prompt is not None else PROMPTS[args.setting]
         llava = load_llava(args.llava or profile.llava, device, pick_dtype(args.dtype, device))
         return LlavaExplainer(llava, prompt, args.beam_size or 1, args.max_new_tokens or 64)
-    captioner = load_captioner(
-        args.adapter, args.decoder or Path(profile.decoder), args.encoder_weights, device, profile.encoder_weights
-    )
+    frozen = (args.decoder or Path(profile.decoder), args.encoder_weights)
+    captioner = load_captioner(args.adapter, *frozen, device, profile.encoder_weights, args.allow_other_decoder)
     tokenizer = Tokenizer(args.tokenizer or profile.tokenizer)
     return CaptionerExplainer(captioner, tokenizer, args.beam_size or 5, args.max_new_tokens or 30)
 

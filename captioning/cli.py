@@ -81,6 +81,15 @@ def add_common_flags(parser: argparse.ArgumentParser, profile: bool = True, devi
     parser.add_argument("--verbose", action="store_true", help="more log lines")
 
 
+def add_allow_other_decoder(parser: argparse.ArgumentParser) -> None:
+    """Add ``--allow-other-decoder``, for scripts that put an adapter on a decoder."""
+    parser.add_argument(
+        "--allow-other-decoder",
+        action="store_true",
+        help="only warn where the adapter was trained on another decoder, such as the same GPT-2 in another precision",
+    )
+
+
 def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
     """Wrap a script's ``main(argv) -> exit code``: bad input becomes one line on stderr and a non-zero exit code."""
 

@@ -29,6 +29,19 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def difference(wanted: str, found: str, state: Mapping[str, torch.Tensor]) -> str:
+    """Say that ``state`` has another fingerprint than ``wanted``, and whether rounding may be the reason."""
+    note = ""
+    for dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        rounded = {key: t.to(dtype).to(t.dtype) if t.is_floating_point() else t for key, t in state.items()}
+        if fingerprint(rounded) == wanted:
+            note = f"; rounded to {name} it is the wanted one, so only the precision differs"
+        elif fingerprint(rounded) == found:
+            note = f"; all of its numbers are {name}'s, so the precision may be the reason"
+    return f"(hash {wanted}, this one is {found}{note})"
+
+
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> None:
     """Write tensors and texts to one safetensors file, atomically, with a checksum over both.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.encoder import RANDOM
-from captioning.tensors import read_tensors
-from decoder import build_decoder
+from captioning.tensors import difference, read_tensors
+from decoder import Decoder, build_decoder, gpt2_state_dict
+
+log = logging.getLogger(__name__)
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[CaptionerConfig, dict[str, torch.Tensor]]:
@@ -36,8 +39,23 @@ def read_adapter(path: str | os.PathLike) -> tuple[CaptionerConfig, dict[str, to
         raise ValueError(f"--adapter {path}: {error}") from error
 
 
+def check_decoder(wanted: str, decoder: Decoder, found: str, allow_other: bool) -> None:
+    """Refuse a decoder whose fingerprint is not the wanted one, or with ``allow_other`` warn of it."""
+    if wanted in ("", found):
+        return
+    other = f"the adapter was trained on another decoder {difference(wanted, found, gpt2_state_dict(decoder))}"
+    if not allow_other:
+        raise ValueError(f"{other}; --allow-other-decoder takes it all the same")
+    log.warning("--allow-other-decoder: %s", other)
+
+
 def load_captioner(
-    adapter: Path, decoder: Path, encoder_weights: str | None, device: torch.device, fallback: str | None = None
+    adapter: Path,
+    decoder: Path,
+    encoder_weights: str | None,
+    device: torch.device,
+    fallback: str | None = None,
+    allow_other_decoder: bool = False,
 ) -> Captioner:
     """Rebuild a captioner from its adapter file, LoRA merged, ready to caption.
 
@@ -49,12 +67,13 @@ def load_captioner(
     """
     config, state = read_adapter(adapter)
     stored = config.encoder_weights
-    if not encoder_weights and stored is not None and stored != RANDOM and not Path(stored).is_file():
+    if not encoder_weights and stored is not None and stored != RANDOM and not Path(stored).exists():
         encoder_weights = fallback
     if encoder_weights:
         config = replace(config, encoder_weights=encoder_weights)
     try:
-        captioner = Captioner(config, build_decoder(decoder, config.lora))
+        captioner = Captioner(replace(config, decoder_hash=""), build_decoder(decoder, config.lora))
+        check_decoder(config.decoder_hash, captioner.decoder, captioner.config.decoder_hash, allow_other_decoder)
         captioner.load_adapter_state(state)
     except ValueError as error:
         raise ValueError(f"--adapter {adapter} with decoder {decoder}: {error}") from error
@@ -64,10 +83,12 @@ def load_captioner(
 def start_from(captioner: Captioner, path: Path) -> None:
     """Load an adapter to train it further; ValueError where it belongs to other frozen weights."""
     stored, state = read_adapter(path)
-    for part in ("encoder", "decoder"):
+    frozen = {"encoder": captioner.encoder.state_dict(), "decoder": gpt2_state_dict(captioner.decoder)}
+    for part, weights in frozen.items():
         wanted, found = (getattr(config, f"{part}_hash") for config in (stored, captioner.config))
         if wanted != found:
-            raise ValueError(f"--init-adapter {path}: was trained on another {part} (hash {wanted}, not {found})")
+            other = difference(wanted, found, weights)
+            raise ValueError(f"--init-adapter {path}: was trained on another {part} {other}")
     # The same weights can be used with other preprocessing; JSON makes tuples and lists alike.
     before, now = (json.dumps(dict(config.encoder_kwargs), sort_keys=True) for config in (stored, captioner.config))
     if before != now:

@@ -21,7 +21,7 @@ from torch import nn
 from captioning.kernels.packed_attention import Packing
 from captioning.models.encoder import build_encoder, build_transform
 from captioning.models.step_functions import StepFunction
-from captioning.tensors import copy_exactly, fingerprint, write_tensors
+from captioning.tensors import copy_exactly, difference, fingerprint, write_tensors
 from decoder import Decoder, LoraConfig, gpt2_state_dict, lora_state_dict, mark_trainable, merge_lora, refuse_merged
 
 IGNORED = -100  # target of padding, cross_entropy's default
@@ -95,15 +95,12 @@ class Captioner(nn.Module):
         mark_trainable(decoder)
 
     def _with_fingerprints(self, config: CaptionerConfig) -> CaptionerConfig:
-        hashes: dict[str, Any] = {
-            "encoder_hash": fingerprint(self.encoder.state_dict()),
-            "decoder_hash": fingerprint(gpt2_state_dict(self.decoder)),
-        }
-        for key, found in hashes.items():
-            wanted = getattr(config, key)
-            if wanted and wanted != found:
-                part = key.split("_")[0]
-                raise ValueError(f"the adapter was trained on another {part} (hash {wanted}, this one is {found})")
+        hashes: dict[str, Any] = {}
+        for part, state in (("encoder", self.encoder.state_dict()), ("decoder", gpt2_state_dict(self.decoder))):
+            wanted, found = getattr(config, f"{part}_hash"), fingerprint(state)
+            if wanted not in ("", found):
+                raise ValueError(f"the adapter was trained on another {part} {difference(wanted, found, state)}")
+            hashes[f"{part}_hash"] = found
         return replace(config, **hashes)
 
     def train(self, mode: bool = True) -> Captioner:

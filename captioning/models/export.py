@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from captioning.files import atomic_path, write_json, write_text
 from captioning.imports import import_guarded
-from captioning.models.adapter import read_adapter
+from captioning.models.adapter import check_decoder, read_adapter
 from captioning.models.captioner import CaptionerConfig
 from captioning.models.encoder import PREPROCESSING
 from captioning.tensors import fingerprint
@@ -51,7 +51,8 @@ python p2_infer.py IMG_DIR OUT.json DECODER --adapter adapter.safetensors
 ```
 
 `adapter.safetensors` holds the trained tensors, and in its header the configuration that rebuilds everything else. The
-fingerprints are checked: with another encoder or decoder it does not load."""
+fingerprints are checked: with another encoder it does not load, and with another decoder only where
+`--allow-other-decoder` is given."""
 
 GPT2_USE = """## Use
 
@@ -79,10 +80,13 @@ print(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
 ```"""
 
 
-def load_decoder(adapter: Path, source: str | Path) -> tuple[CaptionerConfig, Decoder, dict[str, Any]]:
+def load_decoder(
+    adapter: Path, source: str | Path, allow_other: bool = False
+) -> tuple[CaptionerConfig, Decoder, dict[str, Any]]:
     """Return the adapter's configuration, its decoder with LoRA merged, and the projector's tensors.
 
-    The projector's ``weight`` is (decoder width, encoder width) and its ``bias`` (decoder width,).
+    The projector's ``weight`` is (decoder width, encoder width) and its ``bias`` (decoder width,). With ``allow_other``
+    the decoder may be one that the adapter was not trained on; the configuration then has its fingerprint.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or the adapter was trained on another decoder.
@@ -90,11 +94,11 @@ def load_decoder(adapter: Path, source: str | Path) -> tuple[CaptionerConfig, De
     config, state = read_adapter(adapter)
     decoder = build_decoder(source, config.lora)
     found = fingerprint(gpt2_state_dict(decoder))
-    if config.decoder_hash != found:
-        raise ValueError(
-            f"--adapter {adapter} was trained on another decoder than --decoder {source} "
-            f"(hash {config.decoder_hash}, this one is {found})"
-        )
+    try:
+        check_decoder(config.decoder_hash, decoder, found, allow_other)
+    except ValueError as error:
+        raise ValueError(f"--adapter {adapter} with --decoder {source}: {error}") from error
+    config = replace(config, decoder_hash=found)
     parts: dict[str, dict[str, Any]] = {"decoder": {}, "projector": {}}
     for key, tensor in state.items():
         part, _, name = key.partition(".")

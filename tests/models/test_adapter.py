@@ -12,10 +12,11 @@ from tiny import EOS, LORA, SHAPE, TINY_ENCODER_KWARGS, make_captioner, ragged_c
 
 from captioning.data.batches import pack_captions
 from captioning.inference import search
-from captioning.models.adapter import load_captioner, read_adapter
+from captioning.models.adapter import load_captioner, read_adapter, start_from
 from captioning.models.captioner import Captioner
 from captioning.models.encoder import build_encoder
-from decoder import Decoder, DecoderConfig, gpt2_state_dict
+from captioning.tensors import fingerprint
+from decoder import Decoder, DecoderConfig, gpt2_state_dict, load_gpt2
 
 STORED = Path(__file__).parent.parent / "fixtures" / "adapters"  # written by the version before captioning/ existed
 
@@ -113,6 +114,68 @@ def test_an_adapter_with_a_damaged_config_is_refused_by_name(header, tmp_path):
     save_file({"projector.bias": torch.zeros(2)}, path, metadata={"captioner": header})
     with pytest.raises(ValueError, match=r"damaged\.safetensors"):
         read_adapter(path)
+
+
+# ---- the same decoder in another precision -------------------------------------------------------------------------
+
+
+def as_file(decoder, dtype, path):
+    save_file({name: tensor.to(dtype) for name, tensor in gpt2_state_dict(decoder).items()}, path)
+    (path.parent / "config.json").write_text('{"model_type": "gpt2", "n_head": 2}', encoding="utf-8")
+    return path
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_decoder_in_another_precision_says_so_and_is_taken_when_allowed(tmp_path, caplog, dtype):
+    """Which of the two the adapter was trained on decides what can be known: rounding has no way back."""
+    name, whole = str(dtype).removeprefix("torch."), random_decoder()
+    files = {kind: as_file(whole, kind, tmp_path / f"{kind}.safetensors") for kind in (torch.float32, dtype)}
+    for trained, given, why in (
+        (dtype, torch.float32, f"rounded to {name} it is the wanted one, so only the precision differs"),
+        (torch.float32, dtype, f"all of its numbers are {name}'s, so the precision may be the reason"),
+    ):
+        captioner, adapter = make_captioner(), tmp_path / "adapter.safetensors"
+        load_gpt2(captioner.decoder, load_file(files[trained]))
+        config = replace(captioner.config, decoder_hash=fingerprint(gpt2_state_dict(captioner.decoder)))
+        captioner.config = config
+        captioner.save_adapter(adapter)
+        arguments = (adapter, files[given], None, torch.device("cpu"))
+        with pytest.raises(ValueError, match=rf"another decoder .*{why}\); --allow-other-decoder takes it"):
+            load_captioner(*arguments)
+        with caplog.at_level("WARNING"):
+            caplog.clear()
+            loaded = load_captioner(*arguments, allow_other_decoder=True)
+        assert len(caplog.records) == 1 and why in caplog.text
+        assert torch.equal(loaded.decoder.wpe.weight, load_file(files[given])["wpe.weight"].float())
+        caplog.clear()
+        load_captioner(adapter, files[trained], None, torch.device("cpu"), allow_other_decoder=True)
+        assert not caplog.records
+
+
+def test_a_strange_decoder_is_not_put_down_to_precision(captioner, adapter, tmp_path):
+    strange = as_file(random_decoder(seed=1), torch.float32, tmp_path / "decoder.safetensors")
+    with pytest.raises(ValueError, match=r"another decoder \(hash \w+, this one is \w+\);"):
+        load_captioner(adapter, strange, None, torch.device("cpu"))
+    wider = as_file(random_decoder(shape=replace(SHAPE, n_embd=48)), torch.float32, tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match="does not fit this captioner"):
+        load_captioner(adapter, wider, None, torch.device("cpu"), allow_other_decoder=True)
+
+
+def test_another_precision_of_encoder_and_decoder_is_named_where_training_goes_on(captioner, adapter):
+    other = make_captioner()
+    with torch.no_grad():
+        for parameter in other.decoder.parameters():
+            parameter.copy_(parameter.half())
+    other.config = replace(other.config, decoder_hash=fingerprint(gpt2_state_dict(other.decoder)))
+    with pytest.raises(ValueError, match=r"--init-adapter .*another decoder .*float16's, so the precision may be"):
+        start_from(other, adapter)
+    halves = {key: tensor.half().float() for key, tensor in captioner.encoder.state_dict().items()}
+    config = replace(captioner.config, encoder_hash=fingerprint(halves))
+    with pytest.raises(ValueError, match=r"another encoder .*rounded to float16 it is the wanted one"):
+        Captioner(config, random_decoder())
 
 
 # ---- adapters of an earlier version --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import p2_infer
 from captioning.data.tokenizer import Tokenizer
 from captioning.imports import import_guarded
 from captioning.inference.captions import caption_features
+from captioning.models.adapter import read_adapter
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import PROFILES
 from decoder import LoraConfig, build_decoder
@@ -141,5 +142,10 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing_behind(tmp_path, capsys
     assert p2_export.main([*argv, "--decoder", str(tmp_path / "other.bin")]) == 2
     assert "was trained on another decoder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    other = ["--decoder", str(tmp_path / "other.bin"), "--allow-other-decoder"]
+    assert p2_export.main([str(tmp_path / "allowed"), *argv[1:], *other]) == 0
+    stored, parts = read_adapter(adapter)[0].decoder_hash, ("adapter", "gpt2")
+    cards = {part: (tmp_path / "allowed" / part / "README.md").read_text(encoding="utf-8") for part in parts}
+    assert stored in cards["adapter"] and stored not in cards["gpt2"]  # which holds the other one
     assert p2_export.main(argv) == 0
     assert p2_export.main(argv) == 2 and "exists already" in capsys.readouterr().err

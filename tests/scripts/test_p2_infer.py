@@ -221,6 +221,19 @@ def test_a_pickled_decoder_captions_like_the_same_safetensors(run, tiny_data, tm
     assert results[0] == results[1]
 
 
+def test_the_same_decoder_in_half_precision_captions_where_it_is_allowed(run, tiny_data, tmp_path, capsys, caplog):
+    half, images = tmp_path / "half.BIN", tiny_data / "images" / "val"
+    torch.save({key: value.half() for key, value in load_file(PROFILES["micro"].decoder).items()}, half)
+    files = (images, tmp_path / "p.json", run / "last.safetensors")
+    assert infer(*files, decoder=half) == 2
+    assert "so the precision may be the reason); --allow-other-decoder" in capsys.readouterr().err
+    for out in ((), ("--num-shards", 1)):  # a folder's own file, and parts
+        caplog.clear()
+        assert infer(images, tmp_path / f"p{len(out)}.json", files[2], "--allow-other-decoder", decoder=half) == 0
+        assert "--allow-other-decoder: the adapter was trained on another decoder" in caplog.text
+    assert len(json.loads((tmp_path / "p0.json").read_text())) == 8
+
+
 @pytest.mark.parametrize("flag", ["--batch-size", "--beam-size", "--max-new-tokens"])
 def test_sizes_below_one_are_refused(flag, run, tiny_data, tmp_path, capsys):
     argv = [tiny_data / "images" / "val", tmp_path / "p.json", PROFILES["micro"].decoder, flag, "0"]

@@ -6,7 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import p3_attention
 from captioning.cli import BAD_INPUT, PARTIAL
@@ -141,6 +143,15 @@ def test_bad_input(images, tmp_path, adapter, tiny_data, capsys):
     assert "one folder" in fails(capsys, "p2", one, out, adapter, "--grounding", tiny_data / "val.json")
     assert "no such file" in fails(capsys, "p2", one, out, tmp_path / "no.safetensors")
     assert not out.exists()
+
+
+def test_another_decoder_explains_where_it_is_allowed(images, tmp_path, adapter, capsys, caplog):
+    half, picture = tmp_path / "half.pt", next(iter(sorted(images.iterdir())))
+    torch.save({key: value.half() for key, value in load_file(PROFILES["micro"].decoder).items()}, half)
+    assert explain("p2", [picture], tmp_path / "out", adapter, "--decoder", half) == BAD_INPUT
+    assert "precision may be the reason); --allow-other-decoder" in capsys.readouterr().err
+    assert explain("p2", [picture], tmp_path / "out", adapter, "--decoder", half, "--allow-other-decoder") == 0
+    assert "--allow-other-decoder: the adapter was trained on another decoder" in caplog.text
 
 
 def test_unreadable_images_are_named_and_the_rest_is_explained(images, tmp_path, adapter, caplog):
