@@ -2,6 +2,7 @@
 
 search      greedy and beam search over a step function       captions    captions of images from their encoder tokens
 encode      from image files to encoder tokens                 batches     entries read ahead and captioned in batches
+wording     what captions may not say
 folder      a folder into one JSON, resumable                  append_log  captions kept as they come
 """
 

@@ -31,6 +31,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from captioning.inference.wording import Rule, apply_rules
+
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Device = torch.device | str | None
 CHECK_EVERY = 4  # steps between two checks on an accelerator: each check waits for it
@@ -55,6 +57,7 @@ def greedy(
     max_new_tokens: int = 30,
     device: Device = None,
     check_every: int | None = None,
+    rules: Sequence[Rule] = (),
 ) -> SearchResult:
     """Take the most probable token at each step until EOS or ``max_new_tokens``; scores have length penalty 1.
 
@@ -68,19 +71,21 @@ def greedy(
     done = torch.zeros(batch_size, dtype=torch.bool, device=device)
     sums, lengths = torch.zeros(2, batch_size, device=device)
     check = _StopCheck(check_every or _check_every(device), max_new_tokens)
-    history = []
+    history = torch.empty(batch_size, 1, 0, dtype=torch.long, device=device)  # (B, 1, t)
     for length in range(1, max_new_tokens + 1):
         ancestors = torch.ones(batch_size, 1, length, dtype=torch.bool, device=device)
-        log_probs = _log_probs(step(newest.unsqueeze(1), ancestors))  # (B, 1, V)
+        logits = step(newest.unsqueeze(1), ancestors)  # (B, 1, V)
+        log_probs = _log_probs(logits)
         check.note(_broken_images(log_probs) & ~done, length)
-        newest = log_probs.squeeze(1).argmax(-1)  # (B,)
-        history.append(newest)
-        sums += log_probs.amax((1, 2)).masked_fill(done, 0.0)
+        newest = (apply_rules(rules, logits.float(), history) if rules else log_probs).argmax(-1)  # (B, 1)
+        history = torch.cat((history, newest.unsqueeze(1)), -1)
+        sums += log_probs.squeeze(1).gather(1, newest).squeeze(1).masked_fill(done, 0.0)
+        newest = newest.squeeze(1)
         lengths += ~done
         done = done | (newest == eos)
         if check.is_due(length) and check.count_open(~done, range(batch_size)) == 0:
             break
-    captions = [_before_eos(tokens, eos) for tokens in torch.stack(history, 1).tolist()]
+    captions = [_before_eos(tokens, eos) for tokens in history.squeeze(1).tolist()]
     return SearchResult(captions, (sums / lengths).tolist())
 
 
@@ -96,6 +101,7 @@ def beam_search(
     device: Device = None,
     keep: Callable[[torch.Tensor], None] | None = None,
     check_every: int | None = None,
+    rules: Sequence[Rule] = (),
 ) -> SearchResult:
     """Keep the ``beam_size`` best unfinished captions at each step; return the best finished one of each image.
 
@@ -117,6 +123,7 @@ def beam_search(
             gets only these n images, in this order. Without it the batch stays complete.
         check_every: steps between two checks of what is done, each of which waits for the device; the result is the
             same. None: 1 on a CPU, where checks are free, and else ``CHECK_EVERY``.
+        rules: what captions may not say (see wording.py); the scores that are searched by follow them.
 
     Raises:
         ValueError: sizes below 1, or logits that are not numbers.
@@ -129,7 +136,7 @@ def beam_search(
     for length in range(1, max_new_tokens + 1):
         log_probs = _log_probs(step(beams.tokens, beams.ancestors))  # (B, K, V)
         check.note(_broken_images(log_probs) & beams.open, length)
-        beams.advance(log_probs, length)
+        beams.advance(apply_rules(rules, log_probs, beams.live[:, :, : length - 1]), length)
         if not check.is_due(length):
             continue
         n_open = check.count_open(beams.open, beams.images)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from gpt2_pair import EOS, TINY, decoder_step, two_models
 
-from captioning.imports import import_guarded
 from captioning.inference.search import SearchResult, Step, beam_search, greedy
-from decoder import Decoder, DecoderConfig, build_decoder
-
-EOS = 0
-TINY = DecoderConfig(vocab_size=37, n_positions=48, n_embd=32, n_layer=2, n_head=4)
 
 
 class TableModel:
@@ -61,48 +56,6 @@ def exhaustive(model: TableModel, row: int, length: int, penalty: float) -> tupl
             if total / len(tokens) ** penalty > best_score:
                 best, best_score = list(caption), total / len(tokens) ** penalty
     return best, best_score
-
-
-def decoder_step(decoder: Decoder, prefix: torch.Tensor, beams: int, max_new_tokens: int) -> Step:
-    """What the captioner does: one prefix (B, P, C) an image in the cache, shared by all of its beams."""
-    batch, length = prefix.shape[:2]
-    cache = decoder.new_cache(batch, length + beams * max_new_tokens)
-    with torch.no_grad():
-        decoder(prefix, torch.arange(length), cache=cache)
-
-    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-        seen = torch.ones(*tokens.shape, length, dtype=torch.bool)
-        mask = torch.cat((seen, ancestors), -1).unsqueeze(1)  # (B, 1, K, P + n)
-        position = torch.tensor([length + ancestors.shape[-1] // tokens.shape[1] - 1])
-        return decoder.logits(decoder(decoder.embed(tokens), position, mask, cache))
-
-    return step
-
-
-@functools.cache
-def two_models(pull: float):
-    """A random GPT-2 of transformers and ours with its weights; ``pull`` is what every logit of EOS gains."""
-    transformers = import_guarded("transformers")
-    torch.manual_seed(3)
-    config = transformers.GPT2Config(
-        vocab_size=TINY.vocab_size,
-        n_positions=TINY.n_positions,
-        n_embd=TINY.n_embd,
-        n_layer=TINY.n_layer,
-        n_head=TINY.n_head,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-    )
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():  # far from its own initialisation, which repeats one word for ever
-        for parameter in theirs.parameters():
-            parameter.normal_(std=0.6)
-        theirs.transformer.wte.weight.normal_(std=0.3)
-        theirs.transformer.ln_f.weight.fill_(1.0)
-        end = theirs.transformer.wte.weight[EOS]
-        theirs.transformer.ln_f.bias.copy_(pull * end / end.square().sum())
-    return theirs, build_decoder(theirs.state_dict(), n_head=TINY.n_head).eval()
 
 
 @torch.no_grad()
