@@ -14,15 +14,22 @@ from PIL import Image
 
 from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
 from captioning.data.annotations import Annotations, load_annotations, match_captions, predicted_split
-from captioning.data.images import list_images
 from captioning.device import pick_device
 from captioning.distributed import Processes, join
 from captioning.files import sha256_of, write_json
-from captioning.inference.batches import Job
+from captioning.inference.batches import Entry, Job
 from captioning.inference.folder import PredictionLog, caption_images
 from captioning.models.llava import DTYPES, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
 from captioning.profiles import PROFILES
-from captioning.scale.pipeline import ShardRun, add_flags, add_images_and_results, caption_source, is_plain_folder
+from captioning.scale.pipeline import (
+    ShardRun,
+    add_flags,
+    add_images_and_results,
+    caption_source,
+    describe_images,
+    is_plain_folder,
+    source_of,
+)
 from captioning.scoring import evaluator
 from captioning.scoring.clipscore import ClipScorer
 
@@ -65,7 +72,7 @@ def describe_run(prompt: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return whatever decides the captions, so that no other run is resumed."""
     return {
         "script": "p1_llava_caption.py",
-        "images": str(args.img_dir.resolve()),
+        **describe_images(args),
         "model": args.model or PROFILES[args.profile].llava,
         "prompt": prompt,
         **{name: getattr(args, name) for name in ("revision", "num_beams", "max_new_tokens", "dtype", "load_in_4bit")},
@@ -113,7 +120,7 @@ def caption_many(args: argparse.Namespace, processes: Processes) -> int:
     return caption_source(ShardRun.from_flags(args, settings), functools.partial(load_job, args), processes)
 
 
-def caption_folder(paths: list[Path], args: argparse.Namespace, processes: Processes) -> dict[str, dict[str, str]]:
+def caption_folder(images: list[Entry], args: argparse.Namespace, processes: Processes) -> dict[str, dict[str, str]]:
     """Caption a folder's images with each prompt; return the captions, ``{setting: {key: caption}}``."""
     with contextlib.ExitStack() as stack:
         logs = {
@@ -123,8 +130,8 @@ def caption_folder(paths: list[Path], args: argparse.Namespace, processes: Proce
         model = load_model(args)
         jobs = {name: job_of(model, prompt, args) for name, (prompt, _) in prompts(args).items()}
         for name, job in jobs.items():
-            caption_images(logs[name], paths, job, args.batch_size)
-        return {name: predictions.finish(paths) for name, predictions in logs.items()}
+            caption_images(logs[name], images, job, args.batch_size)
+        return {name: predictions.finish(images) for name, predictions in logs.items()}
 
 
 def compare(
@@ -135,11 +142,11 @@ def compare(
     scorer = ClipScorer(profile.clip_model, profile.clip_weights, pick_device(args.device))
     scores: dict[str, Any] = {}
     lines = [f"{'setting':<9}{'images':>7}{'CIDEr':>9}{'CLIPScore':>11}{'words':>8}"]
-    captions = {setting: match_captions(args.img_dir, texts, annotations) for setting, texts in captions.items()}
+    captions = {setting: match_captions(args.img_dir[0], texts, annotations) for setting, texts in captions.items()}
     annotations = predicted_split(args.annotation_file, annotations, captions.values())
     for setting, predictions in captions.items():
         result = evaluator.evaluate_predictions(
-            predictions, annotations, ("cider", "clipscore"), args.img_dir, lambda: scorer
+            predictions, annotations, ("cider", "clipscore"), args.img_dir[0], lambda: scorer
         )
         if result.errors:
             raise ValueError(f"setting {setting}: " + "; ".join(result.errors.values()))
@@ -164,6 +171,8 @@ def check_args(args: argparse.Namespace) -> None:
         check_prompt(args.prompt)
     if args.compare != (args.annotation_file is not None):
         raise ValueError("--compare and --annotation-file go together: the table needs references")
+    if args.compare and (args.recursive or source_of(args).kind != "folder"):
+        raise ValueError("--compare: scores the images directly in one folder; give that, without --recursive")
 
 
 @command
@@ -177,13 +186,13 @@ def main(argv: list[str] | None = None) -> int:
     with join(pick_device()) as processes:
         if not is_plain_folder(args):
             return caption_many(args, processes)
-        paths = list_images(args.img_dir)
-        captions = caption_folder(paths, args, processes)
+        images = processes.from_first(source_of(args).images)
+        captions = caption_folder(images, args, processes)
         if annotations is not None and processes.first:
             scores, table = compare(captions, annotations, args)
             write_json(args.out, scores)
             print(table)
-    return PARTIAL if any(len(c) < len(paths) for c in captions.values()) else 0
+    return PARTIAL if any(len(c) < len(images) for c in captions.values()) else 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from captioning.cli import (
     positive_int,
     setup_logging,
 )
-from captioning.data.images import DRAFT_FACTOR, list_images
+from captioning.data.images import DRAFT_FACTOR
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import PRECISIONS, autocast, pick_device
 from captioning.distributed import Processes, join
@@ -35,7 +35,15 @@ from captioning.models.captioner import Captioner
 from captioning.models.inference_weights import prepare
 from captioning.models.step_functions import CompiledStepFunction
 from captioning.profiles import PROFILES
-from captioning.scale.pipeline import ShardRun, add_flags, add_images_and_results, caption_source, is_plain_folder
+from captioning.scale.pipeline import (
+    ShardRun,
+    add_flags,
+    add_images_and_results,
+    caption_source,
+    describe_images,
+    is_plain_folder,
+    source_of,
+)
 from captioning.tensors import fingerprint
 
 
@@ -100,7 +108,7 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
     flags = ("encoder_weights", "tokenizer", "beam_size", "max_new_tokens", "length_penalty", "precision", "jpeg_draft")
     return {
         "script": "p2_infer.py",
-        "images": str(args.img_dir.resolve()),
+        **describe_images(args),
         "decoder": str(args.decoder.resolve()),
         "adapter": hashlib.sha256(args.adapter.read_bytes()).hexdigest(),
         **{name: getattr(args, name) for name in flags},
@@ -143,12 +151,12 @@ def caption(args: argparse.Namespace, processes: Processes) -> int:
     if not is_plain_folder(args):
         run = ShardRun.from_flags(args, describe_run(args) | describe_models(args))
         return caption_source(run, functools.partial(load_job, args), processes)
-    paths = list_images(args.img_dir)
+    images = processes.from_first(source_of(args).images)
     job = load_job(args)
     with PredictionLog(args.out, describe_run(args), overwrite=True, processes=processes) as predictions:
-        caption_images(predictions, paths, job, args.batch_size)
-        captions = predictions.finish(paths)
-    return PARTIAL if len(captions) < len(paths) else 0
+        caption_images(predictions, images, job, args.batch_size)
+        captions = predictions.finish(images)
+    return PARTIAL if len(captions) < len(images) else 0
 
 
 @command

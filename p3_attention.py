@@ -27,7 +27,7 @@ from captioning.cli import (
     setup_logging,
 )
 from captioning.data.annotations import load_samples
-from captioning.data.images import list_images
+from captioning.data.listing import list_images
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
 from captioning.files import write_csv

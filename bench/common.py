@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from captioning.cli import FlagParser, positive_int
-from captioning.data.images import list_images
+from captioning.data.listing import list_images
 from captioning.files import markdown_table, write_json, write_text
 from captioning.imports import import_guarded
 from captioning.kernels.onednn import ReorderedLinear, can_reorder

@@ -33,7 +33,7 @@ from bench.common import Floor, machine, make_parser, markdown
 from bench.stand_ins import FULL, NUMBERS, SAMPLES, TINY, Size, write_decoder, write_tokenizer
 from captioning.cli import FlagParser, command, positive_int, setup_logging
 from captioning.data.annotations import load_split
-from captioning.data.images import list_images
+from captioning.data.listing import list_images
 from captioning.device import pick_device
 from captioning.files import read_json, write_json, write_text
 from captioning.profiles import ROOT

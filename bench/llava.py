@@ -20,7 +20,8 @@ import torch
 
 from bench.common import draw_scenes, in_turn, make_parser, peak_memory, report
 from captioning.cli import FlagParser, command, positive_int
-from captioning.data.images import list_images, load_image
+from captioning.data.images import load_image
+from captioning.data.listing import list_images
 from captioning.device import pick_device
 from captioning.imports import import_guarded
 from captioning.inference.batches import Entry, Job, caption_entries

@@ -54,7 +54,8 @@ class FlagParser(argparse.ArgumentParser):
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
             if isinstance(error.__context__, argparse.ArgumentTypeError):
-                raise ValueError(f"{'/'.join(action.option_strings)} {arg_string}: {error.message}") from error
+                name = "/".join(action.option_strings) or action.metavar
+                raise ValueError(f"{name} {arg_string}: {error.message}") from error
             raise
 
     def _dashed(self, argument: str) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -96,13 +97,25 @@ def data_url(image: Image, longest: int, formats: Sequence[str] = ("jpeg",)) -> 
 
 MAX_BYTES = 1 << 30  # COCO's largest instances file has half of it; parsed, a byte becomes about ten in memory
 
-_MARKS = {  # UTF-32's mark begins with UTF-16's, so the order matters
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+_ENCODINGS = {  # UTF-32's mark begins with UTF-16's, so the order matters
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
 }
+
+
+def encoding_of(start: bytes) -> tuple[bytes, str]:
+    """Return the byte-order mark that a text begins with, and the encoding of what follows it: UTF-8 without one."""
+    mark = next((mark for mark in _ENCODINGS if start.startswith(mark)), b"")
+    return mark, _ENCODINGS.get(mark, "utf-8")
+
+
+def decode(content: bytes) -> str:
+    """Return the text in ``content``: UTF-8, or what a byte-order mark says (Windows editors write one)."""
+    mark, encoding = encoding_of(content[:4])
+    return content.removeprefix(mark).decode(encoding)
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -114,7 +127,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """
     content = _read_bytes(path)
     try:
-        return parse_json(_decode(content))
+        return parse_json(decode(content))
     except ValueError as error:  # bad JSON or bad encoding
         raise ValueError(f"{path}: not a JSON file ({error}){cut_off(error)}") from error
 
@@ -128,7 +141,7 @@ def read_text(path: str | os.PathLike) -> str:
     """
     content = _read_bytes(path)
     try:
-        return _decode(content)
+        return decode(content)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file ({error}){cut_off(error)}") from error
 
@@ -140,10 +153,6 @@ def _read_bytes(path: str | os.PathLike) -> bytes:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size:,} bytes of text are more than {MAX_BYTES:,}; split the file")
     return path.read_bytes()
-
-
-def _decode(content: bytes) -> str:
-    return content.decode(next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8"))
 
 
 def cut_off(error: ValueError) -> str:
@@ -192,6 +201,11 @@ def _finite(text: str) -> float:
 def is_text(value: Any) -> bool:
     """Whether ``value`` is a string in valid Unicode; JSON can hold half of a surrogate pair, which is not."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def composed(text: str) -> str:
+    """Return ``text`` in Unicode's composed form (NFC), in which names are compared: macOS stores é as e and ´."""
+    return unicodedata.normalize("NFC", text)
 
 
 def is_integer(value: Any) -> bool:

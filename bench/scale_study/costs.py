@@ -22,7 +22,8 @@ from PIL import Image
 from bench.common import in_turn, machine
 from bench.photographs import convert
 from captioning.cli import FlagParser, command, positive_int
-from captioning.data.images import list_images, load_image
+from captioning.data.images import load_image
+from captioning.data.listing import list_images
 from captioning.files import write_json
 from captioning.imports import import_guarded
 from microworld.scenes import generate

@@ -1,6 +1,7 @@
 """From files to tensors.
 
-annotations    caption files and predictions, read strictly     images         which there are, and their pixels
+annotations    caption files and predictions, read strictly     listing        which images a folder holds
+images         their pixels, from any format                    metadata       their orientation; pixels without it all
 tokenizer      GPT-2's byte-level BPE                           batches        captions packed after their image
 feature_cache  the frozen encoder's tokens, kept on disk        hw3_dataset    makes hw3_data/, for hw3_download.sh
 part_files     captions as JSONL or Parquet
@@ -13,7 +14,7 @@ _HOMES = {
     "Sample": "annotations",
     "load_split": "annotations",
     "load_image": "images",
-    "list_images": "images",
+    "list_images": "listing",
     "Tokenizer": "tokenizer",
     "PackedBatch": "batches",
     "pack_captions": "batches",

@@ -28,7 +28,8 @@ from typing import Any
 from captioning.cli import FlagParser, add_common_flags, command, positive_int, setup_logging
 from captioning.data.annotations import load_split
 from captioning.data.coco import Record
-from captioning.data.images import list_images, load_image
+from captioning.data.images import load_image
+from captioning.data.listing import list_images
 from captioning.files import read_json, write_json, write_text
 
 CAPTIONS = 5  # an image; COCO has a few images with six or seven

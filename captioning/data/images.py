@@ -1,4 +1,4 @@
-"""Image files: which there are, and their pixels as upright 8-bit RGB."""
+"""Image files: which formats are read, and their pixels as upright 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import contextlib
 import functools
 import io
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from captioning.data.metadata import orientation, without_metadata
-from captioning.files import is_text
-from captioning.messages import first_line, some
+from captioning.messages import first_line
 
-if TYPE_CHECKING:  # scoring captions by CIDEr lists images and reads none, so Pillow is imported where pixels are
+if TYPE_CHECKING:  # scoring captions by CIDEr reads no image, so Pillow is imported where pixels are
     from PIL import Image, ImageFile
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of the images in a folder
-READABLE_SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")  # also of images that a caption file names
-
+# Of the formats of pixels that Pillow may read, with pillow-heif those of HEIF too: what is no part of an image's key.
+_SUFFIXES = (
+    ".apng .avif .avifs .blp .bmp .bw .cur .dcx .dds .dib .fit .fits .flc .fli .ftc .ftu .gbr .gif .heic .heics .heif "
+    ".heifs .hif .icb .icns .ico .iim .im .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .msp .pbm .pcd .pcx "
+    ".pfm .pgm .png .pnm .ppm .psd .pxr .qoi .ras .rgb .rgba .sgi .tga .tif .tiff .vda .vst .webp .xbm .xpm"
+)
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 # Formats that Pillow knows by name and does not read itself; for EPS it would start Ghostscript on the file.
 NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -31,33 +33,6 @@ MAX_IMAGE_BYTES = 512 * 2**20  # images within Pillow's limit on pixels are smal
 # size, 20 photographs of COCO (at sizes that allow drafts) differ from those decoded in full by at most 5 of 255
 # levels, and by 0.7 on an image's average; tests hold generated pictures to 8 and 1. With a factor of 2: 20 and 2.
 DRAFT_FACTOR = 4
-
-
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Return the images directly in ``folder`` (jpg, jpeg, png, webp in any letter case), sorted by name.
-
-    Hidden files are skipped: macOS writes ``._name.jpg`` beside ``name.jpg``, and it holds no picture.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no image, two images that share a name without suffix, or a name that is not valid Unicode.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of images")
-    # A dangling link counts as an image, so that reading it fails by name instead of dropping it silently.
-    images = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
-    )
-    if not images:
-        raise ValueError(f"{folder}: no image here; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-    odd = [repr(path.name) for path in images if not is_text(path.name)]
-    if odd:  # results are written as UTF-8, and would fail at the end of the work
-        raise ValueError(f"{folder}: names that are not valid Unicode: {some(odd)}; rename them")
-    refuse_shared_stems(folder, images)
-    return images
 
 
 @functools.cache
@@ -72,6 +47,15 @@ def formats() -> tuple[str, ...]:
 
         pillow_heif.register_heif_opener()
     return tuple(name for name in Image.ID if name not in NOT_READ)
+
+
+@functools.cache
+def read_suffixes() -> frozenset[str]:
+    """Return those of ``IMAGE_SUFFIXES`` whose formats are read here: not all are by every build of Pillow."""
+    from PIL import Image
+
+    known = {*formats(), "MPO"}  # Pillow opens an MPO as a JPEG
+    return IMAGE_SUFFIXES & {suffix for suffix, name in Image.registered_extensions().items() if name in known}
 
 
 def load_image(path: str | os.PathLike, draft: int | None = None) -> Image.Image:
@@ -190,15 +174,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def refuse_shared_stems(where: object, paths: Iterable[Path]) -> None:
-    """Raise ValueError where two paths share a name without suffix; ``where`` begins the message."""
-    seen: dict[str, Path] = {}
-    for path in paths:
-        other = seen.setdefault(path.stem, path)
-        if other is not path:
-            raise ValueError(
-                f"{where}: {other.name} and {path.name} share the name {path.stem!r} without suffix, by which "
-                "predictions are keyed; rename or remove one"
-            )

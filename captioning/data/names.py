@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import functools
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from captioning.data.formats import ImageCaptions
-from captioning.data.images import READABLE_SUFFIXES
+from captioning.data.images import IMAGE_SUFFIXES
+from captioning.files import composed
 from captioning.messages import some
 
 NAMES_ARE = ("auto", "names", "ids")  # what predictions may call images by
 
 
-def plain(name: str) -> str:
-    """Return a name in the one form of Unicode in which names are compared: systems store ``é`` in two."""
-    return unicodedata.normalize("NFC", name)
-
-
 def without_suffix(name: str) -> str:
     """Return a name without its suffix, if that is one of images: a key may have a dot in it."""
     head, dot, suffix = name.rpartition(".")
-    return head if head and dot + suffix.lower() in READABLE_SUFFIXES else name
+    return head if head and dot + suffix.lower() in IMAGE_SUFFIXES else name
 
 
 def number_of(name: str) -> int | None:
@@ -39,18 +34,18 @@ def keys_of(where: object, names: Sequence[str]) -> list[str]:
     Raises:
         ValueError: two images share even that; ``where`` begins the message.
     """
-    paths = [without_suffix(name) for name in names]
+    paths = [without_suffix(composed(name)) for name in names]
     for keys in ([path.rpartition("/")[2] for path in paths], paths):
-        if len(set(map(plain, keys))) == len(keys):
+        if len(set(keys)) == len(keys):
             return keys
     seen: dict[str, str] = {}
     for path, name in zip(paths, names, strict=True):
-        if plain(path) in seen:
+        if path in seen:
             raise ValueError(
-                f"{where}: {seen[plain(path)]} and {name} share the name {path!r} without suffix, by which predictions "
+                f"{where}: {seen[path]} and {name} share the name {path!r} without suffix, by which predictions "
                 "are keyed; rename or remove one"
             )
-        seen[plain(path)] = name
+        seen[path] = name
     raise AssertionError("some two are the same")
 
 
@@ -68,7 +63,7 @@ class Names:
         self._whole: dict[str, str] = {}
         self._ends: defaultdict[str, list[str]] = defaultdict(list)
         for key, name in file_names.items():
-            for form in dict.fromkeys((plain(name), without_suffix(plain(name)))):
+            for form in dict.fromkeys((composed(name), without_suffix(composed(name)))):
                 self._whole[form] = key
                 for end in _ends(form):
                     self._ends[end].append(key)
@@ -97,7 +92,7 @@ class Names:
 
     def _by_name(self, name: str) -> list[str]:
         """Return the images whose name ends as ``name`` does, by the longest end that any has."""
-        for end in _ends(plain(name)):
+        for end in _ends(composed(name)):
             for form in (end, without_suffix(end)):
                 if form in self._whole:
                     return [self._whole[form]]
@@ -156,7 +151,7 @@ def _listing(folder: Path) -> dict[str | int, list[Path]]:
     found: defaultdict[str | int, list[Path]] = defaultdict(list)
     for path in folder.iterdir() if folder.is_dir() else ():
         if without_suffix(path.name) != path.name:
-            name, number = plain(path.name), number_of(path.name)
+            name, number = composed(path.name), number_of(path.name)
             forms: list[str | int] = [name, without_suffix(name), *([] if number is None else [number])]
             for form in forms:
                 found[form].append(path)
@@ -164,6 +159,6 @@ def _listing(folder: Path) -> dict[str | int, list[Path]]:
 
 
 def _meant(name: str, files: Mapping[str | int, list[Path]]) -> list[Path]:
-    stem = without_suffix(plain(name))
-    same = files.get(plain(name)) or files.get(stem) or []
+    stem = without_suffix(composed(name))
+    same = files.get(composed(name)) or files.get(stem) or []
     return same if same or not stem.isdecimal() else files.get(int(stem), [])

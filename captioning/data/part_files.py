@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from captioning.files import atomic_path, parse_json
+from captioning.files import atomic_path, composed, parse_json
 from captioning.imports import import_guarded
 
 FORMS = ("json", "jsonl", "parquet")
@@ -44,16 +44,16 @@ def write_part(path: Path, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def read_part(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield a part's (key, caption) rows in order."""
+    """Yield a part's (key, caption) rows in order; an earlier version wrote keys in whichever form of Unicode."""
     if path.suffix == ".parquet":
         with parquet().ParquetFile(path) as file:
             for batch in file.iter_batches(ROWS):
-                yield from zip(batch["key"].to_pylist(), batch["caption"].to_pylist(), strict=True)
+                yield from zip(map(composed, batch["key"].to_pylist()), batch["caption"].to_pylist(), strict=True)
         return
     with path.open("rb") as file:
         for line in file:
             row = parse_json(line.decode())
-            yield row["key"], row["caption"]
+            yield composed(row["key"]), row["caption"]
 
 
 def _write_parquet(path: Path, rows: Iterable[tuple[str, str]]) -> None:

@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from captioning.files import lock, parse_json
+from captioning.files import composed, lock, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -109,10 +109,13 @@ def other_run(place: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> Valu
 
 
 def _caption_of(line: bytes) -> tuple[str, str] | None:
-    """Return image and caption of a line, or None where its checksum is wrong."""
+    """Return image and caption of a line, or None where its checksum is wrong.
+
+    An earlier version wrote the names of images in the form of Unicode that the disk had.
+    """
     try:
         record = parse_json(line.decode())
         image, caption = record["image"], record["caption"]
-        return (image, caption) if record["check"] == checksum(image, caption) else None
+        return (composed(image), caption) if record["check"] == checksum(image, caption) else None
     except (ValueError, KeyError, TypeError):
         return None

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from captioning.data.images import decode_image, load_image
+from captioning.data.listing import key_of
 from captioning.messages import first_line
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ class Entry:
 
     @classmethod
     def of(cls, path: Path) -> Entry:
-        """Return the entry of an image file; its key is the file's name without suffix."""
-        return cls(path.stem, str(path), path)
+        """Return the entry of an image file; its key is that of the file's name."""
+        return cls(key_of(path.name), str(path), path)
 
     def load(self, draft: int | None = None) -> Image.Image:
         """Return the image as ``data.images.load_image`` does. Raises ValueError or OSError naming it."""

@@ -114,8 +114,8 @@ class PredictionLog:
         self._side.add(captions)
         self.captions |= captions
 
-    def finish(self, paths: Sequence[Path]) -> dict[str, str]:
-        """Return the captions of all processes in the order of ``paths``; the first one writes the final JSON.
+    def finish(self, images: Sequence[Entry]) -> dict[str, str]:
+        """Return the captions of all processes in the order of ``images``; the first one writes the final JSON.
 
         No process returns before that is written: a launcher ends all of them when one ends with an exit code.
 
@@ -123,33 +123,33 @@ class PredictionLog:
             ValueError: there is none.
         """
         self.processes.wait()
-        return self.processes.from_first(lambda: self._publish(paths))
+        return self.processes.from_first(lambda: self._publish(images))
 
-    def _publish(self, paths: Sequence[Path]) -> dict[str, str]:
+    def _publish(self, images: Sequence[Entry]) -> dict[str, str]:
         found = self._all_captions()
-        captions = {path.stem: found[path.stem] for path in paths if path.stem in found}
+        captions = {image.key: found[image.key] for image in images if image.key in found}
         if not captions:
-            raise ValueError(f"{self.out}: none of the {len(paths)} images could be captioned")
+            raise ValueError(f"{self.out}: none of the {len(images)} images could be captioned")
         write_json(self.out, captions)
         for path in self._parts():
             path.unlink()
         log.info("%d captions in %s", len(captions), self.out)
-        if len(captions) < len(paths):
-            log.error("%d of %d images were not captioned", len(paths) - len(captions), len(paths))
+        if len(captions) < len(images):
+            log.error("%d of %d images were not captioned", len(images) - len(captions), len(images))
         return captions
 
 
-def caption_images(predictions: PredictionLog, paths: Sequence[Path], job: Job, batch_size: int) -> None:
-    """Caption this process's share of the images ``paths`` that ``predictions`` lacks; unreadable ones are logged."""
+def caption_images(predictions: PredictionLog, images: Sequence[Entry], job: Job, batch_size: int) -> None:
+    """Caption this process's share of the ``images`` that ``predictions`` lacks; what fails is named in the log."""
     processes, timer = predictions.processes, Timer("caption")
-    todo = processes.share([path for path in paths if path.stem not in predictions.captions])
+    todo = processes.share([image for image in images if image.key not in predictions.captions])
     with tqdm(total=len(todo), desc="caption", disable=None if processes.first else True) as bar:
 
         def failed(entry: Entry, error: Exception) -> None:
             log.error("not captioned: %s", error)
             bar.update()
 
-        for captions in caption_entries(map(Entry.of, todo), job, batch_size, failed):
+        for captions in caption_entries(todo, job, batch_size, failed):
             predictions.add(captions)
             bar.update(len(captions))
     timer.report(log, len(todo), "%d images")

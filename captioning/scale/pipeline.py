@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from captioning.cli import PARTIAL, positive_int
+from captioning.data.listing import is_image, on_disk
 from captioning.data.part_files import FORMS, form_of
 from captioning.distributed import ALONE, Processes
 from captioning.inference.batches import Job
@@ -42,7 +43,7 @@ class ShardRun:
     def from_flags(cls, args: argparse.Namespace, settings: dict[str, Any]) -> ShardRun:
         """Return the run that a command line names: flags of :func:`add_flags`, and the script's own settings."""
         names = ("out", "batch_size", "overwrite", "retry_unreadable", "engine", "ray_actors", "device")
-        where = {"images": str(args.img_dir.resolve()), "shard_size": args.shard_size, "entries": args.entries}
+        where = describe_images(args) | {"shard_size": args.shard_size, "entries": args.entries}
         return cls(
             source_of(args),
             form=form_of(args.out, args.out_format),
@@ -58,8 +59,7 @@ def caption_source(run: ShardRun, build: Callable[[], Job], processes: Processes
     """
     if run.engine == "ray" and processes.count > 1:
         raise ValueError("--engine ray: starts processes itself; run it without accelerate launch")
-    if not run.source.argument.is_dir():
-        run.source.shards(Path())  # fails, where it does, before anything is made
+    run.source.check()  # fails, where it does, before anything is made
     with Results(run.out, run.form, run.settings, run.overwrite) as results:
         processes.from_first(lambda: _begin(run, results))
         shards = run.source.shards(results.folder.state)
@@ -107,13 +107,25 @@ def _finish(run: ShardRun, results: Results, shards: Sequence[Shard]) -> int:
 
 def source_of(args: argparse.Namespace) -> Source:
     """Return what the command line names as its images."""
-    return Source(args.img_dir, args.shard_size, args.list_root, args.entries)
+    return Source(tuple(map(on_disk, args.img_dir)), args.shard_size, args.list_root, args.entries, args.recursive)
+
+
+def describe_images(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what tells these images from others, for the description of a run."""
+    return {"images": source_of(args).identity} | ({"recursive": True} if args.recursive else {})
 
 
 def is_plain_folder(args: argparse.Namespace) -> bool:
-    """Whether the command line asks for a folder into one JSON without Ray, for which no shards are needed."""
-    kind = source_of(args).kind
-    return kind == "folder" and form_of(args.out, args.out_format) == "json" and args.engine == "plain"
+    """Whether a folder or pictures go into one JSON without Ray, for which no shards are needed."""
+    plain = source_of(args).kind in ("folder", "pictures")
+    return plain and form_of(args.out, args.out_format) == "json" and args.engine == "plain"
+
+
+def results_path(text: str) -> Path:
+    """Be the ``type`` of OUT.json: where it was forgotten, the last picture of a glob stands in its place."""
+    if is_image(text):
+        raise argparse.ArgumentTypeError("is a picture; after the images comes OUT.json, which would replace it")
+    return Path(text)
 
 
 def add_images_and_results(parser: argparse.ArgumentParser) -> None:
@@ -121,15 +133,19 @@ def add_images_and_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "img_dir",
         type=Path,
+        nargs="+",
         metavar="IMG_DIR",
-        help="folder of jpg, jpeg, png or webp images; or a list of paths "
-        "(.txt, .jsonl), or tar shards ('DIR/{000..999}.tar', 'DIR/*.tar')",
+        help="folder of images, of any format that Pillow reads; or pictures, a list of paths (.txt, .jsonl), or tars "
+        "and zips ('DIR/{000..999}.tar', 'DIR/*.tar')",
     )
     parser.add_argument(
         "out",
-        type=Path,
+        type=results_path,
         metavar="OUT.json",
         help="predictions, {file name without suffix: caption}; or OUT.jsonl, OUT.parquet: a folder of parts",
+    )
+    parser.add_argument(
+        "--recursive", action="store_true", help="take a folder's subfolders too; keys are like sub/folder/name"
     )
 
 
@@ -145,7 +161,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--shard-size", type=int, default=Source.shard_size, help="images of a list or folder that make a shard")
     add("--list-root", type=Path, help="what a list's paths are relative to (default: the list's folder)")
-    add("--entries", metavar="GLOB", help="which files of a tar are images (default: by their suffix)")
+    add("--entries", metavar="GLOB", help="which files of a tar or zip are images (default: by suffix)")
     add(
         "--retry-unreadable",
         action="store_true",

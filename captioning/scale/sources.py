@@ -1,97 +1,34 @@
-"""Where millions of images come from: tar shards, lists of paths, folders, each read as a stream of entries.
+"""Where images come from: folders, pictures, lists of paths, tars and zips, each read as a stream of entries.
 
-A shard is what one process works on: a tar file (as webdataset's) or some successive lines of a list. The names in a
+A shard is what one process works on: a tar (as webdataset's), a zip, or some successive lines of a list. The names in a
 folder are written down as such a list. Of a source only one entry is in memory at a time, and the list of its shards.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fnmatch
+import functools
 import glob
 import hashlib
 import heapq
 import itertools
 import json
-import os
 import re
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from captioning.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
-from captioning.files import atomic_path, parse_json
+from captioning.data.listing import PassedOver, by_key, images_in, is_image, key_of, on_disk, walk
+from captioning.files import atomic_path, composed, encoding_of, parse_json
 from captioning.inference.batches import Entry
-from captioning.scale.tar_stream import DAMAGE, HashingReader, tar_members
+from captioning.messages import some
+from captioning.scale.archives import NAMES, Findings, TarShard, ZipShard, printable
 
 LIST_SUFFIXES = (".txt", ".list", ".lst", ".jsonl")
 MOST_SHARDS = 10**6  # a slip in a brace range must not fill the memory
 SORTED_AT_ONCE = 10**5  # names of a folder that are sorted in memory
-
-
-@dataclass
-class Findings:
-    """What one pass over a shard finds besides its images; complete after the last entry."""
-
-    others: int = 0  # files whose names are not those of images
-    damage: str = ""  # why the rest of the shard cannot be read
-    sha256: str = ""  # of the file, or of the list's lines
-
-
-# ---------------------------------------------------------------------------------------------------------------- tars
-
-
-@dataclass(frozen=True)
-class TarShard:
-    """A tar file, plain or compressed; an image's key is its name in the tar without the suffix."""
-
-    path: Path
-    name: str  # of its results, unique among the shards
-    pattern: str | None = None  # which entries are images, as in *.jpg; None: those with an image's suffix
-
-    def identity(self) -> dict[str, Any]:
-        """Return what changes when the shard does."""
-        stat = self.path.stat()
-        return {"path": str(self.path.resolve()), "size": stat.st_size, "modified_ns": stat.st_mtime_ns}
-
-    def entries(self, findings: Findings) -> Iterator[Entry]:
-        """Yield the images in the file's order, up to the end or to where the file is damaged."""
-        with self.path.open("rb") as file:
-            stream = HashingReader(file)
-            try:
-                for member, archive in tar_members(stream):
-                    if self._is_image(member.name):
-                        yield self._entry(member, archive)
-                    elif member.isfile():
-                        findings.others += 1
-            except DAMAGE as error:
-                findings.damage = str(error) or type(error).__name__
-            stream.read_rest()
-        findings.sha256 = stream.digest.hexdigest()
-
-    def _is_image(self, name: str) -> bool:
-        base = name.rpartition("/")[2]
-        if self.pattern is not None:
-            return fnmatch.fnmatchcase(base, self.pattern)
-        return os.path.splitext(base)[1].lower() in IMAGE_SUFFIXES and not base.startswith(".")  # noqa: PTH122
-
-    def _entry(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> Entry:
-        name = f"{self.path}: {_printable(member.name)}"
-        key, problem = _key(member.name), ""
-        content = archive.extractfile(member) if member.isreg() else None
-        if content is None:
-            problem = "is a link or no plain file"
-        elif member.size > MAX_IMAGE_BYTES:
-            problem = f"larger than {MAX_IMAGE_BYTES / 1e6:.0f} MB"
-        elif key is None:
-            problem = "its name is no valid Unicode"
-        else:
-            return Entry(key, name, content.read())
-        return Entry(key or _printable(member.name), name, ValueError(f"{name}: {problem}; take it out"))
 
 
 # --------------------------------------------------------------------------------------------------------------- lists
@@ -108,6 +45,7 @@ class ListShard:
     line: int  # number of its first line, from 1
     sha256: str  # of those bytes
     root: Path  # what relative paths are relative to
+    encoding: str = "utf-8"  # of the list
 
     def identity(self) -> dict[str, Any]:
         """Return what changes when the shard does."""
@@ -123,74 +61,85 @@ class ListShard:
             for number in itertools.count(self.line):
                 if left <= 0:
                     break
-                text = file.readline()
+                text = _line(file, self.encoding)
                 left -= len(text)
-                if text.strip():
-                    yield self._entry(text.strip(b"\r\n"), number)
+                if text.strip(b"\0\t\r\n "):
+                    yield self._entry(text, number)
 
     def _entry(self, text: bytes, number: int) -> Entry:
         line = f"{self.path} line {number}"
         try:
-            record = _record(text) if self.path.suffix.lower() == ".jsonl" else {"image": text.decode()}
+            plain = text.decode(self.encoding).strip("\r\n")
+            record = _record(plain) if self.path.suffix.lower() == ".jsonl" else {"image": plain}
         except ValueError as error:
             return Entry(line, line, ValueError(f"{line}: {error}"))
         image = record["image"]
-        path = self.root / image
         if "\0" in image:
             return Entry(line, line, ValueError(f"{line}: a zero byte in a path"))
-        return Entry(record.get("key", path.stem), str(path), path)
+        path = on_disk(self.root / image)
+        return Entry(composed(record["key"]) if "key" in record else key_of(path.name), str(path), path)
 
 
-def _record(text: bytes) -> dict[str, str]:
+def _record(text: str) -> dict[str, str]:
     """Return a line of a JSONL list. Raises ValueError saying what is wrong with it."""
-    record = parse_json(text.decode())
+    record = parse_json(text)
     if not isinstance(record, dict) or not isinstance(record.get("image"), str):
         raise ValueError('needs "image", the path of an image, as a text')
     for name in record.keys() & {"image", "key"}:
-        if not isinstance(record[name], str) or not record[name] or record[name] != _printable(record[name]):
+        if not isinstance(record[name], str) or not record[name] or record[name] != printable(record[name]):
             raise ValueError(f'needs "{name}" as a text in valid Unicode')
     return record
+
+
+def _line(file: BinaryIO, encoding: str) -> bytes:
+    """Return the next line with its end, which has more bytes in UTF-16 and UTF-32 than ``readline`` looks for."""
+    line = file.readline()
+    end = "\n".encode(encoding)
+    while len(end) > 1 and not (line.endswith(end) and len(line) % len(end) == 0):
+        more = file.read(-len(line) % len(end)) or file.readline()
+        if not more:
+            break
+        line += more
+    return line
 
 
 def cut_list(path: Path, size: int, root: Path) -> list[ListShard]:
     """Return a list's lines as shards of ``size`` lines. Raises ValueError for an empty list."""
     found: list[ListShard] = []
-    start, first = 0, 1
     with path.open("rb") as file:
-        while lines := list(itertools.islice(file, size)):
-            text = b"".join(lines)
+        mark, encoding = encoding_of(file.read(4))
+        start, first = file.seek(len(mark)), 1
+        lines = iter(functools.partial(_line, file, encoding), b"")
+        while chunk := list(itertools.islice(lines, size)):
+            text = b"".join(chunk)
             name = f"{path.stem.lstrip('._') or 'list'}-{len(found):06d}"
             digest = hashlib.sha256(text).hexdigest()
-            found.append(ListShard(path, name, start, start + len(text), first, digest, root))
-            start, first = start + len(text), first + len(lines)
+            found.append(ListShard(path, name, start, start + len(text), first, digest, root, encoding))
+            start, first = start + len(text), first + len(chunk)
     if not found:
         raise ValueError(f"{path}: an empty list of images")
     return found
 
 
-def list_folder(folder: Path, target: Path) -> None:
-    """Write the images directly in ``folder``, sorted by name, as a JSONL list; memory stays flat.
+def list_folder(folder: Path, target: Path, recursive: bool = False) -> None:
+    """Write the images in ``folder``, found by ``listing.walk``, as a JSONL list, sorted by name; memory stays flat.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it holds no image.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of images, list of paths or tar shard")
-    with contextlib.ExitStack() as stack:
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=".", suffix=".tmp"))
-        listing = stack.enter_context(os.scandir(folder))
+    others = PassedOver()
+    names = walk(folder, recursive, others)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".", suffix=".tmp") as temporary:
         runs: list[Path] = []
-        names = (entry.name for entry in listing if _is_listed(entry))
         while chunk := sorted(itertools.islice(names, SORTED_AT_ONCE)):
             runs.append(Path(temporary) / str(len(runs)))
             runs[-1].write_text("".join(json.dumps(name) + "\n" for name in chunk), encoding="ascii")
-        if not runs:
-            endings = ", ".join(IMAGE_SUFFIXES)
-            raise ValueError(f"{folder}: no image here; expected files ending in {endings}; tars are '{folder}/*.tar'")
+        others.report(folder, bool(runs))
         with atomic_path(target) as path, path.open("w", encoding="ascii") as file:
             for name in heapq.merge(*map(_names, runs)):
-                file.write(json.dumps({"image": name}) + "\n")
+                inside = {"key": key_of(name)} if "/" in name else {}
+                file.write(json.dumps({"image": name} | inside) + "\n")
 
 
 def _names(path: Path) -> Iterator[str]:
@@ -198,70 +147,130 @@ def _names(path: Path) -> Iterator[str]:
         yield from map(json.loads, file)
 
 
-def _is_listed(entry: os.DirEntry) -> bool:
-    ending = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 - a Path each would take most of the time
-    return ending in IMAGE_SUFFIXES and not entry.name.startswith(".") and not entry.is_dir()
-
-
 # -------------------------------------------------------------------------------------------------------- the argument
 
 
-Shard = TarShard | ListShard
+Shard = TarShard | ZipShard | ListShard
+WHAT_TO_GIVE = "give a folder, pictures, a list of paths (.txt or .jsonl), or tars or zips"
 
 
 @dataclass(frozen=True)
 class Source:
     """What a command line names as its images."""
 
-    argument: Path  # a folder of images, a list (LIST_SUFFIXES), or tars: a path, a glob, {000..999} or {a,b}
+    named: tuple[Path, ...]  # a folder, a list, or pictures or archives: paths, globs, {000..999} or {a,b}
     shard_size: int = 10_000  # images of a folder or list that make a shard
     root: Path | None = None  # what a list's relative paths are relative to; None: the list's folder
-    pattern: str | None = None  # which entries of a tar are images
+    pattern: str | None = None  # which entries of a tar or zip are images
+    recursive: bool = False  # a folder's subfolders too
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
             raise ValueError(f"--shard-size {self.shard_size}: must be at least 1")
-        if self.root is not None and self.kind != "list":
-            raise ValueError(f"--list-root {self.root}: belongs to a list of paths, and {self.argument} is none")
-        if self.pattern is not None and self.kind != "tars":
-            raise ValueError(f"--entries {self.pattern}: belongs to tar shards, and {self.argument} is none")
+        for flag, value, kind, what in (
+            ("--list-root", self.root, "list", "a list of paths"),
+            ("--entries", self.pattern, "archives", "tars and zips"),
+            ("--recursive", self.recursive, "folder", "a folder"),
+        ):
+            if value not in (None, False) and self.kind != kind:
+                raise ValueError(f"{flag}: belongs to {what}, and {some(self.named)} is none")
+
+    @functools.cached_property
+    def kind(self) -> str:
+        """``folder``, ``pictures``, ``list`` or ``archives``; a name that does not exist is a folder's by default.
+
+        Raises:
+            ValueError: several things that do not go together, or a file of another kind.
+        """
+        kinds = {_kind(path) for path in self.named}
+        if len(self.named) > 1 and kinds not in ({"pictures"}, {"archives"}):
+            raise ValueError(f"{some(self.named)}: several images must be pictures, or tars and zips; {WHAT_TO_GIVE}")
+        return kinds.pop()
 
     @property
-    def kind(self) -> str:
-        """``folder``, ``list`` or ``tars``: a name that does not exist is a folder's unless it looks otherwise."""
-        if self.argument.is_dir():
-            return "folder"
-        if self.argument.suffix.lower() in LIST_SUFFIXES:
-            return "list"
-        return "tars" if re.search(r"[*?\[{]|\.tar(\.\w+)?$|\.tgz$", str(self.argument)) else "folder"
+    def identity(self) -> str:
+        """What tells this source from others, for the same run to be resumed; one that is named alone is its path."""
+        names = [str(path.resolve()) for path in self.named]
+        if len(names) == 1:
+            return names[0]
+        return f"{len(names)} files, SHA-256 of their paths {hashlib.sha256(json.dumps(names).encode()).hexdigest()}"
+
+    def check(self) -> None:
+        """Raise FileNotFoundError or ValueError where what is named is not there."""
+        if self.kind == "pictures":
+            self._pictures()
+        elif self.kind != "folder":
+            self.shards(Path())
+
+    def images(self) -> list[Entry]:
+        """Return the images of a folder, or those named.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``listing.images_in``.
+        """
+        found = self._pictures() if self.kind == "pictures" else images_in(self.named[0], self.recursive)
+        return [Entry(key, str(path), path) for key, path in found.items()]
+
+    def _pictures(self) -> dict[str, Path]:
+        paths = [path for named in self.named for path in find_files(str(named))]
+        return by_key("these pictures", [path.name for path in paths], paths)
 
     def spool(self, state: Path) -> None:
-        """Write a folder's names into ``state``, once a run; the first of several processes does it."""
-        if self.kind == "folder" and not (state / "images.jsonl").exists():
-            list_folder(self.argument, state / "images.jsonl")
+        """Write the names of images into ``state``, once a run; the first of several processes does it."""
+        target = state / "images.jsonl"
+        if target.exists():
+            return
+        if self.kind == "folder":
+            list_folder(self.named[0], target, self.recursive)
+        elif self.kind == "pictures":
+            with atomic_path(target) as path, path.open("w", encoding="ascii") as file:
+                file.writelines(json.dumps({"image": str(p.absolute())}) + "\n" for p in self._pictures().values())
 
     def forget(self, state: Path) -> None:
         """Remove what :meth:`spool` wrote, so that another run sees the folder as it is then."""
         (state / "images.jsonl").unlink(missing_ok=True)
 
     def shards(self, state: Path) -> Sequence[Shard]:
-        """Return the shards in order; a folder must have been spooled into ``state``.
+        """Return the shards in order; folders and pictures must have been spooled into ``state``.
 
         Raises:
             FileNotFoundError: there is no such file, or one of a range is missing.
             ValueError: the source is empty.
         """
-        if self.kind == "folder":
-            return cut_list(state / "images.jsonl", self.shard_size, self.argument)
+        first = self.named[0]
+        if self.kind in ("folder", "pictures"):
+            return cut_list(state / "images.jsonl", self.shard_size, first if self.kind == "folder" else Path("/"))
         if self.kind == "list":
-            if not self.argument.is_file():
-                raise FileNotFoundError(f"{self.argument}: no such list of images")
-            return cut_list(self.argument, self.shard_size, self.root or self.argument.parent)
-        paths = list(find_tars(str(self.argument)))
-        return [TarShard(path, name, self.pattern) for path, name in zip(paths, _part_names(paths), strict=True)]
+            if not first.is_file():
+                raise FileNotFoundError(f"{first}: no such list of images")
+            return cut_list(first, self.shard_size, self.root or first.parent)
+        paths = [path for named in self.named for path in find_files(str(named))]
+        return [
+            (ZipShard if path.suffix.lower() == ".zip" else TarShard)(path, name, self.pattern)
+            for path, name in zip(paths, _part_names(paths), strict=True)
+        ]
 
 
-def find_tars(text: str) -> Iterator[Path]:
+def _kind(path: Path) -> str:
+    """Return the kind of source that one name is, by its ending; of a glob without one, by that of its first match."""
+    if path.is_dir():
+        return "folder"
+    name = str(path) if path.exists() else next(expand_braces(str(path)))
+    if Path(name).suffix.lower() in LIST_SUFFIXES:
+        return "list"
+    if NAMES.search(name):
+        return "archives"
+    if is_image(name):
+        return "pictures"
+    if path.is_file():
+        raise ValueError(f"{path}: none of what images can come from; {WHAT_TO_GIVE}")
+    if glob.has_magic(name):
+        match = next(glob.iglob(name, recursive=True), None)  # noqa: PTH207 - absolute ones too
+        return "archives" if match is None else _kind(Path(match))
+    return "folder"
+
+
+def find_files(text: str) -> Iterator[Path]:
     """Yield the files that ``text`` names: a path, a glob, or either with brace ranges.
 
     Raises:
@@ -276,7 +285,7 @@ def find_tars(text: str) -> Iterator[Path]:
         else:
             found = [Path(name)]
         if not found or not found[0].is_file():
-            raise FileNotFoundError(f"{name}: no such folder, list of images or tar shard")
+            raise FileNotFoundError(f"{name}: no such file; {WHAT_TO_GIVE}")
         yield from found
 
 
@@ -315,7 +324,7 @@ def _options(inside: str) -> list[str]:
 def _part_names(paths: Iterable[Path]) -> list[str]:
     """Return a name for each path: its stem, and where several paths share that, a hash of the path too."""
     paths = list(paths)
-    stems = [re.sub(r"\.tar(\.\w+)?$|\.tgz$", "", path.name).lstrip("._") or "shard" for path in paths]
+    stems = [NAMES.sub("", path.name).lstrip("._") or "shard" for path in paths]
     count = Counter(stems)
     if len(set(paths)) < len(paths):
         twice = next(path for path, number in Counter(paths).items() if number > 1)
@@ -324,13 +333,3 @@ def _part_names(paths: Iterable[Path]) -> list[str]:
         stem if count[stem] == 1 else f"{stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
         for stem, path in zip(stems, paths, strict=True)
     ]
-
-
-def _key(name: str) -> str | None:
-    """Return a tar entry's key, or None where its name is not valid Unicode."""
-    name = re.sub(r"^(\./|/)+", "", name)
-    return os.path.splitext(name)[0] if name == _printable(name) else None  # noqa: PTH122
-
-
-def _printable(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()

@@ -25,7 +25,8 @@ from captioning.data.part_files import read_part, write_part
 from captioning.files import HeldError, read_json, sha256_of, write_json
 from captioning.inference.append_log import AppendLog, as_read_back, read_log
 from captioning.inference.batches import Entry, Job, caption_entries
-from captioning.scale.sources import Findings, Shard
+from captioning.scale.archives import Findings
+from captioning.scale.sources import Shard
 from captioning.timing import Timer
 
 log = logging.getLogger(__name__)

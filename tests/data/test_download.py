@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 import p2_infer
 from captioning.data import hw3_dataset
 from captioning.data.annotations import load_split
-from captioning.data.images import list_images
+from captioning.data.listing import list_images
 from captioning.imports import import_guarded
 from captioning.models.encoder import build_encoder
 from captioning.profiles import PROFILES

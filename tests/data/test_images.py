@@ -10,7 +10,8 @@ from image_bytes import grey_png
 from PIL import Image
 
 from captioning.data import images as images_module
-from captioning.data.images import DRAFT_FACTOR, decode_image, formats, list_images, load_image
+from captioning.data.images import DRAFT_FACTOR, decode_image, formats, load_image
+from captioning.data.listing import list_images
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -19,33 +20,6 @@ def save_image(path, color=RED, mode="RGB", size=(4, 3), **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, color).save(path, **options)
     return path
-
-
-def test_list_images_takes_any_letter_case_sorted_and_not_recursive(tmp_path):
-    for name in ("b.JPG", "a.png", "d.WebP", "c.jpeg", "sub/e.jpg"):
-        save_image(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "._a.png").write_bytes(b"what macOS leaves beside it")
-    (tmp_path / "folder.png").mkdir()
-    assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.JPG", "c.jpeg", "d.WebP"]
-
-
-def test_a_dangling_link_is_not_dropped_silently(tmp_path):
-    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
-    (image,) = list_images(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"a\.png"):
-        load_image(image)
-
-
-def test_list_images_refuses_missing_and_empty_folders_and_shared_stems(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        list_images(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no image here.*\.jpg"):
-        list_images(tmp_path)
-    save_image(tmp_path / "a.jpg")
-    save_image(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a\.jpg and a\.png"):
-        list_images(tmp_path)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -208,17 +182,6 @@ def test_the_first_frame_counts_whatever_the_suffix_says(tmp_path):
         red.save(tmp_path / name, format=kind, save_all=True, append_images=[green])
         level = load_image(tmp_path / name).getpixel((1, 1))
         assert level[0] > 240 and max(level[1:]) < 15, name
-
-
-def test_a_name_that_is_not_valid_unicode_is_refused_before_any_work(tmp_path):
-    """It failed when the captions were written, after all the work."""
-    picture = save_image(tmp_path / "a.png")
-    try:
-        picture.rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
-    except OSError:
-        pytest.skip("this file system takes valid Unicode only")
-    with pytest.raises(ValueError, match=r"not valid Unicode.*rename"):
-        list_images(tmp_path)
 
 
 def test_bombs_floats_and_folders_are_refused(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def test_dots_in_names_are_no_suffixes(tmp_path):
 @pytest.mark.parametrize(("there", "said"), [("NFC", "NFD"), ("NFD", "NFC")])
 def test_the_form_of_unicode_does_not_matter(tmp_path, there, said):
     name, other = (unicodedata.normalize(form, "Übung é.jpg") for form in (there, said))
-    key = name.removesuffix(".jpg")
+    key = unicodedata.normalize("NFC", "Übung é")
     assert predicted(tmp_path, {other: "x"}, [name]) == {key: "x"}
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / other).touch()

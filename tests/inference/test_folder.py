@@ -10,7 +10,7 @@ from level_captioner import Interrupted, breaking_after, grey, say
 from captioning.distributed import Processes
 from captioning.files import HeldError
 from captioning.inference import append_log, folder
-from captioning.inference.batches import Job
+from captioning.inference.batches import Entry, Job
 from captioning.inference.folder import PredictionLog, caption_images
 
 RUN = {"model": "m", "beams": (1, 2)}
@@ -18,8 +18,9 @@ RUN = {"model": "m", "beams": (1, 2)}
 
 def run(out, images, caption=say, batch_size=3, **kwargs):
     with PredictionLog(out, RUN, **kwargs) as predictions:
-        caption_images(predictions, images, Job(grey, caption), batch_size)
-        return predictions.finish(images)
+        entries = list(map(Entry.of, images))
+        caption_images(predictions, entries, Job(grey, caption), batch_size)
+        return predictions.finish(entries)
 
 
 def test_every_image_has_its_caption_and_the_side_file_goes(tmp_path, images):
@@ -164,9 +165,10 @@ def test_no_process_ends_before_the_result_is_written(tmp_path, images, monkeypa
     processes = Pretended(rank, 2)
     monkeypatch.setattr(folder, "write_json", lambda *words: processes.events.append("write"))
     with PredictionLog(tmp_path / "out.json", RUN, processes=processes) as predictions:
-        caption_images(predictions, images, Job(grey, say), 3)
+        entries = list(map(Entry.of, images))
+        caption_images(predictions, entries, Job(grey, say), 3)
         processes.events.clear()
-        predictions.finish(images)
+        predictions.finish(entries)
     assert processes.events == (
         ["wait", "write", "wait for the first"] if rank == 0 else ["wait", "wait for the first"]
     )
@@ -196,7 +198,8 @@ def test_every_image_belongs_to_one_process(tmp_path, images):
         with PredictionLog(tmp_path / "out.json", RUN, processes=Pretended(rank, 3)) as predictions:
             predictions.captions.clear()  # as if all had started at once
             job = Job(grey, lambda levels: seen.extend(levels) or say(levels))
-            caption_images(predictions, images, job, 2)
+            entries = list(map(Entry.of, images))
+            caption_images(predictions, entries, job, 2)
             if rank == 0:
-                assert len(predictions.finish(images)) == 7
+                assert len(predictions.finish(entries)) == 7
     assert sorted(seen) == list(range(7))

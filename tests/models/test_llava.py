@@ -15,7 +15,8 @@ import p1_llava_caption
 from bench import llava as bench_llava
 from captioning.cli import BAD_INPUT, INTERRUPTED, PARTIAL
 from captioning.data.annotations import load_annotations
-from captioning.data.images import list_images, load_image
+from captioning.data.images import load_image
+from captioning.data.listing import list_images
 from captioning.imports import import_guarded
 from captioning.inference.batches import ShrinkingBatch
 from captioning.models import llava
@@ -202,7 +203,7 @@ def test_the_references_of_compare_may_call_images_by_number_alone(tmp_path):
     content["images"] = [{"id": image["id"]} for image in content["images"]]
     (tmp_path / "gt.json").write_text(json.dumps(content))
     captions = json.loads((ROOT / "examples" / "predictions.json").read_text())
-    args = Namespace(profile="micro", device="cpu", img_dir=ROOT / "examples" / "images", annotation_file="gt.json")
+    args = Namespace(profile="micro", device="cpu", img_dir=[ROOT / "examples" / "images"], annotation_file="gt.json")
     scores, _ = p1_llava_caption.compare({"1": captions}, load_annotations(tmp_path / "gt.json"), args)
     assert scores["1"]["CIDEr"] == pytest.approx(1.417998065871006)  # the README's
     assert scores["1"]["CLIPScore"] == pytest.approx(1.3941642766, abs=1e-4)

@@ -12,15 +12,15 @@ from level_captioner import grey, say
 from shard_runs import run
 
 from captioning.distributed import join
-from captioning.inference.batches import Job
+from captioning.inference.batches import Entry, Job
 from captioning.inference.folder import PredictionLog, caption_images
 
 
 def caption_folder(images, out, processes):
-    paths = sorted(Path(images).iterdir())
+    entries = list(map(Entry.of, sorted(Path(images).iterdir())))
     with PredictionLog(Path(out), {"model": "m"}, processes=processes) as predictions:
-        caption_images(predictions, paths, Job(grey, say), 2)
-        assert len(predictions.finish(paths)) == len(paths)
+        caption_images(predictions, entries, Job(grey, say), 2)
+        assert len(predictions.finish(entries)) == len(entries)
 
 
 def captioner(said, processes, killed_after):

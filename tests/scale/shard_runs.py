@@ -46,7 +46,7 @@ def run(
     **options,
 ):
     """Caption a source in batches of two; return the exit code."""
-    images, out = Source(Path(source), shard_size, root), Path(out)
+    images, out = Source((Path(source),), shard_size, root), Path(out)
     shard_run = ShardRun(images, out, form_of(out, form), settings, batch_size=2, **options)
     return caption_source(shard_run, lambda: Job(grey, caption), processes)
 

@@ -71,7 +71,7 @@ def test_two_actors_of_which_one_is_killed_give_what_one_process_gives(cluster, 
     said, killed, out = tmp_path / "said", tmp_path / "killed", tmp_path / "ray.jsonl"
     with Results(out, "jsonl", {"model": "m"}) as found:
         found.begin()
-        shards = Source(tars).shards(tmp_path)
+        shards = Source((tars,)).shards(tmp_path)
         ray_engine.caption_with_ray(found.folder, shards, Build(said, killed), 2, actors=2)
         found.finish(shards)
     lines = said_by(said)
@@ -111,7 +111,7 @@ def test_a_shard_that_kills_its_actor_again_and_again_ends_the_run(cluster, tars
     folder = Folder(tmp_path / "out")
     folder.state.mkdir(parents=True)
     with pytest.raises(ValueError, match="the same shard failed 2 times"):
-        ray_engine.caption_with_ray(folder, Source(tars).shards(tmp_path)[:1], Crash(), 2, actors=1)
+        ray_engine.caption_with_ray(folder, Source((tars,)).shards(tmp_path)[:1], Crash(), 2, actors=1)
 
 
 def test_what_an_actor_cannot_do_is_said_as_one_line(cluster, tars, tmp_path):
@@ -121,7 +121,7 @@ def test_what_an_actor_cannot_do_is_said_as_one_line(cluster, tars, tmp_path):
     folder = Folder(tmp_path / "out")
     folder.state.mkdir(parents=True)
     with pytest.raises(ValueError, match=r"^weights\.bin: no such file$"):
-        ray_engine.caption_with_ray(folder, Source(tars).shards(tmp_path), build, 2, actors=1)
+        ray_engine.caption_with_ray(folder, Source((tars,)).shards(tmp_path), build, 2, actors=1)
 
 
 def test_without_ray_one_line_says_how_to_get_it(tmp_path, tars, monkeypatch, capsys, tiny_profile, adapter):
@@ -136,7 +136,7 @@ def test_ray_starts_its_processes_itself(tmp_path, tars, capsys, tiny_profile, a
     words = [str(tars), str(tmp_path / "out.jsonl"), *flags(tiny_profile, adapter), "--engine", "ray"]
     assert p2_infer.main([*words, "--ray-actors", "0"]) == BAD_INPUT
     assert "--ray-actors 0: must be at least 1" in capsys.readouterr().err
-    launched = ShardRun(Source(tars), tmp_path / "out.jsonl", "jsonl", {}, batch_size=2, engine="ray")
+    launched = ShardRun(Source((tars,)), tmp_path / "out.jsonl", "jsonl", {}, batch_size=2, engine="ray")
     with pytest.raises(ValueError, match="without accelerate launch"):
         caption_source(launched, Crash(), Processes(0, 2))
     assert not (tmp_path / "out.jsonl").exists()

@@ -18,7 +18,7 @@ from captioning.distributed import ALONE
 from captioning.inference.batches import Job
 from captioning.inference.folder import PredictionLog, caption_images
 from captioning.profiles import ROOT
-from captioning.scale.pipeline import ShardRun, caption_source
+from captioning.scale.pipeline import ShardRun, caption_source, source_of
 
 OLD = ROOT / "tests" / "fixtures" / "side_files"
 
@@ -64,10 +64,10 @@ def test_a_folder_is_resumed(folder, script):
     else:
         args = p2_args(folder, "images", "out.json")  # of two processes
         settings = p2_infer.describe_run(args)
-    paths, seen = sorted((folder / "images").iterdir()), []
+    entries, seen = source_of(args).images(), []
     with PredictionLog(args.out, settings, processes=ALONE) as predictions:
-        caption_images(predictions, paths, job(seen), batch_size=2)
-        assert predictions.finish(paths) == expected(old=4)
+        caption_images(predictions, entries, job(seen), batch_size=2)
+        assert predictions.finish(entries) == expected(old=4)
     assert seen == [4, 5, 6, 7]
     assert not list(folder.glob(f"{args.out.name}.part*"))
 

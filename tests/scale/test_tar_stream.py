@@ -11,7 +11,7 @@ from level_captioner import grey, picture
 from shard_runs import pictures, write_tar
 
 from captioning.files import sha256_of
-from captioning.scale.sources import Findings, TarShard
+from captioning.scale.archives import Findings, TarShard
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
@@ -27,9 +27,9 @@ def test_a_tar_gives_its_images_and_says_what_else_it_holds(tmp_path, mode):
     ]
     path, found = write_tar(tmp_path / "t.tar", files, mode), Findings()
     entries = list(TarShard(path, "t").entries(found))
-    assert [entry.key for entry in entries] == ["in/a.b", "link", "seg.mask", "bad", "x" * 150]
-    assert [grey(entries[i].load()) for i in (0, 2, 4)] == [1, 2, 3]
-    for i, message in ((1, "a link"), (3, r"t\.tar: bad\.jpg: the file is of no known")):
+    assert [entry.key for entry in entries] == ["in/a.b", "seg.mask", "bad", "x" * 150, "link"]
+    assert [grey(entries[i].load()) for i in (0, 1, 3)] == [1, 2, 3]
+    for i, message in ((4, "a link to elsewhere, which is not"), (2, r"t\.tar: bad\.jpg: the file is of no known")):
         with pytest.raises(ValueError, match=message):
             entries[i].load()
     assert (found.others, found.damage) == (2, "")
