@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; auto: float16, on a CPU float32")
     add("--load-in-4bit", action="store_true", help="quantise the weights (needs bitsandbytes)")
     add("--overwrite", action="store_true", help="replace an existing OUT.json")
-    add("--annotation-file", type=Path, help="COCO-style references of the images, for --compare")
+    add("--annotation-file", type=Path, help="references of the images, for --compare; layouts: docs/scoring.md")
     add_common_flags(parser)
     add_flags(parser)
     return parser

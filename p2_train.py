@@ -32,7 +32,9 @@ def build_parser() -> FlagParser:
     """Return the command line; numbers default to the setting's, so their flags default to None here."""
     parser = FlagParser(description=__doc__)
     parser.add_argument("--setting", choices=list(SETTINGS), default="best", help="whose numbers the flags change")
-    parser.add_argument("--data", type=Path, help="folder with train.json, val.json, images/train, images/val")
+    parser.add_argument(
+        "--data", type=Path, help="folder with train.json, val.json, images/train, images/val; see docs/training.md"
+    )
     parser.add_argument("--out", type=Path, help="run folder (default: runs/SETTING)")
     parser.add_argument("--resume", action="store_true", help="continue from the last state in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="check the flags and files, count the steps, and end")

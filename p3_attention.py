@@ -26,7 +26,7 @@ from captioning.cli import (
     positive_int,
     setup_logging,
 )
-from captioning.data.annotations import load_samples
+from captioning.data.annotations import load_references
 from captioning.data.listing import list_images
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--caption", help="explain this caption of one image instead of the model's own")
     add("--html", action="store_true", help="write viewer.html too, with every method and many layers and heads")
     add("--best-worst", type=Path, metavar="PER_IMAGE.json", help="evaluate.py's --per-image: explain top-1 and last-1")
-    add("--annotation-file", type=Path, help="COCO-style references, shown with --best-worst")
+    add("--annotation-file", type=Path, help="references, shown with --best-worst; layouts: docs/scoring.md")
     add("--grounding", type=Path, metavar="CAPTIONS.json", help="measure all methods against boxes")
     add("--boxes", type=Path, metavar="INSTANCES.json", help="COCO instances, for captions without mentions")
     add("--count", type=positive_int, default=500, help="images for --grounding")
@@ -179,7 +179,7 @@ def run_best_worst(explainer: Explainer, paths: list[Path], args: argparse.Names
     absent = [stem for stem in scores if stem not in by_stem]
     if absent:
         raise ValueError(f"--images: {len(absent)} images of {args.best_worst} are not there, first {absent[0]}")
-    references = {s.path.stem: s.captions for s in load_samples(args.annotation_file, args.images[0])}
+    references = load_references(args.annotation_file)
     pairs = best_and_worst(scores, by_stem, references)
     for pair in pairs:
         print(f"{pair.title}: {pair.path.name}  CLIPScore {pair.clipscore}  {pair.caption}")

@@ -1,10 +1,11 @@
 """From files to tensors.
 
-annotations    caption files and predictions, read strictly     listing        which images a folder holds
-images         their pixels, from any format                    metadata       their orientation; pixels without it all
+annotations    references and predictions, checked, matched     listing        which images a folder holds
+formats        the layouts that they come in                    images         their pixels, from any format
+coco           records in COCO's layout                         metadata       their orientation; pixels without it all
+names          which image a name or number means               part_files     captions as JSONL or Parquet
 tokenizer      GPT-2's byte-level BPE                           batches        captions packed after their image
 feature_cache  the frozen encoder's tokens, kept on disk        hw3_dataset    makes hw3_data/, for hw3_download.sh
-part_files     captions as JSONL or Parquet
 """
 
 import importlib

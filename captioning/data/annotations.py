@@ -187,8 +187,8 @@ def load_predictions(
 def _check_prediction(file: str | os.PathLike, image: ImageCaptions) -> None:
     if len(image.captions) != 1:
         raise ValueError(
-            f"{file}: {image.name!r} must have one caption, not {len(image.captions)}; references go to "
-            "--annotation-file"
+            f"{file}: {image.name!r} must have one caption, not {len(image.captions)}; files of "
+            "several are references, which go to --annotation-file"
         )
     (caption,) = image.captions
     if not isinstance(caption, str):
