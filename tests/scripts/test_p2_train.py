@@ -12,6 +12,7 @@ from runs import STEPS, records, train
 
 import p2_infer
 from captioning.cli import BAD_INPUT
+from captioning.data.annotations import load_annotations
 from captioning.models.adapter import read_adapter
 from captioning.profiles import PROFILES, ROOT
 from p2_train import main
@@ -88,6 +89,36 @@ def test_options_train(flags, tmp_path):
     assert train(tmp_path / "run", *flags, "--epochs", 1) == 0
     steps = 2 if flags[0] == "--accumulate" else STEPS
     assert records(tmp_path / "run", "epoch")[0]["step"] == steps
+
+
+@pytest.mark.usefixtures("constant_score")
+def test_the_layout_of_the_captions_changes_no_weight(tiny_data, tmp_path):
+    """train.jsonl with a caption a line, and Karpathy's layout as val.json, of the same images."""
+    data, files = (
+        tmp_path / "data",
+        {split: load_annotations(tiny_data / f"{split}.json") for split in ("train", "val")},
+    )
+    data.mkdir()
+    (data / "images").symlink_to(tiny_data / "images")
+    pairs = [(key, caption) for key, captions in files["train"].references.items() for caption in captions]
+    lines = [json.dumps({"file_name": files["train"].file_names[key], "text": caption}) for key, caption in pairs]
+    (data / "train.jsonl").write_text("\n".join(lines))
+    images = [
+        {
+            "filename": files[split].file_names[key],
+            "split": split,
+            "sentences": [{"raw": caption} for caption in captions],
+        }
+        for split in files
+        for key, captions in files[split].references.items()
+        if split == "val" or key not in files["val"].references
+    ]
+    (data / "val.json").write_text(json.dumps({"images": images, "dataset": "flickr8k"}))
+    assert train(tmp_path / "coco", "--epochs", 1) == train(tmp_path / "others", "--epochs", 1, "--data", data) == 0
+    trained = [read_adapter(tmp_path / run / "last.safetensors")[1] for run in ("coco", "others")]
+    assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())
+    one, other = (records(tmp_path / run, "epoch")[0]["val_loss"] for run in ("coco", "others"))
+    assert one == other
 
 
 @pytest.mark.parametrize(
