@@ -19,7 +19,7 @@ from captioning.distributed import Processes, join
 from captioning.files import sha256_of, write_json
 from captioning.inference.batches import Entry, Job
 from captioning.inference.folder import PredictionLog, caption_images
-from captioning.models.llava import DTYPES, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
+from captioning.models.llava import DTYPES, LAUNCHED_DTYPES, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
 from captioning.profiles import PROFILES
 from captioning.scale.pipeline import (
     ShardRun,
@@ -182,8 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(args.verbose)
     check_args(args)
     annotations = load_annotations(args.annotation_file) if args.compare else None
-    pick_device(args.device)  # refuses a wrong one before anything is opened
-    with join(pick_device()) as processes:
+    with join(pick_device(args.device), tuple(LAUNCHED_DTYPES)) as processes:
         if not is_plain_folder(args):
             return caption_many(args, processes)
         images = processes.from_first(source_of(args).images)

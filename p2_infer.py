@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     """Caption images; return 0, or 3 (``PARTIAL``) where an image could not be read."""
     args = build_parser().parse_args(argv)
     setup_logging(args.verbose)
-    with join(pick_device()) as processes:
+    with join(pick_device("auto" if args.engine == "ray" else args.device)) as processes:
         return caption(args, processes)
 
 

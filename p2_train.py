@@ -16,8 +16,9 @@ from typing import Any
 
 from captioning import distributed
 from captioning.cli import STOPPED, FlagParser, add_common_flags, command, setup_logging
+from captioning.device import pick_device
 from captioning.training.config import SETTINGS, add_flags
-from captioning.training.setup import pick_own_device, plan, prepare
+from captioning.training.setup import plan, prepare
 from captioning.training.trackers import CHOICES as TRACKERS
 
 
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train; return 0, or 4 (``STOPPED``) where SIGTERM or SIGINT ended the run early, to be resumed."""
     args = build_parser().parse_args(argv)
     setup_logging(args.verbose)
-    with distributed.join(pick_own_device(args.device)) as processes:
+    with distributed.join(pick_device(args.device)) as processes:
         if not processes.first:
             logging.disable(logging.INFO)  # the first one says it for all
         return train(args, processes)

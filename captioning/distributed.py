@@ -6,7 +6,7 @@ A script that was started without a launcher is alone: ``ALONE`` does the same t
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 
 from captioning.cli import BAD_INPUT
+from captioning.device import launched, launched_precision
 from captioning.imports import import_guarded
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 PATIENCE = timedelta(days=30)  # one may work while the others wait; a process that dies is left to the launcher
@@ -134,19 +136,31 @@ class Processes:
 ALONE = Processes()
 
 
-def join(device: torch.device) -> Processes:
+def join(device: torch.device, precisions: Sequence[str] = ("bf16",)) -> Processes:
     """Join the processes that ``accelerate launch`` (or torchrun) started beside this one; ``ALONE`` without it.
 
     Args:
-        device: where this process computes; on CUDA gradients travel by NCCL, else by gloo.
+        device: where this process computes; on CUDA gradients travel by NCCL, else by gloo, and so they do where
+            processes share a GPU, which NCCL refuses.
+        precisions: accelerate's ``mixed_precision`` that the script follows; another one is warned of.
 
     Raises:
         ValueError: the launcher's processes could not be joined.
     """
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count, rank, local = launched("WORLD_SIZE", 1), launched("RANK", -1), launched("LOCAL_RANK", -1)
+    asked = launched_precision()
+    if asked and asked not in precisions and rank < 1:
+        log.warning("accelerate's mixed_precision %s is not followed here; the script's own flag decides", asked)
     if count == 1:
         return ALONE
-    state = import_guarded("accelerate").PartialState(cpu=device.type != "cuda", timeout=PATIENCE)
+    if not 0 <= rank < count or local < 0:
+        raise ValueError(
+            f"WORLD_SIZE={count}: {count} processes are announced, and RANK and LOCAL_RANK do not say which of them "
+            "this is; unset WORLD_SIZE, or start by accelerate launch or torchrun"
+        )
+    crowded = launched("LOCAL_WORLD_SIZE", count) > torch.cuda.device_count()
+    on_gpus = device.type == "cuda" and not crowded
+    state = import_guarded("accelerate").PartialState(cpu=not on_gpus, timeout=PATIENCE)
     if state.num_processes != count:  # accelerate falls back silently to one process
         raise ValueError(f"{count} processes were launched and accelerate joins {state.num_processes}")
     return Processes(state.process_index, count, _meet(dist.new_group, backend="gloo", timeout=PATIENCE))

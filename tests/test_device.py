@@ -6,7 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from captioning.device import pick_device, seed_everything
+from captioning.device import autocast, pick_device, seed_everything
+from captioning.distributed import ALONE, join
+from captioning.models.llava import pick_dtype
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
+
+
+@pytest.fixture(autouse=True)
+def started_by_hand(monkeypatch):
+    """No launcher's variables, whatever the user's shell has set."""
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
 def test_pick_device_auto_prefers_cuda_then_mps_then_cpu(monkeypatch):
@@ -30,6 +47,71 @@ def test_pick_device_knows_how_many_gpus_there_are(monkeypatch):
     assert pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match=r"--device cuda:2.*sees 2"):
         pick_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [(None, "cuda"), ("", "cuda"), (" ", "cuda"), ("0", "cuda:0"), ("1", "cuda:1"), ("3", "cuda:1")],
+)
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_launched_process_takes_its_own_gpu_in_turn(monkeypatch, two_gpus, name, rank, expected):
+    """LOCAL_RANK=3 on two GPUs was cuda:3, an empty one was no device at all; `--device cuda` was GPU 0 for all."""
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert pick_device(name) == torch.device(expected)
+
+
+def test_a_rank_that_is_no_number_is_named(monkeypatch, two_gpus):
+    monkeypatch.setenv("LOCAL_RANK", "one")
+    with pytest.raises(ValueError, match="LOCAL_RANK=one: must be a whole number"):
+        pick_device()
+
+
+def test_under_a_launcher_no_gpu_may_be_named(monkeypatch, two_gpus):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device cuda:1: every process would take it"):
+        pick_device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    "values", [{}, dict.fromkeys(LAUNCHED, ""), {"WORLD_SIZE": "1", "RANK": "", "LOCAL_RANK": "0"}]
+)
+def test_what_is_empty_is_not_set(monkeypatch, values):
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    assert join(torch.device("cpu")) is ALONE
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"RANK": "", "LOCAL_RANK": "0"}, {"RANK": "2", "LOCAL_RANK": "0"}, {"RANK": "0", "LOCAL_RANK": ""}]
+)
+def test_processes_that_are_announced_without_a_rank_are_refused(monkeypatch, values):
+    for name, value in {"WORLD_SIZE": "2", **values}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2: 2 processes are announced.*unset WORLD_SIZE"):
+        join(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision", "on", "dtype"),
+    [
+        ("bf16", "auto", True, torch.bfloat16),
+        ("BF16", "fp32", False, torch.bfloat16),
+        ("fp16", "auto", False, torch.float16),
+        ("no", "auto", False, torch.float32),
+        ("", "auto", False, torch.float32),
+        ("no", "bf16", True, torch.float32),
+    ],
+)
+def test_accelerates_mixed_precision_is_followed_or_warned_of_once(monkeypatch, caplog, asked, precision, on, dtype):
+    """``no`` is what accelerate sets where nobody said anything, so auto stays auto."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    with autocast(torch.device("cpu"), precision):
+        assert torch.is_autocast_enabled("cpu") is on
+    assert pick_dtype("auto", torch.device("cpu")) == dtype
+    join(torch.device("cpu"))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (asked == "fp16")
+    assert ("mixed_precision fp16" in caplog.text) is (asked == "fp16")
 
 
 def test_seed_everything_repeats_every_generator():

@@ -46,7 +46,7 @@ SHARED = {
     "tensors": {"files", "messages"},
     "checkpoints": {"files", "messages", "torchscript"},
     "clip_names": {"checkpoints", "torchscript"},
-    "distributed": {"cli", "imports"},
+    "distributed": {"cli", "device", "imports"},
 }
 DECODER = {"captioning.kernels", "captioning.checkpoints", "captioning.tensors", "captioning.messages"}
 

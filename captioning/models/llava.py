@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
+from captioning.device import launched_precision
 from captioning.imports import import_guarded
 from captioning.messages import first_sentence
 from decoder import attention_weights
@@ -34,14 +35,19 @@ PROMPTS = {  # the report's two settings
     "'A red apple lies on a wooden table' or 'A dog sleeps peacefully on a couch.'",
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+LAUNCHED_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # what accelerate calls them
 ARCHITECTURE = "LlavaForConditionalGeneration"
 
 Past = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values (1, nh, length, hs) of each layer
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype for ``auto``, ``float16``, ``bfloat16`` or ``float32``; auto is float16 on an accelerator."""
-    return DTYPES[("float32" if device.type == "cpu" else "float16") if name == "auto" else name]
+    """Return the dtype for ``auto``, ``float16``, ``bfloat16`` or ``float32``.
+
+    Auto is what accelerate's ``mixed_precision`` asks for, or else float16 on an accelerator and float32 on a CPU.
+    """
+    own = "float32" if device.type == "cpu" else "float16"
+    return DTYPES[LAUNCHED_DTYPES.get(launched_precision() or "", own) if name == "auto" else name]
 
 
 @dataclass

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from captioning.data.annotations import Sample, load_split
@@ -49,13 +47,6 @@ ABSENT = {"average_last": 0, "rank_stabilized": False, "draws": "beam"} | {
     "predict_bos": False,
     "clear_gradients": True,
 }
-
-
-def pick_own_device(name: str) -> torch.device:
-    """Return the device of this process; under a launcher each takes its own GPU, so none may be named."""
-    if ":" in name and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"--device {name}: every process would take it; leave it out and each takes its own")
-    return pick_device("auto" if name == "cuda" and "LOCAL_RANK" in os.environ else name)
 
 
 def prepare(args: Any, processes: Processes, held: contextlib.ExitStack) -> Trainer:
@@ -162,7 +153,7 @@ def make_models(
     """Build captioner and tokenizer; ValueError where they do not fit, or more is trained than is allowed."""
     seed_everything(config.seed)
     tokenizer = Tokenizer(args.tokenizer or PROFILES[args.profile].tokenizer)
-    captioner = make_captioner(args, config, folder, processes).to(pick_own_device(args.device))
+    captioner = make_captioner(args, config, folder, processes).to(pick_device(args.device))
     check_vocabulary(tokenizer, captioner.decoder)
     trainable = count_trainable(captioner)
     if trainable > config.max_trainable:

@@ -16,7 +16,7 @@ from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import PROFILES
 from captioning.training import setup
 from captioning.training.config import REPORT_FAITHFUL
-from captioning.training.setup import pick_own_device, resolve_config
+from captioning.training.setup import resolve_config
 from decoder import LoraConfig, build_decoder
 from p2_train import build_parser
 
@@ -227,9 +227,3 @@ def test_a_clip_reward_needs_a_clip(unbroken, tmp_path, monkeypatch, capsys):
     flags = ("--objective", "scst", "--init-adapter", unbroken / "best.safetensors", "--clip-reward", 1)
     assert train(tmp_path / "run", *flags) == BAD_INPUT
     assert "no CLIP here" in capsys.readouterr().err
-
-
-def test_under_a_launcher_no_gpu_may_be_named(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="--device cuda:1: every process would take it"):
-        pick_own_device("cuda:1")
