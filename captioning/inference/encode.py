@@ -89,7 +89,8 @@ class StreamEncoder:
         if self.stream is not None:
             batch = batch.pin_memory()  # or the copy would wait for the device
         with torch.cuda.stream(self.stream), autocast(self.device, self.precision):
-            features = self.captioner.encode(batch.to(self.device, non_blocking=True))
+            # Only a stream keeps the pixels until they are copied; elsewhere (MPS) they would be freed too early.
+            features = self.captioner.encode(batch.to(self.device, non_blocking=self.stream is not None))
         ready = None if self.stream is None else self.stream.record_event()
         return [Encoded(row, ready) for row in features]
 
