@@ -133,10 +133,14 @@ class Capture:
         """Return the caption's rows of a layer, (nh, T + 1, S), detached."""
         return self.weights[layer].detach()[0, :, -len(self.tokens) - 1 :].float()
 
+    @functools.cached_property
+    def on_patches(self) -> torch.Tensor:
+        """The caption's rows on every patch, (L, nh, T + 1, P) on the CPU: a GPU would be waited for at every look."""
+        return torch.stack([self.caption_rows(n)[..., self.patches] for n in range(self.n_layer)]).cpu()
+
     def image_part(self, row: str) -> torch.Tensor:
-        """Return the attention of every layer and head on every patch: (L, nh, T, P)."""
-        rows = self.rows(row)
-        return torch.stack([self.caption_rows(n)[:, rows][..., self.patches] for n in range(self.n_layer)])
+        """Return the attention of every layer and head on every patch: (L, nh, T, P) on the CPU."""
+        return self.on_patches[:, :, self.rows(row)]
 
 
 @dataclass
@@ -161,7 +165,7 @@ class CaptionAttention:
             common = token_maps(self.generic, replace(spec, method="raw")).mean(0)
         maps = token_maps(self.capture, spec, common)  # (T, P)
         merged = torch.stack([maps[indices].mean(0) for _, indices in self.words])
-        return merged.reshape(len(self.words), *self.capture.grid).float().cpu().numpy()
+        return merged.reshape(len(self.words), *self.capture.grid).numpy()
 
     def image_mass(self, spec: MapSpec) -> np.ndarray:
         """Return (W,): the share of each word's attention, mean over layers and heads, that falls on the image."""
@@ -229,21 +233,20 @@ class Heads:
             return [(layer, [self.number]) for layer in layers]
         if self.rule != "top":
             return [(layer, list(range(part.shape[1]))) for layer in layers]
-        mass = part.sum(-1)  # (L, nh, T)
+        part = part[list(layers)]  # (l, nh, T, P)
+        mass = part.sum(-1)  # (l, nh, T)
         share = part / mass.clamp(min=1e-12)[..., None]
-        entropy = -(share * share.clamp(min=1e-12).log()).sum(-1).mean(-1)  # (L, nh)
-        mass = mass.mean(-1)  # (L, nh)
-        pairs = [(layer, head) for layer in layers for head in range(part.shape[1])]
-        average = torch.stack([mass[pair] for pair in pairs]).mean()
-        looking = [pair for pair in pairs if mass[pair] >= average]
+        entropy = -(share * share.clamp(min=1e-12).log()).sum(-1).mean(-1).flatten()  # (l * nh)
+        mass = mass.mean(-1).flatten()
+        looking = (mass >= mass.mean()).nonzero()[:, 0]
         best: dict[int, list[int]] = {}
-        for layer, head in sorted(looking, key=lambda pair: float(entropy[pair]))[: self.number]:
-            best.setdefault(layer, []).append(head)
+        for pair in looking[entropy[looking].argsort(stable=True)][: self.number].tolist():
+            best.setdefault(layers[pair // part.shape[1]], []).append(pair % part.shape[1])
         return sorted(best.items())
 
     def reduce(self, weights: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         """Reduce (nh, …) to (…)."""
-        kept = weights[list(heads)]
+        kept = torch.stack([weights[head] for head in heads])  # a list as index would be copied to the device first
         return kept.amax(0) if self.rule == "max" else kept.mean(0)
 
 
@@ -251,7 +254,7 @@ class Heads:
 
 
 def token_maps(capture: Capture, spec: MapSpec, generic: torch.Tensor | None = None) -> torch.Tensor:
-    """Return one map per token of the caption: (T, P), not negative.
+    """Return one map per token of the caption: (T, P) on the CPU, not negative.
 
     ``raw`` is the attention itself. ``relative`` divides it by what every word gets: ``generic`` (P,), or else the mean
     over the caption's tokens; that removes sink patches, which light up for every word. ``rollout`` follows attention
@@ -267,9 +270,9 @@ def token_maps(capture: Capture, spec: MapSpec, generic: torch.Tensor | None = N
     part = capture.image_part(spec.row)
     chosen = heads.choose(part, layers)
     if spec.method == "rollout":
-        return _rollout(capture, chosen, heads)[capture.rows(spec.row)][:, capture.patches]
+        return _rollout(capture, chosen, heads)[capture.rows(spec.row)][:, capture.patches].cpu()
     if spec.method == "grad":
-        return _gradient(capture, chosen, heads)
+        return _gradient(capture, chosen, heads).cpu()
     maps = torch.stack([heads.reduce(part[layer], which) for layer, which in chosen]).mean(0)  # (T, P)
     if spec.method == "relative":
         common = maps.mean(0) if generic is None else generic

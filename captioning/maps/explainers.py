@@ -231,7 +231,7 @@ def save_maps(out: Path, explanation: Explanation, attention: CaptionAttention) 
     (W, gh, gw) float32 are the word maps made from it; the other arrays say which is which.
     """
     capture, spec = attention.capture, explanation.word_maps[0].spec
-    part = capture.image_part(spec.row).cpu().numpy().astype(np.float16)
+    part = capture.image_part(spec.row).numpy().astype(np.float16)
     word_of_token = np.full(len(capture.tokens), -1)
     for number, (_, indices) in enumerate(attention.words):
         word_of_token[indices] = number

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from captioning.maps.attention import (
     CaptionAttention,
@@ -89,6 +90,57 @@ def test_top_heads_are_those_that_look_at_one_place_of_the_image():
     maps = token_maps(capture([weights]), MapSpec("raw", "0", "top1"))
     assert (maps.argmax(-1) == 5).all()
     assert maps.max() == pytest.approx(0.9)
+
+
+def count_operations(function):
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **kwargs or {})
+
+    with Counter() as counter:
+        function()
+    return counter.count
+
+
+def test_choosing_heads_takes_no_more_operations_with_more_of_them():
+    """It took an operation for each pair of heads: 5 s at LLaVA's 32 layers of 32 heads, and a wait on a GPU each."""
+    few, many = (torch.rand(count, count, 2, 9).softmax(-1) for count in (2, 16))
+    counts = {
+        len(part): count_operations(lambda part=part: Heads("top", 1).choose(part, range(len(part))))
+        for part in (few, many)
+    }
+    assert counts[16] == counts[2]
+
+
+def test_top_heads_are_chosen_among_the_given_layers(random_capture):
+    part = random_capture.image_part("predict")
+    share = part / part.sum(-1, keepdim=True)
+    entropy, mass = -(share * share.log()).sum(-1).mean(-1), part.sum(-1).mean(-1)  # (L, H)
+    pairs = [(layer, head) for layer in (1, 2) for head in range(H)]
+    looking = [pair for pair in pairs if mass[pair] >= mass[1:].mean()]
+    expected = sorted(looking, key=lambda pair: entropy[pair])[:2]
+    chosen = Heads("top", 2).choose(part, [1, 2])
+    assert sorted((layer, head) for layer, heads in chosen for head in heads) == sorted(expected)
+
+
+def test_the_attention_on_the_image_leaves_the_device_once(random_capture, monkeypatch):
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.shape) or cpu(tensor))
+    attention = CaptionAttention(random_capture, [(str(n), [n]) for n in range(T)])
+    for spec in (
+        MapSpec(method, "all", heads, row)
+        for method in ("raw", "relative")
+        for heads in ("mean", "top2", "1")
+        for row in ("predict", "own")
+    ):
+        attention.maps(spec)
+        attention.image_mass(spec)
+    assert copies == [(L, H, T + 1, P)]
+    attention.maps(MapSpec("rollout", "all"))
+    assert copies[1:] == [(T, P)]  # not one a layer or word
 
 
 # ------------------------------------------------------------------------------------------------------------ methods
