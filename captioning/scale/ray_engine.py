@@ -8,6 +8,7 @@ names of shards, and all machines must see the same files under the same paths, 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -118,6 +119,6 @@ def _share(found: dict[str, float], actors: int | None, use_gpus: bool, shards: 
     gpus = int(found.get("GPU", 0)) if use_gpus else 0
     cpus = int(found.get("CPU", 1))
     count = min(actors or gpus or cpus, max(shards, 1))
-    if gpus:
-        return count, {"num_gpus": min(1.0, gpus / count)}
-    return count, {"num_cpus": min(1.0, cpus / count)}
+    name, have = ("num_gpus", gpus) if gpus else ("num_cpus", cpus)
+    # An actor takes its share of one device: of two GPUs three actors cannot have two thirds each.
+    return count, {name: 1 / math.ceil(count / have) if have else 0.0}

@@ -149,6 +149,8 @@ def test_ray_starts_its_processes_itself(tmp_path, tars, capsys, tiny_profile, a
         ({"CPU": 2.0}, 4, True, (4, {"num_cpus": 0.5})),
         ({"CPU": 64.0, "GPU": 4.0}, None, True, (4, {"num_gpus": 1.0})),
         ({"CPU": 64.0, "GPU": 4.0}, 8, True, (8, {"num_gpus": 0.5})),
+        ({"CPU": 64.0, "GPU": 2.0}, 3, True, (3, {"num_gpus": 0.5})),  # two thirds each left one that never started
+        ({"CPU": 2.0}, 3, False, (3, {"num_cpus": 0.5})),  # of two machines, perhaps
         ({"CPU": 3.0, "GPU": 4.0}, None, False, (3, {"num_cpus": 1.0})),
     ],
 )
