@@ -27,11 +27,11 @@ from captioning.data.tokenizer import Tokenizer
 from captioning.device import PRECISIONS, autocast, pick_device
 from captioning.distributed import Processes, join
 from captioning.inference.batches import Job
-from captioning.inference.captions import caption_features, check_vocabulary
+from captioning.inference.captions import caption_features, check_length_penalty, check_vocabulary
 from captioning.inference.encode import Encoded, StreamEncoder, draft_side
 from captioning.inference.folder import PredictionLog, caption_images
 from captioning.models.adapter import load_captioner, read_adapter
-from captioning.models.captioner import Captioner
+from captioning.models.captioner import SEARCH_RULES, Captioner
 from captioning.models.inference_weights import prepare
 from captioning.models.step_functions import CompiledStepFunction
 from captioning.profiles import PROFILES
@@ -58,7 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="folder of GPT-2's tokenizer files (default: the profile's)")
     add("--beam-size", type=positive_int, default=5, help="live beams; 1 is greedy search")
     add("--max-new-tokens", type=positive_int, default=30, help="longest caption in tokens")
-    add("--length-penalty", type=float, default=1.0, help="above 1 favours longer captions")
+    add("--length-penalty", type=float, default=1.0, help="above 1 favours longer captions; of --search-rule beam")
+    add(
+        "--search-rule",
+        choices=SEARCH_RULES,
+        help="beam: as transformers' generate; report: as the report's code, which replaces no beam that has ended "
+        "(default: the adapter's)",
+    )
     add("--batch-size", type=positive_int, default=16, help="images at once")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA")
     add(
@@ -98,7 +104,9 @@ def caption_function(
     def caption(encoded: list[Encoded]) -> list[str]:
         with autocast(captioner.device, args.precision):
             features = encoder.gather(encoded)
-            return caption_features(captioner, tokenizer, features, args.beam_size, longest, args.length_penalty, steps)
+            return caption_features(
+                captioner, tokenizer, features, args.beam_size, longest, args.length_penalty, steps, args.search_rule
+            )
 
     return caption
 
@@ -114,6 +122,7 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(args, name) for name in flags},
         # The adapter's own fingerprint of the decoder, which loading holds against the file, does not hold then.
         **({"other_decoder": fingerprint(read_state_dict(args.decoder))} if args.allow_other_decoder else {}),
+        **({"search_rule": "report"} if args.search_rule == "report" else {}),  # others' side files have no such key
     }
 
 
@@ -146,12 +155,24 @@ def works_beside(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def settle_search(args: argparse.Namespace) -> None:
+    """Take the search rule from the adapter where the command line has none.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such adapter, or the rule has no length penalty.
+    """
+    args.search_rule = args.search_rule or read_adapter(args.adapter)[0].search_rule
+    check_length_penalty(args.search_rule, args.length_penalty)
+
+
 def caption(args: argparse.Namespace, processes: Processes) -> int:
     """Caption what the command line names; return the exit code."""
     if not is_plain_folder(args):
+        settle_search(args)
         run = ShardRun.from_flags(args, describe_run(args) | describe_models(args))
         return caption_source(run, functools.partial(load_job, args), processes)
     images = processes.from_first(source_of(args).images)
+    settle_search(args)
     job = load_job(args)
     with PredictionLog(args.out, describe_run(args), overwrite=True, processes=processes) as predictions:
         caption_images(predictions, images, job, args.batch_size)

@@ -1,5 +1,7 @@
 """Greedy search and beam search over a step function: all the decoding of the suite, and no model.
 
+The report's own rule for beams, which builds on this, is in report_rule.py.
+
 ``step(tokens, ancestors) -> logits`` is called once for each generated token, for K live beams of each of B images:
 
 - ``tokens`` long (B, K): the newest token of each beam,
@@ -48,6 +50,9 @@ class SearchResult:
     finished: list[list[list[int]]] = field(default_factory=list)  # by beam search: up to K per image, best first
 
 
+Found = tuple[list[list[int]], float]  # of one image: its captions, best first, and the score of the best
+
+
 @torch.no_grad()
 def greedy(
     step: Step,
@@ -66,7 +71,7 @@ def greedy(
     Raises:
         ValueError: sizes below 1, or logits that are not numbers.
     """
-    _check_sizes(batch_size, max_new_tokens)
+    check_sizes(batch_size, max_new_tokens)
     newest = torch.full((batch_size,), bos, device=device)
     done = torch.zeros(batch_size, dtype=torch.bool, device=device)
     sums, lengths = torch.zeros(2, batch_size, device=device)
@@ -128,84 +133,41 @@ def beam_search(
     Raises:
         ValueError: sizes below 1, or logits that are not numbers.
     """
-    _check_sizes(batch_size, max_new_tokens)
-    if beam_size < 1:
-        raise ValueError(f"--beam-size must be at least 1, not {beam_size}")
-    beams = _Beams(batch_size, beam_size, bos, eos, max_new_tokens, length_penalty, device)
-    check = _StopCheck(check_every or _check_every(device), max_new_tokens)
-    for length in range(1, max_new_tokens + 1):
-        log_probs = _log_probs(step(beams.tokens, beams.ancestors))  # (B, K, V)
-        check.note(_broken_images(log_probs) & beams.open, length)
-        beams.advance(apply_rules(rules, log_probs, beams.live[:, :, : length - 1]), length)
-        if not check.is_due(length):
-            continue
-        n_open = check.count_open(beams.open, beams.images)
-        if n_open == 0:
-            break
-        if keep is not None and n_open <= (1 - LEAVING) * len(beams.images):
-            keep(beams.drop_done())
-    return beams.result()
+    check_sizes(batch_size, max_new_tokens, beam_size)
+    beams = _RefilledBeams(batch_size, beam_size, bos, eos, max_new_tokens, length_penalty, device)
+    return search_with(beams, step, keep, check_every, rules)
 
 
-class _Beams:
-    """The state of a beam search: K live and up to K finished captions of each image, both best first.
+class Beams:
+    """The K live beams of each image, as a rule grows them; subclasses are the rules.
 
     Captions are rows of L tokens, filled up with EOS. In every tensor the images come first.
     """
 
-    def __init__(
-        self, batch: int, k: int, bos: int, eos: int, max_new_tokens: int, length_penalty: float, device: Device
-    ) -> None:
-        self.k, self.eos, self.max_new_tokens, self.length_penalty = k, eos, max_new_tokens, length_penalty
+    def __init__(self, batch: int, k: int, bos: int, eos: int, max_new_tokens: int, device: Device) -> None:
+        self.k, self.eos, self.max_new_tokens, self.device = k, eos, max_new_tokens, device
         self.own_slot = torch.eye(k, dtype=torch.bool, device=device).expand(batch, k, k)
         self.tokens = torch.full((batch, k), bos, device=device)  # (B, K) the newest
         self.ancestors = self.own_slot  # (B, K, n)
         self.live = torch.full((batch, k, max_new_tokens), eos, device=device)  # (B, K, L)
         self.live_sums = torch.full((batch, k), -math.inf, device=device)  # (B, K) of log-probabilities
         self.live_sums[:, 0] = 0.0  # the first K beams are equal; if all of them counted, all would stay equal
-        self.finished = self.live  # (B, K, L)
-        self.finished_scores = torch.full((batch, k), -math.inf, device=device)  # (B, K); -inf: no caption yet
         self.open = torch.ones(batch, dtype=torch.bool, device=device)  # (B,) may still find a better caption
         self.images = list(range(batch))  # which image each row is
-        self.results: dict[int, tuple[list[list[int]], float]] = {}  # image: its captions, best first, and best score
+        self.results: dict[int, Found] = {}  # of the images that have left
 
     def advance(self, log_probs: torch.Tensor, length: int) -> None:
         """Grow all beams by one token, to ``length``; log_probs (B, K, V) are float32."""
-        vocab = log_probs.shape[-1]
-        # A beam has one way to end, so 2K continuations hold at least K that do not.
-        sums, index = (self.live_sums.unsqueeze(-1) + log_probs).flatten(1).topk(2 * self.k)  # (B, 2K) best first
-        parents, tokens = index // vocab, index % vocab
-        captions = _pick(self.live, parents)  # (B, 2K, L)
-        captions[:, :, length - 1] = tokens
-        ends = tokens == self.eos if length < self.max_new_tokens else torch.ones_like(tokens, dtype=torch.bool)
+        raise NotImplementedError
 
-        scale = length**self.length_penalty
-        self._finish(captions, sums / scale, ends)
-        self._continue(captions, sums, ends, parents, tokens)
-        self.open = self.open & (self.live_sums[:, 0] / scale > self.finished_scores[:, -1])
+    def found(self, rows: torch.Tensor) -> list[Found]:
+        """Return what was found for these rows of the batch, (n,)."""
+        raise NotImplementedError
 
-    def _finish(self, captions: torch.Tensor, scores: torch.Tensor, ends: torch.Tensor) -> None:
-        """Of the first K continuations (B, 2K, L) take those that end; keep the K best finished captions."""
-        counts = ends & self.open.unsqueeze(-1)  # (B, 2K)
-        counts[:, self.k :] = False
-        ranked = torch.cat((self.finished_scores, scores.masked_fill(~counts, -math.inf)), 1)  # (B, 3K)
-        self.finished_scores, kept = ranked.topk(self.k)
-        self.finished = _pick(torch.cat((self.finished, captions), 1), kept)
-
-    def _continue(
-        self,
-        captions: torch.Tensor,
-        sums: torch.Tensor,
-        ends: torch.Tensor,
-        parents: torch.Tensor,
-        tokens: torch.Tensor,
-    ) -> None:
-        """Make the K best continuations (B, 2K, L) that do not end the live beams."""
-        self.live_sums, kept = sums.masked_fill(ends, -math.inf).topk(self.k)
-        self.live = _pick(captions, kept)
-        self.tokens = tokens.gather(1, kept)
-        history = _pick(self.ancestors, parents.gather(1, kept))  # (B, K, n)
-        self.ancestors = torch.cat((history, self.own_slot), -1)  # (B, K, n + K)
+    def branch(self, parents: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Make ``tokens`` (B, K) the newest of the live beams, after the history of the beams ``parents`` (B, K)."""
+        self.tokens = tokens
+        self.ancestors = torch.cat((pick(self.ancestors, parents), self.own_slot), -1)  # (B, K, n + K)
 
     def drop_done(self) -> torch.Tensor:
         """Take the images that are done out of the batch; return the places of the others, (n,)."""
@@ -224,13 +186,92 @@ class _Beams:
         return SearchResult([captions[0] for captions in finished], list(scores), list(finished))
 
     def _store(self, chosen: torch.Tensor) -> None:
-        """Put the finished captions of the chosen rows, bool (B,), into the results."""
+        """Put what was found for the chosen rows, bool (B,), into the results."""
         rows = chosen.nonzero().flatten()
-        images = [self.images[row] for row in rows.tolist()]
-        found = (self.finished_scores > -math.inf).sum(1)  # (B,) captions: of few words fewer than K are possible
-        columns = (column[rows].tolist() for column in (self.finished, found, self.finished_scores[:, 0]))
-        for image, captions, count, score in zip(images, *columns, strict=True):
-            self.results[image] = ([_before_eos(tokens, self.eos) for tokens in captions[:count]], score)
+        self.results |= zip([self.images[row] for row in rows.tolist()], self.found(rows), strict=True)
+
+
+def search_with(
+    beams: Beams,
+    step: Step,
+    keep: Callable[[torch.Tensor], None] | None,
+    check_every: int | None,
+    rules: Sequence[Rule],
+) -> SearchResult:
+    """Advance ``beams`` until no image is open; the other arguments are those of :func:`beam_search`."""
+    check = _StopCheck(check_every or _check_every(beams.device), beams.max_new_tokens)
+    for length in range(1, beams.max_new_tokens + 1):
+        log_probs = _log_probs(step(beams.tokens, beams.ancestors))  # (B, K, V)
+        check.note(_broken_images(log_probs) & beams.open, length)
+        beams.advance(apply_rules(rules, log_probs, beams.live[:, :, : length - 1]), length)
+        if not check.is_due(length):
+            continue
+        n_open = check.count_open(beams.open, beams.images)
+        if n_open == 0:
+            break
+        if keep is not None and n_open <= (1 - LEAVING) * len(beams.images):
+            keep(beams.drop_done())
+    return beams.result()
+
+
+class _RefilledBeams(Beams):
+    """Where one of the K best continuations ends, the next best one takes its place: K beams live at every step.
+
+    Up to K finished captions of each image are kept, best first, as the live ones are.
+    """
+
+    def __init__(
+        self, batch: int, k: int, bos: int, eos: int, max_new_tokens: int, length_penalty: float, device: Device
+    ) -> None:
+        super().__init__(batch, k, bos, eos, max_new_tokens, device)
+        self.length_penalty = length_penalty
+        self.finished = self.live  # (B, K, L)
+        self.finished_scores = torch.full((batch, k), -math.inf, device=device)  # (B, K); -inf: no caption yet
+
+    def advance(self, log_probs: torch.Tensor, length: int) -> None:
+        """Grow all beams by one token, to ``length``; log_probs (B, K, V) are float32."""
+        vocab = log_probs.shape[-1]
+        # A beam has one way to end, so 2K continuations hold at least K that do not.
+        sums, index = (self.live_sums.unsqueeze(-1) + log_probs).flatten(1).topk(2 * self.k)  # (B, 2K) best first
+        parents, tokens = index // vocab, index % vocab
+        captions = pick(self.live, parents)  # (B, 2K, L)
+        captions[:, :, length - 1] = tokens
+        ends = tokens == self.eos if length < self.max_new_tokens else torch.ones_like(tokens, dtype=torch.bool)
+
+        scale = length**self.length_penalty
+        self._finish(captions, sums / scale, ends)
+        self._continue(captions, sums, ends, parents, tokens)
+        self.open = self.open & (self.live_sums[:, 0] / scale > self.finished_scores[:, -1])
+
+    def _finish(self, captions: torch.Tensor, scores: torch.Tensor, ends: torch.Tensor) -> None:
+        """Of the first K continuations (B, 2K, L) take those that end; keep the K best finished captions."""
+        counts = ends & self.open.unsqueeze(-1)  # (B, 2K)
+        counts[:, self.k :] = False
+        ranked = torch.cat((self.finished_scores, scores.masked_fill(~counts, -math.inf)), 1)  # (B, 3K)
+        self.finished_scores, kept = ranked.topk(self.k)
+        self.finished = pick(torch.cat((self.finished, captions), 1), kept)
+
+    def _continue(
+        self,
+        captions: torch.Tensor,
+        sums: torch.Tensor,
+        ends: torch.Tensor,
+        parents: torch.Tensor,
+        tokens: torch.Tensor,
+    ) -> None:
+        """Make the K best continuations (B, 2K, L) that do not end the live beams."""
+        self.live_sums, kept = sums.masked_fill(ends, -math.inf).topk(self.k)
+        self.live = pick(captions, kept)
+        self.branch(parents.gather(1, kept), tokens.gather(1, kept))
+
+    def found(self, rows: torch.Tensor) -> list[Found]:
+        """Return the finished captions of these rows: of few words fewer than K are possible."""
+        counts = (self.finished_scores > -math.inf).sum(1)  # (B,)
+        columns = (column[rows].tolist() for column in (self.finished, counts, self.finished_scores[:, 0]))
+        return [
+            ([_before_eos(tokens, self.eos) for tokens in captions[:count]], score)
+            for captions, count, score in zip(*columns, strict=True)
+        ]
 
 
 class _StopCheck:
@@ -270,11 +311,14 @@ def _check_every(device: Device) -> int:
     return 1 if torch.empty(0, device=device).device.type == "cpu" else CHECK_EVERY
 
 
-def _check_sizes(batch_size: int, max_new_tokens: int) -> None:
+def check_sizes(batch_size: int, max_new_tokens: int, beam_size: int = 1) -> None:
+    """Raise ValueError for sizes below 1."""
     if batch_size < 1:
         raise ValueError(f"a search needs at least one image, not {batch_size}")
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
+    if beam_size < 1:
+        raise ValueError(f"--beam-size must be at least 1, not {beam_size}")
 
 
 def _log_probs(logits: torch.Tensor) -> torch.Tensor:
@@ -286,7 +330,7 @@ def _broken_images(log_probs: torch.Tensor) -> torch.Tensor:
     return log_probs.amax((1, 2)).isnan()
 
 
-def _pick(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def pick(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Select rows (B, M, N) by index (B, K), image by image, to (B, K, N)."""
     return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 

@@ -25,6 +25,7 @@ from captioning.tensors import copy_exactly, difference, fingerprint, write_tens
 from decoder import Decoder, LoraConfig, gpt2_state_dict, lora_state_dict, mark_trainable, merge_lora, refuse_merged
 
 IGNORED = -100  # target of padding, cross_entropy's default
+SEARCH_RULES = ("beam", "report")  # transformers' beam search; the report's own (inference.report_rule)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class CaptionerConfig:
         encoder_layer: which layer feeds the projector: -1 is the last, after its norm; -2 the one before, and so on.
         lora: the decoder's LoRA.
         encoder_hash, decoder_hash: fingerprints of the frozen weights that the adapter was trained on.
+        search_rule: one of SEARCH_RULES, by which captions are searched unless another is asked for.
+
+    Raises:
+        ValueError: there is no such search rule.
     """
 
     encoder: str
@@ -49,6 +54,11 @@ class CaptionerConfig:
     encoder_hash: str = ""
     decoder_hash: str = ""
     encoder_layer: int = -1
+    search_rule: str = "beam"
+
+    def __post_init__(self) -> None:
+        if self.search_rule not in SEARCH_RULES:
+            raise ValueError(f"search_rule {self.search_rule!r}: choose from {', '.join(SEARCH_RULES)}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CaptionerConfig:

@@ -9,40 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from gpt2_pair import EOS, TINY, decoder_step, two_models
+from table_model import TableModel
 
-from captioning.inference.search import SearchResult, Step, beam_search, greedy
-
-
-class TableModel:
-    """A language model that looks its logits up by the whole history, which it reads from the ancestor mask."""
-
-    def __init__(self, vocab: int, rows: int, depth: int, sharpness: float = 1.0, seed: int = 0) -> None:
-        self.vocab = vocab
-        generator = torch.Generator().manual_seed(seed)
-        self.table = torch.randn(rows, *[vocab] * depth, vocab, generator=generator) * sharpness
-        self.depth = depth
-
-    def logits(self, row: int, history: tuple[int, ...]) -> torch.Tensor:
-        """(V,) after the last ``depth`` tokens of history, left-padded with EOS."""
-        last = ((EOS,) * self.depth + history)[-self.depth :]
-        return self.table[(row, *last)]
-
-    def step(self, rows: list[int]) -> Step:
-        """A step function for these rows, as the images of a batch."""
-        fed: list[torch.Tensor] = []
-
-        def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-            fed.append(tokens)
-            slots = torch.cat(fed, 1)  # (B, n)
-            batch, k = tokens.shape
-            assert ancestors.shape == (batch, k, slots.shape[1])
-            assert ancestors.sum(-1).eq(len(fed)).all()  # one ancestor a step
-            histories = [[tuple(slots[b][ancestors[b, j]].tolist())[1:] for j in range(k)] for b in range(batch)]
-            return torch.stack(
-                [torch.stack([self.logits(row, h) for h in beams]) for row, beams in zip(rows, histories, strict=True)]
-            )
-
-        return step
+from captioning.inference.search import SearchResult, beam_search, greedy
 
 
 def exhaustive(model: TableModel, row: int, length: int, penalty: float) -> tuple[list[int], float]:
@@ -274,34 +243,17 @@ def test_bad_settings_name_their_flag(search, message):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_images_that_leave_the_batch_keep_their_captions(beams):
     """With ``keep`` the batch shrinks, and every image has the caption and score that it has in a complete batch."""
-    model, rows, sizes = TableModel(6, rows=9, depth=2, sharpness=2.0), list(range(9)), []
+    model = TableModel(6, rows=9, depth=2, sharpness=2.0)
     model.table[..., EOS] += torch.linspace(0, 6, 9).view(-1, 1, 1)  # the last ones end at once, the first ones late
-    stays = beam_search(model.step(rows), 9, EOS, EOS, beams, 12)
-    fed: list[torch.Tensor] = []
-
-    def step(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(tokens))
-        fed.append(tokens)
-        slots = torch.cat(fed, 1)
-        return torch.stack(
-            [
-                torch.stack([model.logits(row, tuple(own[seen].tolist())[1:]) for seen in mask])
-                for row, own, mask in zip(rows, slots, ancestors, strict=True)
-            ]
-        )
-
-    def keep(places: torch.Tensor) -> None:
-        fed[:] = [tokens[places] for tokens in fed]
-        rows[:] = [rows[place] for place in places.tolist()]
-
-    leaves = beam_search(step, 9, EOS, EOS, beams, 12, keep=keep)
+    stays = beam_search(model.step(range(9)), 9, EOS, EOS, beams, 12)
+    step = model.step(range(9))
+    leaves = beam_search(step, 9, EOS, EOS, beams, 12, keep=step.keep)
     assert leaves.tokens == stays.tokens
     assert leaves.finished == stays.finished
     assert leaves.scores == pytest.approx(stays.scores, abs=1e-5)
     assert len(set(map(len, stays.tokens))) > 2  # so that there is something to leave early
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) > 2
-    assert all(later == earlier or later <= 0.75 * earlier for earlier, later in itertools.pairwise(sizes))
+    assert len(set(step.sizes)) > 2
+    assert all(later == earlier or later <= 0.75 * earlier for earlier, later in itertools.pairwise(step.sizes))
 
 
 def test_a_broken_image_is_named_by_its_place_in_the_first_batch():
@@ -324,21 +276,18 @@ def test_a_broken_image_is_named_by_its_place_in_the_first_batch():
 @pytest.mark.parametrize("beams", [0, 1, 3])
 def test_rare_checks_find_the_same(every, beams):
     """Steps after the end of all images change nothing, and images leave the batch at the next check."""
-    model, rows = TableModel(6, rows=9, depth=2, sharpness=2.0), list(range(9))
+    model = TableModel(6, rows=9, depth=2, sharpness=2.0)
     model.table[..., EOS] += torch.linspace(3, 8, 9).view(-1, 1, 1)
     calls = []
 
     def search(every: int) -> SearchResult:
-        step = model.step(rows)
-        calls.append(0)
-
-        def counted(tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-            calls[-1] += 1
-            return step(tokens, ancestors)
-
-        if not beams:
-            return greedy(counted, 9, EOS, EOS, 12, check_every=every)
-        return beam_search(counted, 9, EOS, EOS, beams, 12, check_every=every)
+        step = model.step(range(9))
+        if beams:
+            found = beam_search(step, 9, EOS, EOS, beams, 12, check_every=every)
+        else:
+            found = greedy(step, 9, EOS, EOS, 12, check_every=every)
+        calls.append(len(step.sizes))
+        return found
 
     always, rarely = search(1), search(every)
     assert rarely.tokens == always.tokens

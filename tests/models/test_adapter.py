@@ -1,7 +1,7 @@
 """adapter.py: adapters hold what was trained, restore the captions, and refuse what they do not belong to."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,21 @@ def test_an_adapter_brings_back_the_captions(captioner, adapter):
     assert abs(restored.loss(features, batch) - captioner.loss(features, batch)) > 1e-3
     restored.load_adapter_state(state)
     assert torch.equal(restored.eval().loss(features, batch), captioner.loss(features, batch))
+
+
+def test_an_adapter_says_how_its_captions_are_searched(captioner, tmp_path):
+    path, stored = tmp_path / "report.safetensors", captioner.config
+    captioner.config = replace(stored, search_rule="report")
+    captioner.save_adapter(path)
+    captioner.config = stored
+    config = read_adapter(path)[0]
+    assert config == replace(stored, search_rule="report")
+    assert read_adapter(STORED / "plain.safetensors")[0].search_rule == "beam"  # written before there was a choice
+
+    odd = json.dumps(asdict(config) | {"search_rule": "guess"})
+    save_file(load_file(path), tmp_path / "odd.safetensors", {"captioner": odd})
+    with pytest.raises(ValueError, match=r"odd\.safetensors: .*search_rule 'guess': choose from beam, report"):
+        read_adapter(tmp_path / "odd.safetensors")
 
 
 def test_an_adapter_holds_the_trained_tensors_and_no_others(captioner, adapter):

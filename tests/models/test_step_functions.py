@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from captioning.inference import search
+from captioning.inference.report_rule import report_search
 from captioning.models import step_functions
 from captioning.models.inference_weights import prepare_decoder
 from captioning.models.step_functions import CompiledStepFunction, StepFunction, check_compiler
@@ -26,6 +27,12 @@ def make_decoder(config=CONFIG):
     return decoder
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """torch compiles one function for a limited number of shapes in one process."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def decoder():
     return make_decoder()
@@ -35,15 +42,17 @@ def images(count, seed):
     return torch.randn(count, PREFIX, CONFIG.n_embd, generator=torch.Generator().manual_seed(seed))
 
 
-def captions(step, count, beams):
+def captions(step, count, beams, rule="beam"):
+    if rule == "report":
+        return report_search(step, count, EOS, EOS, beams, TOKENS).tokens
     if beams == 1:
         return search.greedy(step, count, EOS, EOS, TOKENS).tokens
     return search.beam_search(step, count, EOS, EOS, beams, TOKENS).tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("beams", [1, 4])
-def test_batches_of_any_size_are_captioned_as_without_compiling(decoder, beams, dtype):
+@pytest.mark.parametrize(("beams", "rule"), [(1, "beam"), (4, "beam"), (4, "report")])
+def test_batches_of_any_size_are_captioned_as_without_compiling(decoder, beams, rule, dtype):
     """One compiled shape serves full and smaller batches, and nothing of a batch is left over in the next."""
     prepare_decoder(decoder, dtype, reorder=False)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -51,8 +60,8 @@ def test_batches_of_any_size_are_captioned_as_without_compiling(decoder, beams, 
         found, wanted = [], []
         for seed, count in enumerate((5, 2, 5, 1)):
             prefix = images(count, seed)
-            found.append(captions(steps.begin(prefix), count, beams))
-            wanted.append(captions(StepFunction(decoder, prefix, beams, TOKENS), count, beams))
+            found.append(captions(steps.begin(prefix), count, beams, rule))
+            wanted.append(captions(StepFunction(decoder, prefix, beams, TOKENS), count, beams, rule))
     assert found == wanted
     assert len({tuple(caption) for batch in wanted for caption in batch}) > 6
     if dtype == torch.bfloat16:

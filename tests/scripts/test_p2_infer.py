@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import p2_infer
@@ -61,14 +62,69 @@ def test_the_size_of_a_batch_changes_no_caption(run, tiny_data, tmp_path):
     assert results[0] == results[1]
 
 
-def test_compiled_steps_caption_alike(run, tiny_data, tmp_path, monkeypatch):
-    """The last batch, of three pictures, is smaller than the others; test_step_functions.py compiles."""
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """--compile traces and does not compile: test_step_functions.py does."""
+    torch._dynamo.reset()
     monkeypatch.setattr(p2_infer, "CompiledStepFunction", functools.partial(CompiledStepFunction, backend="eager"))
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_compiled_steps_caption_alike(run, tiny_data, tmp_path):
+    """The last batch, of three pictures, is smaller than the others."""
     results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
     for flags in ([], ["--compile"]):
         assert infer(*files, "--batch-size", 5, *flags) == 0
         results.append(json.loads((tmp_path / "p.json").read_text()))
     assert results[0] == results[1]
+
+
+@pytest.fixture
+def report_adapter(run, tmp_path):
+    """The adapter of the run as one that was trained to be searched by the report's rule."""
+    path = tmp_path / "report.safetensors"
+    with safe_open(run / "last.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["captioner"])
+    save_file(load_file(run / "last.safetensors"), path, {"captioner": json.dumps(config | {"search_rule": "report"})})
+    return path
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_the_adapter_says_by_which_rule_captions_are_searched(run, report_adapter, tiny_data, tmp_path):
+    results, images = {}, tiny_data / "images" / "val"
+    for name, adapter, flags in (
+        ("beam", run / "last.safetensors", []),
+        ("report", run / "last.safetensors", ["--search-rule", "report"]),
+        ("adapter's", report_adapter, []),
+        ("compiled", report_adapter, ["--compile"]),
+        ("against the adapter", report_adapter, ["--search-rule", "beam"]),
+        ("as parts", report_adapter, ["--shard-size", 3]),
+    ):
+        assert infer(images, tmp_path / "p.json", adapter, "--batch-size", 5, "--beam-size", 5, *flags) == 0
+        results[name] = json.loads((tmp_path / "p.json").read_text())
+    assert results["beam"] == results["against the adapter"]
+    assert results["beam"] != results["report"] == results["adapter's"] == results["compiled"] == results["as parts"]
+
+
+def test_runs_of_two_rules_are_two_runs(report_adapter):
+    """A run by the beam rule has the description that it had before there was a choice."""
+    described = {}
+    for rule in (None, "beam", "report"):
+        words = ["images", "out.json", "decoder.bin", "--adapter", str(report_adapter)]
+        args = p2_infer.build_parser().parse_args(words + ["--search-rule", rule] * (rule is not None))
+        p2_infer.settle_search(args)
+        described[rule] = p2_infer.describe_run(args)
+    assert described[None] == described["report"]
+    assert described["report"] == described["beam"] | {"search_rule": "report"}
+    assert "search_rule" not in described["beam"]
+
+
+def test_the_reports_rule_has_no_length_penalty(run, report_adapter, tiny_data, tmp_path, capsys):
+    images, out = tiny_data / "images" / "val", tmp_path / "p.json"
+    for adapter, flags in ((report_adapter, []), (run / "last.safetensors", ["--search-rule", "report"])):
+        assert infer(images, out, adapter, "--length-penalty", 0.5, *flags) == 2
+        assert "--length-penalty 0.5: the search rule `report`" in capsys.readouterr().err
+    assert infer(images, out, report_adapter, "--length-penalty", 0.5, "--search-rule", "beam") == 0
 
 
 def test_encoding_a_batch_ahead_captions_alike(run, tiny_data, tmp_path, monkeypatch):
