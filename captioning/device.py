@@ -10,6 +10,9 @@ import torch
 
 PRECISIONS = ("auto", "fp32", "bf16")  # auto is bf16 on CUDA and where accelerate asks for it, fp32 elsewhere
 
+# What torch.OutOfMemoryError does not cover: cuBLAS, cuDNN and their like, allocations beside torch's pool, MPS, CPUs.
+OUT_OF_MEMORY = ("ALLOC_FAILED", "ALLOCATION_FAILED", "out of memory", "DefaultCPUAllocator")
+
 
 def launched(variable: str, default: int) -> int:
     """Return what a launcher says in an environment variable, RANK or LOCAL_RANK say; empty counts as unset.
@@ -53,6 +56,11 @@ def pick_device(name: str = "auto") -> torch.device:
 def _own_gpu() -> torch.device:
     rank = launched("LOCAL_RANK", -1)  # which of several processes on this machine, where it was launched so
     return torch.device("cuda" if rank < 0 else f"cuda:{rank % torch.cuda.device_count()}")
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch, or a library that it calls, says that memory ran out: less work at once may fit."""
+    return isinstance(error, torch.OutOfMemoryError) or any(mark in str(error) for mark in OUT_OF_MEMORY)
 
 
 def seed_everything(seed: int) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from captioning.data.images import decode_image, load_image
 from captioning.data.listing import key_of
+from captioning.device import ran_out_of_memory
 from captioning.messages import first_line
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,9 @@ class ShrinkingBatch:
             try:
                 results += self.function(chunk)
                 continue
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
                 if len(chunk) == 1:
                     raise ValueError(
                         "out of memory with one image: use a smaller model, fewer beams, a lower "
