@@ -19,8 +19,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from captioning.cli import BAD_INPUT, PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
 from captioning.data.annotations import (
     Annotations,
@@ -161,7 +159,7 @@ def _add_uncertainty(args: argparse.Namespace, result: Evaluation, other: Evalua
     for metric in (metric for metric in result.means if metric in MEANS_OF_IMAGES):
         scores = result.per_image[metric]
         if args.bootstrap is not None:
-            result.intervals[metric] = bootstrap_interval(np.array([*scores.values()]), args.bootstrap, args.seed)
+            result.intervals[metric] = bootstrap_interval([*scores.values()], args.bootstrap, args.seed)
         if other is not None and metric in other.means:
             result.comparison[metric] = compare(scores, other.per_image[metric], seed=args.seed)
 

@@ -8,9 +8,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from captioning.checkpoints import read_state_dict
 from captioning.cli import (
@@ -45,6 +43,9 @@ from captioning.scale.pipeline import (
     source_of,
 )
 from captioning.tensors import fingerprint
+
+if TYPE_CHECKING:
+    import torch
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,9 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from captioning.cli import (
     PARTIAL,
@@ -49,6 +47,9 @@ from captioning.models.adapter import load_captioner
 from captioning.models.llava import DTYPES, PROMPTS, check_prompt, load_llava, pick_dtype
 from captioning.profiles import PROFILES
 from captioning.timing import Timer
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("captioning")
 GROUNDING_LINES = 5  # best specs that --grounding prints, beside default, report's and baselines
@@ -149,6 +150,8 @@ def load_explainer(args: argparse.Namespace, device: torch.device) -> Explainer:
 
 def run_images(explainer: Explainer, paths: list[Path], args: argparse.Namespace) -> int:
     """Write a PNG and an npz per image, and the viewer; an image or caption that fails is named and left out."""
+    from tqdm import tqdm
+
     spec = chosen_spec(args)
     specs = specs_to_show(spec, explainer.n_layer) if args.html else [spec]
     items, timer = [], Timer("explain")
