@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: the adapter's)",
     )
     add("--batch-size", type=positive_int, default=16, help="images at once")
-    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU that has it, else fp32")
     add(
         "--jpeg-draft",
         action=argparse.BooleanOptionalAction,

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-PRECISIONS = ("auto", "fp32", "bf16")  # auto is bf16 on CUDA and where accelerate asks for it, fp32 elsewhere
+PRECISIONS = ("auto", "fp32", "bf16")  # auto is bf16 where a GPU has it and where accelerate asks for it, else fp32
 
 # What torch.OutOfMemoryError does not cover: cuBLAS, cuDNN and their like, allocations beside torch's pool, MPS, CPUs.
 OUT_OF_MEMORY = ("ALLOC_FAILED", "ALLOCATION_FAILED", "out of memory", "DefaultCPUAllocator")
@@ -77,8 +77,18 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def product_dtype(device: torch.device, precision: str) -> torch.dtype:
     """Return the type that matrix products have under ``autocast(device, precision)``."""
-    bf16 = precision == "bf16" or (precision == "auto" and (device.type == "cuda" or launched_precision() == "bf16"))
+    bf16 = precision == "bf16" or (precision == "auto" and (has_bf16(device) or launched_precision() == "bf16"))
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU multiplies in bf16 itself, as from compute capability 8.0 on; emulated it is slower than fp32.
+
+    It is what ``torch.cuda.is_bf16_supported(including_emulation=False)`` says, for any GPU and not the current one.
+    """
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
 def launched_precision() -> str | None:

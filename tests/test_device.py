@@ -1,12 +1,13 @@
 """Devices that are not there are refused by name; one seed sets every generator."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from captioning.device import autocast, pick_device, seed_everything
+from captioning.device import autocast, pick_device, product_dtype, seed_everything
 from captioning.distributed import ALONE, join
 from captioning.models.llava import pick_dtype
 
@@ -18,6 +19,17 @@ def started_by_hand(monkeypatch):
     """No launcher's variables, whatever the user's shell has set."""
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Let torch describe its GPUs: ``card(capability, name)``."""
+
+    def describe(capability, name="a GPU"):
+        found = SimpleNamespace(name=name, major=capability[0], minor=capability[1], total_memory=24 * 10**9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+
+    return describe
 
 
 @pytest.fixture
@@ -112,6 +124,14 @@ def test_accelerates_mixed_precision_is_followed_or_warned_of_once(monkeypatch, 
     join(torch.device("cpu"))
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (asked == "fp16")
     assert ("mixed_precision fp16" in caplog.text) is (asked == "fp16")
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_auto_is_bf16_only_where_a_gpu_has_it(card, capability, dtype):
+    """A T4 and an RTX 2080 emulated it, slowly."""
+    card(capability)
+    assert product_dtype(torch.device("cuda:1"), "auto") == dtype
+    assert product_dtype(torch.device("cuda:1"), "bf16") == torch.bfloat16
 
 
 def test_seed_everything_repeats_every_generator():
