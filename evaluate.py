@@ -32,6 +32,7 @@ from captioning.data.annotations import (
 from captioning.data.names import NAMES_ARE
 from captioning.device import pick_device
 from captioning.files import write_csv, write_json, write_text
+from captioning.messages import listed
 from captioning.profiles import PROFILES
 from captioning.scoring.caption_stats import caption_statistics
 from captioning.scoring.clipscore import LONG, PRECISIONS, ClipScorer, clipscore
@@ -197,7 +198,10 @@ def _write(args: argparse.Namespace, evaluator: Evaluator, result: Evaluation, p
         from captioning.scoring import gallery
 
         references, lines = evaluator.annotations.references, result.lines(images=False)
-        write_text(args.html, gallery.page(ranking, references, evaluator.paths, lines, result.origin(), args.seed))
+        page, unreadable = gallery.page(ranking, references, evaluator.paths, lines, result.origin(), args.seed)
+        write_text(args.html, page)
+        if unreadable:
+            result.errors["gallery"] = f"{len(unreadable)} pictures cannot be read{listed(unreadable)}"
 
 
 @command

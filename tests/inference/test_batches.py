@@ -130,7 +130,7 @@ def test_whatever_one_picture_raises_it_is_named_and_the_others_are_captioned(im
     assert captions == {str(k): f"level {k}" for k in range(7) if k != 4}
     ((entry, reason),) = failed.items()
     assert (entry.key, type(reason)) == ("4", ValueError)
-    assert str(reason).startswith(f"{images[4]}: ") and str(reason).endswith("; replace it or take it out")
+    assert str(reason).startswith(f"{images[4]}: ")
 
 
 def test_what_pillow_raises_for_one_picture_does_not_end_a_run(images, monkeypatch):
