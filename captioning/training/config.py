@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from captioning.device import PRECISIONS
+from captioning.models.captioner import SEARCH_RULES
 from decoder import LoraConfig
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class TrainConfig:
         None, "captions of an image that an epoch shows (default: all)", parse=int, at_least=1
     )
     seed: int = option(0, "of weights, order and dropout", at_least=0)
-    precision: str = option("auto", "fp32, bf16, or auto: bf16 on a GPU that has it", choices=PRECISIONS)
+    precision: str = option("auto", "fp32, bf16, or auto: bf16 on CUDA", choices=PRECISIONS)
     preprocessing: str = option(
         "own",
         "own: the encoder's; imagenet: what timm answers to a name, ImageNet's mean, deviation and crop",
@@ -84,6 +85,12 @@ class TrainConfig:
     max_trainable: int = option(10_000_000, "refuse to train more parameters than this")
     val_images: int = option(200, "validation images captioned and scored every epoch", at_least=1)
     beam_size: int = option(5, "beams in validation", at_least=1)
+    search_rule: str = option(
+        "beam",
+        "search of validation, and of p2_infer.py by the adapter; report: as the report's code, which replaces no beam "
+        "that has ended",
+        choices=SEARCH_RULES,
+    )
     max_new_tokens: int = option(30, "longest caption in validation", at_least=1)
     log_every: int = option(10, "steps between lines of metrics.jsonl", at_least=1)
     save_every: int = option(
@@ -179,6 +186,7 @@ SETTINGS = {
 REPORT_FAITHFUL: dict[str, Any] = _STEPS | {
     "predict_bos": True,
     "clear_gradients": False,
+    "search_rule": "report",
     "preprocessing": "imagenet",
     "encoder_layer": -1,
     "precision": "fp32",

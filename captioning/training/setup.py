@@ -46,6 +46,7 @@ ABSENT = {"average_last": 0, "rank_stabilized": False, "draws": "beam"} | {
     "batch_by": "images",
     "predict_bos": False,
     "clear_gradients": True,
+    "search_rule": "beam",
 }
 
 
@@ -119,7 +120,7 @@ def adopted(stored: CaptionerConfig, given: dict[str, Any], path: Path) -> dict[
     for name, value in numbers.items():
         if given.get(name, value) != value:
             raise ValueError(f"{flag(name)} {given[name]}: --init-adapter {path} has {value}; leave the flag out")
-    return numbers
+    return numbers | {"search_rule": given.get("search_rule", stored.search_rule)}
 
 
 def open_run(args: Any, folder: RunFolder, processes: Processes, held: contextlib.ExitStack) -> Trackers | None:
@@ -179,6 +180,7 @@ def make_captioner(args: Any, config: TrainConfig, folder: RunFolder | None, pro
         use_cls=config.cls,
         encoder_layer=config.encoder_layer,
         lora=config.lora(),
+        search_rule=config.search_rule,
     )
     return Captioner(captioner_config, make_decoder(args, config.lora(), folder, processes))
 
@@ -237,7 +239,8 @@ def check_resumed(folder: RunFolder, now: dict[str, Any]) -> None:
     preprocessing = "imagenet" if before.get("report_faithful") else "own"  # once part of that flag
     had, wanted = ABSENT | {"preprocessing": preprocessing} | before["train"], ABSENT | now["train"]
     changed = [f"train.{k}" for k in wanted if k not in FREE and had.get(k) != wanted[k]]
-    changed += [f"captioner.{k}" for k, value in now["captioner"].items() if before["captioner"].get(k) != value]
+    captioner = {"search_rule": ABSENT["search_rule"]} | before["captioner"]
+    changed += [f"captioner.{k}" for k, value in now["captioner"].items() if captioner.get(k) != value]
     changed += [k for k in ("shuffled_captions", "data") if before.get(k) != now[k]]
     if changed:
         raise ValueError(f"--resume: {folder.path} was started with other values of {', '.join(changed)}")

@@ -72,6 +72,7 @@ def test_report_faithful_preprocesses_by_name_and_scales_by_one_over_the_rank(tm
     assert stored.lora.scaling == pytest.approx(1 / 4)
     assert list(stored.encoder_kwargs["mean"]) == [0.485, 0.456, 0.406]
     assert stored.encoder_kwargs["crop_pct"] == 0.875
+    assert stored.search_rule == "report"
     assert json.loads((out / "config.json").read_text())["report_faithful"] is True
     loaded = load_captioner(out / "best.safetensors", PROFILES["micro"].decoder, None, torch.device("cpu"))
     own = captioner(PROFILES["micro"], -1).transform
@@ -90,6 +91,7 @@ SOUND = {  # of every point of the report's code, the flag that turns it off and
     "predict_bos": ("--no-predict-bos", False),
     "clear_gradients": ("--clear-gradients", True),
     "preprocessing": ("--preprocessing", "own"),
+    "search_rule": ("--search-rule", "beam"),
     "lora_alpha": ("--lora-alpha", 32.0),
     "precision": ("--precision", "auto"),
 }
@@ -108,11 +110,14 @@ def test_each_point_of_the_reports_code_can_be_turned_off_alone(setting, name):
     assert changed == replace(faithful, **{name: value})
 
 
-def test_an_adapter_keeps_its_preprocessing(tmp_path, capsys):
-    assert train(tmp_path / "run", "--epochs", 1, "--preprocessing", "imagenet") == 0
+def test_an_adapter_keeps_its_preprocessing_and_its_search_rule_unless_told_otherwise(tmp_path, capsys):
+    assert train(tmp_path / "run", "--epochs", 1, "--preprocessing", "imagenet", "--search-rule", "report") == 0
     start = ("--init-adapter", tmp_path / "run" / "last.safetensors", "--epochs", 1)
     assert train(tmp_path / "further", *start) == 0
-    assert read_adapter(tmp_path / "further" / "last.safetensors")[0].encoder_kwargs["crop_pct"] == 0.875
+    further = read_adapter(tmp_path / "further" / "last.safetensors")[0]
+    assert (further.encoder_kwargs["crop_pct"], further.search_rule) == (0.875, "report")
+    assert train(tmp_path / "beams", *start, "--search-rule", "beam") == 0
+    assert read_adapter(tmp_path / "beams" / "last.safetensors")[0].search_rule == "beam"
     assert train(tmp_path / "other", *start, "--preprocessing", "own") == BAD_INPUT
     assert "--preprocessing own: --init-adapter" in capsys.readouterr().err
 
