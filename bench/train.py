@@ -1,6 +1,7 @@
 """Training with cached features and packed captions against what people use instead.
 
     python -m bench.train --out bench/train      ViT-L/14 and GPT-2 small with random weights, 5 captions an image
+    python -m bench.train --batch-by captions    beside them a step of as many captions as there are images
     python -m bench.train --tiny                 tiny models: are loss and gradients equal? no times
 
 All train the same weights (LoRA of rank 32 on every linear layer, and the projector) on the same captions with Adam,
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.common import CLOCKS, Floor, draw_scenes, in_turn, make_parser, peak_memory, report, transformers_gpt2
 from captioning.cli import FlagParser, command, positive_int
-from captioning.data.batches import pack_captions
+from captioning.data.batches import Batch, caption_batches, pack_captions
 from captioning.device import autocast, pick_device, product_dtype
 from captioning.inference.encode import cached_features, read_pixels
 from captioning.models.captioner import IGNORED, Captioner, CaptionerConfig
@@ -37,6 +38,7 @@ from captioning.training.trainer import make_optimizer
 from decoder import Decoder, DecoderConfig, LoraConfig, cast_frozen
 
 CAPTIONS = 5  # an image
+BY_CAPTIONS = "ours, a caption an image"
 TOLERANCE = 1e-3  # the cache rounds features to float16
 TINY = (
     DecoderConfig(vocab_size=101, n_positions=64, n_embd=64, n_layer=2, n_head=2),
@@ -52,6 +54,8 @@ def build_parser() -> FlagParser:
     add = parser.add_argument
     add("--precision", nargs="+", choices=types, default=types, help="fp32, or bf16 under autocast")
     add("--images", type=positive_int, default=4, help="images a step of ours, all of their captions together")
+    text = "captions: also time, or with --tiny check, a step of ours of one caption an image, as p2_train.py takes it"
+    add("--batch-by", choices=["images", "captions"], default="images", help=text)
     add("--student-batch", type=positive_int, default=5, help="captions a step of both peers")
     add("--tiny", action="store_true", help="compare losses and gradients of tiny models; no times")
     return parser
@@ -112,24 +116,28 @@ class Rivals:
         self.features = cached_features(self.captioner, paths, folder / "cache")
         self.optimizer = make_optimizer(self.captioner, TrainConfig())
 
-    def packed_loss(self) -> torch.Tensor:
-        """Ours, of all images."""
-        device = self.captioner.device
-        features = self.features.gather(range(len(self.features))).float().to(device)
-        return self.captioner.loss(features, pack_captions(self.captions, self.eos, pad_to_multiple=8).to(device))
+    def first(self, per_image: int) -> Batch:
+        """All images, with the first captions of each."""
+        return Batch(list(range(len(self.captions))), [group[:per_image] for group in self.captions])
 
-    def student_loss(self, count: int) -> torch.Tensor:
+    def packed_loss(self, batch: Batch) -> torch.Tensor:
+        """Ours."""
+        device = self.captioner.device
+        features = self.features.gather(batch.images).float().to(device)
+        return self.captioner.loss(features, pack_captions(batch.captions, self.eos, pad_to_multiple=8).to(device))
+
+    def student_loss(self, batch: Batch, count: int | None = None) -> torch.Tensor:
         """The script's, of the first ``count`` captions."""
-        decoder, (images, inputs, labels) = self.captioner.decoder, self.unpacked(count)
+        decoder, (images, inputs, labels) = self.captioner.decoder, self.unpacked(batch, count)
         prefix = self.captioner.prefix(self.captioner.encode(self.pixels[images].to(labels.device)))  # (n, P, C)
         x = torch.cat([prefix, decoder.embed(inputs[:, :-1]).to(prefix.dtype)], 1)
         logits = decoder.logits(decoder(x, torch.arange(x.shape[1])).flatten(0, 1)).float()  # (n * (P + T), V)
         targets = F.pad(labels[:, 1:], (prefix.shape[1], 0), value=IGNORED)
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
 
-    def transformers_loss(self, count: int) -> torch.Tensor:
+    def transformers_loss(self, batch: Batch, count: int | None = None) -> torch.Tensor:
         """transformers' own, of the first ``count`` captions, after cached features."""
-        images, inputs, labels = self.unpacked(count)
+        images, inputs, labels = self.unpacked(batch, count)
         prefix = self.captioner.prefix(self.features.gather(images).float().to(labels.device))
         embeds = torch.cat([prefix, self.theirs.transformer.wte(inputs).to(prefix.dtype)], 1)
         labels = F.pad(labels, (prefix.shape[1], 0), value=IGNORED)
@@ -137,9 +145,9 @@ class Rivals:
         seen[:, : prefix.shape[1] + 1] = 1  # the prefix, and BOS
         return self.theirs(inputs_embeds=embeds, attention_mask=seen, labels=labels, use_cache=False).loss
 
-    def unpacked(self, count: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    def unpacked(self, batch: Batch, count: int | None) -> tuple[list[int], torch.Tensor, torch.Tensor]:
         """One caption a row: its image, ``BOS tokens EOS`` padded (n, T + 1), and the same as labels, BOS ignored."""
-        chosen = [(image, tokens) for image, row in enumerate(self.captions) for tokens in row][:count]
+        chosen = [(image, tokens) for image, row in zip(*batch, strict=True) for tokens in row][:count]
         rows = [torch.tensor([self.eos, *tokens, self.eos]) for _, tokens in chosen]
         inputs = pad_sequence(rows, batch_first=True, padding_value=self.eos)
         labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
@@ -161,12 +169,11 @@ class Rivals:
         return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
-def largest_difference(rivals: Rivals) -> tuple[float, float]:
-    """Compare us with either peer on all captions in float32: loss and gradient furthest off, relative to theirs."""
-    count = sum(map(len, rivals.captions))
-    ours = rivals.packed_loss()
+def largest_difference(rivals: Rivals, batch: Batch) -> tuple[float, float]:
+    """Compare us with either peer on a batch in float32: loss and gradient furthest off, relative to theirs."""
+    ours = rivals.packed_loss(batch)
     mine, furthest = rivals.gradients(ours), [0.0, 0.0]
-    for theirs in (rivals.student_loss(count), rivals.transformers_loss(count)):
+    for theirs in (rivals.student_loss(batch), rivals.transformers_loss(batch)):
         wanted = rivals.gradients(theirs)
         apart = max(((mine[k] - wanted[k]).norm() / wanted[k].norm()).item() for k in wanted)
         furthest = [max(furthest[0], abs(ours.item() - theirs.item()) / theirs.item()), max(furthest[1], apart)]
@@ -187,12 +194,16 @@ def count_operations(run: Callable[[], None]) -> int:
 def compare(rivals: Rivals, precision: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Time one step of each; return a row each."""
     clock, count = CLOCKS[args.clock], min(args.student_batch, args.images * CAPTIONS)
-    dtype = product_dtype(device, precision)
+    dtype, every, single = product_dtype(device, precision), rivals.first(CAPTIONS), rivals.first(1)
     runs = {
-        "ours": lambda: rivals.step(rivals.packed_loss, precision),
-        "transformers": lambda: rivals.step(lambda: rivals.transformers_loss(count), precision),
-        "script": lambda: rivals.step(lambda: rivals.student_loss(count), precision),
+        "ours": lambda: rivals.step(lambda: rivals.packed_loss(every), precision),
+        "transformers": lambda: rivals.step(lambda: rivals.transformers_loss(every, count), precision),
+        "script": lambda: rivals.step(lambda: rivals.student_loss(every, count), precision),
     }
+    captions = {"ours": args.images * CAPTIONS, "transformers": count, "script": count}
+    if args.batch_by == "captions":
+        runs[BY_CAPTIONS] = lambda: rivals.step(lambda: rivals.packed_loss(single), precision)
+        captions[BY_CAPTIONS] = args.images
     cast_frozen(rivals.captioner.decoder, dtype)  # as training does, once
     peaks, operations = {}, {}
     for name, run in runs.items():  # warm-up
@@ -201,7 +212,6 @@ def compare(rivals: Rivals, precision: str, args: argparse.Namespace, device: to
         operations[name], peaks[name] = count_operations(run), peak_memory(device)
     seconds = in_turn(runs, args.repeats, device, clock)
     floor = Floor(device, dtype, clock)
-    captions = {"ours": args.images * CAPTIONS, "transformers": count, "script": count}
     rate = {name: captions[name] / taken for name, taken in seconds.items()}
     shares = {name: operations[name] / seconds[name] / floor.operations_a_second for name in runs}
     return [
@@ -209,6 +219,7 @@ def compare(rivals: Rivals, precision: str, args: argparse.Namespace, device: to
             "precision": precision,
             "who": name,
             "captions a step": captions[name],
+            "s a step": seconds[name],
             "captions/s": rate[name],
             "we are faster by": rate["ours"] / rate[name],
             "GFLOP a caption": operations[name] / captions[name] / 1e9,
@@ -227,7 +238,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         rivals = Rivals(TINY if args.tiny else FULL, args.images, Path(folder), device)
         if args.tiny:
-            loss, gradient = largest_difference(rivals)
+            batch = rivals.first(CAPTIONS)
+            if args.batch_by == "captions":  # some of them share an image
+                batch = caption_batches(rivals.captions, CAPTIONS * args.images - 1, seed=0, epoch=0)[0]
+            loss, gradient = largest_difference(rivals, batch)
             print(f"largest relative difference: {loss:.1e} in the loss, {gradient:.1e} in a gradient")
             return int(max(loss, gradient) > TOLERANCE)
         rows = [row for precision in args.precision for row in compare(rivals, precision, args, device)]

@@ -1,13 +1,15 @@
 """bench/train.py in its tiny form: packed and cached training has the script's loss and gradients."""
 
+import pytest
 import torch
 
 from bench import train as bench
 from decoder import frozen_linear
 
 
-def test_loss_and_gradients_are_equal(capsys):
-    assert bench.main(["--tiny", "--images", "2"]) == 0
+@pytest.mark.parametrize("batch_by", ["images", "captions"])
+def test_loss_and_gradients_are_equal(batch_by, capsys):
+    assert bench.main(["--tiny", "--images", "2", "--batch-by", batch_by]) == 0
     assert "largest relative difference" in capsys.readouterr().out
 
 
@@ -27,9 +29,12 @@ def test_a_prefix_that_the_captions_do_not_share_is_noticed(monkeypatch):
 def test_a_row_for_each(tmp_path, monkeypatch):
     rivals = bench.Rivals(bench.TINY, 2, tmp_path, torch.device("cpu"))
     monkeypatch.setattr(bench, "Floor", lambda *_: type("Floor", (), {"operations_a_second": 1e6})())
-    args = bench.build_parser().parse_args(["--images", "2", "--repeats", "1"])
-    ours, transformers, script = bench.compare(rivals, "bf16", args, torch.device("cpu"))
-    assert [row["captions a step"] for row in (ours, transformers, script)] == [10, 5, 5]
+    args = bench.build_parser().parse_args(["--images", "2", "--repeats", "1", "--batch-by", "captions"])
+    ours, transformers, script, captions = bench.compare(rivals, "bf16", args, torch.device("cpu"))
+    assert [row["captions a step"] for row in (ours, transformers, script, captions)] == [10, 5, 5, 2]
+    assert ours["GFLOP a caption"] < captions["GFLOP a caption"]
+    args.batch_by = "images"
+    assert len(bench.compare(rivals, "fp32", args, torch.device("cpu"))) == 3
     assert ours["GFLOP a caption"] < min(row["GFLOP a caption"] for row in (transformers, script))
     assert ours["peak GB so far"] > 0
     assert ours["we are faster by"] == 1.0
