@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         sections.llava_section(args.runs, size),
         sections.captioner_section(runs, omitted),
         study_sections.settings_section(runs),
+        study_sections.letter_section(args.runs),
         study_sections.ablation_section(runs),
         study_sections.reward_section(runs),
         sections.attention_section(args.runs, size),

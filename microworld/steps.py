@@ -15,7 +15,6 @@ from captioning.training.config import SETTINGS
 
 # How much wider the full-size decoder is. Adam's rate for matrices goes with 1 / width (Yang et al., arXiv 2203.03466).
 WIDTH_RATIO = 768 / 256
-BATCH = 8  # images, on the micro world
 
 
 def flags(**options: object) -> list[str]:
@@ -58,13 +57,14 @@ class Runner:
 def scaled(setting: str) -> dict[str, object]:
     """Return the options that bring a full-size setting to the micro world; one rule for all of them.
 
-    Half the epochs, rounded up, in batches of 8, at learning rates times ``WIDTH_RATIO``; all else is as in full size.
+    Half the epochs, rounded up, in batches of half the size, so that a scene gets as many optimiser steps as a
+    photograph does, in images or in captions; learning rates times ``WIDTH_RATIO``; all else as in full size.
     """
     config = SETTINGS[setting]
     return {
         "setting": setting,
         "epochs": math.ceil(config.epochs / 2),
-        "batch_size": BATCH,
+        "batch_size": config.batch_size // 2,
         "val_images": 60,
         "lr": f"{config.lr * WIDTH_RATIO:.3g}",
         "projector_lr": f"{config.projector_lr * WIDTH_RATIO:.3g}",
@@ -81,11 +81,14 @@ def train(run: Runner, folder: Path, data: Path, cache: Path, **options: object)
     run(f"train {folder.name}", "p2_train.py", profile="micro", data=data, cache=cache, out=folder, **options)
 
 
-def caption(run: Runner, folder: Path, data: Path, split: str) -> None:
-    """Caption the scenes of a split with the captioner of a run folder."""
-    images, decoder, adapter = data / "images" / split, PROFILES["micro"].decoder, folder / "best.safetensors"
-    out = folder / f"{split}.json"
-    run(f"caption {split} ({folder.name})", "p2_infer.py", images, out, decoder, profile="micro", adapter=adapter)
+def caption(
+    run: Runner, folder: Path, data: Path, split: str, adapter: Path | None = None, search_rule: str | None = None
+) -> None:
+    """Caption the scenes of a split with the captioner of a run folder, or with another adapter."""
+    out, options = folder / f"{split}.json", {"adapter": adapter or folder / "best.safetensors"}
+    title, images = f"caption {split} ({folder.name})", data / "images" / split
+    decoder = PROFILES["micro"].decoder
+    run(title, "p2_infer.py", images, out, decoder, profile="micro", **options, search_rule=search_rule)
 
 
 def score(run: Runner, folder: Path, data: Path, split: str) -> None:

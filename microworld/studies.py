@@ -1,8 +1,9 @@
-"""Studies on the micro world: all six settings, what each part of the recipe is worth, what rewards add.
+"""Studies on the micro world: all settings, what parts of our recipe and of the report's are worth, what rewards add.
 
     python -m microworld.studies settings --out demo      every --setting by one scaling rule, scored on unseen scenes
     python -m microworld.studies ablation --out demo      variants of the demo's recipe, on scenes of another seed
     python -m microworld.studies rewards --out demo       self-critical training from the setting best, scored alike
+    python -m microworld.studies letter --out demo        the report's setting 1 to the letter, point by point
 
 A study that was stopped continues: finished runs are skipped, a started one is resumed. report.py shows them all.
 """
@@ -11,16 +12,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from captioning.cli import FlagParser, command, positive_int
 from captioning.device import PRECISIONS
+from captioning.files import read_json, write_json
+from captioning.scoring.significance import compare
 from captioning.training.config import SCST_NUMBERS, SETTINGS
 from captioning.training.run_folder import RunFolder, read_run
-from microworld.steps import BATCH, WIDTH_RATIO, Runner, caption, draw, scaled, score, train
+from microworld.steps import WIDTH_RATIO, Runner, caption, draw, scaled, score, train
 
+MEASURES = ("CIDEr", "CLIPScore")
 DEVELOPMENT_SEED = 1  # of scenes that no reported number is measured on; the demo's have seed 0
 
 
@@ -54,6 +60,18 @@ REWARDS: dict[str, dict[str, object]] = {
 }
 
 
+LETTER = "-letter"  # after a setting's name: as the report's code ran it
+# What sound practice does in place of a point of the report's code. Without a training: another search, same adapter.
+SOUND: dict[str, dict[str, object]] = {
+    "gradients cleared": {"clear_gradients": True},
+    "LoRA scale 1": {"lora_alpha": SETTINGS["1"].lora_rank},
+    "own preprocessing": {"preprocessing": "own"},
+    "BOS not predicted": {"predict_bos": False},
+    "beams replaced": {"search_rule": "beam"},
+}
+ALL_SOUND = "without --report-faithful"  # all of these but LoRA's scale, which is the setting's
+
+
 class Study:
     """Trains and scores runs below one folder, each only as far as that is not done yet.
 
@@ -75,13 +93,14 @@ class Study:
     def train(self, folder: Path, data: Path, **options: object) -> None:
         """Train one run, or resume it."""
         if not finished(folder):
-            options |= {"precision": self.args.precision, "resume": RunFolder(folder).has_state or None}
+            precision = None if self.args.precision == "auto" else self.args.precision  # float32 where the report's is
+            options |= {"precision": precision, "resume": RunFolder(folder).has_state or None}
             train(self.run, folder, data, self.args.out / "cache", **options)
 
-    def score(self, folder: Path, data: Path) -> None:
+    def score(self, folder: Path, data: Path, **search: Any) -> None:
         """Caption and score the validation scenes."""
         if not (folder / "val_scores.json").exists():
-            caption(self.run, folder, data, "val")
+            caption(self.run, folder, data, "val", **search)
             score(self.run, folder, data, "val")
 
     def chosen(self, names: Iterable[str]) -> list[str]:
@@ -92,8 +111,8 @@ class Study:
         return list(self.args.only or names)
 
     def settings(self) -> None:
-        """Train and score every setting on the demo's scenes, with one seed or as many as asked for."""
-        names = self.chosen(SETTINGS)
+        """Train and score every setting on the demo's scenes, the report's to the letter too, with one seed or more."""
+        names = self.chosen([*SETTINGS, *(name + LETTER for name in SETTINGS if name != "best")])
         for seed in range(self.args.seeds or 1):
             for name in names:
                 self.setting(name, seed)
@@ -102,15 +121,38 @@ class Study:
         """Train and score one setting with one seed; return its run folder."""
         data = self.draw(self.args.out / "data")
         folder = self.args.out / "settings" / (name if seed == 0 else f"{name}-seed{seed}")
-        self.train(folder, data, **scaled(name), seed=seed)
+        self.train(folder, data, **recipe(name), seed=seed)
         self.score(folder, data)
+        return folder
+
+    def letter(self) -> None:
+        """Turn each point of the report's code alone to sound practice, in its setting 1, with every seed."""
+        names, found = self.chosen([*SOUND, ALL_SOUND]), defaultdict(list)
+        for seed in range(self.args.seeds or 3):
+            literal = self.setting("1" + LETTER, seed)
+            for name in names:
+                found[name].append((literal, self.sound(name, seed, literal)))
+        for name, pairs in found.items():
+            folder = self.args.out / "letter" / name.replace(" ", "_")
+            write_json(folder / "comparison.json", {"what": name, "profile": "micro", **compared(pairs)})
+
+    def sound(self, name: str, seed: int, literal: Path) -> Path:
+        """Train, where that is needed, and score one row of the study ``letter``; return its folder."""
+        if name == ALL_SOUND:
+            return self.setting("1", seed)
+        folder, data = self.args.out / "letter" / name.replace(" ", "_") / str(seed), self.args.out / "data"
+        if "search_rule" in SOUND[name]:
+            self.score(folder, data, adapter=literal / "best.safetensors", **SOUND[name])
+        else:
+            self.train(folder, data, **recipe("1" + LETTER) | SOUND[name], seed=seed)
+            self.score(folder, data)
         return folder
 
     def rewards(self) -> None:
         """Tune the setting ``best`` of every seed by each reward, and score the result on the demo's scenes."""
         names, data = self.chosen(REWARDS), self.args.out / "data"
         rate: Any = SCST_NUMBERS["lr"]
-        common = {"lr": f"{rate * WIDTH_RATIO:.3g}", "batch_size": BATCH, "val_images": 150}
+        common = {"lr": f"{rate * WIDTH_RATIO:.3g}", "batch_size": scaled("best")["batch_size"], "val_images": 150}
         for seed in range(self.args.seeds or 3):
             base = self.setting("best", seed)
             for name in names:
@@ -123,12 +165,35 @@ class Study:
         """Train every variant of the setting best with every seed; its CIDEr is its best epoch's on other scenes."""
         names, folder = self.chosen(VARIANTS), self.args.out / "ablation"
         data = self.draw(folder / "data", DEVELOPMENT_SEED)
-        recipe = scaled("best") | {"val_images": self.args.val}
+        common = scaled("best") | {"val_images": self.args.val}
         if self.args.epochs:
-            recipe["epochs"] = self.args.epochs
+            common["epochs"] = self.args.epochs
         for seed in range(self.args.seeds or 3):
             for name in names:
-                self.train(folder / name.replace(" ", "_") / str(seed), data, **recipe | VARIANTS[name], seed=seed)
+                self.train(folder / name.replace(" ", "_") / str(seed), data, **common | VARIANTS[name], seed=seed)
+
+
+def recipe(name: str) -> dict[str, object]:
+    """Return the micro world's options of a setting, or of one to the letter: ``1-letter``."""
+    setting = name.removesuffix(LETTER)
+    return scaled(setting) | ({} if setting == name else {"report_faithful": True})
+
+
+def compared(pairs: Sequence[tuple[Path, Path]]) -> dict[str, Any]:
+    """Return the scores of literal and sound runs, a pair per seed, and how sound differs by image, over all seeds."""
+    sides = dict(zip(("literal", "sound"), zip(*pairs, strict=True), strict=True))
+    scores = {side: [read_json(folder / "val_scores.json") for folder in folders] for side, folders in sides.items()}
+    images = {side: [read_json(folder / "val_per_image.json") for folder in folders] for side, folders in sides.items()}
+    result: dict[str, Any] = {"seeds": list(range(len(pairs))), "device": scores["literal"][0]["device"], "paired": {}}
+    for side in sides:
+        result[side] = {metric: [score[metric] for score in scores[side]] for metric in MEASURES}
+    for metric in MEASURES:
+        means = {
+            side: {image: mean(rows[image][metric] for rows in found) for image in found[0]}
+            for side, found in images.items()
+        }
+        result["paired"][metric] = compare(means["sound"], means["literal"]).summary()
+    return result
 
 
 def finished(folder: Path) -> bool:
@@ -140,7 +205,7 @@ def finished(folder: Path) -> bool:
     return True
 
 
-STUDIES = {"settings": Study.settings, "ablation": Study.ablation, "rewards": Study.rewards}
+STUDIES = {"settings": Study.settings, "ablation": Study.ablation, "rewards": Study.rewards, "letter": Study.letter}
 
 
 def build_parser() -> argparse.ArgumentParser:

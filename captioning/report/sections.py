@@ -28,7 +28,7 @@ REPORTED_P2 = {
     "5": (0.792413225587337, 0.6929396057128906),
 }
 REPORTED_PAIRS = {"best": 1.002197265625, "worst": 0.32196044921875}
-STUDIES = ("settings", "ablation", "rewards")  # folders of runs with tables of their own
+STUDIES = ("settings", "ablation", "rewards", "letter")  # folders of runs with tables of their own
 WORLDS = {"micro": "micro", "full": "full size"}
 MODELS = {"p1": "LLaVA", "p2": "The captioner"}
 GROUNDING_ROWS = 5  # a model's best specs in its table, beside the default, the report's and the baselines
@@ -76,7 +76,7 @@ def llava_section(root: Path, size: str) -> Section:
     """P1: what LLaVA is, both prompts' scores, and what the numbers say about them."""
     section = Section("P1: LLaVA, zero-shot", [Text(text) for text in ABOUT_LLAVA])
     section.blocks += [Text(MICRO_LLAVA)] if size == "micro" else []
-    scores = _read_object(root / "llava" / "val.json")
+    scores = read_object(root / "llava" / "val.json")
     if scores is None:
         remedy = "python p1_llava_caption.py IMG_DIR RUNS/llava/val.json --compare --annotation-file VAL.json"
         section.blocks.append(Missing("captions and scores of both prompts (llava/val.json)", remedy))
@@ -284,7 +284,7 @@ def _pairs(root: Path, where: str) -> list[Block]:
     alt = "The pair of image and caption with the highest CLIPScore, and that with the lowest"
     picture = (folder / "best_worst.png").read_bytes()
     blocks: list[Block] = [Figure("p3_best_worst", picture, alt, f"Best and worst pair by CLIPScore {where}.")]
-    per_image = _read_object(root / "lora" / "val_per_image.json")
+    per_image = read_object(root / "lora" / "val_per_image.json")
     if per_image:
         scores = sorted(row["CLIPScore"] for row in per_image.values() if "CLIPScore" in row)
         rows = [
@@ -334,7 +334,7 @@ def _grounding(folder: Path, model: str, name: str, size: str) -> list[Block]:
 def environment_section(root: Path, runs: Sequence[Run], bench: Path) -> Section:
     """What took how long, and on what."""
     section = Section("Speed and environment")
-    seconds = (_read_object(root / "scores.json") or {}).get("seconds", {})
+    seconds = (read_object(root / "scores.json") or {}).get("seconds", {})
     if seconds:
         steps = [{"step": name, "seconds": float(value)} for name, value in seconds.items()]
         section.blocks.append(Table("steps", "Time of each step of the run", steps))
@@ -343,7 +343,7 @@ def environment_section(root: Path, runs: Sequence[Run], bench: Path) -> Section
     timed = [_speed_row(run, run.seconds) for run in runs if run.seconds]
     section.blocks += [Table("training_speed", "Training", timed)] if timed else []
     for file in sorted(bench.glob("*.json")):
-        found = _read_object(file) or {}
+        found = read_object(file) or {}
         if {"title", "machine", "rows"} <= found.keys() and found["rows"]:
             rows = [{column: row.get(column) for column in found["rows"][0]} for row in found["rows"]]
             section.blocks.append(Table(f"bench_{file.stem}", f"{found['title']} ({found['machine']})", rows))
@@ -361,12 +361,12 @@ def _speed_row(run: Run, seconds: float) -> dict[str, Cell]:
         "seconds": seconds,
         "steps": steps,
         "seconds per step": seconds / (steps or 1),
-        "images per step": run.config["train"]["batch_size"],
+        "batch": f"{run.config['train']['batch_size']} {run.config['train'].get('batch_by', 'images')}",
         **origin(run),
     }
 
 
-def _read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
     """Return the JSON object at ``path``, None where there is no file; ValueError where it is damaged."""
     if not path.is_file():
         return None

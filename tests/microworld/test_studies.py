@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from statistics import mean
 
 import pytest
 
@@ -30,7 +32,12 @@ class Recorder:
         if words[0] == "p2_train.py":
             leave_run(studies.Path(words[words.index("--out") + 1]))
         if words[0] == "evaluate.py":
-            studies.Path(words[words.index("--json") + 1]).write_text("{}")
+            scores, images = (studies.Path(words[words.index(flag) + 1]) for flag in ("--json", "--per-image"))
+            scores.parent.mkdir(parents=True, exist_ok=True)
+            value = len(self.commands) / 10  # later ones are better
+            scores.write_text(json.dumps({"CIDEr": value, "CLIPScore": 1.5, "device": "cpu"}))
+            rows = {image: {"CIDEr": value + shift, "CLIPScore": 1.5} for image, shift in (("a", 0), ("b", 1))}
+            images.write_text(json.dumps(rows))
 
     def scripts(self):
         return [words[0] for words in self.commands]
@@ -72,6 +79,7 @@ def test_one_rule_scales_every_setting(setting):
     config = resolve_config(build_parser().parse_args(flags(**scaled(setting))))
     full = SETTINGS[setting]
     assert config.epochs == math.ceil(full.epochs / 2)
+    assert config.batch_size == full.batch_size / 2
     assert config.lr == pytest.approx(3 * full.lr)
     assert config.projector_lr / config.lr == pytest.approx(full.projector_lr / full.lr, rel=0.01)
     changed = {"epochs", "batch_size", "lr", "projector_lr", "val_images"}
@@ -87,6 +95,53 @@ def test_every_variant_differs_from_the_start_in_what_it_names(variant):
     ]
     different = [name for name in TrainConfig.__dataclass_fields__ if len({getattr(c, name) for c in configs}) > 1]
     assert len(different) == len(studies.VARIANTS[variant])
+
+
+@pytest.mark.parametrize("name", studies.SOUND)
+def test_every_row_of_the_letter_differs_from_it_in_one_point(name):
+    literal, sound = (
+        resolve_config(build_parser().parse_args(flags(**studies.recipe("1-letter") | options)))
+        for options in ({}, studies.SOUND[name])
+    )
+    ((field, value),) = studies.SOUND[name].items()
+    assert sound == replace(literal, **{field: value}) != literal
+    assert (literal.batch_by, literal.lora_alpha, literal.precision) == ("captions", 1, "fp32")
+
+
+def test_the_letter_is_held_against_each_point_with_every_seed(tmp_path, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(studies, "Runner", lambda: recorder)
+    assert studies.main(["letter", "--out", str(tmp_path), "--seeds", "2"]) == 0
+    trained = [words for words in recorder.commands if words[0] == "p2_train.py"]
+    assert len(trained) == 2 * 6  # to the letter, four points, all of them; beams need no training
+    assert ["--report-faithful" in words for words in trained] == [True] * 5 + [False] + [True] * 5 + [False]
+    assert not any("--precision" in words for words in trained)  # that is the letter's
+    searched = [words for words in recorder.commands if "--search-rule" in words]
+    adapters = [studies.Path(words[words.index("--adapter") + 1]).parent.name for words in searched]
+    assert adapters == ["1-letter", "1-letter-seed1"]
+    assert all(words[words.index("--search-rule") + 1] == "beam" for words in searched)
+    found = json.loads((tmp_path / "letter" / "BOS_not_predicted" / "comparison.json").read_text())
+    assert (found["what"], found["seeds"], found["profile"], found["device"]) == (
+        "BOS not predicted",
+        [0, 1],
+        "micro",
+        "cpu",
+    )
+    difference = mean(found["sound"]["CIDEr"]) - mean(found["literal"]["CIDEr"])
+    assert found["paired"]["CIDEr"]["difference"] == pytest.approx(difference)
+    assert found["paired"]["CLIPScore"]["p_value"] == 1
+    assert len(list((tmp_path / "letter").glob("*/comparison.json"))) == 6
+
+
+def test_settings_to_the_letter_are_run_beside_those_with_sound_practice(tmp_path, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(studies, "Runner", lambda: recorder)
+    flags = ["settings", "--out", str(tmp_path), "--only", "2-letter", "2", "--precision", "bf16"]
+    assert studies.main(flags) == 0
+    trained = [words for words in recorder.commands if words[0] == "p2_train.py"]
+    assert [studies.Path(words[words.index("--out") + 1]).name for words in trained] == ["2-letter", "2"]
+    assert ["--report-faithful" in words for words in trained] == [True, False]
+    assert all(words[words.index("--precision") + 1] == "bf16" for words in trained)
 
 
 def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):

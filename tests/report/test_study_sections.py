@@ -24,6 +24,52 @@ def test_settings_that_were_not_run_are_named_and_get_no_row(root, make):
     assert "settings 2, 3, 4, 5, best" in page
 
 
+def test_the_reports_own_numbers_stand_beside_ours_to_the_letter_and_without_by_size(root, tmp_path, make):
+    for name, cider, faithful in (("1", 0.5, False), ("1-letter", 0.3, True), ("1-letter-seed1", 0.5, True)):
+        folder = write_run(root / "settings" / name, setting="1", cider=cider)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"report_faithful": faithful}))
+    page = html.unescape(make(root))
+    with (tmp_path / "report_files" / "p2_reported.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["setting"], row["world"]) for row in rows] == [(s, w) for w in ("full size", "micro") for s in "12345"]
+    full, micro = rows[0], rows[5]
+    assert full["the report: CIDEr"] == "0.8844035428513431"
+    assert full["ours to the letter: CIDEr"] == full["ours, sound practice: CIDEr"] == ""  # nobody has run it
+    assert micro["the report: CIDEr"] == ""  # it has no micro size
+    assert micro["ours to the letter: CIDEr"] == "0.400 ± 0.141"
+    assert micro["ours, sound practice: CIDEr"] == "0.500"
+    assert "settings 2, 3, 4, 5 to the letter" in page
+    assert "setting 1 to the letter" in page  # a group of its own in the other tables
+
+
+def test_points_of_the_reports_code_are_compared_with_all_of_them(root, tmp_path, make):
+    assert "python -m microworld.studies letter --out RUNS" in make(root)
+    for name, gain, seeds in (("gradients cleared", 0.25, 3), ("beams replaced", -0.125, 2)):
+        literal = [0.25, 0.5, 0.75][:seeds]
+        paired = {"difference": gain, "low": -1, "high": 1, "p_value": 0.0625, "wins": 1, "ties": 2, "losses": 3}
+        study = {
+            "what": name,
+            "profile": "micro",
+            "device": "cpu",
+            "seeds": list(range(seeds)),
+            "literal": {"CIDEr": literal, "CLIPScore": [1.0] * seeds},
+            "sound": {"CIDEr": [value + gain for value in literal], "CLIPScore": [1.0] * seeds},
+            "paired": {"CIDEr": paired, "CLIPScore": paired | {"difference": 0.0, "p_value": 1.0}},
+        }
+        folder = root / "letter" / name.replace(" ", "_")
+        folder.mkdir(parents=True)
+        (folder / "comparison.json").write_text(json.dumps(study))
+    page = make(root)
+    with (tmp_path / "report_files" / "p2_letter.csv").open() as file:
+        first, better, worse = csv.DictReader(file)
+    assert (first["what"], first["CIDEr"]) == ("setting 1 to the letter", "0.500 ± 0.250")
+    assert first["CIDEr: difference"] == first["CIDEr: p"] == ""
+    assert (better["what"], better["CIDEr"], better["CIDEr: p"]) == ("gradients cleared", "0.750 ± 0.250", "0.0625")
+    assert (worse["what"], worse["seeds"], worse["CIDEr: difference"]) == ("beams replaced", "2", "-0.125")
+    assert "some rows have 2, and 3 are wanted" in page
+
+
 def test_settings_of_several_seeds_are_averaged(root, make):
     for name, cider in (("1", 0.5), ("1-seed1", 0.7)):
         write_run(root / "settings" / name, setting="1", cider=cider)
