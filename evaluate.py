@@ -19,8 +19,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from captioning.cli import BAD_INPUT, PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
 from captioning.data.annotations import (
     Annotations,
@@ -34,6 +32,7 @@ from captioning.data.annotations import (
 from captioning.data.names import NAMES_ARE
 from captioning.device import pick_device
 from captioning.files import write_csv, write_json, write_text
+from captioning.messages import listed
 from captioning.profiles import PROFILES
 from captioning.scoring.caption_stats import caption_statistics
 from captioning.scoring.clipscore import LONG, PRECISIONS, ClipScorer, clipscore
@@ -161,7 +160,7 @@ def _add_uncertainty(args: argparse.Namespace, result: Evaluation, other: Evalua
     for metric in (metric for metric in result.means if metric in MEANS_OF_IMAGES):
         scores = result.per_image[metric]
         if args.bootstrap is not None:
-            result.intervals[metric] = bootstrap_interval(np.array([*scores.values()]), args.bootstrap, args.seed)
+            result.intervals[metric] = bootstrap_interval([*scores.values()], args.bootstrap, args.seed)
         if other is not None and metric in other.means:
             result.comparison[metric] = compare(scores, other.per_image[metric], seed=args.seed)
 
@@ -199,7 +198,10 @@ def _write(args: argparse.Namespace, evaluator: Evaluator, result: Evaluation, p
         from captioning.scoring import gallery
 
         references, lines = evaluator.annotations.references, result.lines(images=False)
-        write_text(args.html, gallery.page(ranking, references, evaluator.paths, lines, result.origin(), args.seed))
+        page, unreadable = gallery.page(ranking, references, evaluator.paths, lines, result.origin(), args.seed)
+        write_text(args.html, page)
+        if unreadable:
+            result.errors["gallery"] = f"{len(unreadable)} pictures cannot be read{listed(unreadable)}"
 
 
 @command

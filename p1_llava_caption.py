@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
 from captioning.data.annotations import Annotations, load_annotations, match_captions, predicted_split
 from captioning.device import pick_device
@@ -81,6 +79,8 @@ def describe_run(prompt: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def job_of(model: Llava, prompt: str, args: argparse.Namespace) -> Job:
     """Return what the model does to images with a prompt. Raises ValueError where an answer would not fit after it."""
+    from PIL import Image
+
     any_image = Image.new("RGB", (336, 336))  # an image's size does not change how many tokens it has
     model.check_room(model.row(any_image, prompt), args.max_new_tokens)
 

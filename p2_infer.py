@@ -8,9 +8,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from captioning.checkpoints import read_state_dict
 from captioning.cli import (
@@ -46,6 +44,9 @@ from captioning.scale.pipeline import (
 )
 from captioning.tensors import fingerprint
 
+if TYPE_CHECKING:
+    import torch
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
@@ -66,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: the adapter's)",
     )
     add("--batch-size", type=positive_int, default=16, help="images at once")
-    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU that has it, else fp32")
     add(
         "--jpeg-draft",
         action=argparse.BooleanOptionalAction,

@@ -13,9 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from captioning.cli import (
     PARTIAL,
@@ -27,7 +25,7 @@ from captioning.cli import (
     setup_logging,
 )
 from captioning.data.annotations import load_references
-from captioning.data.listing import list_images
+from captioning.data.listing import by_key, images_in, on_disk
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
 from captioning.files import write_csv
@@ -45,10 +43,15 @@ from captioning.maps.explainers import (
     specs_to_show,
 )
 from captioning.maps.pairs import best_and_worst, read_per_image
+from captioning.messages import naming
 from captioning.models.adapter import load_captioner
 from captioning.models.llava import DTYPES, PROMPTS, check_prompt, load_llava, pick_dtype
 from captioning.profiles import PROFILES
+from captioning.scale.sources import find_files
 from captioning.timing import Timer
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("captioning")
 GROUNDING_LINES = 5  # best specs that --grounding prints, beside default, report's and baselines
@@ -73,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", choices=("p1", "p2"), required=True, help="p1: LLaVA; p2: the tuned captioner")
     add("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_FILE", help="images to explain")
+    add("--recursive", action="store_true", help="take the subfolders of folders too, with results in such folders")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     add("--method", choices=METHODS, help=f"how attention becomes maps {_defaults('method')}")
     add("--layers", help=f"all, last, a number, or a range such as 2-5 {_defaults('layers')}")
@@ -113,22 +117,18 @@ def build_parser() -> argparse.ArgumentParser:
 # --- images and model -----------------------------------------------------------------------------------------------
 
 
-def list_files(places: Sequence[Path]) -> list[Path]:
-    """Return the images that ``places`` (files and folders) name.
+def list_files(places: Sequence[Path], recursive: bool = False) -> dict[str, Path]:
+    """Return ``{key: path}`` of the images that ``places`` (files, globs and folders) name.
 
     Raises:
-        FileNotFoundError, ValueError: a place does not exist, or two images share a stem.
+        FileNotFoundError, ValueError: a place does not exist, or two images share a key.
     """
-    paths: list[Path] = []
-    for place in places:
-        if not place.exists():
-            raise FileNotFoundError(f"--images {place}: no such file or folder")
-        paths += list_images(place) if place.is_dir() else [place]
-    stems = [path.stem for path in paths]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
-    if twice:
-        raise ValueError(f"--images: two files have the stem {twice!r}, which names the results; explain them apart")
-    return paths
+    names, paths = [], []
+    for place in map(on_disk, places):
+        found = images_in(place, recursive) if place.is_dir() else {path.name: path for path in find_files(str(place))}
+        names += [path.relative_to(place).as_posix() for path in found.values()] if place.is_dir() else [*found]
+        paths += found.values()
+    return by_key("--images", names, paths)
 
 
 def load_explainer(args: argparse.Namespace, device: torch.device) -> Explainer:
@@ -147,19 +147,22 @@ def load_explainer(args: argparse.Namespace, device: torch.device) -> Explainer:
 # --- the three runs -------------------------------------------------------------------------------------------------
 
 
-def run_images(explainer: Explainer, paths: list[Path], args: argparse.Namespace) -> int:
+def run_images(explainer: Explainer, paths: dict[str, Path], args: argparse.Namespace) -> int:
     """Write a PNG and an npz per image, and the viewer; an image or caption that fails is named and left out."""
+    from tqdm import tqdm
+
     spec = chosen_spec(args)
     specs = specs_to_show(spec, explainer.n_layer) if args.html else [spec]
     items, timer = [], Timer("explain")
-    for path in tqdm(paths, "explain", disable=None):
+    for key, path in tqdm(paths.items(), "explain", disable=None):
         try:
             explanation, attention = explain(explainer, path, specs, args.caption, args.relative_to)
-        except (ValueError, OSError) as error:
-            log.error("not explained: %s", error)
+        except Exception as error:  # of any type: one image must not end the run
+            log.error("not explained: %s", naming(path, error))
+            log.debug("%s", path, exc_info=True)
             continue
-        figures.word_grid(explanation, args.out / f"{path.stem}.png")
-        save_maps(args.out / f"{path.stem}.npz", explanation, attention)
+        figures.word_grid(explanation, args.out / f"{key}.png")
+        save_maps(args.out / f"{key}.npz", explanation, attention)
         print(f"{path.name}  {figures.line(explanation.caption)}")
         items.append(explanation)
     if not items:
@@ -172,15 +175,13 @@ def run_images(explainer: Explainer, paths: list[Path], args: argparse.Namespace
     return PARTIAL if len(items) < len(paths) else 0
 
 
-def run_best_worst(explainer: Explainer, paths: list[Path], args: argparse.Namespace) -> int:
+def run_best_worst(explainer: Explainer, paths: dict[str, Path], args: argparse.Namespace) -> int:
     """Draw the best and the worst pair by CLIPScore, and their maps."""
     scores = read_per_image(args.best_worst)
-    by_stem = {path.stem: path for path in paths}
-    absent = [stem for stem in scores if stem not in by_stem]
+    absent = [key for key in scores if key not in paths]
     if absent:
         raise ValueError(f"--images: {len(absent)} images of {args.best_worst} are not there, first {absent[0]}")
-    references = load_references(args.annotation_file)
-    pairs = best_and_worst(scores, by_stem, references)
+    pairs = best_and_worst(scores, paths, load_references(args.annotation_file))
     for pair in pairs:
         print(f"{pair.title}: {pair.path.name}  CLIPScore {pair.clipscore}  {pair.caption}")
         if pair.caption.strip():  # an empty caption has no maps; the pair is drawn all the same
@@ -197,16 +198,16 @@ def run_grounding(explainer: Explainer, args: argparse.Namespace) -> int:
     notes = {REPORTED[explainer.name]: "report"} | {chosen_spec(args): "default"}
     compared = specs_to_compare(explainer.n_layer, explainer.n_head)
     specs = list(dict.fromkeys([chosen_spec(args), REPORTED[explainer.name], *compared]))
-    scores, baselines = grounding.measure(explainer, samples, specs, args.relative_to)
+    scores, baselines, measured = grounding.measure(explainer, samples, specs, args.relative_to)
     rows = grounding.table(scores, baselines, notes)
     write_csv(args.out / "grounding.csv", grounding.Row._fields, rows)
     figures.grounding_chart(rows, args.out / "grounding.png")
     words = scores[specs[0]].count
-    print(f"{explainer.name}: {len(samples)} images, {words} words; pointing, attention in box / area, IoU")
+    print(f"{explainer.name}: {measured} images, {words} words; pointing, attention in box / area, IoU")
     for number, row in enumerate(rows):
         if number < GROUNDING_LINES or row.note:
             print(row)
-    return 0
+    return PARTIAL if measured < len(samples) else 0
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -230,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(args.verbose)
     check_args(args)
     device = pick_device(args.device)
-    paths = list_files(args.images)
+    paths = list_files(args.images, args.recursive)
     if args.caption is not None and len(paths) != 1:
         raise ValueError(f"--caption explains one image, and --images names {len(paths)}")
     explainer = load_explainer(args, device)

@@ -13,3 +13,10 @@ kernels     attention and linear layers that are faster than torch's own
 The modules beside them are shared by all. From Python, ``models.load_captioner`` and ``inference.caption_features``
 caption images, and ``evaluate.Evaluator`` scores; docs/design.md and docs/scoring.md have examples.
 """
+
+import sys
+
+from captioning import cli  # needs the standard library only
+
+if sys.excepthook is sys.__excepthook__:  # a script in a Python without torch says so in one line
+    sys.excepthook = cli.excepthook

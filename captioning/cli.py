@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import logging
+import os
+import select
 import sys
 import warnings
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from captioning.profiles import PROFILES
@@ -16,6 +20,7 @@ BAD_INPUT = 2  # exit code for wrong files, flags or data
 PARTIAL = 3  # exit code when a part of the work could not be done, and the rest was
 STOPPED = 4  # exit code when SIGTERM or SIGINT ended a training run early and all of it was kept: --resume continues
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+UNHEARD = 141  # exit code when the reader of our output has gone before the end, as shells have it for SIGPIPE
 
 
 def setup_logging(verbose: bool = False) -> None:
@@ -47,6 +52,10 @@ class FlagParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: D102 - argparse's own
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._dashed(a) for a in args], namespace)
+
+    def error(self, message: str) -> Any:
+        """End with one line: the whole usage of a script with fifty flags hides what is wrong."""
+        self.exit(BAD_INPUT, f"error: {message} ({self.prog} --help shows all flags)\n")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Let a flag's type refuse a value in one line: by ``ArgumentTypeError``, as :func:`positive_int` does."""
@@ -97,12 +106,73 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         try:
-            return main(argv)
+            code = main(argv)
+            flush_output()
+            return code
+        except BrokenPipeError as error:
+            return _end("", UNHEARD) if _reader_is_gone() else _end(f"error: {error}", BAD_INPUT)
+        except ModuleNotFoundError as error:
+            if not missing_package(error):
+                raise
+            return _end(f"error: {missing_package(error)}", BAD_INPUT)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return BAD_INPUT
+            return _end(f"error: {error}", BAD_INPUT)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return INTERRUPTED
+            return _end("interrupted", INTERRUPTED)
+        except SystemExit:  # of --help, say
+            flush_output()
+            raise
 
     return wrapped
+
+
+def _end(message: str, code: int) -> int:
+    if message:
+        print(message, file=sys.stderr)
+    flush_output()
+    return code
+
+
+def _reader_is_gone() -> bool:
+    try:
+        poller = select.poll()
+        poller.register(sys.stdout.fileno(), 0)
+    except (OSError, AttributeError):  # no file, or a system without poll
+        return False
+    return bool(poller.poll(0))
+
+
+def flush_output() -> None:
+    """Write out what was printed, before Python does at its end and has a message and an exit code of its own.
+
+    What nobody reads, as after ``… | head -1``, is dropped in silence.
+
+    Raises:
+        OSError: it cannot be written for another reason, such as a full disk.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Say which package this Python lacks and what to do; empty where the package is there and only a part is not."""
+    package = (error.name or "").partition(".")[0]
+    if not package or importlib.util.find_spec(package):
+        return ""
+    return (
+        f"{sys.executable} has no package {package}: `source .venv/bin/activate` first (`make demo` makes .venv), or "
+        "`pip install -r requirements.txt`"
+    )
+
+
+def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Be ``sys.excepthook`` for what happens while a script still imports, where ``command`` does not reach yet."""
+    if isinstance(error, ModuleNotFoundError) and missing_package(error):
+        sys.exit(_end(f"error: {missing_package(error)}", BAD_INPUT))
+    if isinstance(error, KeyboardInterrupt):
+        sys.exit(_end("interrupted", INTERRUPTED))
+    sys.__excepthook__(kind, error, trace)

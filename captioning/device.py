@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import re
 
 import numpy as np
 import torch
 
-PRECISIONS = ("auto", "fp32", "bf16")  # auto is bf16 on CUDA and where accelerate asks for it, fp32 elsewhere
+PRECISIONS = ("auto", "fp32", "bf16")  # auto is bf16 where a GPU has it and where accelerate asks for it, else fp32
+
+# What torch.OutOfMemoryError does not cover: cuBLAS, cuDNN and their like, allocations beside torch's pool, MPS, CPUs.
+OUT_OF_MEMORY = ("ALLOC_FAILED", "ALLOCATION_FAILED", "out of memory", "DefaultCPUAllocator")
 
 
 def launched(variable: str, default: int) -> int:
@@ -32,8 +36,17 @@ def pick_device(name: str = "auto") -> torch.device:
 
     Raises:
         ValueError: ``name`` asks for an accelerator that this machine or this torch build does not have, or for one
-            GPU for all of several processes.
+            GPU for all of several processes; or torch has no kernels for the GPU.
     """
+    device = _find_device(name)
+    if device.type == "cuda":
+        _check_kernels(device)
+        # It builds a graph for every new shape, and each step of a search is one: seconds to minutes in all.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def _find_device(name: str) -> torch.device:
     if name == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         return _own_gpu() if torch.cuda.is_available() else torch.device(mps)
@@ -55,6 +68,38 @@ def _own_gpu() -> torch.device:
     return torch.device("cuda" if rank < 0 else f"cuda:{rank % torch.cuda.device_count()}")
 
 
+def _check_kernels(device: torch.device) -> None:
+    """Raise ValueError where this build of torch has no kernels for the GPU, and say which build has."""
+    archs, card = torch.cuda.get_arch_list(), torch.cuda.get_device_properties(device)
+    has = (card.major, card.minor)
+    kernels = [found.groups() for arch in archs if (found := re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", arch))]
+    if not kernels or any(_runs_on(has, *kernel) for kernel in kernels):  # AMD's names say nothing of this
+        return
+    old = has < min((int(major), int(minor)) for _, major, minor, _ in kernels)
+    remedy = "torch from https://download.pytorch.org/whl/cu126, for old cards," if old else "a newer torch"
+    raise ValueError(
+        f"--device {device}: {card.name} has compute capability {card.major}.{card.minor}, and torch "
+        f"{torch.__version__} is built for {', '.join(archs)}: install {remedy} or use --device cpu"
+    )
+
+
+def _runs_on(card: tuple[int, int], kind: str, major: str, minor: str, suffix: str) -> bool:
+    """Whether kernels named ``<kind>_<major><minor><suffix>`` run on a card of such a capability.
+
+    Those of sm_86 run on 8.6 and the later ones of 8; of sm_90a on 9.0 alone; of compute_120, which the driver
+    translates, on all later ones.
+    """
+    built = (int(major), int(minor))
+    if suffix == "a":
+        return card == built
+    return built <= card and (kind == "compute" or built[0] == card[0])
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch, or a library that it calls, says that memory ran out: less work at once may fit."""
+    return isinstance(error, torch.OutOfMemoryError) or any(mark in str(error) for mark in OUT_OF_MEMORY)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy and torch (all devices) with ``seed``."""
     random.seed(seed)
@@ -69,8 +114,18 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def product_dtype(device: torch.device, precision: str) -> torch.dtype:
     """Return the type that matrix products have under ``autocast(device, precision)``."""
-    bf16 = precision == "bf16" or (precision == "auto" and (device.type == "cuda" or launched_precision() == "bf16"))
+    bf16 = precision == "bf16" or (precision == "auto" and (has_bf16(device) or launched_precision() == "bf16"))
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU multiplies in bf16 itself, as from compute capability 8.0 on; emulated it is slower than fp32.
+
+    It is what ``torch.cuda.is_bf16_supported(including_emulation=False)`` says, for any GPU and not the current one.
+    """
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
 def launched_precision() -> str | None:

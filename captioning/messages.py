@@ -30,3 +30,8 @@ def first_line(error: Exception) -> str:
 def first_sentence(error: Exception) -> str:
     """Return the first sentence of an error's message, or its type where it has none."""
     return one_line(str(error)).split(". ")[0].rstrip(".") or type(error).__name__
+
+
+def naming(subject: object, error: Exception) -> str:
+    """Return an error's message, or where that does not name ``subject`` its first line behind the name."""
+    return str(error) if str(subject) in str(error) else f"{subject}: {first_line(error)}"

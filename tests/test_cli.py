@@ -1,12 +1,17 @@
 """Every command line: one line for bad input, its exit code, and both spellings of a flag."""
 
 import argparse
+import errno
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from captioning.cli import BAD_INPUT, INTERRUPTED, FlagParser, add_common_flags, command, positive_int
+from captioning import cli
+from captioning.cli import BAD_INPUT, INTERRUPTED, UNHEARD, FlagParser, add_common_flags, command, positive_int
 from captioning.profiles import ROOT
 
 
@@ -114,3 +119,142 @@ def test_command_passes_codes_arguments_and_bugs_through():
         command(lambda argv: 1 // 0)([])
     with pytest.raises(SystemExit):
         command(lambda argv: sys.exit(2))([])
+
+
+def test_a_wrong_flag_is_one_line(parser, capsys):
+    """argparse printed the usage of all flags first: forty lines for p2_train.py."""
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(["--seed", "x"])
+    assert stopped.value.code == BAD_INPUT
+    assert re.fullmatch(r"error: argument --seed: .*'x' \(script --help shows all flags\)\n", capsys.readouterr().err)
+
+
+def test_the_readme_lists_every_exit_code():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| exit code |")[2].partition("\n\n")[0]
+    codes = {0, cli.BAD_INPUT, cli.PARTIAL, cli.STOPPED, cli.INTERRUPTED, cli.UNHEARD}
+    assert {int(number) for number in re.findall(r"^\| (\d+) \|", table, flags=re.M)} == codes
+
+
+# ------------------------------------------------------------------------------------------- a Python without packages
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py") if "@command" in path.read_text()))
+def test_a_python_without_our_packages_is_one_line_with_the_remedy(script, tmp_path):
+    """Without site packages, as a system's Python is; each script ended with a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-S", ROOT / script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (BAD_INPUT, "")
+    assert re.fullmatch(r"error: .* has no package \w+: .*activate.*pip install -r requirements.txt.*\n", done.stderr)
+
+
+def test_a_package_that_is_missing_later_is_one_line_too(capsys):
+    @command
+    def main(argv):
+        import no_such_package  # noqa: F401
+
+    assert main([]) == BAD_INPUT
+    assert "has no package no_such_package: " in capsys.readouterr().err
+
+    @command
+    def broken(argv):
+        import captioning.no_such_module  # noqa: F401
+
+    with pytest.raises(ModuleNotFoundError):  # a bug must keep its traceback
+        broken([])
+
+
+@pytest.mark.parametrize(
+    ("statement", "code", "message"),
+    [
+        ("raise KeyboardInterrupt", INTERRUPTED, "interrupted\n"),
+        ("import no_such_package", BAD_INPUT, "error: "),
+        ("raise ValueError('a bug')", 1, "Traceback"),
+    ],
+)
+def test_what_happens_while_a_script_still_imports(statement, code, message):
+    done = subprocess.run(
+        [sys.executable, "-c", f"import captioning\n{statement}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith(message)
+
+
+# -------------------------------------------------------------------------------------------------- whoever reads it
+
+LINES = """
+import sys
+from captioning.cli import command
+@command
+def main(argv=None):
+    for number in range({count}):
+        print(number)
+    open({path!r}, "w").close()
+    return 3
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def unheard():
+    """Run Python code with a standard output whose reader has gone."""
+
+    def run(code, **environment):
+        reader, writer = os.pipe()
+        os.close(reader)
+        known = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        try:
+            return subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=ROOT,
+                env=known | environment,
+                stdout=writer,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        finally:
+            os.close(writer)
+
+    return run
+
+
+@pytest.mark.parametrize(("count", "unbuffered", "code"), [(1000, "", 3), (100_000, "", UNHEARD), (1000, "1", UNHEARD)])
+def test_a_reader_that_has_gone_is_no_error(tmp_path, unheard, count, unbuffered, code):
+    """`… | head -1` printed "error: [Errno 32] Broken pipe" or "Exception ignored", with exit code 2 or 120.
+
+    A script that had only its last words to say has done its work, and its own code says so.
+    """
+    done = unheard(LINES.format(count=count, path=str(tmp_path / "done")), PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert (tmp_path / "done").exists() is (code == 3)
+
+
+def test_help_that_nobody_reads_is_no_error(unheard):
+    done = unheard("from captioning.cli import FlagParser, command\ncommand(FlagParser().parse_args)(['--help'])")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_another_broken_pipe_is_an_error(capsys):
+    @command
+    def main(argv):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    assert main([]) == BAD_INPUT
+    assert "Broken pipe" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_that_a_full_disk_refuses_is_one_line():
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", LINES.format(count=9, path=os.devnull)],
+            cwd=ROOT,
+            env=buffered,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (BAD_INPUT, "error: [Errno 28] No space left on device\n")

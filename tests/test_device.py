@@ -1,12 +1,13 @@
 """Devices that are not there are refused by name; one seed sets every generator."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from captioning.device import autocast, pick_device, seed_everything
+from captioning.device import autocast, pick_device, product_dtype, seed_everything
 from captioning.distributed import ALONE, join
 from captioning.models.llava import pick_dtype
 
@@ -20,13 +21,35 @@ def started_by_hand(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def attention_as_it_was():
+    """A CUDA device that is picked switches cuDNN's attention off for the process."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 @pytest.fixture
-def two_gpus(monkeypatch):
+def card(monkeypatch):
+    """Let torch describe its GPUs: ``card(capability, name, built_for)``."""
+
+    def describe(capability, name="a GPU", built_for=()):
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built_for))
+        found = SimpleNamespace(name=name, major=capability[0], minor=capability[1], total_memory=24 * 10**9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+
+    return describe
+
+
+@pytest.fixture
+def two_gpus(monkeypatch, card):
+    card((9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
-def test_pick_device_auto_prefers_cuda_then_mps_then_cpu(monkeypatch):
+def test_pick_device_auto_prefers_cuda_then_mps_then_cpu(monkeypatch, card):
+    card((9, 0))
     for cuda, mps, expected in [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
@@ -42,8 +65,7 @@ def test_pick_device_refuses_what_is_not_there(monkeypatch, name):
         pick_device(name)
 
 
-def test_pick_device_knows_how_many_gpus_there_are(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_pick_device_knows_how_many_gpus_there_are(two_gpus):
     assert pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match=r"--device cuda:2.*sees 2"):
         pick_device("cuda:2")
@@ -112,6 +134,61 @@ def test_accelerates_mixed_precision_is_followed_or_warned_of_once(monkeypatch, 
     join(torch.device("cpu"))
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (asked == "fp16")
     assert ("mixed_precision fp16" in caplog.text) is (asked == "fp16")
+
+
+@pytest.mark.parametrize(("name", "enabled"), [("cpu", True), ("cuda:1", False), ("auto", False)])
+def test_cudnns_attention_is_off_once_a_gpu_is_picked(two_gpus, name, enabled):
+    """On an H100 it builds a graph for every new shape, and each step of a search has a new shape."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    pick_device(name)
+    assert torch.backends.cuda.cudnn_sdp_enabled() is enabled
+
+
+CUDA_13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+CUDA_12 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "remedy"),
+    [
+        ((6, 1), CUDA_13, "whl/cu126"),
+        ((7, 0), CUDA_13, "whl/cu126"),
+        ((10, 0), CUDA_12, "a newer torch"),
+        ((9, 1), CUDA_12, "a newer torch"),  # 9.0a is for 9.0 alone
+    ],
+)
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_that_torch_has_no_kernels_for_is_refused(two_gpus, card, capability, built_for, remedy, name):
+    """A GTX 1080 Ti died at the first kernel, "no kernel image is available"."""
+    card(capability, "GTX 1080 Ti", built_for)
+    numbers = ".".join(map(str, capability))
+    with pytest.raises(ValueError, match=f"GTX 1080 Ti has compute capability {numbers}.*{remedy}.*--device cpu"):
+        pick_device(name)
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for"),
+    [
+        ((7, 5), CUDA_13),
+        ((8, 9), CUDA_13),
+        ((9, 0), CUDA_12),
+        ((6, 1), CUDA_12),
+        ((13, 0), CUDA_13),
+        ((9, 4), ["gfx942"]),
+    ],
+)
+def test_a_gpu_that_torch_has_kernels_for_is_taken(two_gpus, card, capability, built_for):
+    card(capability, built_for=built_for)
+    assert pick_device() == torch.device("cuda")
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_auto_is_bf16_only_where_a_gpu_has_it(card, capability, dtype):
+    """A T4 and an RTX 2080 emulated it, slowly."""
+    card(capability)
+    assert product_dtype(torch.device("cuda:1"), "auto") == dtype
+    assert product_dtype(torch.device("cuda:1"), "bf16") == torch.bfloat16
 
 
 def test_seed_everything_repeats_every_generator():

@@ -73,6 +73,8 @@ def _content(file: Path) -> Any:
     """Return a JSON value; for JSON lines, Parquet and a run's folder a list of records; for other text the text."""
     if file.is_dir():
         return _rows_of_run(file)
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file")
     if file.suffix.lower() == ".parquet":
         return _rows_of_parquet(file)
     text = read_text(file)
@@ -106,8 +108,6 @@ def _rows_of_parquet(file: Path) -> list[Record]:
         with module.ParquetFile(file) as table:  # the pictures that some files hold stay on the disk
             columns = {*KEYS, *FILE_NAMES, *IDS, *CAPTIONS} & set(table.schema_arrow.names)
             return table.read(sorted(columns)).to_pylist()
-    except FileNotFoundError:
-        raise
     except (OSError, ValueError) as error:  # pyarrow's own errors are of both kinds
         raise ValueError(f"{file}: not a Parquet file of captions ({error})") from error
 
@@ -160,10 +160,11 @@ def _karpathy(file: object, content: Any) -> list[ImageCaptions] | None:
         sentences = image.get("sentences")
         if not isinstance(sentences, list):
             raise ValueError(f"{where} ({name}) needs a list 'sentences'")
-        path = f"{image['filepath']}/{name}" if image.get("filepath") else name
+        folder, split = (_text(image, (part,), where) if image.get(part) else None for part in ("filepath", "split"))
         captions = [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in sentences]
-        number = image.get("cocoid", image.get("imgid"))
-        images.append(ImageCaptions(path, captions, number if is_integer(number) else None, image.get("split")))
+        given = image.get("cocoid", image.get("imgid"))
+        path = f"{folder}/{name}" if folder else name
+        images.append(ImageCaptions(path, captions, given if is_integer(given) else None, split))
     return images
 
 
@@ -206,10 +207,14 @@ def _table(file: object, content: Any) -> list[ImageCaptions] | None:
     if not isinstance(content, str):
         return None
     for mark in ",|\t;":
-        rows = csv.reader(io.StringIO(content, newline=""), delimiter=mark)
-        columns = [column.strip().lower() for column in next(rows, [])]
+        head, _, body = content.lstrip().partition("\n")
+        columns = [column.strip(' "\r').lower() for column in head.split(mark)]
         if _names_in(columns) and set(columns) & set(CAPTIONS):
-            return _grouped([_row(f"{file} line {rows.line_num}", columns, row, mark) for row in rows if row])
+            rows = csv.reader(io.StringIO(body, newline=""), delimiter=mark, strict=True)
+            try:
+                return _grouped([_row(f"{file} line {rows.line_num + 1}", columns, row, mark) for row in rows if row])
+            except csv.Error as error:  # a quote that is never closed, most often
+                raise ValueError(f"{file} line {rows.line_num + 1}: {error}") from error
     return None
 
 

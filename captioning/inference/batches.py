@@ -17,7 +17,8 @@ from PIL import Image
 
 from captioning.data.images import decode_image, load_image
 from captioning.data.listing import key_of
-from captioning.messages import first_line
+from captioning.device import ran_out_of_memory
+from captioning.messages import naming
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ class ShrinkingBatch:
             try:
                 results += self.function(chunk)
                 continue
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
                 if len(chunk) == 1:
                     raise ValueError(
                         "out of memory with one image: use a smaller model, fewer beams, a lower "
@@ -93,14 +96,12 @@ class Job:
             self.begin = ShrinkingBatch(self.begin)
 
     def read(self, entry: Entry) -> Any:
-        """Return an entry's image, prepared. Raises ValueError or OSError naming it, whatever is wrong with it."""
+        """Return an entry's image, prepared. Raises ValueError naming it, whatever is wrong with it."""
         try:
             return self.prepare(entry.load(self.draft))
         except Exception as error:  # of any type: one picture must not end a run
-            if isinstance(error, ValueError | OSError) and entry.name in str(error):
-                raise
             log.debug("%s", entry.name, exc_info=True)
-            raise ValueError(f"{entry.name}: {first_line(error)}; replace it or take it out") from error
+            raise ValueError(naming(entry.name, error)) from error
 
 
 Failed = Callable[[Entry, Exception], None]  # called with each entry that cannot be read, and why
@@ -138,7 +139,7 @@ def _readable(batches: Iterable[list[tuple[Entry, Future]]], failed: Failed) -> 
             try:
                 prepared.append(future.result())
                 found.append(entry)
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 failed(entry, error)
         if found:
             yield found, prepared

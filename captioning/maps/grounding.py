@@ -7,6 +7,7 @@ writes them) or found by the name of the boxes' category (COCO instances).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,11 @@ from tqdm import tqdm
 
 from captioning.data.coco import Record, read_captions, read_object, read_records
 from captioning.data.images import load_image
+from captioning.data.listing import on_disk
 from captioning.maps.attention import MapSpec, Window, cell_centres
 from captioning.maps.explainers import Explainer, read
+
+log = logging.getLogger(__name__)
 
 THRESHOLDS = np.arange(0.05, 1.0, 0.05)  # of a map's maximum
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels, as COCO has it
@@ -64,7 +68,7 @@ def load_grounded_captions(annotations: Path, images: Path, boxes: Path | None =
         record, best = max(zip(records, mentions, strict=True), key=lambda pair: len(pair[1]))
         if best:
             _check_boxes(annotations, image, best)
-            samples.append(GroundedCaption(images / image["file_name"], record["caption"], best))
+            samples.append(GroundedCaption(on_disk(images / image["file_name"]), record["caption"], best))
     if not samples:
         raise ValueError(
             f"{boxes or annotations}: no word of a caption names a box; the annotations need mentions and "
@@ -204,12 +208,24 @@ def baselines(mentions: Sequence[tuple[Sequence[Box], Window]], grid: tuple[int,
 
 def measure(
     explainer: Explainer, samples: Sequence[GroundedCaption], specs: Sequence[MapSpec], relative_to: str
-) -> tuple[dict[MapSpec, Score], dict[str, float]]:
-    """Score every spec on the mentions of ``samples``; return the scores and the baselines' pointing accuracy."""
+) -> tuple[dict[MapSpec, Score], dict[str, float], int]:
+    """Score every spec on the mentions of ``samples``; an image that cannot be read is named and left out.
+
+    Returns:
+        the scores, the baselines' pointing accuracy, and how many images were measured.
+
+    Raises:
+        ValueError: none was.
+    """
     scores = {spec: Score() for spec in specs}
-    mentions = []
+    mentions, count = [], 0
     for sample in tqdm(samples, "grounding", disable=None):
-        image = load_image(sample.path)
+        try:
+            image = load_image(sample.path)
+        except (ValueError, OSError) as error:
+            log.error("not measured: %s", error)
+            continue
+        count += 1
         window = explainer.window(image.size)
         attention = read(explainer, explainer.prepare(image), explainer.tokens(sample.caption), specs, relative_to)
         grid = attention.capture.grid
@@ -219,7 +235,9 @@ def measure(
             maps = attention.maps(spec)
             for mention, share in zip(sample.mentions, covered, strict=True):
                 scores[spec].add(maps[mention.word], mention.boxes, share, window)
-    return scores, baselines(mentions, grid)
+    if not count:
+        raise ValueError(f"none of the {len(samples)} images could be measured")
+    return scores, baselines(mentions, grid), count
 
 
 class Row(NamedTuple):

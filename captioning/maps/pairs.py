@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captioning.files import read_json
+from captioning.files import composed, read_json
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def read_per_image(path: Path) -> dict[str, dict[str, Any]]:
             f"--best-worst {path}: needs CLIPScore and caption of every image, as evaluate.py --per-image "
             "OUT.json writes them"
         )
-    return scores
+    return {composed(key): row for key, row in scores.items()}
 
 
 def _is_scored(row: Any) -> bool:

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
-from captioning.device import launched_precision
+from captioning.device import launched_precision, ran_out_of_memory
 from captioning.imports import import_guarded
 from captioning.messages import first_sentence
 from decoder import attention_weights
@@ -253,14 +253,15 @@ def load_llava(
         try:
             net, info = architecture.from_pretrained(model, output_loading_info=True, **options)
             processor = transformers.AutoProcessor.from_pretrained(model, revision=revision)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(f"--model {model} does not fit into the memory of {device}: use --load-in-4bit") from error
         except pickle.UnpicklingError as error:  # torch's own message says how to run its code
             raise ValueError(
                 f"--model {model}: its weights are a damaged pickle, or one that wants to run code, which "
                 "is never done; use safetensors instead"
             ) from error
         except (OSError, EOFError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and ran_out_of_memory(error):
+                remedy = f"--model {model} does not fit into the memory of {device}: use --load-in-4bit"
+                raise ValueError(remedy) from error
             raise ValueError(f"--model {model}: {first_sentence(error)}; {_remedy(model)}") from error
     absent = sorted(info["missing_keys"]) + sorted(str(m) for m in info["mismatched_keys"])
     if absent:  # transformers would use random numbers there

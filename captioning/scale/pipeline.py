@@ -95,6 +95,8 @@ def _caption(
 def _finish(run: ShardRun, results: Results, shards: Sequence[Shard]) -> int:
     totals = results.finish(shards)
     run.source.forget(results.folder.state)
+    if totals["others"]:
+        log.info("%d other files than images were passed over in archives; --entries chooses others", totals["others"])
     if not any(totals[name] for name in ("unreadable", "duplicates", "damaged")):
         return 0
     log.error(

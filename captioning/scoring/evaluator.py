@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from captioning.data.annotations import Annotations, check_keys, find_images
+from captioning.device import ran_out_of_memory
 from captioning.messages import some
 from captioning.scoring.cache import ReferenceSide, cached_image_features, cached_reference_side, make_reference_side
 from captioning.scoring.caption_stats import caption_statistics
@@ -183,7 +184,9 @@ class Evaluator:
             labels = METRICS[name].labels
             try:
                 result.add(labels, future.result(), predictions)
-            except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            except (ValueError, OSError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not ran_out_of_memory(error):
+                    raise
                 result.errors.update(dict.fromkeys(labels, str(error)))
                 log.error("%s not computed: %s", "/".join(labels), error)
         return result

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import html
+import logging
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
 from captioning.data.images import load_image
 from captioning.files import data_url
+
+log = logging.getLogger(__name__)
 
 SHOWN = 12  # images in a section
 PIXELS = 360  # the longer side of a picture on the page, at most
@@ -41,8 +44,8 @@ def page(
     scores: Iterable[str],
     origin: str,
     seed: int = 0,
-) -> str:
-    """Return the page as text.
+) -> tuple[str, list[str]]:
+    """Return the page as text, and the images whose pictures cannot be read: those are named on it and in the log.
 
     Args:
         ranking: by image, its scores and its ``caption``, best first (``Evaluation.ranking``).
@@ -51,36 +54,45 @@ def page(
         scores: the lines with the results.
         origin: what made the numbers.
         seed: of the random choice.
-
-    Raises:
-        OSError, ValueError: as ``data.images.load_image``.
     """
     images = list(ranking)
     best, others = images[:SHOWN], images[SHOWN:]
     worst, rest = others[::-1][:SHOWN], others[:-SHOWN]
     drawn = random.Random(seed).sample(rest, min(SHOWN, len(rest)))
-    sections = ""
+    sections, unreadable = "", []
     for title, shown in [("Best", best), ("Worst, from the end", worst), ("Random, of the others", drawn)]:
         if shown:
-            cards = "".join(_card(image, ranking[image], references[image], paths[image]) for image in shown)
+            pictures = {image: _picture(paths[image]) for image in shown}
+            unreadable += [image for image, picture in pictures.items() if not picture]
+            cards = "".join(_card(image, ranking[image], references[image], pictures[image]) for image in shown)
             sections += f"<h2>{title}: {len(shown)} of {len(images)}</h2>\n<ol>\n{cards}</ol>\n"
     lines = "".join(f'<p class="scores">{html.escape(line)}</p>\n' for line in scores)
-    return (
+    text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Captions</title><style>{STYLE}</style></head>\n<body><h1>Captions</h1>\n{lines}"
         f'<p class="origin">{html.escape(origin)}</p>\n{sections}</body></html>\n'
     )
+    return text, unreadable
 
 
-def _card(image: str, row: Mapping[str, float | str], references: Sequence[str], path: str | os.PathLike) -> str:
+def _picture(path: str | os.PathLike) -> str:
+    """Return a picture as a ``data:`` URL; nothing where it cannot be read, which is logged."""
+    try:
+        return data_url(load_image(path), PIXELS)
+    except (ValueError, OSError) as error:
+        log.error("not shown: %s", error)
+        return ""
+
+
+def _card(image: str, row: Mapping[str, float | str], references: Sequence[str], picture: str) -> str:
     caption = str(row["caption"]).strip() or "(empty)"
     numbers = " · ".join(f"{metric} {score:.3f}" for metric, score in row.items() if metric != "caption")
     listed = "".join(f"<li>{html.escape(reference)}</li>" for reference in references)
     name, caption = html.escape(image), html.escape(caption)
-    url = data_url(load_image(path), PIXELS)
+    shown = f'<img alt="{caption}" loading="lazy" src="{picture}">' if picture else "<p>The picture cannot be read.</p>"
     return (
-        f'<li><img alt="{caption}" loading="lazy" src="{url}"><div class="text">'
+        f'<li>{shown}<div class="text">'
         f'<p class="caption">{caption}</p><p class="numbers">{html.escape(numbers)}</p><p class="name">{name}</p>'
         f"<details><summary>{len(references)} references</summary><ul>{listed}</ul></details></div></li>\n"
     )

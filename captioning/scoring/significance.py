@@ -6,7 +6,7 @@ what they were.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class Comparison:
         return {**vars(self), "confidence": CONFIDENCE, "largest": dict(self.largest)}
 
 
-def bootstrap_interval(scores: np.ndarray, draws: int, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(scores: Sequence[float] | np.ndarray, draws: int, seed: int = 0) -> tuple[float, float]:
     """Return the percentile interval of the mean of ``scores`` ``(n,)`` from ``draws`` resamples of the images.
 
     Raises:

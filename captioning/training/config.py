@@ -68,7 +68,7 @@ class TrainConfig:
         None, "captions of an image that an epoch shows (default: all)", parse=int, at_least=1
     )
     seed: int = option(0, "of weights, order and dropout", at_least=0)
-    precision: str = option("auto", "fp32, bf16, or auto: bf16 on CUDA", choices=PRECISIONS)
+    precision: str = option("auto", "fp32, bf16, or auto: bf16 on a GPU that has it", choices=PRECISIONS)
     preprocessing: str = option(
         "own",
         "own: the encoder's; imagenet: what timm answers to a name, ImageNet's mean, deviation and crop",

@@ -27,7 +27,7 @@ from captioning.data.batches import (
 )
 from captioning.data.feature_cache import FeatureCache
 from captioning.data.tokenizer import Tokenizer
-from captioning.device import autocast, product_dtype
+from captioning.device import autocast, product_dtype, ran_out_of_memory
 from captioning.distributed import ALONE, Processes
 from captioning.inference.captions import caption_features
 from captioning.models.captioner import Captioner
@@ -166,7 +166,9 @@ class Trainer:
                     record = {"kind": "epoch", "epoch": progress.epoch, "step": progress.step, "train_loss": loss}
                     record |= self.validate()
                     self.keep(record)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             raise ValueError(memory_advice(self.config, self.device)) from error
         if self.out_of_patience:
             log.info("stopped after epoch %d: none of the last %d was better", progress.epoch, progress.stale)

@@ -189,6 +189,8 @@ def test_the_flickr_files_of_karpathy_have_no_folder_and_no_cocoid(tmp_path):
             "image,caption\na.jpg,a dog, and a cat\n",
             "line 2: 3 cells with ',' between, and 2 in the first line",
         ),
+        ("a.csv", 'image,caption\na.jpg,"a dog\nb.jpg,a cat\n', "line 3: unexpected end of data"),
+        ("a.csv", 'image,caption\na.jpg,"a" dog\n', "line 2: ',' expected after '\"'"),
         ("a.csv", "image|caption\na.jpg|a dog\nb.jpg a cat\n", "line 3: 1 cells with '|' between"),
         (
             "a.json",
@@ -196,6 +198,8 @@ def test_the_flickr_files_of_karpathy_have_no_folder_and_no_cocoid(tmp_path):
             r"images\[0\] \(a.jpg\) needs a list 'sentences'",
         ),
         ("a.json", '{"images": [{"filename": "a.jpg", "sentences": []}, 5]}', r"images\[1\] "),
+        ("a.json", '{"images": [{"filename": "a.jpg", "split": [1], "sentences": []}]}', r"images\[0\] needs split "),
+        ("a.json", '{"images": [{"filename": "a.jpg", "filepath": 5, "sentences": []}]}', r"images\[0\] needs filep"),
         ("a.json", '{"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "x"}]}', "does not list: 2"),
         ("a.json", '{"images": [{"id": 1.5}], "annotations": []}', r"images\[0\] needs 'id' as an integer or text"),
     ],
@@ -231,6 +235,12 @@ def test_ids_without_names_may_be_text_and_must_differ(tmp_path):
     content["images"][1]["id"] = "a"
     with pytest.raises(ValueError, match="two images have the id 'a'"):
         load_annotations(written(tmp_path, "gt.json", json.dumps(content)))
+
+
+def test_a_missing_file_is_named_whatever_its_suffix(tmp_path):
+    for name in ("a.json", "a.parquet", "a.txt", "folder"):
+        with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
+            read_images(tmp_path / name)
 
 
 def test_references_go_to_the_other_flag(tmp_path):

@@ -12,6 +12,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from caption_layouts import PREDICTION_FILES, REFERENCE_FILES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutate import damaged_bytes, damaged_json
@@ -188,6 +189,35 @@ def test_damaged_json_is_read_or_refused(scenes, tmp_path, try_damage, count, ki
     shutil.copytree(scenes, folder)
     name, read = JSON_READERS[kind]
     try_damage(f"JSON: {kind}", lambda: read(folder), [folder / name], count, damaged_json)
+
+
+def damaged_layout(content, rng):
+    try:
+        json.loads(content)
+    except ValueError:  # JSON lines, tables, token files
+        return damaged_bytes(content, rng)
+    return damaged_json(content, rng)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_damaged_captions_in_any_layout_are_read_or_refused(tmp_path, try_damage, count):
+    references, predictions = (
+        [tmp_path / f"{kind}_{name}" for name in files]
+        for kind, files in (("references", REFERENCE_FILES), ("predictions", PREDICTION_FILES))
+    )
+    for path, text in zip(
+        references + predictions, (*REFERENCE_FILES.values(), *PREDICTION_FILES.values()), strict=True
+    ):
+        path.write_text(text, encoding="utf-8")
+    known = load_annotations(references[0])
+
+    def read():
+        for path in references:
+            load_annotations(path, "test")
+        for path in predictions:
+            load_predictions(path, known)
+
+    try_damage("captions in any layout", read, references + predictions, count, damaged_layout)
 
 
 @pytest.mark.parametrize("count", COUNTS)

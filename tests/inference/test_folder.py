@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import unicodedata
 from typing import ClassVar
 
 import pytest
@@ -203,3 +204,18 @@ def test_every_image_belongs_to_one_process(tmp_path, images):
             if rank == 0:
                 assert len(predictions.finish(entries)) == 7
     assert sorted(seen) == list(range(7))
+
+
+def test_a_side_file_with_names_in_the_other_form_of_unicode_is_resumed(tmp_path, images):
+    """An earlier version keyed by the name as the disk has it."""
+    split, composed = (unicodedata.normalize(form, "é") for form in ("NFD", "NFC"))
+    images[0] = images[0].rename(tmp_path / "images" / f"{split}.png")
+    lines = [
+        {"run": {"model": "m", "beams": [1, 2]}},
+        {"image": split, "caption": "old", "check": append_log.checksum(split, "old")},
+    ]
+    (tmp_path / "out.json.part.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = []
+    captions = run(tmp_path / "out.json", images, lambda levels: seen.extend(levels) or say(levels))
+    assert captions == {composed: "old", **{str(k): f"level {k}" for k in range(1, 7)}}
+    assert seen == [1, 2, 3, 4, 5, 6]

@@ -28,7 +28,9 @@ def pictures(tmp_path):
 def make_page(paths, caption="a cat"):
     ranking = {image: {"CIDEr": 9.0 - k, "caption": f"{caption} {k}"} for k, image in enumerate(paths)}
     references = {image: [f"reference of {image}", EVIL] for image in paths}
-    return gallery.page(ranking, references, paths, ["CIDEr: 0.5 <b>"], "tokenizer & device")
+    text, unreadable = gallery.page(ranking, references, paths, ["CIDEr: 0.5 <b>"], "tokenizer & device")
+    assert not unreadable
+    return text
 
 
 class Outline(HTMLParser):
@@ -89,9 +91,11 @@ def test_pictures_are_small(pictures):
         assert max(image.size) == gallery.PIXELS
 
 
-def test_a_broken_picture_is_named(tmp_path):
+def test_a_broken_picture_is_named_and_spares_the_page(pictures, tmp_path, caplog):
     (tmp_path / "x.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"x\.png: the file is of no known image format"):
-        make_page({"x": tmp_path / "x.png"})
-    with pytest.raises(FileNotFoundError):
-        make_page({"y": tmp_path / "y.png"})
+    paths = {**pictures(2), "x": tmp_path / "x.png", "y": tmp_path / "y.png"}
+    ranking = {name: {"CIDEr": 0.5, "caption": "a cat"} for name in paths}
+    text, unreadable = gallery.page(ranking, {name: ["a dog"] for name in paths}, paths, [], "")
+    assert unreadable == ["x", "y"]
+    assert (text.count("<img "), text.count("The picture cannot be read.")) == (2, 2)
+    assert "x.png: the file is of no known image format" in caplog.text and "y.png" in caplog.text

@@ -120,6 +120,40 @@ def test_the_grounding_table(model, tiny_data, tmp_path, adapter, capsys):
     assert "baseline" in capsys.readouterr().out
 
 
+def test_globs_and_subfolders_are_explained_and_one_bad_picture_spares_the_others(
+    images, tmp_path, adapter, caplog, monkeypatch
+):
+    (images / "a" / "b").mkdir(parents=True)
+    (images / "wide.png").rename(images / "a" / "b" / "wide.png")
+    (images / "broken.gif").write_bytes(b"no picture")
+    (images / "notes.txt").touch()
+    text = ("--caption", "A ball.")
+    assert explain("p2", [images / "a" / "**" / "*.png"], tmp_path / "glob", adapter, *text) == 0
+    assert (tmp_path / "glob" / "wide.png").exists()
+    out = tmp_path / "out"
+    assert explain("p2", [images], out, adapter, "--recursive") == PARTIAL
+    assert (out / "a" / "b" / "wide.png").exists() and (out / "a" / "b" / "wide.npz").exists()
+    assert len(list(out.glob("*.npz"))) == 3
+    assert "broken.gif: the file is of no known image format" in caplog.text
+    assert "1 file passed over: notes.txt" in caplog.text
+    monkeypatch.setattr("captioning.maps.explainers.load_image", lambda path: 1 / 0)
+    assert explain("p2", [images], out, adapter) == BAD_INPUT
+    assert f"not explained: {images / 'broken.gif'}: division by zero" in caplog.text
+
+
+def test_one_bad_picture_spares_the_grounding_table(tiny_data, tmp_path, adapter, caplog, capsys):
+    shutil.copytree(tiny_data / "images" / "val", tmp_path / "val")
+    first = sorted((tmp_path / "val").iterdir())[0]
+    first.write_bytes(b"no picture")
+    flags = ("--grounding", tiny_data / "val.json", "--count", 2)
+    assert explain("p2", [tmp_path / "val"], tmp_path / "out", adapter, *flags) == PARTIAL
+    assert f"not measured: {first}" in caplog.text
+    assert "p2: 1 images, " in capsys.readouterr().out
+    for path in (tmp_path / "val").iterdir():
+        path.write_bytes(b"no picture")
+    assert "none of the 2 images" in fails(capsys, "p2", [tmp_path / "val"], tmp_path / "out", adapter, *flags)
+
+
 def fails(capsys, *arguments):
     assert explain(*arguments) == BAD_INPUT
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -133,8 +167,8 @@ def test_bad_input(images, tmp_path, adapter, tiny_data, capsys):
     assert "heads 0 to 1" in fails(capsys, "p2", one, out, adapter, "--heads", "5")
     assert "--caption explains one image" in fails(capsys, "p2", [images], out, adapter, "--caption", "A dog.")
     assert "--caption is empty" in fails(capsys, "p2", one, out, adapter, "--caption", " ")
-    assert "no such file or folder" in fails(capsys, "p2", [tmp_path / "none.jpg"], out, adapter)
-    assert "two files have the stem" in fails(capsys, "p2", [one[0], one[0]], out, adapter)
+    assert "none.jpg: no such file" in fails(capsys, "p2", [tmp_path / "none.jpg"], out, adapter)
+    assert "share the name" in fails(capsys, "p2", [one[0], one[0]], out, adapter)
     assert "--annotation-file" in fails(capsys, "p2", [images], out, adapter, "--best-worst", adapter)
     bad = tmp_path / "bad.json"
     bad.write_text('{"a": {"CIDEr": 1}}')

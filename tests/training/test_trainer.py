@@ -295,9 +295,12 @@ def test_too_many_in_a_row_end_the_run_and_spare_the_last_adapter(tmp_path, monk
     assert all(tensor.isfinite().all() for tensor in weights(out, "last").values())
 
 
-def test_out_of_memory_names_the_flags(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_out_of_memory_names_the_flags(tmp_path, monkeypatch, capsys, error):
     def full(captioner, *args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(Captioner, "loss", full)
     assert train(tmp_path / "run") == BAD_INPUT
