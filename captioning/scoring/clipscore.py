@@ -51,8 +51,7 @@ class ClipScorer:
     Raises:
         FileNotFoundError: the folder has no configuration, or ``weights`` is neither a tag nor a file.
         ValueError: the model is unknown, its activation is not the one that the weights were trained with, the
-            weights cannot be loaded, its tokenizer knows no windows, or open_clip is not installed. It never falls back
-            to random weights.
+            weights cannot be loaded, or open_clip is not installed. It never falls back to random weights.
     """
 
     def __init__(
@@ -76,8 +75,6 @@ class ClipScorer:
                 name, _readable(weights, folder), precision=self.precision, device=self.device
             )
             self.tokenizer = open_clip.get_tokenizer(name)  # truncates at the model's context length, OpenAI's at 77
-        if long == "mean" and not hasattr(self.tokenizer, "sot_token_id"):
-            raise ValueError(f"--clip-long mean: the tokenizer of {model} is not CLIP's; use truncate")
         self.long = long
         self.model.eval().requires_grad_(False)
         self.input_dtype = open_clip.get_input_dtype(self.precision)
@@ -131,9 +128,10 @@ class ClipScorer:
     def encode_texts(self, captions: Sequence[str]) -> torch.Tensor:
         """Return unit-length features ``(n, dim)`` in float32 for captions as they are, without any prefix.
 
-        By ``mean``, the n tokens of a caption that does not fit a context of c are cut into ceil(n / (c - 2)) windows
-        of successive tokens, whose lengths differ by at most one; each is encoded between a start and an end token; and
-        the caption's feature is the mean of their unit-length features, scaled to unit length. Others are as ever.
+        By ``mean``, the n tokens of a caption that does not fit are cut into ceil(n / r) windows of successive tokens,
+        whose lengths differ by at most one, where r is the context less start and end (OpenAI's: 75); each window is
+        encoded as a caption is; and the caption's feature is the mean of the windows' unit-length features, scaled to
+        unit length. Captions that fit are encoded as ever.
         """
         features = self._encode_tokens(self.tokenizer(list(captions)))
         for index in self.truncated(captions) if self.long == "mean" else ():
@@ -144,14 +142,28 @@ class ClipScorer:
         return F.normalize(self.model.encode_text(tokens.to(self.device)).float(), dim=-1)
 
     def _windows(self, caption: str) -> torch.Tensor:
-        """Return the windows of a caption ``(windows, context)``, padded with zeros as open_clip's tokenizer pads."""
-        tokens, context = torch.tensor(self.tokenizer.encode(caption)), self.tokenizer([""]).shape[1]
-        pieces = tokens.tensor_split(math.ceil(len(tokens) / (context - 2)))
-        rows = torch.zeros(len(pieces), context, dtype=torch.long)
-        for row, piece in zip(rows, pieces, strict=True):
-            row[0], row[1 : len(piece) + 1] = self.tokenizer.sot_token_id, piece
-            row[len(piece) + 1] = self.tokenizer.eot_token_id
+        """Return the windows of a caption that does not fit, as rows of tokens ``(windows, context)``.
+
+        What tokenizers put around a caption's own tokens differs, and is read off this caption as a whole and cut.
+        """
+        whole, empty = self.tokenizer([caption, ""], context_length=len(caption.encode()) + 3)
+        (cut,) = self.tokenizer([caption])
+        start, padding = _same_at_start(whole, empty), whole[-1]
+        room = _same_at_start(whole, cut) - start
+        end = cut[start + room :]
+        last = int((whole != padding).nonzero().max()) + 1
+        own = whole[start : last if padding == end[-1] else last - len(end)]
+        rows = padding.repeat(math.ceil(len(own) / room), len(cut))
+        for row, piece in zip(rows, own.tensor_split(len(rows)), strict=True):
+            filled = torch.cat([cut[:start], piece, end])
+            row[: len(filled)] = filled
         return rows
+
+
+def _same_at_start(one: torch.Tensor, other: torch.Tensor) -> int:
+    """Return how many elements two rows have in common before the first that differs."""
+    size = min(len(one), len(other))
+    return int((one[:size] == other[:size]).long().cumprod(dim=0).sum())
 
 
 def clipscore(

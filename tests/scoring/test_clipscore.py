@@ -16,6 +16,7 @@ from scoring_examples import CAPTIONS, STEMS
 from tiny import write_torchscript
 
 from captioning.imports import import_guarded
+from captioning.profiles import PROFILES
 from captioning.scoring.clipscore import ClipScorer, _resolve_clip, clipscore, ref_clip_scores
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # OpenAI's
@@ -100,13 +101,53 @@ def test_captions_that_fit_are_the_same_by_mean(by_windows, scorer):
     assert torch.equal(by_windows.encode_texts(fitting), scorer.encode_texts(fitting))
 
 
-def test_windows_need_clips_own_tokenizer_and_a_known_name(clip_folder, monkeypatch):
-    open_clip = import_guarded("open_clip")
+class OwnTokens:
+    """A tokenizer of words as numbers, with what others put around them: start, end and padding."""
+
+    def __init__(self, start, end, padding):
+        self.start, self.end, self.padding = start, end, padding
+
+    def __call__(self, texts, context_length=12):
+        rows = []
+        for text in texts:
+            own = [int(word) for word in text.split()][: context_length - len(self.start) - len(self.end)]
+            row = [*self.start, *own, *self.end]
+            rows.append(row + [self.padding] * (context_length - len(row)))
+        return torch.tensor(rows)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "padding"),
+    [([98], [99], 0), ([], [99], 0), ([], [99], 99), ([98], [99], 99), ([99], [99], 99), ([97, 98], [99, 96], 0)],
+)
+@pytest.mark.parametrize("count", [12, 13, 24, 25, 60])
+def test_windows_are_whole_captions_to_tokenizers_of_every_kind(scorer, monkeypatch, start, end, padding, count):
+    """CLIP's, the micro world's (no start), T5's (padded with the end), transformers' CLIP and GPT-2's."""
+    tokenizer = OwnTokens(start, end, padding)
+    monkeypatch.setattr(scorer, "tokenizer", tokenizer)
+    words = [str(1 + number % 90) for number in range(count)]
+    room = 12 - len(start) - len(end)
+    parts = np.array_split(words, -(-count // room))
+    expected = tokenizer([" ".join(part) for part in parts])
+    assert scorer._windows(" ".join(words)).tolist() == expected.tolist()
+
+
+def test_an_unknown_way_with_long_captions_is_refused(clip_folder):
     with pytest.raises(ValueError, match="--clip-long middle: use one of truncate, mean"):
         ClipScorer(str(clip_folder), None, torch.device("cpu"), long="middle")
-    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: object())
-    with pytest.raises(ValueError, match=r"--clip-long mean: the tokenizer of .* is not CLIP's; use truncate"):
-        ClipScorer(str(clip_folder), None, torch.device("cpu"), long="mean")
+
+
+def test_the_micro_worlds_scorer_takes_windows_too():
+    """Its tokenizer is not CLIP's: it has no start token."""
+    scorers = [
+        ClipScorer(PROFILES["micro"].clip_model, None, torch.device("cpu"), long=long) for long in ("truncate", "mean")
+    ]
+    caption = "A red bike stands next to a duck. " * 12
+    assert scorers[0].truncated([caption]) == [0]
+    windows = scorers[1]._windows(caption)
+    assert windows.shape[1] == 48
+    expected = torch.nn.functional.normalize(scorers[0]._encode_tokens(windows).mean(0), dim=0)
+    assert torch.allclose(scorers[1].encode_texts([caption])[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
