@@ -33,5 +33,5 @@ def first_sentence(error: Exception) -> str:
 
 
 def naming(subject: object, error: Exception) -> str:
-    """Return an error's message, or where that does not name ``subject`` its first line behind the name."""
+    """Return an error's message, or where that does not name ``subject`` its first line after the name."""
     return str(error) if str(subject) in str(error) else f"{subject}: {first_line(error)}"

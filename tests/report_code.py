@@ -46,7 +46,7 @@ def build_gpt2(state, n_head, rank):
 
 
 def padded(captions, end):
-    """Ids with the end token in front and behind, padded with it (B, L); and the targets, padding left out."""
+    """Ids with the end token before and after them, padded with it (B, L); and the targets, padding left out."""
     longest = max(map(len, captions)) + 2
     ids = torch.full((len(captions), longest), end)
     targets = torch.full((len(captions), longest), IGNORED)

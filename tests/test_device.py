@@ -126,7 +126,7 @@ def test_processes_that_are_announced_without_a_rank_are_refused(monkeypatch, va
     ],
 )
 def test_accelerates_mixed_precision_is_followed_or_warned_of_once(monkeypatch, caplog, asked, precision, on, dtype):
-    """``no`` is what accelerate sets where nobody said anything, so auto stays auto."""
+    """``no`` is what accelerate sets where nothing was said, so auto stays auto."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
     with autocast(torch.device("cpu"), precision):
         assert torch.is_autocast_enabled("cpu") is on

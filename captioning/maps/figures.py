@@ -159,7 +159,7 @@ def _fit(figure: Any, text: Any, width: float, smallest: float = 6.0) -> None:
 
 
 def line(text: object) -> str:
-    """Return ``text`` on one line, with "?" for what no font can draw: control characters and lone surrogates."""
+    """Return ``text`` on one line, with "?" for what no font can draw: control characters and single surrogates."""
     return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", " ".join(str(text).split()))
 
 

@@ -246,7 +246,7 @@ def test_files_that_vanish_under_a_job_end_it_cleanly(jobs, unbroken, captioned,
 
         code, _ = jobs.run("p2_train", train_argv(run), log, empty)
         assert code in (0, BAD_INPUT) and "Traceback" not in log.read_text(), log.read_text()
-        # Without an error the run was done before, or its last files were written anew.
+        # Without an error the run was done before, or its last files were written again.
         whole = code or not (run / "last.safetensors").exists() or same_adapter(run, unbroken[0], "last")
         outcome = "clean errors" if code else "absorbed"
         tally("training: the run folder vanishes", outcome if whole else "silent damage")

@@ -10,7 +10,7 @@ from captioning.inference.encode import StreamEncoder
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_without_a_stream_the_copy_of_the_pixels_is_waited_for(device, monkeypatch):
-    """On MPS a copy that nobody waits for reads pixels that are freed already: captions of wrong pixels, silently."""
+    """On MPS a copy that nothing waits for reads pixels that are freed already: captions of wrong pixels, silently."""
     copies = []
 
     def to(tensor, *where, non_blocking=False):

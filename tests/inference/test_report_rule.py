@@ -103,7 +103,7 @@ def random_captioner() -> Captioner:
 
 @torch.no_grad()
 def literal_on(captioner: Captioner, features: torch.Tensor, vocab: int, eos: int) -> list[int]:
-    """Ids of the literal search for one image (1, N, D). What follows the prefix is read anew for every word."""
+    """Ids of the literal search for one image (1, N, D). What follows the prefix is read again for every word."""
     decoder, start = captioner.decoder, captioner.n_prefix
     cache = decoder.new_cache(1, start + 31)
     decoder(captioner.prefix(features), torch.arange(start), cache=cache)

@@ -35,7 +35,7 @@ def test_the_reports_own_numbers_stand_beside_ours_to_the_letter_and_without_by_
     assert [(row["setting"], row["world"]) for row in rows] == [(s, w) for w in ("full size", "micro") for s in "12345"]
     full, micro = rows[0], rows[5]
     assert full["the report: CIDEr"] == "0.8844035428513431"
-    assert full["ours to the letter: CIDEr"] == full["ours, sound practice: CIDEr"] == ""  # nobody has run it
+    assert full["ours to the letter: CIDEr"] == full["ours, sound practice: CIDEr"] == ""  # no one has run it
     assert micro["the report: CIDEr"] == ""  # it has no micro size
     assert micro["ours to the letter: CIDEr"] == "0.400 ± 0.141"
     assert micro["ours, sound practice: CIDEr"] == "0.500"
