@@ -17,7 +17,16 @@ from captioning.distributed import Processes, join
 from captioning.files import sha256_of, write_json
 from captioning.inference.batches import Entry, Job
 from captioning.inference.folder import PredictionLog, caption_images
-from captioning.models.llava import DTYPES, LAUNCHED_DTYPES, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
+from captioning.models.llava import (
+    DTYPES,
+    LAUNCHED_DTYPES,
+    MAX_NEW_TOKENS,
+    PROMPTS,
+    Llava,
+    check_prompt,
+    load_llava,
+    pick_dtype,
+)
 from captioning.profiles import PROFILES
 from captioning.scale.pipeline import (
     ShardRun,
@@ -48,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", help="hub id or folder of a LLaVA 1.5 (default: the profile's)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--num-beams", type=positive_int, default=1, help="live beams; 1 is greedy search")
-    add("--max-new-tokens", type=positive_int, default=64, help="longest answer in tokens")
+    add("--max-new-tokens", type=positive_int, default=MAX_NEW_TOKENS, help="longest answer in tokens")
     add("--batch-size", type=positive_int, default=16, help="images at once; halved if memory runs out")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; auto: float16, on a CPU float32")
     add("--load-in-4bit", action="store_true", help="quantise the weights (needs bitsandbytes)")

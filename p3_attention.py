@@ -45,7 +45,7 @@ from captioning.maps.explainers import (
 from captioning.maps.pairs import best_and_worst, read_per_image
 from captioning.messages import naming
 from captioning.models.adapter import load_captioner
-from captioning.models.llava import DTYPES, PROMPTS, check_prompt, load_llava, pick_dtype
+from captioning.models.llava import DTYPES, MAX_NEW_TOKENS, PROMPTS, check_prompt, load_llava, pick_dtype
 from captioning.profiles import PROFILES
 from captioning.scale.sources import find_files
 from captioning.timing import Timer
@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--max-new-tokens",
         type=positive_int,
-        help="longest caption in tokens (default: 30 for p2, 64 for p1)",
+        help=f"longest caption in tokens (default: 30 for p2, {MAX_NEW_TOKENS} for p1)",
     )
     add_allow_other_decoder(parser)
     add_common_flags(parser)
@@ -137,7 +137,7 @@ def load_explainer(args: argparse.Namespace, device: torch.device) -> Explainer:
     if args.model == "p1":
         prompt = check_prompt(args.prompt) if args.prompt is not None else PROMPTS[args.setting]
         llava = load_llava(args.llava or profile.llava, device, pick_dtype(args.dtype, device))
-        return LlavaExplainer(llava, prompt, args.beam_size or 1, args.max_new_tokens or 64)
+        return LlavaExplainer(llava, prompt, args.beam_size or 1, args.max_new_tokens or MAX_NEW_TOKENS)
     frozen = (args.decoder or Path(profile.decoder), args.encoder_weights)
     captioner = load_captioner(args.adapter, *frozen, device, profile.encoder_weights, args.allow_other_decoder)
     tokenizer = Tokenizer(args.tokenizer or profile.tokenizer)

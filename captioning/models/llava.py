@@ -34,6 +34,7 @@ PROMPTS = {  # the report's two settings
     2: "In one sentence, describe the key objects in the image and their state. For example, "
     "'A red apple lies on a wooden table' or 'A dog sleeps peacefully on a couch.'",
 }
+MAX_NEW_TOKENS = 200  # longest answer, as in the report's code; an answer that ends is none the longer for it
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LAUNCHED_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # what accelerate calls them
 ARCHITECTURE = "LlavaForConditionalGeneration"
@@ -107,7 +108,7 @@ class Llava:
 
     @torch.no_grad()
     def generate(
-        self, rows: Sequence[Row], num_beams: int = 1, max_new_tokens: int = 64, keep_past: bool = False
+        self, rows: Sequence[Row], num_beams: int = 1, max_new_tokens: int = MAX_NEW_TOKENS, keep_past: bool = False
     ) -> list[list[int]]:
         """Return the answers' token ids, without specials, to rows of any lengths; greedy with one beam.
 
@@ -177,8 +178,13 @@ class Llava:
         return row.past
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return an answer as text, white space at its ends removed."""
-        return self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        """Return an answer as text: what follows its last ``ASSISTANT: ``, white space at both ends removed.
+
+        The report's code cuts the whole conversation there. So a model that goes on to make up further turns has
+        answered what it says in the last one.
+        """
+        answer = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        return answer.rpartition("ASSISTANT: ")[2].strip()
 
     def _generation_config(self, num_beams: int, max_new_tokens: int, pad: int) -> Any:
         """The checkpoint's own settings without those of sampling, which would warn that they have no effect."""

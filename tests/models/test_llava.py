@@ -156,6 +156,37 @@ def test_the_command_writes_the_answers_alone(few, tmp_path, capfd, caplog):
     assert "[transformers]" not in capfd.readouterr().err  # its own handler holds the first stderr, before any capture
 
 
+def test_an_answer_has_room_for_the_reports_200_tokens(few, tmp_path, monkeypatch):
+    """And an answer that ends by itself is the same with any limit."""
+    longest, generate_ = [], llava.Llava.generate
+
+    def noted(self, rows, num_beams, max_new_tokens):
+        longest.append(max_new_tokens)
+        return generate_(self, rows, num_beams, max_new_tokens)
+
+    monkeypatch.setattr(llava.Llava, "generate", noted)
+    assert caption(few, tmp_path / "o.json", "--setting", 2) == 0
+    assert caption(few, tmp_path / "p.json", "--setting", 2, "--max-new-tokens", 64) == 0
+    assert longest == [200, 64]
+    assert (tmp_path / "o.json").read_bytes() == (tmp_path / "p.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (" A dog. \n", "A dog."),
+        (" A dog. USER: Where? ASSISTANT: On a couch.", "On a couch."),  # the model goes on by itself
+        (" An ASSISTANT:no space", "An ASSISTANT:no space"),
+        ("", ""),
+    ],
+)
+def test_the_answer_is_what_follows_the_last_assistant(model, said, answer):
+    """The report's code splits the whole conversation there; white space at the ends is ours to drop."""
+    assert model.text(model.processor.tokenizer(said, add_special_tokens=False).input_ids) == answer
+    whole = TEMPLATE.format(PROMPTS[1]) + said
+    assert not said or whole.split("ASSISTANT: ")[-1].strip() == answer
+
+
 def test_settings_and_prompts_decide_the_answer(few, tmp_path):
     for name, flags in {"1": (), "2": ("--setting", "2"), "count": ("--prompt", "How many dogs are there?")}.items():
         assert caption(few, tmp_path / f"{name}.json", *flags) == 0
@@ -260,7 +291,7 @@ def test_truncated_weights_are_an_error(few, tmp_path, copied, capsys):
 
 def test_a_prompt_without_room_for_an_answer(few, tmp_path, capsys):
     message = fails(capsys, few, tmp_path / "o.json", "--prompt", "What is that? " * 200)
-    assert "no room for --max-new-tokens 64" in message
+    assert "no room for --max-new-tokens 200" in message
     assert "no room" in fails(capsys, few, tmp_path / "o.json", "--max-new-tokens", 500)
 
 

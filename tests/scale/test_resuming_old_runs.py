@@ -59,6 +59,7 @@ def expected(old):
 def test_a_folder_is_resumed(folder, script):
     if script == "p1":
         words = [str(folder / "images"), str(folder / "llava.json"), "--model", str(folder / "llava")]
+        words += ["--max-new-tokens", "64"]  # the default of then
         args = p1_llava_caption.build_parser().parse_args(words)
         settings = p1_llava_caption.describe_run(p1_llava_caption.PROMPTS[1], args)
     else:
