@@ -68,6 +68,13 @@ def test_clipscore_belongs_to_the_pair(paths, scorer):
     assert [stem for stem in STEMS if right[stem] != pytest.approx(swapped[stem], abs=1e-4)] == ["im0", "im2"]
 
 
+@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "local-dir:" + PROFILES["micro"].clip_model])
+def test_white_space_at_a_captions_ends_changes_nothing(name):
+    """The report's code does not strip its captions, and ours does; CIDEr is in test_tokenizers.py."""
+    tokenizer = import_guarded("open_clip").get_tokenizer(name)
+    assert torch.equal(tokenizer([" A red dog. \n"]), tokenizer(["A red dog."]))
+
+
 def test_captions_are_truncated_at_the_context_length(scorer):
     shorter, cut, longer = scorer.encode_texts(["word " * 74, "word " * 75, "word " * 200])  # 75 + start + end = 77
     assert torch.allclose(cut, longer, atol=1e-6)
