@@ -63,7 +63,7 @@ def by_key(where: object, names: Iterable[str], paths: Iterable[Path]) -> dict[s
         if other is not path:
             raise ValueError(
                 f"{where}: {other.name} and {path.name} share the name {key!r} without suffix, by which "
-                "predictions are keyed; rename or remove one"
+                "predictions are keyed; rename or remove one, or choose by a glob such as '*.jpg'"
             )
     return found
 

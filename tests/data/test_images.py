@@ -12,6 +12,7 @@ from PIL import Image
 from captioning.data import images as images_module
 from captioning.data.images import DRAFT_FACTOR, decode_image, formats, load_image
 from captioning.data.listing import list_images
+from captioning.profiles import ROOT
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -205,6 +206,12 @@ def test_formats_that_pillow_hands_to_other_programs_are_not_opened(monkeypatch)
     with pytest.raises(ValueError, match="of no known image format"):
         decode_image(eps.getvalue(), "a.jpg")
     assert {"JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF"} & {*Image.OPEN} <= {*formats()}
+
+
+def test_one_loader_opens_the_pictures_of_all():
+    """CLIPScore and the captioner saw different pictures. document.py opens the figures that it has just drawn."""
+    openers = {path.name for path in (ROOT / "captioning").rglob("*.py") if "with Image.open(" in path.read_text()}
+    assert openers == {"images.py", "document.py"}
 
 
 # --- JPEG drafts ----------------------------------------------------------------------------------------------------
