@@ -1,10 +1,14 @@
 """explainers.py: both models give their attention, and a planted patch comes back to the right pixels."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
 from captioning.data.tokenizer import Tokenizer
+from captioning.inference import captions
+from captioning.inference.search import SearchResult
 from captioning.maps.attention import MapSpec, cell_centres, token_maps
 from captioning.maps.explainers import (
     CaptionerExplainer,
@@ -51,6 +55,16 @@ def explainer(request, p1, p2):
 
 def image(size=(200, 120)):
     return Image.effect_noise(size, 80).convert("RGB")
+
+
+def test_maps_explain_the_caption_that_the_adapters_search_rule_finds(p2, monkeypatch):
+    monkeypatch.setattr(captions, "report_search", lambda *sizes: SearchResult([[40, 41]], []))
+    explainer = p2()
+    inputs, found = explainer.prepare(image()), []
+    for rule in ("beam", "report"):
+        explainer.captioner.config = replace(explainer.captioner.config, search_rule=rule)
+        found.append(explainer.text(explainer.caption(inputs)))
+    assert found[0] != found[1] == explainer.text([40, 41])
 
 
 def test_weights_are_attention_and_equal_with_and_without_the_images_rows(explainer):

@@ -12,6 +12,8 @@ import torch
 from runs import STEPS, assert_same_run, records, same, signal_at, train, weights
 
 from captioning.cli import BAD_INPUT, INTERRUPTED, STOPPED
+from captioning.inference import captions
+from captioning.inference.search import SearchResult
 from captioning.models.captioner import Captioner
 from captioning.scoring import evaluator
 from captioning.training.config import SETTINGS, TrainConfig
@@ -43,6 +45,15 @@ def test_first_only_the_projector_learns_and_lora_then_begins_without_momentum(t
     assert set(projector["params"]) <= optimizer["state"].keys()
     assert train(tmp_path / "longer", "--projector-epochs", 1) == 0
     assert all(t.any() for name, t in weights(tmp_path / "longer", "last").items() if name.endswith("lora_B"))
+
+
+@pytest.mark.parametrize("rule", ["beam", "report"])
+def test_validation_is_searched_by_the_adapters_rule(rule, tmp_path, monkeypatch):
+    validated = []
+    monkeypatch.setattr(evaluator, "cider", lambda references, predictions: (validated.append(predictions) or 0.5, {}))
+    monkeypatch.setattr(captions, "report_search", lambda step, batch, *sizes: SearchResult([[9]] * batch, []))
+    assert train(tmp_path / "run", "--epochs", 1, "--search-rule", rule) == 0
+    assert (len(set(validated[-1].values())) == 1) == (rule == "report")
 
 
 def test_the_projector_has_its_own_learning_rate(tmp_path, monkeypatch):
