@@ -94,12 +94,12 @@ class _DwindlingBeams(Beams):
         return [row[:-1] if row[-1] == self.eos else row for _, _, row in beams], beams[0][0]
 
 
-def first_best(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the places of the ``count`` largest float32 values (B, N), best first, (B, count).
+def first_best(sums: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the places of the ``count`` best sums of log-probabilities (B, N), float32, best first, (B, count).
 
-    Of equal ones the first stands in front, which ``topk`` leaves open: it is given integers, all different, made of a
-    value's bits, which order like the values once those of negative ones are turned round, and of its place.
+    Of equal ones the first stands in front, which ``topk`` leaves open. So it is given whole numbers, all different: in
+    front the bits of the sum, which order numbers of one sign by their size, as no sum is above 0, and then the place.
     """
-    bits = (values + 0.0).view(torch.int32)  # no -0.0, which equals 0.0
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    return ((bits << 32) - torch.arange(values.shape[1], device=values.device)).topk(count).indices
+    sizes = sums.abs().view(torch.int32).long()
+    keys = sizes.bitwise_left_shift_(32).add_(torch.arange(sums.shape[1], device=sums.device))
+    return keys.topk(count, largest=False).indices

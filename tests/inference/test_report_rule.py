@@ -173,6 +173,21 @@ def test_of_equals_the_first_wins(beams, wanted):
     assert found.tokens == [wanted] * 2
 
 
+def test_of_equal_scores_the_one_that_was_finished_first_wins():
+    """[1] has -3 over 3 ids, [2, 1] has -4 over 4."""
+    tree = {(): {1: -1.5, 2: -2.0}, (1,): {EOS: -1.5}, (2,): {1: -1.0}, (2, 1): {EOS: -1.0}, (1, EOS): {}}
+
+    def logits(row: int, history: list[int]) -> torch.Tensor:
+        planned = tree[tuple(history)]
+        rest = 1 - sum(map(math.exp, planned.values()))  # the other words share it, and none of them is likely
+        return torch.tensor([planned.get(word, math.log(rest / (8 - len(planned)))) for word in range(8)])
+
+    model = TableModel(8, 1, 1)
+    model.logits = logits
+    assert literal(model, 0, 2, 9) == [EOS, 1, EOS]
+    assert report_search(model.step([0]), 1, EOS, EOS, 2, 9).finished == [[[1], [2, 1]]]
+
+
 def test_rules_of_wording_hold():
     """No token twice, and EOS not before the fourth: of equals the first that may be said, then EOS as it is first."""
     model = TableModel(8, 1, 1, sharpness=0.0)
@@ -187,7 +202,7 @@ def test_rules_of_wording_hold():
 @pytest.mark.parametrize("seed", range(4))
 def test_the_first_of_equal_values_comes_first(seed):
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(5, 3000, generator=generator).mul(10).round() / 8  # many ties, both signs, 0.0 and -0.0
+    values = torch.randn(5, 3000, generator=generator).mul(10).round().clamp(max=0) / 8  # many ties, 0.0 and -0.0
     values[torch.rand(values.shape, generator=generator) < 0.2] = -math.inf
     values[0] = -math.inf
     values[1] *= 1e-42  # denormal
