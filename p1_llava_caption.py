@@ -12,11 +12,20 @@ from typing import Any
 
 from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
 from captioning.data.annotations import Annotations, load_annotations, match_captions, predicted_split
+from captioning.data.ranked import Ranked
 from captioning.device import pick_device
 from captioning.distributed import Processes, join
 from captioning.files import sha256_of, write_json
 from captioning.inference.batches import Entry, Job
 from captioning.inference.folder import PredictionLog, caption_images
+from captioning.inference.options import (
+    add_options,
+    check_options,
+    describe_options,
+    ranked_count,
+    text_files,
+    wording_of,
+)
 from captioning.models.llava import (
     DTYPES,
     LAUNCHED_DTYPES,
@@ -64,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace an existing OUT.json")
     add("--annotation-file", type=Path, help="references of the images, for --compare; layouts: docs/scoring.md")
     add_common_flags(parser)
+    add_options(parser)
     add_flags(parser)
     return parser
 
@@ -83,6 +93,7 @@ def describe_run(prompt: str, args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model or PROFILES[args.profile].llava,
         "prompt": prompt,
         **{name: getattr(args, name) for name in ("revision", "num_beams", "max_new_tokens", "dtype", "load_in_4bit")},
+        **describe_options(args),
     }
 
 
@@ -93,8 +104,13 @@ def job_of(model: Llava, prompt: str, args: argparse.Namespace) -> Job:
     any_image = Image.new("RGB", (336, 336))  # an image's size does not change how many tokens it has
     model.check_room(model.row(any_image, prompt), args.max_new_tokens)
 
+    sizes, options, count = (args.num_beams, args.max_new_tokens), wording_of(args).for_generate(), ranked_count(args)
+
     def caption(rows: list[Any]) -> list[str]:
-        return [model.text(tokens) for tokens in model.generate(rows, args.num_beams, args.max_new_tokens)]
+        if not count:
+            return [model.text(tokens) for tokens in model.generate(rows, *sizes, options=options)]
+        found = model.ranked(rows, *sizes, count, options)
+        return [Ranked((model.text(tokens), score) for tokens, score in answers) for answers in found]
 
     return Job(lambda image: model.row(image, prompt), caption)
 
@@ -131,11 +147,14 @@ def caption_many(args: argparse.Namespace, processes: Processes) -> int:
 
 def caption_folder(images: list[Entry], args: argparse.Namespace, processes: Processes) -> dict[str, dict[str, str]]:
     """Caption a folder's images with each prompt; return the captions, ``{setting: {key: caption}}``."""
+    texts = text_files(args)
     with contextlib.ExitStack() as stack:
         logs = {
-            name: stack.enter_context(PredictionLog(out, describe_run(prompt, args), args.overwrite, processes))
+            name: stack.enter_context(PredictionLog(out, describe_run(prompt, args), args.overwrite, processes, texts))
             for name, (prompt, out) in prompts(args).items()
         }
+        for predictions in logs.values():
+            predictions.check_texts(images)
         model = load_model(args)
         jobs = {name: job_of(model, prompt, args) for name, (prompt, _) in prompts(args).items()}
         for name, job in jobs.items():
@@ -182,6 +201,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--compare and --annotation-file go together: the table needs references")
     if args.compare and (args.recursive or source_of(args).kind != "folder"):
         raise ValueError("--compare: scores the images directly in one folder; give that, without --recursive")
+    if args.compare and args.txt is not None:
+        raise ValueError("--compare and --txt: a picture has two captions then; leave one flag out")
+    check_options(args, "--num-beams", args.num_beams, is_plain_folder(args))
 
 
 @command

@@ -28,6 +28,14 @@ from captioning.inference.batches import Job
 from captioning.inference.captions import caption_features, check_length_penalty, check_vocabulary
 from captioning.inference.encode import Encoded, StreamEncoder, draft_side
 from captioning.inference.folder import PredictionLog, caption_images
+from captioning.inference.options import (
+    add_options,
+    check_options,
+    describe_options,
+    ranked_count,
+    text_files,
+    wording_of,
+)
 from captioning.models.adapter import load_captioner, read_adapter
 from captioning.models.captioner import SEARCH_RULES, Captioner
 from captioning.models.inference_weights import prepare
@@ -82,11 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_allow_other_decoder(parser)
     add_common_flags(parser)
+    add_options(parser)
     add_flags(parser)
     add(
         "--overwrite",
         action="store_true",
-        help="with shards: drop another run's results (a folder's own OUT.json always is)",
+        help="with shards: drop another run's results (a folder's own OUT.json always is); with --txt: replace files",
     )
     return parser
 
@@ -95,7 +104,7 @@ def caption_function(
     captioner: Captioner, tokenizer: Tokenizer, encoder: StreamEncoder, args: argparse.Namespace
 ) -> Callable[[list], list[str]]:
     """Return what makes captions of a list of encoded images."""
-    steps, longest = None, args.max_new_tokens
+    steps, longest, wording, count = None, args.max_new_tokens, wording_of(args), ranked_count(args)
     if args.compile:
         with autocast(captioner.device, args.precision):
             steps = CompiledStepFunction(
@@ -105,9 +114,8 @@ def caption_function(
     def caption(encoded: list[Encoded]) -> list[str]:
         with autocast(captioner.device, args.precision):
             features = encoder.gather(encoded)
-            return caption_features(
-                captioner, tokenizer, features, args.beam_size, longest, args.length_penalty, steps, args.search_rule
-            )
+            how = (args.beam_size, longest, args.length_penalty, steps, args.search_rule, wording, count)
+            return caption_features(captioner, tokenizer, features, *how)
 
     return caption
 
@@ -123,6 +131,7 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(args, name) for name in flags},
         # The adapter's own fingerprint of the decoder, which loading holds against the file, does not hold then.
         **({"other_decoder": fingerprint(read_state_dict(args.decoder))} if args.allow_other_decoder else {}),
+        **describe_options(args),
         **({"search_rule": "report"} if args.search_rule == "report" else {}),  # others' side files have no such key
     }
 
@@ -174,8 +183,10 @@ def caption(args: argparse.Namespace, processes: Processes) -> int:
         return caption_source(run, functools.partial(load_job, args), processes)
     images = processes.from_first(source_of(args).images)
     settle_search(args)
-    job = load_job(args)
-    with PredictionLog(args.out, describe_run(args), overwrite=True, processes=processes) as predictions:
+    run, texts = describe_run(args), text_files(args)
+    with PredictionLog(args.out, run, overwrite=True, processes=processes, texts=texts) as predictions:
+        predictions.check_texts(images)
+        job = load_job(args)
         caption_images(predictions, images, job, args.batch_size)
         captions = predictions.finish(images)
     return PARTIAL if len(captions) < len(images) else 0
@@ -186,6 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     """Caption images; return 0, or 3 (``PARTIAL``) where an image could not be read."""
     args = build_parser().parse_args(argv)
     setup_logging(args.verbose)
+    check_options(args, "--beam-size", args.beam_size, is_plain_folder(args))
     with join(pick_device("auto" if args.engine == "ray" else args.device)) as processes:
         return caption(args, processes)
 

@@ -6,6 +6,7 @@ coco           records in COCO's layout                         metadata       t
 names          which image a name or number means               part_files     captions as JSONL or Parquet
 tokenizer      GPT-2's byte-level BPE                           batches        captions packed after their image
 feature_cache  the frozen encoder's tokens, kept on disk        hw3_dataset    makes hw3_data/, for hw3_download.sh
+ranked         captions that carry scores
 """
 
 import importlib

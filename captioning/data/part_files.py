@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from captioning.data.ranked import caption_of, record_of
 from captioning.files import atomic_path, composed, parse_json
 from captioning.imports import import_guarded
 
@@ -22,8 +23,11 @@ def form_of(out: Path, asked: str) -> str:
     return {".jsonl": "jsonl", ".parquet": "parquet"}.get(out.suffix.lower(), "json")
 
 
-def write_part(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+def write_part(path: Path, rows: Iterable[tuple[str, str]], ranked: bool = False) -> None:
     """Write (key, caption) rows as JSONL or Parquet, by the suffix of ``path``, atomically.
+
+    Captions that are ``Ranked`` have their scores beside them, in the field or column ``ranked``. Parquet must be told
+    by ``ranked``: all files of a run have the same columns, those without a row too.
 
     Raises:
         OSError: naming the file and what to do.
@@ -31,11 +35,11 @@ def write_part(path: Path, rows: Iterable[tuple[str, str]]) -> None:
     try:
         with atomic_path(path) as temporary:
             if path.suffix == ".parquet":
-                _write_parquet(temporary, rows)
+                _write_parquet(temporary, rows, ranked)
             else:
                 with temporary.open("w", encoding="utf-8") as file:
                     for key, caption in rows:
-                        file.write(json.dumps({"key": key, "caption": caption}, ensure_ascii=False) + "\n")
+                        file.write(json.dumps({"key": key, **record_of(caption)}, ensure_ascii=False) + "\n")
     except OSError as error:
         raise OSError(
             f"{path}: cannot be written ({error}); the captions so far are kept, so make room and run the "
@@ -48,22 +52,25 @@ def read_part(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix == ".parquet":
         with parquet().ParquetFile(path) as file:
             for batch in file.iter_batches(ROWS):
-                yield from zip(map(composed, batch["key"].to_pylist()), batch["caption"].to_pylist(), strict=True)
+                yield from ((composed(row["key"]), caption_of(row)) for row in batch.to_pylist())
         return
     with path.open("rb") as file:
         for line in file:
             row = parse_json(line.decode())
-            yield composed(row["key"]), row["caption"]
+            yield composed(row["key"]), caption_of(row)
 
 
-def _write_parquet(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+def _write_parquet(path: Path, rows: Iterable[tuple[str, str]], ranked: bool) -> None:
     arrow, module = import_guarded("pyarrow"), parquet()
-    schema = arrow.schema([("key", arrow.string()), ("caption", arrow.string())])
+    columns = [("key", arrow.string()), ("caption", arrow.string())]
+    if ranked:
+        columns.append(("ranked", arrow.list_(arrow.struct([("caption", arrow.string()), ("score", arrow.float64())]))))
+    schema = arrow.schema(columns)
     left = iter(rows)
     with module.ParquetWriter(path, schema) as writer:
         while chunk := list(itertools.islice(left, ROWS)):
-            keys, captions = zip(*chunk, strict=True)
-            writer.write_table(arrow.table([keys, captions], schema=schema))
+            records = [{"key": key, **record_of(caption)} for key, caption in chunk]
+            writer.write_table(arrow.Table.from_pylist(records, schema=schema))
 
 
 def parquet() -> Any:

@@ -4,6 +4,7 @@ search       greedy and beam search over a step function       captions    capti
 report_rule  beam search as the report's code ran it           encode      from image files to encoder tokens
 batches      entries read ahead and captioned in batches       folder      a folder into one JSON, resumable
 append_log   captions kept as they come                        wording     what captions may not say
+options      flags of the scripts that caption                 text_files  captions as .txt files
 """
 
 from captioning.inference.batches import Job

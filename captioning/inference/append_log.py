@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from captioning.data.ranked import caption_of, record_of
 from captioning.files import composed, lock, parse_json
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class AppendLog:
         """Keep the captions of a batch, ``{image: caption}``. Raises OSError, naming the file, where that fails."""
         self._write(
             *(
-                {"image": image, "caption": caption, "check": checksum(image, caption)}
+                {"image": image, **record_of(caption), "check": checksum(image, caption)}
                 for image, caption in captions.items()
             )
         )
@@ -91,7 +92,7 @@ def read_log(path: Path, overwrite: bool = False) -> tuple[dict[str, Any], dict[
 
 def checksum(image: str, caption: str) -> int:
     """Return the checksum of a line."""
-    return zlib.crc32(json.dumps([image, caption]).encode())
+    return zlib.crc32(json.dumps([image, *record_of(caption).values()]).encode())
 
 
 def as_read_back(header: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def _caption_of(line: bytes) -> tuple[str, str] | None:
     """
     try:
         record = parse_json(line.decode())
-        image, caption = record["image"], record["caption"]
+        image, caption = record["image"], caption_of(record)
         return (composed(image), caption) if record["check"] == checksum(image, caption) else None
     except (ValueError, KeyError, TypeError):
         return None

@@ -1,6 +1,7 @@
 """A folder of images into one JSON of captions, resumable after any batch.
 
 OUT.json                the captions, once all are there: {file name without suffix: caption}
+OUT.scores.json         with --scores or --n-best: {key: [{"caption": …, "score": …}, …]}
 OUT.json.part.jsonl     until then, those of the first process so far (see append_log.py)
 OUT.json.part1.jsonl    those of the second process, and so on
 """
@@ -9,16 +10,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from captioning.data.ranked import Ranked
 from captioning.distributed import ALONE, Processes
 from captioning.files import write_json
 from captioning.inference.append_log import AppendLog, as_read_back, other_run, read_log
 from captioning.inference.batches import Entry, Job, caption_entries
+from captioning.inference.text_files import TextFiles
 from captioning.timing import Timer
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ class PredictionLog:
         run: whatever decides the captions; only side files of the same run are resumed.
         overwrite: replace an existing ``out``, and side files of another run.
         processes: share the run.
+        texts: text files to write too.
 
     Attributes:
         captions: found in side files of an interrupted run, and since then this process's.
@@ -44,8 +48,15 @@ class PredictionLog:
             process is writing it.
     """
 
-    def __init__(self, out: Path, run: dict[str, Any], overwrite: bool = False, processes: Processes = ALONE) -> None:
-        self.out, self.processes = out, processes
+    def __init__(
+        self,
+        out: Path,
+        run: dict[str, Any],
+        overwrite: bool = False,
+        processes: Processes = ALONE,
+        texts: TextFiles | None = None,
+    ) -> None:
+        self.out, self.processes, self.texts = out, processes, texts
         self.part = out.with_name(f"{out.name}.part{processes.rank or ''}.jsonl")
         self._header = as_read_back({"run": run})
         if out.is_dir():
@@ -109,6 +120,11 @@ class PredictionLog:
     def _all_captions(self) -> dict[str, str]:
         return {image: caption for path in self._parts() for image, caption in read_log(path)[1].items()}
 
+    def check_texts(self, images: Sequence[Entry]) -> None:
+        """Refuse text files that could not be written at the end. Raises ValueError as ``TextFiles.check``."""
+        if self.texts:
+            self.texts.check(images, self.captions)
+
     def add(self, captions: dict[str, str]) -> None:
         """Keep the captions of a batch, ``{file name without suffix: caption}``."""
         self._side.add(captions)
@@ -130,6 +146,9 @@ class PredictionLog:
         captions = {image.key: found[image.key] for image in images if image.key in found}
         if not captions:
             raise ValueError(f"{self.out}: none of the {len(images)} images could be captioned")
+        if self.texts:
+            self.texts.write(images, captions)
+        publish_scores(self.out, captions)
         write_json(self.out, captions)
         for path in self._parts():
             path.unlink()
@@ -137,6 +156,20 @@ class PredictionLog:
         if len(captions) < len(images):
             log.error("%d of %d images were not captioned", len(images) - len(captions), len(images))
         return captions
+
+
+def scores_file(out: Path) -> Path:
+    """Return the file of scores that belongs to the JSON ``out``."""
+    return out.with_name(f"{out.stem}.scores.json")
+
+
+def publish_scores(out: Path, captions: Mapping[str, str]) -> None:
+    """Write the scores of captions that have them; other captions' scores do not stay beside ``out``."""
+    scores = {key: caption.as_json() for key, caption in captions.items() if isinstance(caption, Ranked)}
+    if scores:
+        write_json(scores_file(out), scores)
+    else:
+        scores_file(out).unlink(missing_ok=True)
 
 
 def caption_images(predictions: PredictionLog, images: Sequence[Entry], job: Job, batch_size: int) -> None:

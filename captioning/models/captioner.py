@@ -170,10 +170,13 @@ class Captioner(nn.Module):
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
         return (losses * counts).sum() / counts.sum()
 
-    def log_probs(self, features: torch.Tensor, batch: Any) -> torch.Tensor:
-        """Return the log-probability of every target that is not padding, row by row: (n,)."""
+    def log_probs(self, features: torch.Tensor, batch: Any, vocab_size: int | None = None) -> torch.Tensor:
+        """Return the log-probability of every target that is not padding, row by row: (n,).
+
+        ``vocab_size`` leaves out the ids of a padded output layer from there on.
+        """
         logits, targets = self._predictions(features, batch)
-        return -F.cross_entropy(logits, targets, reduction="none")
+        return -F.cross_entropy(logits[:, :vocab_size], targets, reduction="none")
 
     def _predictions(
         self, features: torch.Tensor, batch: Any, predict_bos: bool = False

@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,12 +108,50 @@ class Llava:
 
     @torch.no_grad()
     def generate(
-        self, rows: Sequence[Row], num_beams: int = 1, max_new_tokens: int = MAX_NEW_TOKENS, keep_past: bool = False
+        self,
+        rows: Sequence[Row],
+        num_beams: int = 1,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        keep_past: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> list[list[int]]:
         """Return the answers' token ids, without specials, to rows of any lengths; greedy with one beam.
 
-        ``keep_past`` leaves the prompt's keys and values in the row, if there is only one row.
+        ``keep_past`` leaves the prompt's keys and values in the row, if there is only one row. ``options`` are further
+        ones of transformers' ``generate``.
         """
+        output, start = self._generate(rows, num_beams=num_beams, max_new_tokens=max_new_tokens, **(options or {}))
+        if keep_past and len(rows) == 1:
+            rows[0].past = _past(output.past_key_values, start - 1)
+        return [self._until_end(answer) for answer in output.sequences[:, start:].tolist()]
+
+    @torch.no_grad()
+    def ranked(
+        self,
+        rows: Sequence[Row],
+        num_beams: int = 1,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        count: int = 1,
+        options: Mapping[str, Any] | None = None,
+    ) -> list[list[tuple[list[int], float]]]:
+        """Return for each row the ``count`` best answers, of at most ``num_beams``, as (token ids, score).
+
+        A score is the mean log-probability of an answer's tokens, its EOS included, before any of the ``options``.
+        """
+        sizes = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "num_return_sequences": count}
+        output, start = self._generate(rows, output_logits=True, **sizes, **(options or {}))
+        log_probs = self.model.compute_transition_scores(
+            output.sequences, output.logits, getattr(output, "beam_indices", None), normalize_logits=True
+        )
+        found = []
+        for answer, values in zip(output.sequences[:, start:].tolist(), log_probs.tolist(), strict=True):
+            tokens = self._until_end(answer)
+            counted = values[: len(tokens) + 1]  # and of EOS, where the answer ended
+            found.append((tokens, sum(counted) / len(counted)))
+        return [found[first : first + count] for first in range(0, len(found), count)]
+
+    def _generate(self, rows: Sequence[Row], **options: Any) -> tuple[Any, int]:
+        """Return what transformers' ``generate`` returns, and the length of the padded prompts in its sequences."""
         tokenizer = self.processor.tokenizer
         ids = [row.input_ids for row in rows]
         pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # the mask hides it
@@ -124,11 +162,9 @@ class Llava:
             input_ids=input_ids.to(self.device),
             attention_mask=mask.to(self.device),
             pixel_values=pixels.to(self.device, self.model.dtype),
-            generation_config=self._generation_config(num_beams, max_new_tokens, pad),
+            generation_config=self._generation_config(pad_token_id=pad, **options),
         )
-        if keep_past and len(rows) == 1:
-            rows[0].past = _past(output.past_key_values, input_ids.shape[1] - 1)
-        return [self._until_end(answer) for answer in output.sequences[:, input_ids.shape[1] :].tolist()]
+        return output, input_ids.shape[1]
 
     def attend(
         self, row: Row, tokens: Sequence[int], all_rows: bool = False
@@ -186,16 +222,14 @@ class Llava:
         answer = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
         return answer.rpartition("ASSISTANT: ")[2].strip()
 
-    def _generation_config(self, num_beams: int, max_new_tokens: int, pad: int) -> Any:
+    def _generation_config(self, **options: Any) -> Any:
         """The checkpoint's own settings without those of sampling, which would warn that they have no effect."""
         config = copy.deepcopy(self.model.generation_config)
         config.update(
             do_sample=False,
             **dict.fromkeys(("temperature", "top_p", "top_k", "max_length")),
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
             return_dict_in_generate=True,
+            **options,
         )
         return config
 

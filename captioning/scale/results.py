@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from captioning.data.part_files import parquet, read_part, write_part
+from captioning.data.ranked import Ranked
 from captioning.files import atomic_path, lock, read_json, sha256_of, write_json
 from captioning.inference.append_log import as_read_back, other_run
+from captioning.inference.folder import scores_file
 from captioning.messages import some
 from captioning.scale.duplicate_keys import DuplicateKeys
 from captioning.scale.manifest import Manifest, write_lines
@@ -47,7 +49,8 @@ class Results:
         self.out, self.form, self.overwrite = out, form, overwrite
         self._run = as_read_back({"run": run | {"form": form}})
         one = form == "json"
-        self.folder = Folder(out.with_name(f"{out.name}.parts"), "jsonl") if one else Folder(out, form)
+        place = (out.with_name(f"{out.name}.parts"), "jsonl") if one else (out, form)
+        self.folder = Folder(*place, ranked="n_best" in run)
         self.manifest = out.with_name(f"{out.stem}.manifest.json") if one else out / "_manifest.json"
         self._lock: io.FileIO | None = None
 
@@ -136,6 +139,7 @@ class Results:
                 raise ValueError(f"{self.out}: none of the {totals['images']} images could be captioned")
             self._put_aside(shards)
             if self.form == "json":
+                self._publish_scores(shards)
                 write_lines(self.out, "{", self._merged(shards), "}\n")
             manifest.write(self.out, self._run)
         if self.form == "json":
@@ -179,7 +183,7 @@ class Results:
                 else:
                     yield key, caption
 
-        write_part(part, others())
+        write_part(part, others(), self.folder.ranked)
         log.error(
             "%s: %d keys have a caption in an earlier shard, which stays: %s", shard.path, len(dropped), some(dropped)
         )
@@ -205,12 +209,19 @@ class Results:
                 else:
                     part.replace(uncut)
 
-    def _merged(self, shards: Sequence[Shard]) -> Iterator[str]:
+    def _publish_scores(self, shards: Sequence[Shard]) -> None:
+        """Write the file of scores beside the one JSON, or remove an earlier run's."""
+        file = scores_file(self.out)
+        file.unlink(missing_ok=True)
+        if self.folder.ranked:
+            write_lines(file, "{", self._merged(shards, scores=True), "}\n")
+
+    def _merged(self, shards: Sequence[Shard], scores: bool = False) -> Iterator[str]:
         """Yield the lines of the one JSON, as ``files.write_json`` would write them."""
         for shard in shards:
-            for row in read_part(self.folder.part(shard)):
-                key, caption = (json.dumps(text, ensure_ascii=False) for text in row)
-                yield f"  {key}: {caption}"
+            for key, caption in read_part(self.folder.part(shard)):
+                value = caption.as_json() if scores and isinstance(caption, Ranked) else caption
+                yield f"  {json.dumps(key, ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}"
 
 
 def _delete(path: Path) -> None:

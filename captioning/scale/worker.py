@@ -40,6 +40,7 @@ class Folder:
 
     path: Path
     suffix: str = "jsonl"  # of the parts
+    ranked: bool = False  # whether captions have their scores beside them
 
     @property
     def state(self) -> Path:
@@ -179,7 +180,7 @@ class ShardLog:
         """Write the captions as the shard's part, and its record, after the last of :meth:`wanted`."""
         rows = [(key, self.captions[key]) for key in self._keys if key in self.captions]
         part = self.folder.part(self.shard)
-        write_part(part, rows)
+        write_part(part, rows, self.folder.ranked)
         damage, images = self._findings.damage, self._count["images"]
         if damage:
             log.error("%s: damaged; its first %d images were read: %s", self.shard.path, images, damage)

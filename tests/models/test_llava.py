@@ -126,6 +126,35 @@ def test_beams_answer_as_in_plain_generate(model, scenes):
         assert [t for t in plain[0, len(row.input_ids) :].tolist() if t not in model.eos_ids] == tokens
 
 
+OPTIONS = {"min_new_tokens": 6, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3}
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_options_answer_as_in_plain_generate_with_the_models_own_scores(model, scenes, beams):
+    """In a batch of two prompts; scores are those of reading prompt and answer in one pass, without the options."""
+    images = [load_image(path) for path in list_images(scenes / "images" / "val")[:4]]
+    rows = [model.row(image, prompt) for image in images for prompt in (PROMPTS[1], "What is there?")]
+    found = model.ranked(rows, beams, 20, beams, OPTIONS)
+    assert [answers[0][0] for answers in found] == model.generate(rows, beams, 20, options=OPTIONS)
+    assert [answers[0][0] for answers in found] != model.generate(rows, beams, 20)
+    for row, answers in zip(rows, found, strict=True):
+        plain = model.model.generate(
+            input_ids=row.input_ids[None],
+            pixel_values=row.pixel_values,
+            num_beams=beams,
+            num_return_sequences=beams,
+            do_sample=False,
+            max_new_tokens=20,
+            **OPTIONS,
+        )[:, len(row.input_ids) :].tolist()
+        assert [[t for t in answer if t not in model.eos_ids] for answer in plain] == [tokens for tokens, _ in answers]
+        for answer, (tokens, score) in zip(plain, answers, strict=True):
+            read = [*tokens, *answer[len(tokens) : len(tokens) + 1]]  # with EOS, where the answer ended
+            _, logits = model.attend(row, tokens)
+            log_probs = logits.float().log_softmax(-1)[: len(read)].gather(1, torch.tensor(read)[:, None])
+            assert score == pytest.approx(log_probs.mean().item(), abs=1e-4)
+
+
 def test_an_image_takes_the_tokens_that_the_processor_says(model):
     row = model.row(Image.new("RGB", (300, 120)), PROMPTS[1])
     config = model.model.config.vision_config
@@ -160,7 +189,7 @@ def test_an_answer_has_room_for_the_reports_200_tokens(few, tmp_path, monkeypatc
     """And an answer that ends by itself is the same with any limit."""
     longest, generate_ = [], llava.Llava.generate
 
-    def noted(self, rows, num_beams, max_new_tokens):
+    def noted(self, rows, num_beams, max_new_tokens, options):
         longest.append(max_new_tokens)
         return generate_(self, rows, num_beams, max_new_tokens)
 
@@ -193,6 +222,21 @@ def test_settings_and_prompts_decide_the_answer(few, tmp_path):
     one, two, count = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("1", "2", "count"))
     assert one != two
     assert all(text.startswith("There") for text in count.values())
+
+
+def test_scores_several_answers_and_text_files(few, tmp_path, capsys):
+    out, plain = tmp_path / "out.json", tmp_path / "plain.json"
+    assert caption(few, plain, "--num-beams", 3) == 0
+    assert caption(few, out, "--num-beams", 3, "--n-best", 2, "--txt", tmp_path / "texts") == 0
+    captions = json.loads(out.read_text())
+    assert captions == json.loads(plain.read_text())
+    scores = json.loads((tmp_path / "out.scores.json").read_text())
+    for key, text in captions.items():
+        assert scores[key][0]["caption"] == text == (tmp_path / "texts" / f"{key}.txt").read_text()[:-1]
+        assert [len(scores[key]), *map(list, scores[key])] == [2, ["caption", "score"], ["caption", "score"]]
+        assert all(row["score"] < 0 for row in scores[key])
+    assert "--n-best 2: --num-beams 1 finds" in fails(capsys, few, out, "--n-best", 2)
+    assert "--compare and --txt" in fails(capsys, few, out, "--compare", "--annotation-file", few / "v.json", "--txt=x")
 
 
 def test_an_interrupted_run_is_resumed(few, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import p2_infer
 from captioning.data.images import load_image
+from captioning.data.part_files import read_part
 from captioning.inference import batches
 from captioning.inference.encode import StreamEncoder, draft_side
 from captioning.models.adapter import load_captioner
@@ -67,6 +68,79 @@ def quick_compiler(monkeypatch):
     """--compile traces and does not compile: test_step_functions.py does."""
     torch._dynamo.reset()
     monkeypatch.setattr(p2_infer, "CompiledStepFunction", functools.partial(CompiledStepFunction, backend="eager"))
+
+
+def test_options_change_captions_and_write_scores_beside_them(run, tiny_data, tmp_path):
+    images, plain, out = tiny_data / "images" / "val", tmp_path / "plain.json", tmp_path / "out.json"
+    assert infer(images, plain, run / "last.safetensors") == 0
+    assert not (tmp_path / "plain.scores.json").exists()
+    assert infer(images, out, run / "last.safetensors", "--n-best", 2) == 0
+    assert out.read_bytes() == plain.read_bytes()
+    scores = json.loads((tmp_path / "out.scores.json").read_text())
+    assert {key: rows[0]["caption"] for key, rows in scores.items()} == json.loads(out.read_text())
+    assert all(len(rows) == 2 and all(row["score"] < 0 for row in rows) for rows in scores.values())
+
+    rules = ("--min-new-tokens", 12, "--no_repeat_ngram", 1, "--repetition_penalty", 1.2, "--scores")
+    assert infer(images, out, run / "last.safetensors", *rules) == 0
+    ruled = json.loads(out.read_text())
+    assert ruled != json.loads(plain.read_text())
+    assert all(len(text) > 5 for text in ruled.values())
+    assert all(len(rows) == 1 for rows in json.loads((tmp_path / "out.scores.json").read_text()).values())
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "json"])
+def test_scores_of_shards(run, tiny_data, tmp_path, form):
+    """As a folder has them: in the field or column `ranked` of the parts, and beside one JSON."""
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+    images, out = tiny_data / "images" / "val", tmp_path / f"out.{form}"
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{path}\n" for path in sorted(images.iterdir())))
+    flags = ("--n-best", 2, "--batch-size", 2, "--precision", "fp32")
+    assert infer(images, tmp_path / "folder.json", run / "last.safetensors", *flags) == 0
+    expected = json.loads((tmp_path / "folder.scores.json").read_text())
+    assert infer(listed, out, run / "last.safetensors", *flags, "--shard-size", 3) == 0
+    if form == "json":
+        found = json.loads((tmp_path / "out.scores.json").read_text())
+        assert out.read_bytes() == (tmp_path / "folder.json").read_bytes()
+    else:
+        found = {key: caption.as_json() for part in out.glob(f"*.{form}") for key, caption in read_part(part)}
+    assert {key: [row["caption"] for row in rows] for key, rows in found.items()} == {
+        key: [row["caption"] for row in rows] for key, rows in expected.items()
+    }
+    for key, rows in found.items():
+        assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in expected[key]], abs=2e-6)
+
+
+def test_text_files_go_beside_the_pictures(run, tiny_data, tmp_path, capsys):
+    images, out = tmp_path / "images", tmp_path / "out.json"
+    shutil.copytree(tiny_data / "images" / "val", images)
+    assert infer(images, out, run / "last.safetensors", "--txt") == 0
+    captions = json.loads(out.read_text())
+    assert {path.stem: path.read_text() for path in images.glob("*.txt")} == {k: f"{v}\n" for k, v in captions.items()}
+    assert infer(images, out, run / "last.safetensors", "--txt", "--min-new-tokens", 12) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == captions
+    assert infer(images, out, run / "last.safetensors", "--txt", "--min-new-tokens", 12, "--overwrite") == 0
+    captions = json.loads(out.read_text())
+    assert {path.stem: path.read_text() for path in images.glob("*.txt")} == {k: f"{v}\n" for k, v in captions.items()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--n-best", 3), "--n-best 3: --beam-size 2 finds no more than 2"),
+        (("--min-new-tokens", 13), "--min-new-tokens 13: is above --max-new-tokens 12"),
+        (("--min-new-tokens", -1), "--min-new-tokens must be 0"),
+        (("--no-repeat-ngram", -1), "--no-repeat-ngram must be 0"),
+        (("--repetition-penalty", 0), "--repetition-penalty must be above 0"),
+        (("--txt", "--out-format", "jsonl"), "--txt: goes with a folder or pictures and one OUT.json"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_at_once(run, tiny_data, tmp_path, capsys, flags, message):
+    assert infer(tiny_data / "images" / "val", tmp_path / "o.json", tmp_path / "no-adapter", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("quick_compiler")
