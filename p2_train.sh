@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The best full-size run: GPT-2 small + CLIP ViT-L/14 with LoRA, on what `bash hw3_download.sh` made.
 # Flags are passed on: bash p2_train.sh --epochs 4, or bash p2_train.sh --setting 1 (which goes to runs/1).
+# It may be called from any folder: paths in flags, and runs/, are in that folder.
 # On several GPUs it starts a process for each; CUDA_VISIBLE_DEVICES=0 or a --device limits it to one.
 set -euo pipefail
-cd "$(dirname "$0")"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python
-  [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
+  [[ ! -x $here/.venv/bin/python ]] || PYTHON=$here/.venv/bin/python
 fi
 
 gpus=1
@@ -20,6 +21,6 @@ fi
 if ((gpus > 1)); then
   # As a module: the accelerate command imports timm, which dies where torchvision's operators are missing.
   exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes "$gpus" \
-    --mixed_precision no --dynamo_backend no --main_process_port 0 p2_train.py "$@"
+    --mixed_precision no --dynamo_backend no --main_process_port 0 "$here/p2_train.py" "$@"
 fi
-exec "$PYTHON" p2_train.py "$@"
+exec "$PYTHON" "$here/p2_train.py" "$@"

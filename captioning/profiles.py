@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 MICRO_WEIGHTS = ROOT / "microworld" / "weights"
+FOLDERS = {"weights", "hw3_data", "cache", "demo", "runs", "microworld"}  # where the suite's own paths begin
+
+
+def find(path: str) -> str:
+    """Return ``path`` as the working directory has it, or else as it lies beside the scripts; as it is if nowhere."""
+    beside = ROOT / path
+    return str(beside) if beside.exists() and not Path(path).exists() else path
 
 
 @dataclass(frozen=True)
 class Profile:
     """Where one size of the suite finds its models and data; every entry is a default that a flag overrides.
 
-    The full size's files are those that hw3_download.sh writes, relative to the folder of the clone.
+    The full size's files are those that hw3_download.sh writes. What is read is looked for in the working directory
+    first, then beside the scripts; what is written by default, the cache, goes beside the scripts.
     """
 
     data: str  # folder with train.json, val.json and images/{train,val}/
@@ -24,14 +33,29 @@ class Profile:
     encoder_weights: str | None  # local file; None lets timm take its own pretrained weights
     clip_model: str  # open_clip model name, or a folder with open_clip_config.json
     clip_weights: str | None  # open_clip tag or local file; None for a folder
-    llava: str  # hub id, or folder that save_pretrained wrote
+    llava: str  # folder that save_pretrained wrote
     cache: str  # encoder tokens are kept here
     encoder_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
 
     @property
     def decoder(self) -> str:
         """The first of ``decoder_files`` that exists now, or the first one, which a message can then name."""
-        return next((file for file in self.decoder_files if Path(file).is_file()), self.decoder_files[0])
+        places = [str(place / file) for place in (Path(), ROOT) for file in self.decoder_files]
+        return next((file for file in places if Path(file).is_file()), self.decoder_files[0])
+
+    def found(self) -> Profile:
+        """Return the profile with its paths as they are found now."""
+        read = ("data", "tokenizer", "encoder_weights", "clip_model", "clip_weights", "llava")
+        paths: dict[str, Any] = {name: find(getattr(self, name)) for name in read if getattr(self, name)}
+        return replace(self, **paths, cache=str(ROOT / self.cache))
+
+
+class Profiles(dict[str, Profile]):
+    """Profiles by name, each with its paths as they are found when it is asked for."""
+
+    def __getitem__(self, name: str) -> Profile:
+        """Return the profile ``name``."""
+        return super().__getitem__(name).found()
 
 
 def downloaded_encoder(name: str) -> str | None:
@@ -39,12 +63,23 @@ def downloaded_encoder(name: str) -> str | None:
 
     A QuickGELU name has the weights of its twin without it.
     """
-    file = f"weights/{name.replace('_quickgelu_', '_')}.safetensors"
+    file = find(f"weights/{name.replace('_quickgelu_', '_')}.safetensors")
     return file if Path(file).is_file() else None
 
 
-PROFILES = {
-    "full": Profile(
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` can only be a hub's OWNER/NAME, and not a path of this suite or of this machine.
+
+    Where a folder is missing, its name must not be asked of the hub: anybody may own it there, and serve a model.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return False
+    owner = name.split("/")[0]
+    return owner.lower() not in FOLDERS and not any((place / owner).exists() for place in (Path(), ROOT))
+
+
+PROFILES = Profiles(
+    full=Profile(
         data="hw3_data/p2_data",
         # hw3_download.sh keeps safetensors; the course's own archive has a .bin
         decoder_files=("hw3_data/p2_data/decoder_model.safetensors", "hw3_data/p2_data/decoder_model.bin"),
@@ -57,7 +92,7 @@ PROFILES = {
         llava="weights/llava-1.5-7b-hf",
         cache="cache",
     ),
-    "micro": Profile(
+    micro=Profile(
         data="demo/data",
         decoder_files=(str(MICRO_WEIGHTS / "decoder" / "decoder_model.safetensors"),),
         tokenizer=str(MICRO_WEIGHTS / "decoder"),
@@ -69,4 +104,4 @@ PROFILES = {
         llava=str(MICRO_WEIGHTS / "llava"),
         cache="demo/cache",
     ),
-}
+)

@@ -1,6 +1,7 @@
 """Fixtures for the files that need a whole captioner: a tiny micro world, a tiny random GPT-2, a profile of both."""
 
 import os
+from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub, whatever the user's shell has set
 
@@ -13,6 +14,15 @@ from captioning.profiles import PROFILES, Profile
 from captioning.scoring import evaluator
 from decoder import Decoder, DecoderConfig, gpt2_state_dict
 from microworld.scenes import generate
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_elsewhere(tmp_path_factory):
+    """What the profiles keep beside the scripts is kept elsewhere, apart from what users have there."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, profile in PROFILES.items():
+            patch.setitem(PROFILES, name, replace(profile, cache=str(tmp_path_factory.mktemp("cache"))))
+        yield
 
 
 @pytest.fixture(scope="session")

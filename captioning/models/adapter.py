@@ -12,6 +12,7 @@ import torch
 
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.encoder import RANDOM
+from captioning.profiles import find
 from captioning.tensors import difference, read_tensors
 from decoder import Decoder, build_decoder, gpt2_state_dict
 
@@ -67,8 +68,8 @@ def load_captioner(
     """
     config, state = read_adapter(adapter)
     stored = config.encoder_weights
-    if not encoder_weights and stored is not None and stored != RANDOM and not Path(stored).exists():
-        encoder_weights = fallback
+    if not encoder_weights and stored not in (None, RANDOM):
+        encoder_weights = find(stored) if Path(find(stored)).exists() else fallback
     if encoder_weights:
         config = replace(config, encoder_weights=encoder_weights)
     try:

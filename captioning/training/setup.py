@@ -239,6 +239,7 @@ def check_resumed(folder: RunFolder, now: dict[str, Any]) -> None:
     preprocessing = "imagenet" if before.get("report_faithful") else "own"  # once part of that flag
     had, wanted = ABSENT | {"preprocessing": preprocessing} | before["train"], ABSENT | now["train"]
     changed = [f"train.{k}" for k in wanted if k not in FREE and had.get(k) != wanted[k]]
+    now["captioner"].pop("encoder_weights")  # a path, which the place of the start decides; the hash says what it holds
     captioner = {"search_rule": ABSENT["search_rule"]} | before["captioner"]
     changed += [f"captioner.{k}" for k, value in now["captioner"].items() if captioner.get(k) != value]
     changed += [k for k in ("shuffled_captions", "data") if before.get(k) != now[k]]

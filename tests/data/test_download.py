@@ -426,7 +426,7 @@ def test_p2_train_sh_hands_its_flags_on_and_each_setting_has_its_own_run_folder(
         text=True,
         check=True,
     )
-    assert result.stdout == "p2_train.py --setting 1\n"
+    assert result.stdout == f"{ROOT / 'p2_train.py'} --setting 1\n"
 
 
 def test_shellcheck_has_nothing_to_say():

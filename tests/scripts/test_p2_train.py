@@ -178,6 +178,9 @@ if [ "$1" = -c ]; then echo "$USABLE"; else printf '%s\\n' "$@"; fi
 """
 
 
+SCRIPT = str(ROOT / "p2_train.py")
+
+
 def shell(tmp_path, listed, usable, *flags):
     """Run p2_train.sh on a machine with such GPUs; return the words of the command that it starts."""
     for name, text in (("nvidia-smi", NVIDIA_SMI), ("python", PYTHON)):
@@ -190,7 +193,12 @@ def shell(tmp_path, listed, usable, *flags):
         "USABLE": usable,
     }
     result = subprocess.run(
-        ["bash", ROOT / "p2_train.sh", *flags], env=environment, capture_output=True, text=True, check=True
+        ["bash", ROOT / "p2_train.sh", *flags],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return result.stdout.splitlines()
 
@@ -199,7 +207,7 @@ def test_the_shell_script_starts_a_process_for_every_gpu(tmp_path):
     words = shell(tmp_path, "0 1 2 3", "4", "--epochs", "4", "--out", "a folder")
     assert words[:2] == ["-m", "accelerate.commands.launch"]
     assert words[words.index("--num_processes") + 1] == "4"
-    assert words[words.index("p2_train.py") :] == ["p2_train.py", "--epochs", "4", "--out", "a folder"]
+    assert words[words.index(SCRIPT) :] == [SCRIPT, "--epochs", "4", "--out", "a folder"]
 
 
 @pytest.mark.parametrize(
@@ -214,4 +222,4 @@ def test_the_shell_script_starts_a_process_for_every_gpu(tmp_path):
     ],
 )
 def test_the_shell_script_starts_one_plain_process_otherwise(listed, usable, flags, tmp_path):
-    assert shell(tmp_path, listed, usable, "--epochs", "4", *flags) == ["p2_train.py", "--epochs", "4", *flags]
+    assert shell(tmp_path, listed, usable, "--epochs", "4", *flags) == [SCRIPT, "--epochs", "4", *flags]
