@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from captioning.device import launched_precision, ran_out_of_memory
 from captioning.imports import import_guarded
 from captioning.messages import first_sentence
+from captioning.profiles import is_hub_id
 from decoder import attention_weights
 
 TEMPLATE = "USER: <image>\n{} ASSISTANT:"  # LLaVA 1.5's conversation with one turn
@@ -270,7 +271,7 @@ def load_llava(
     """Load a LLaVA from a hub id or a folder that ``save_pretrained`` wrote.
 
     Args:
-        model: hub id, such as ``llava-hf/llava-1.5-7b-hf``, or folder.
+        model: folder, or a hub id such as ``llava-hf/llava-1.5-7b-hf``, as ``profiles.is_hub_id`` knows one.
         device: where it runs.
         dtype: of the weights, and with 4 bits of the computation.
         revision: branch, tag or commit of a hub id.
@@ -280,10 +281,11 @@ def load_llava(
         FileNotFoundError: no such folder, or the hub can't be reached.
         ValueError: another architecture, incomplete or damaged files, or bitsandbytes is missing.
     """
+    source = _source(model, revision)
     transformers = import_guarded("transformers")
     with _quiet(transformers):
-        _check_architecture(transformers, model, revision)
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+        _check_architecture(transformers, model, source)
+    options: dict[str, Any] = {"dtype": dtype, **source}
     if load_in_4bit:
         options["quantization_config"] = _four_bits(transformers, dtype)
     if load_in_4bit or device.type != "cpu":
@@ -292,7 +294,7 @@ def load_llava(
     with _quiet(transformers):
         try:
             net, info = architecture.from_pretrained(model, output_loading_info=True, **options)
-            processor = transformers.AutoProcessor.from_pretrained(model, revision=revision)
+            processor = transformers.AutoProcessor.from_pretrained(model, **source)
         except pickle.UnpicklingError as error:  # torch's own message says how to run its code
             raise ValueError(
                 f"--model {model}: its weights are a damaged pickle, or one that wants to run code, which "
@@ -308,15 +310,64 @@ def load_llava(
         raise ValueError(
             f"--model {model}: {len(absent)} weights are missing or misshapen, first {absent[0]}; " + _remedy(model)
         )
-    return Llava(net.eval().requires_grad_(False), processor)
+    llava = Llava(net.eval().requires_grad_(False), processor)
+    _check_image_tokens(llava, model)
+    return llava
 
 
-def _check_architecture(transformers: Any, model: str, revision: str | None) -> None:
-    """Refuse what is no LLaVA before its weights are read."""
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise FileNotFoundError(f"--model {model}: the folder has no config.json; {_remedy(model)}")
+@torch.no_grad()
+def _check_image_tokens(llava: Llava, model: str) -> None:
+    """Refuse a processor that gives an image other tokens than the vision tower has for it: no batch would run."""
+    config = llava.model.config
+    row = llava.row(Image.new("RGB", (64, 48)), "")
+    given = int((row.input_ids == llava.image_token_id).sum())
     try:
-        config = transformers.AutoConfig.from_pretrained(model, revision=revision)
+        pixels = row.pixel_values.to(llava.device, llava.model.dtype)
+        tokens = llava.model.model.vision_tower(pixels).last_hidden_state.shape[1]
+    except ValueError:  # pixels of another size than its own
+        tokens = None
+    left_out = int(config.vision_feature_select_strategy == "default")  # CLS
+    if tokens is not None and given == tokens - left_out:
+        return
+    has = "does not take its pixels" if tokens is None else f"has {tokens - left_out} for it"
+    wrong = "; ".join(_unlike_fields(llava, model, row, tokens)) or "its processor is another model's"
+    raise ValueError(f"--model {model}: an image gets {given} tokens and the vision tower {has}: {wrong}")
+
+
+def _unlike_fields(llava: Llava, model: str, row: Row, tokens: int | None) -> Iterator[str]:
+    """Yield which fields of the processor's files are not as the model wants them."""
+    processor, config = llava.processor, llava.model.config
+    vision, size = config.vision_config, tuple(row.pixel_values.shape[-2:])
+    more = processor.num_additional_image_tokens
+    of_tower = more if tokens is None else tokens - (vision.image_size // vision.patch_size) ** 2
+    pixels = "preprocessor" if (Path(model) / "preprocessor_config.json").is_file() else "processor"
+    strategy = "vision_feature_select_strategy"
+    for file, field, found, wanted in (
+        (pixels, "crop_size", size, (vision.image_size, vision.image_size)),
+        ("processor", "patch_size", processor.patch_size, vision.patch_size),
+        ("processor", strategy, getattr(processor, strategy), getattr(config, strategy)),
+        ("processor", "num_additional_image_tokens", more, of_tower),
+        ("tokenizer", processor.image_token, processor.image_token_id, llava.image_token_id),
+    ):
+        if found != wanted:
+            yield f"{file}_config.json: {field} is {found}, not {wanted}"
+
+
+def _source(model: str, revision: str | None) -> dict[str, Any]:
+    """Return where transformers may look; FileNotFoundError for a missing folder, whose name no hub may answer to."""
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            raise FileNotFoundError(f"--model {model}: the folder has no config.json; {_remedy(model)}")
+        return {"local_files_only": True}  # a file in the folder may name a base model on the hub
+    if not is_hub_id(model):
+        raise FileNotFoundError(f"--model {model}: no such folder; {_remedy(model)}")
+    return {"revision": revision}
+
+
+def _check_architecture(transformers: Any, model: str, source: dict[str, Any]) -> None:
+    """Refuse what is no LLaVA before its weights are read."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, **source)
     except (OSError, ValueError, KeyError) as error:
         raise FileNotFoundError(f"--model {model}: {first_sentence(error)}; {_remedy(model)}") from error
     if config.model_type != "llava":

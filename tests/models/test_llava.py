@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import p1_llava_caption
 from bench import llava as bench_llava
+from captioning import profiles
 from captioning.cli import BAD_INPUT, INTERRUPTED, PARTIAL
 from captioning.data.annotations import load_annotations
 from captioning.data.images import load_image
@@ -331,6 +332,113 @@ def test_truncated_weights_are_an_error(few, tmp_path, copied, capsys):
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
     assert str(copied) in fails(capsys, few, tmp_path / "o.json", "--model", copied)
+
+
+NOT_FITTING = {  # what is changed in processor_config.json, and what is said of it
+    "143 tokens and the vision tower has 144 for it: processor_config.json: num_additional_image_tokens is 0, not 1": {
+        "num_additional_image_tokens": None
+    },
+    "36 tokens and the vision tower has 144 .*: patch_size is 16, not 8": {"patch_size": 16},
+    "145 tokens .*: vision_feature_select_strategy is full, not default": {"vision_feature_select_strategy": "full"},
+    "63 tokens .*: patch_size is 12, not 8; processor_config.json: num_additional_image_tokens is 0, not 1": {
+        "patch_size": 12,
+        "num_additional_image_tokens": 0,
+    },
+    r"36 tokens .*does not take its pixels: processor_config.json: crop_size is \(48, 48\), not \(96, 96\)": {
+        "crop_size": {"height": 48, "width": 48}
+    },
+}
+
+
+@pytest.mark.parametrize(("message", "change"), NOT_FITTING.items())
+def test_a_processor_that_does_not_fit_is_found_at_loading(tmp_path, message, change):
+    """transformers finds it in the first batch, as a number of tokens and one of features."""
+    folder = tmp_path / "llava"
+    shutil.copytree(MICRO, folder)
+    file = folder / "processor_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["image_processor"] |= {key: value for key, value in change.items() if key == "crop_size"}
+    content |= {key: value for key, value in change.items() if key != "crop_size"}
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"--model {folder}: an image gets {message}"):
+        load_llava(str(folder), CPU, torch.float32)
+
+
+def test_processors_of_before_2025_still_fit(tmp_path):
+    """They say nothing of patches, and CLIP's are taken."""
+    folder = tmp_path / "llava"
+    shutil.copytree(MICRO, folder)
+    file = folder / "processor_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for field in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
+        del content[field]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert load_llava(str(folder), CPU, torch.float32).processor.num_additional_image_tokens == 1
+
+
+# --- where a model may come from ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Fail where anything is asked of a hub; transformers' own loading is not even reached."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+    def asked(*arguments, **options):
+        raise AssertionError(f"asked for {arguments}")
+
+    for name in ("AutoConfig", "AutoProcessor", llava.ARCHITECTURE):
+        monkeypatch.setattr(getattr(import_guarded("transformers"), name), "from_pretrained", asked)
+
+
+OURS = ["weights/llava-1.5-7b-hf", "weights/other", "Weights/llava", "runs/best", "demo/llava", "microworld/llava"]
+PATHS = ["./llava-hf/llava", "../a/b", "/no/where", "~/llava", "llava", "a/b/c", "a\\b", "mine/llava", "mine/model/"]
+
+
+@pytest.mark.parametrize("name", OURS + PATHS)
+def test_a_missing_folder_is_never_asked_of_the_hub(no_hub, few, tmp_path, monkeypatch, capsys, name):
+    """Whoever takes the name ``weights`` there would serve the model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()  # a folder here, so that what is below it is a path
+    with pytest.raises(FileNotFoundError, match=r"no such folder; run `bash hw3_download.sh p1`"):
+        load_llava(name, CPU, torch.float32)
+    assert "no such folder" in fails(capsys, few, tmp_path / "o.json", "--model", name)
+
+
+def test_the_full_profiles_missing_model_is_one_line(no_hub, few, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(profiles, "ROOT", tmp_path)  # as in a clone without downloaded weights
+    assert p1_llava_caption.main([str(few), str(tmp_path / "o.json"), "--device", "cpu"]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --model weights/llava-1.5-7b-hf: no such folder; run `bash hw3_download.sh p1`")
+
+
+@pytest.mark.parametrize("revision", [None, "0123abc"])
+def test_a_hub_id_is_asked_of_the_hub_with_its_revision(monkeypatch, revision):
+    seen = []
+
+    def asked(name, **options):
+        seen.append((name, options))
+        raise OSError("no network. Try again.")
+
+    monkeypatch.setattr(import_guarded("transformers").AutoConfig, "from_pretrained", asked)
+    with pytest.raises(FileNotFoundError, match=r"--model llava-hf/llava-1\.5-7b-hf: no network; run"):
+        load_llava("llava-hf/llava-1.5-7b-hf", CPU, torch.float32, revision)
+    assert seen == [("llava-hf/llava-1.5-7b-hf", {"revision": revision})]
+
+
+def test_a_folder_asks_for_nothing_elsewhere(tmp_path, monkeypatch):
+    """An adapter's file in the folder names a base model, which transformers would take from the hub."""
+    folder, seen = tmp_path / "llava", []
+    shutil.copytree(MICRO, folder)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somebody/model"}))
+    transformers = import_guarded("transformers")
+    for kind in (transformers.AutoConfig, transformers.AutoProcessor, getattr(transformers, llava.ARCHITECTURE)):
+        plain = kind.from_pretrained
+        monkeypatch.setattr(kind, "from_pretrained", lambda *a, plain=plain, **k: seen.append((a, k)) or plain(*a, **k))
+    load_llava(str(folder), CPU, torch.float32)
+    assert {str(names[0]) for names, _ in seen} == {str(folder)}
+    assert [options.get("local_files_only") for _, options in seen[:3]] == [True] * 3
 
 
 def test_a_prompt_without_room_for_an_answer(few, tmp_path, capsys):
