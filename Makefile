@@ -9,7 +9,7 @@ DEV := $(VENV)/.dev
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo blind settings ablation rewards test faults lint clean
+.PHONY: demo blind settings ablation rewards letter test faults lint clean
 
 # What the scripts need.
 $(INSTALLED): requirements.txt
@@ -36,9 +36,9 @@ demo: $(INSTALLED)
 blind: $(INSTALLED)
 	$(PY) -m microworld.demo --out demo --blind
 
-# On the demo's scenes: all six settings; what each part of the recipe is worth; what rewards add. Each resumes where it
-# was stopped.
-settings ablation rewards: $(INSTALLED)
+# On the demo's scenes: all settings; what each part of the recipe is worth; what rewards add; what each point of the
+# report's code is worth. Each resumes where it was stopped.
+settings ablation rewards letter: $(INSTALLED)
 	$(PY) -m microworld.studies $@ --out demo
 
 # Two processes of one thread each: tests may run side by side and in any order.

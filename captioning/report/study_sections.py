@@ -124,7 +124,7 @@ def compare_settings(scored: Mapping[str, list[Run]]) -> str:
 
 def letter_section(root: Path) -> Section:
     """What each point of the report's code was worth: turned alone to sound practice, against all of them."""
-    section, remedy = Section("P2: the report's code, point by point"), "python -m microworld.studies letter --out RUNS"
+    section, remedy = Section("P2: the report's code, point by point"), "make letter"
     found = [read_object(path) or {} for path in sorted((root / "letter").glob("*/comparison.json"))]
     if not found:
         section.blocks.append(Missing("the study of the report's setting 1 to the letter", remedy))
