@@ -134,7 +134,11 @@ def run_before(tiny_profile, tmp_path, monkeypatch):
     small = DecoderConfig(vocab_size=VOCAB_SIZE, n_positions=96, n_embd=64, n_layer=1, n_head=1)
     save_file(patterned(gpt2_state_dict(Decoder(small))), "decoder.safetensors")
     save_file(patterned(build_encoder(TINY_ENCODER, "random", ENCODER).state_dict()), "encoder.safetensors")
-    files = {"decoder_files": ("decoder.safetensors",), "encoder_weights": "encoder.safetensors", "cache": "cache"}
+    files = {
+        "decoder_files": ("decoder.safetensors",),
+        "encoder_weights": "encoder.safetensors",
+        "cache": str(tmp_path / "cache"),
+    }
     profile = replace(tiny_profile, **files, encoder_kwargs=ENCODER)
     monkeypatch.setitem(PROFILES, "micro", profile)
     out = tmp_path / "run"
