@@ -444,8 +444,8 @@ def memory_advice(config: TrainConfig, device: torch.device) -> str:
     """Say which flags need less memory, and how much was in use at most."""
     peak = f" (at most {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB)" if device.type == "cuda" else ""
     if config.batch_size > 1:
-        smaller = f"--batch-size {config.batch_size // 2} --accumulate {2 * config.accumulate} (the same steps)"
+        smaller = f"--batch-size {config.batch_size // 2} --accumulate {2 * config.accumulate} (the same steps), "
     else:
-        smaller = "--captions-per-image 1"
+        smaller = "--captions-per-image 1, " if config.batch_by == "images" else ""
     precision = "" if config.precision == "bf16" else ", --precision bf16"
-    return f"out of memory{peak}; start again with {smaller}, a lower --lora-rank or --beam-size{precision}"
+    return f"out of memory{peak}; start again with {smaller}a lower --lora-rank or --beam-size{precision}"

@@ -318,3 +318,5 @@ def test_out_of_memory_names_the_flags(tmp_path, monkeypatch, capsys, error):
     assert "--batch-size 2 --accumulate 2" in capsys.readouterr().err
     assert train(tmp_path / "run", "--batch-size", 1) == BAD_INPUT
     assert "--captions-per-image 1" in capsys.readouterr().err
+    assert train(tmp_path / "run", "--batch-size", 1, "--batch-by", "captions") == BAD_INPUT
+    assert "start again with a lower --lora-rank" in capsys.readouterr().err
