@@ -58,7 +58,7 @@ def image(size=(200, 120)):
 
 
 def test_maps_explain_the_caption_that_the_adapters_search_rule_finds(p2, monkeypatch):
-    monkeypatch.setattr(captions, "report_search", lambda *sizes: SearchResult([[40, 41]], []))
+    monkeypatch.setattr(captions, "report_search", lambda *sizes, rules: SearchResult([[40, 41]], []))
     explainer = p2()
     inputs, found = explainer.prepare(image()), []
     for rule in ("beam", "report"):

@@ -51,7 +51,7 @@ def test_first_only_the_projector_learns_and_lora_then_begins_without_momentum(t
 def test_validation_is_searched_by_the_adapters_rule(rule, tmp_path, monkeypatch):
     validated = []
     monkeypatch.setattr(evaluator, "cider", lambda references, predictions: (validated.append(predictions) or 0.5, {}))
-    monkeypatch.setattr(captions, "report_search", lambda step, batch, *sizes: SearchResult([[9]] * batch, []))
+    monkeypatch.setattr(captions, "report_search", lambda _, batch, *sizes, rules: SearchResult([[9]] * batch, []))
     assert train(tmp_path / "run", "--epochs", 1, "--search-rule", rule) == 0
     assert (len(set(validated[-1].values())) == 1) == (rule == "report")
 
