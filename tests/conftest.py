@@ -5,6 +5,7 @@ from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub, whatever the user's shell has set
 
+import chromium
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -93,3 +94,12 @@ def unbroken(tmp_path_factory, tiny_profile):
         patch.setattr(evaluator, "cider", constant_cider)
         assert train(out) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium, where there is one."""
+    if chromium.ABSENT:
+        pytest.skip(chromium.ABSENT)
+    with chromium.started() as shown:
+        yield shown

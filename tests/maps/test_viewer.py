@@ -4,9 +4,6 @@ import base64
 import contextlib
 import json
 import re
-import shutil
-import subprocess
-import urllib.request
 
 import numpy as np
 import pytest
@@ -15,114 +12,8 @@ from PIL import Image
 from captioning.maps import viewer
 from captioning.maps.attention import Explanation, MapSpec, WordMaps
 
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver"
-)
-KEYS = {"right": "\ue014", "left": "\ue012", "end": "\ue010", "home": "\ue011", "escape": "\ue00c", "tab": "\ue004"}
 EVIL = "<script>window.hacked=1</script>"
 EVIL_FILE = '"><img src=x onerror=window.hacked=2>.png'
-
-
-class Browser:
-    """What these tests need of the WebDriver protocol (https://www.w3.org/TR/webdriver2): too little for a package."""
-
-    def __init__(self, port):
-        # Root in a container has no sandbox to give, and /dev/shm is small there.
-        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
-        options = {"binary": CHROMIUM, "args": arguments}
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        wanted["timeouts"] = {"script": 300_000}  # milliseconds; a busy machine draws late
-        self.root = f"http://127.0.0.1:{port}/session"
-        self.root += "/" + self.post("", capabilities={"alwaysMatch": wanted})["sessionId"]
-
-    def call(self, method, path, body=None):
-        request = urllib.request.Request(self.root + path, body, {"Content-Type": "application/json"}, method=method)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the driver is here, not behind a proxy
-        with opener.open(request, timeout=300) as answer:
-            return json.load(answer)["value"]
-
-    def post(self, path, **body):
-        return self.call("POST", path, json.dumps(body).encode())
-
-    def run(self, script, *arguments):
-        """The value of the JavaScript expression ``script`` with ``arguments``."""
-        return self.post("/execute/sync", script=f"return {script}", args=list(arguments))
-
-    def devtools(self, command, **parameters):
-        return self.post("/goog/cdp/execute", cmd=command, params=parameters)
-
-    def open(self, page, width=1200, height=900, dark=False, fragment=""):
-        self.devtools(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-        )
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        still = {"name": "prefers-reduced-motion", "value": "reduce"}  # pictures must not catch a transition halfway
-        self.devtools("Emulation.setEmulatedMedia", features=[scheme, still])
-        self.post("/url", url="about:blank")  # a change of the fragment alone would not load the page again
-        self.log()
-        self.post("/url", url=page.as_uri() + fragment)
-
-    def log(self):
-        """What the page has complained of since the last call: errors, violations of its policy, failed loads."""
-        return [entry["message"] for entry in self.post("/se/log", type="browser")]
-
-    def press(self, *names):
-        keys = [{"type": kind, "value": KEYS[name]} for name in names for kind in ("keyDown", "keyUp")]
-        self.act({"type": "key", "id": "keys", "actions": keys})
-
-    def pointer(self, kind, x, y, *more):
-        """Move a pointer of ``kind`` (mouse, touch) to a point of the window and do ``more`` (pointerDown, …)."""
-        actions = [{"type": "pointerMove", "x": round(x), "y": round(y)}, *({"type": m, "button": 0} for m in more)]
-        self.act({"type": "pointer", "id": kind, "parameters": {"pointerType": kind}, "actions": actions})
-
-    def act(self, source):
-        """Do the actions of a keyboard or pointer, and wait until the page has drawn what came of them."""
-        self.post("/actions", actions=[source])
-        drawn = "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => done()))"
-        self.post("/execute/async", script=drawn, args=[])
-
-    def word(self, item, word):
-        """The centre of a word's button, in pixels of the window."""
-        script = """(([item, word]) => { const button = document.querySelectorAll("article")[item]
-            .querySelectorAll(".words button")[word + 1]; button.scrollIntoView({block: "center"});
-            const box = button.getBoundingClientRect();
-            return [box.x + box.width / 2, box.y + box.height / 2]; })(arguments)"""
-        return self.run(script, item, word)
-
-    def text(self, selector):
-        return self.run("document.querySelector(arguments[0]).textContent", selector)
-
-    def choose(self, name, value):
-        self.run(
-            """(([name, value]) => { const field = document.querySelector(`[name=${name}]`);
-            if (field.type === "checkbox") field.checked = value; else field.value = value;
-            field.dispatchEvent(new Event("change")); })(arguments)""",
-            name,
-            value,
-        )
-
-    def options(self, name):
-        return self.run("[...document.querySelector(`[name=${arguments[0]}]`).options].map(o => o.value)", name)
-
-    def screenshot(self, path):
-        path.write_bytes(base64.b64decode(self.call("GET", "/screenshot")))
-        return Image.open(path).convert("RGB")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    command = [DRIVER, "--port=0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as driver:
-        try:
-            port = next(found[1] for text in driver.stdout if (found := re.search(r"successfully on port (\d+)", text)))
-            shown = Browser(port)
-            try:
-                yield shown
-            finally:
-                shown.call("DELETE", "")
-        finally:
-            driver.terminate()
 
 
 def explanation(path, size=(120, 80), window=None, hot=(1, 4), words=("a", "dog", "runs"), found=None, **more):
@@ -235,7 +126,6 @@ def test_a_failed_page_leaves_the_old_one(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"page.html", "a.png"}
 
 
-@needs_browser
 @pytest.mark.parametrize(
     ("size", "window", "hot"),
     [
@@ -264,7 +154,6 @@ def test_a_planted_patch_lights_up_at_its_place_of_the_image(browser, tmp_path, 
     assert f"strongest {across}% from the left and {down}% from the top" in browser.text(".status")
 
 
-@needs_browser
 def test_captions_and_file_names_are_text_and_never_run(browser, tmp_path):
     with contextlib.suppress(OSError):  # what the file system refuses cannot come from it
         Image.new("RGB", (8, 8)).save(tmp_path / EVIL_FILE)
@@ -284,7 +173,6 @@ def test_captions_and_file_names_are_text_and_never_run(browser, tmp_path):
     assert browser.log() == []
 
 
-@needs_browser
 def test_the_policy_stops_what_escaping_would_miss(browser, tmp_path):
     """The second wall: were markup ever to get through, the browser itself would run and load nothing."""
     viewer.write([explanation(tmp_path / "a.png")], tmp_path / "page.html", "t")
@@ -297,7 +185,6 @@ def test_the_policy_stops_what_escaping_would_miss(browser, tmp_path):
     assert sum("Content Security Policy" in message for message in browser.log()) >= 2
 
 
-@needs_browser
 def test_words_by_keyboard(browser, plain_page):
     browser.open(plain_page)
     focused = "document.activeElement.textContent"
@@ -326,7 +213,6 @@ def test_words_by_keyboard(browser, plain_page):
     assert browser.run("getComputedStyle(document.querySelector('.window')).visibility") == "hidden"
 
 
-@needs_browser
 def test_words_by_mouse_and_by_touch(browser, plain_page):
     browser.open(plain_page)
     browser.pointer("mouse", *browser.word(0, 1))
@@ -341,7 +227,6 @@ def test_words_by_mouse_and_by_touch(browser, plain_page):
     assert browser.text("article:nth-of-type(1) [aria-pressed=true]") == "dog", "each image has its own word"
 
 
-@needs_browser
 def test_only_combinations_that_exist_are_offered_and_what_is_chosen_stays(browser, plain_page):
     browser.open(plain_page, fragment="#item=0&word=1")
     offered = [browser.options(name) for name in ("method", "layers", "heads")]
@@ -362,7 +247,6 @@ def test_only_combinations_that_exist_are_offered_and_what_is_chosen_stays(brows
     assert browser.text("[aria-pressed=true]") == "dog"
 
 
-@needs_browser
 def test_all_words_at_once_and_own_scales(browser, plain_page):
     browser.open(plain_page, fragment="#item=1&word=0")
     tiles = "[...document.querySelectorAll('article')[1].querySelectorAll('.tiles figcaption')].map(f => f.textContent)"
@@ -375,7 +259,6 @@ def test_all_words_at_once_and_own_scales(browser, plain_page):
     assert browser.run(centre)[3] > 200, "on its own scale its largest value has the brightest colour"
 
 
-@needs_browser
 @pytest.mark.parametrize("width", [320, 360, 768])
 def test_nothing_is_wider_than_a_phone(browser, tmp_path, width):
     words = ("a", "pneumonoultramicroscopicsilicovolcanoconiosis" * 2, *["word"] * 30)
@@ -388,7 +271,6 @@ def test_nothing_is_wider_than_a_phone(browser, tmp_path, width):
     assert browser.run(small) == 0, "fingers need room"
 
 
-@needs_browser
 def test_light_and_dark_are_readable(browser, plain_page):
     colours = "['color', 'backgroundColor'].map(k => getComputedStyle(document.querySelector(arguments[0]))[k])"
     for dark in (False, True):
@@ -413,7 +295,6 @@ def luminance(colour):
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
-@needs_browser
 def test_links_to_what_does_not_exist_open_the_plain_page(browser, plain_page):
     for fragment in ("#item=9&word=1", "#item=0&word=99", "#item=__proto__&word=constructor", "#%"):
         browser.open(plain_page, fragment=fragment)
