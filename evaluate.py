@@ -31,7 +31,7 @@ from captioning.data.annotations import (
 )
 from captioning.data.names import NAMES_ARE
 from captioning.device import pick_device
-from captioning.files import write_csv, write_json, write_text
+from captioning.files import check_writable, write_csv, write_json, write_text
 from captioning.messages import listed
 from captioning.profiles import PROFILES
 from captioning.scoring.caption_stats import caption_statistics
@@ -117,6 +117,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--per-image {args.per_image}: must end in .json or .csv")
     if args.html and not args.images_root:
         raise ValueError(f"--html {args.html}: needs --images-root, whose pictures it shows")
+    for flag in ("--json", "--per-image", "--html"):
+        out = getattr(args, flag[2:].replace("-", "_"))
+        if out:
+            check_writable(Path(out).parent, flag)
 
 
 def _read(args: argparse.Namespace) -> tuple[Annotations, dict[str, dict[str, str]], int]:
@@ -137,6 +141,8 @@ def _read(args: argparse.Namespace) -> tuple[Annotations, dict[str, dict[str, st
             annotations, _ = shared_images(annotations, captions)
         shared = annotations.references
         predictions = {name: {stem: captions[stem] for stem in shared} for name, captions in predictions.items()}
+    for captions in predictions.values():
+        check_keys(annotations.references, captions)  # of both files, before one of them is scored
     return annotations, predictions, annotated
 
 

@@ -70,7 +70,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=positive_int, default=16, help="images at once; halved if memory runs out")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; auto: float16, on a CPU float32")
     add("--load-in-4bit", action="store_true", help="quantise the weights (needs bitsandbytes)")
-    add("--overwrite", action="store_true", help="replace an existing OUT.json")
     add("--annotation-file", type=Path, help="references of the images, for --compare; layouts: docs/scoring.md")
     add_common_flags(parser)
     add_options(parser)
@@ -150,7 +149,9 @@ def caption_folder(images: list[Entry], args: argparse.Namespace, processes: Pro
     texts = text_files(args)
     with contextlib.ExitStack() as stack:
         logs = {
-            name: stack.enter_context(PredictionLog(out, describe_run(prompt, args), args.overwrite, processes, texts))
+            name: stack.enter_context(
+                PredictionLog(out, describe_run(prompt, args), args.overwrite, processes, texts, args.keep)
+            )
             for name, (prompt, out) in prompts(args).items()
         }
         for predictions in logs.values():
@@ -199,6 +200,8 @@ def check_args(args: argparse.Namespace) -> None:
         check_prompt(args.prompt)
     if args.compare != (args.annotation_file is not None):
         raise ValueError("--compare and --annotation-file go together: the table needs references")
+    if args.compare and args.keep and args.out.exists():
+        raise ValueError(f"{args.out}: exists already; leave out --keep to replace it, or name another")
     if args.compare and (args.recursive or source_of(args).kind != "folder"):
         raise ValueError("--compare: scores the images directly in one folder; give that, without --recursive")
     if args.compare and args.txt is not None:

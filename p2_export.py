@@ -13,7 +13,7 @@ from typing import Any
 
 from captioning.cli import FlagParser, add_allow_other_decoder, add_common_flags, command, setup_logging
 from captioning.data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_files
-from captioning.files import atomic_path, write_text
+from captioning.files import atomic_path, check_writable, write_text
 from captioning.models.adapter import read_adapter
 from captioning.models.export import load_decoder, make_cards, write_gpt2
 from captioning.profiles import PROFILES
@@ -44,9 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     for folder in folders.values():
         if folder.exists():
             raise ValueError(f"{folder}: exists already; name another OUT, or remove it")
-    config, decoder, projector = load_decoder(args.adapter, args.decoder or profile.decoder, args.allow_other_decoder)
+    check_writable(args.out, "OUT")
     tokenizer = args.tokenizer or profile.tokenizer
     files, end_id = tokenizer_files(tokenizer), Tokenizer(tokenizer).eos_id
+    config, decoder, projector = load_decoder(args.adapter, args.decoder or profile.decoder, args.allow_other_decoder)
     write_gpt2(folders["gpt2"], decoder, projector, files, end_id, END_OF_TEXT)
     with atomic_path(folders["adapter"] / "adapter.safetensors") as temporary:
         shutil.copyfile(args.adapter, temporary)

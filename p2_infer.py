@@ -92,11 +92,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_common_flags(parser)
     add_options(parser)
     add_flags(parser)
-    add(
-        "--overwrite",
-        action="store_true",
-        help="with shards: drop another run's results (a folder's own OUT.json always is); with --txt: replace files",
-    )
     return parser
 
 
@@ -183,8 +178,7 @@ def caption(args: argparse.Namespace, processes: Processes) -> int:
         return caption_source(run, functools.partial(load_job, args), processes)
     images = processes.from_first(source_of(args).images)
     settle_search(args)
-    run, texts = describe_run(args), text_files(args)
-    with PredictionLog(args.out, run, overwrite=True, processes=processes, texts=texts) as predictions:
+    with PredictionLog(args.out, describe_run(args), True, processes, text_files(args), args.keep) as predictions:
         predictions.check_texts(images)
         job = load_job(args)
         caption_images(predictions, images, job, args.batch_size)

@@ -28,7 +28,7 @@ from captioning.data.annotations import load_references
 from captioning.data.listing import by_key, images_in, on_disk
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
-from captioning.files import write_csv
+from captioning.files import check_writable, write_csv
 from captioning.maps import figures, grounding, viewer
 from captioning.maps.attention import METHODS, ROWS, Heads, MapSpec, parse_layers
 from captioning.maps.explainers import (
@@ -42,7 +42,7 @@ from captioning.maps.explainers import (
     specs_to_compare,
     specs_to_show,
 )
-from captioning.maps.pairs import best_and_worst, read_per_image
+from captioning.maps.pairs import Pair, best_and_worst, read_per_image
 from captioning.messages import naming
 from captioning.models.adapter import load_captioner
 from captioning.models.llava import DTYPES, MAX_NEW_TOKENS, PROMPTS, check_prompt, load_llava, pick_dtype
@@ -175,13 +175,17 @@ def run_images(explainer: Explainer, paths: dict[str, Path], args: argparse.Name
     return PARTIAL if len(items) < len(paths) else 0
 
 
-def run_best_worst(explainer: Explainer, paths: dict[str, Path], args: argparse.Namespace) -> int:
-    """Draw the best and the worst pair by CLIPScore, and their maps."""
+def read_pairs(paths: dict[str, Path], args: argparse.Namespace) -> list[Pair]:
+    """Return the best and the worst pair by CLIPScore; ValueError where an image is not there."""
     scores = read_per_image(args.best_worst)
     absent = [key for key in scores if key not in paths]
     if absent:
         raise ValueError(f"--images: {len(absent)} images of {args.best_worst} are not there, first {absent[0]}")
-    pairs = best_and_worst(scores, paths, load_references(args.annotation_file))
+    return best_and_worst(scores, paths, load_references(args.annotation_file))
+
+
+def run_best_worst(explainer: Explainer, pairs: list[Pair], args: argparse.Namespace) -> int:
+    """Draw the best and the worst pair by CLIPScore, and their maps."""
     for pair in pairs:
         print(f"{pair.title}: {pair.path.name}  CLIPScore {pair.clipscore}  {pair.caption}")
         if pair.caption.strip():  # an empty caption has no maps; the pair is drawn all the same
@@ -192,9 +196,13 @@ def run_best_worst(explainer: Explainer, paths: dict[str, Path], args: argparse.
     return 0
 
 
-def run_grounding(explainer: Explainer, args: argparse.Namespace) -> int:
+def read_grounded(args: argparse.Namespace) -> list[grounding.GroundedCaption]:
+    """Return captions with boxes, for --grounding."""
+    return grounding.load_grounded_captions(args.grounding, args.images[0], args.boxes)[: args.count]
+
+
+def run_grounding(explainer: Explainer, samples: list[grounding.GroundedCaption], args: argparse.Namespace) -> int:
     """Write grounding.csv and its chart, and print the best rows, the default, the report's and the baselines."""
-    samples = grounding.load_grounded_captions(args.grounding, args.images[0], args.boxes)[: args.count]
     notes = {REPORTED[explainer.name]: "report"} | {chosen_spec(args): "default"}
     compared = specs_to_compare(explainer.n_layer, explainer.n_head)
     specs = list(dict.fromkeys([chosen_spec(args), REPORTED[explainer.name], *compared]))
@@ -234,13 +242,16 @@ def main(argv: list[str] | None = None) -> int:
     paths = list_files(args.images, args.recursive)
     if args.caption is not None and len(paths) != 1:
         raise ValueError(f"--caption explains one image, and --images names {len(paths)}")
+    check_writable(args.out, "--out")
+    samples = read_grounded(args) if args.grounding else []
+    pairs = read_pairs(paths, args) if args.best_worst else []
     explainer = load_explainer(args, device)
     parse_layers(chosen_spec(args).layers, explainer.n_layer)  # refuse what the model lacks before any work
     Heads.parse(chosen_spec(args).heads, explainer.n_head)
     if args.grounding:
-        return run_grounding(explainer, args)
+        return run_grounding(explainer, samples, args)
     if args.best_worst:
-        return run_best_worst(explainer, paths, args)
+        return run_best_worst(explainer, pairs, args)
     return run_images(explainer, paths, args)
 
 

@@ -35,7 +35,6 @@ def compare_prompts(run: Runner, out: Path, data: Path) -> None:
         profile="micro",
         compare=True,
         annotation_file=data / "val.json",
-        overwrite=True,
     )
 
 

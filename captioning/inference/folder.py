@@ -36,16 +36,17 @@ class PredictionLog:
     Args:
         out: the final JSON.
         run: whatever decides the captions; only side files of the same run are resumed.
-        overwrite: replace an existing ``out``, and side files of another run.
+        overwrite: drop side files of another run.
         processes: share the run.
         texts: text files to write too.
+        keep: refuse to replace an existing ``out``.
 
     Attributes:
         captions: found in side files of an interrupted run, and since then this process's.
 
     Raises:
-        ValueError: ``out`` exists or a side file belongs to another run, and neither may be overwritten; or another
-            process is writing it.
+        ValueError: ``out`` exists and is to be kept, a side file belongs to another run and may not be dropped, or
+            another process is writing it.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class PredictionLog:
         overwrite: bool = False,
         processes: Processes = ALONE,
         texts: TextFiles | None = None,
+        keep: bool = False,
     ) -> None:
-        self.out, self.processes, self.texts = out, processes, texts
+        self.out, self.processes, self.texts, self.keep = out, processes, texts, keep
         self.part = out.with_name(f"{out.name}.part{processes.rank or ''}.jsonl")
         self._header = as_read_back({"run": run})
         if out.is_dir():
@@ -104,9 +106,12 @@ class PredictionLog:
         if not overwrite and started:
             path, header = next((p, h) for p, h in started.items() if h != self._header)
             raise other_run(path, self._header, header)
-        if not overwrite and self.out.exists():
+        if self.keep and self.out.exists():
             self.part.unlink()
-            raise ValueError(f"{self.out}: exists already; give --overwrite to replace it, or another name")
+            raise ValueError(f"{self.out}: exists already; leave out --keep to replace it, or name another")
+        if started:
+            dropped = sum(len(captions) for _, captions in contents.values())
+            log.warning("%s: %d captions of an interrupted run with other settings are dropped", self.part, dropped)
         self._drop(contents)
 
     def _drop(self, parts: Iterable[Path]) -> None:

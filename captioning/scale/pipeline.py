@@ -34,6 +34,7 @@ class ShardRun:
     settings: dict[str, Any]  # whatever decides the captions; results made by other settings are not resumed
     batch_size: int  # images at once
     overwrite: bool = False  # drop results of another run
+    keep: bool = False  # refuse to replace an existing OUT.json
     retry_unreadable: bool = False  # go again through finished shards in which images could not be read
     engine: str = "plain"  # this process and those launched with it; or ray: the actors of a cluster
     ray_actors: int | None = None  # None: one for each GPU, or else each CPU
@@ -42,7 +43,7 @@ class ShardRun:
     @classmethod
     def from_flags(cls, args: argparse.Namespace, settings: dict[str, Any]) -> ShardRun:
         """Return the run that a command line names: flags of :func:`add_flags`, and the script's own settings."""
-        names = ("out", "batch_size", "overwrite", "retry_unreadable", "engine", "ray_actors", "device")
+        names = ("out", "batch_size", "overwrite", "keep", "retry_unreadable", "engine", "ray_actors", "device")
         where = describe_images(args) | {"shard_size": args.shard_size, "entries": args.entries}
         return cls(
             source_of(args),
@@ -60,7 +61,7 @@ def caption_source(run: ShardRun, build: Callable[[], Job], processes: Processes
     if run.engine == "ray" and processes.count > 1:
         raise ValueError("--engine ray: starts processes itself; run it without accelerate launch")
     run.source.check()  # fails, where it does, before anything is made
-    with Results(run.out, run.form, run.settings, run.overwrite) as results:
+    with Results(run.out, run.form, run.settings, run.overwrite, run.keep) as results:
         processes.from_first(lambda: _begin(run, results))
         shards = run.source.shards(results.folder.state)
         if all(map(results.folder.done, shards)):
@@ -149,6 +150,7 @@ def add_images_and_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recursive", action="store_true", help="take a folder's subfolders too; keys are like sub/folder/name"
     )
+    parser.add_argument("--keep", action="store_true", help="stop where OUT.json exists (default: it is replaced)")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +166,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--shard-size", type=int, default=Source.shard_size, help="images of a list or folder that make a shard")
     add("--list-root", type=Path, help="what a list's paths are relative to (default: the list's folder)")
     add("--entries", metavar="GLOB", help="which files of a tar or zip are images (default: by suffix)")
+    add("--overwrite", action="store_true", help="drop what another run left, and its parts; with --txt: replace files")
     add(
         "--retry-unreadable",
         action="store_true",

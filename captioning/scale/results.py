@@ -37,16 +37,17 @@ class Results:
         out: the one JSON, or the folder of parts.
         form: ``json``, ``jsonl`` or ``parquet``. Parts on the way to one JSON are in ``OUT.json.parts``.
         run: whatever decides the captions; only results of the same run are resumed.
-        overwrite: drop results of another run, or an existing ``out``.
+        overwrite: drop results of another run.
+        keep: refuse to replace an existing ``out`` that is one JSON.
 
     Raises:
         ValueError: ``out`` holds something else, or another process has the lock.
     """
 
-    def __init__(self, out: Path, form: str, run: dict[str, Any], overwrite: bool = False) -> None:
+    def __init__(self, out: Path, form: str, run: dict[str, Any], overwrite: bool = False, keep: bool = False) -> None:
         if form == "parquet":
             parquet()  # fails now rather than after the first shard
-        self.out, self.form, self.overwrite = out, form, overwrite
+        self.out, self.form, self.overwrite, self.keep = out, form, overwrite, keep
         self._run = as_read_back({"run": run | {"form": form}})
         one = form == "json"
         place = (out.with_name(f"{out.name}.parts"), "jsonl") if one else (out, form)
@@ -97,8 +98,8 @@ class Results:
                 raise other_run(self.folder.path, self._run, theirs)
             self._clear()
             self.manifest.unlink(missing_ok=True)
-        elif self.form == "json" and self.out.exists() and not self.overwrite:
-            raise ValueError(f"{self.out}: exists already; give --overwrite to replace it, or another name")
+        elif self.form == "json" and self.out.exists() and self.keep:
+            raise ValueError(f"{self.out}: exists already; leave out --keep to replace it, or name another")
         write_json(file, self._run)
 
     def _read_run(self, file: Path) -> dict[str, Any]:

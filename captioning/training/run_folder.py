@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 
-from captioning.files import atomic_path, write_text
+from captioning.files import atomic_path, check_writable, write_text
 from captioning.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -144,8 +144,8 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: there is nothing to resume.
-            ValueError: there is a training and it is not to be resumed, or another process holds the lock.
-            OSError: the folder cannot be made or written.
+            ValueError: there is a training and it is not to be resumed, another process holds the lock, or the folder
+                cannot be written.
         """
         if resume and not self.has_state:
             raise FileNotFoundError(f"--resume: {self.path} holds no state of a run; start without --resume")
@@ -162,9 +162,9 @@ class RunFolder:
         Temporary files that a killed writer left are removed: with the lock held, no one else writes them.
 
         Raises:
-            ValueError: another process holds the lock.
-            OSError: the folder cannot be made or written.
+            ValueError: another process holds the lock, or the folder cannot be written.
         """
+        check_writable(self.path, "--out")
         self.path.mkdir(parents=True, exist_ok=True)
         file = (self.path / LOCK).open("ab")
         try:

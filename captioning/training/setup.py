@@ -20,7 +20,7 @@ from captioning.data.batches import shuffle_captions
 from captioning.data.tokenizer import Tokenizer, encode_captions
 from captioning.device import pick_device, seed_everything
 from captioning.distributed import Processes
-from captioning.files import atomic_path, read_json, write_json
+from captioning.files import atomic_path, check_writable, read_json, write_json
 from captioning.inference.captions import check_vocabulary
 from captioning.inference.encode import cached_features
 from captioning.models.adapter import read_adapter, start_from
@@ -56,10 +56,11 @@ def prepare(args: Any, processes: Processes, held: contextlib.ExitStack) -> Trai
     Raises:
         ValueError, OSError: a flag, a file or the run folder is not what it must be.
     """
-    config = resolve_config(args)
+    config, samples = resolve_config(args), read_samples(args)
     folder = RunFolder(args.out or Path("runs") / args.setting)
     trackers = open_run(args, folder, processes, held)
-    trainer = build(args, config, folder, processes)
+    check_writable(cache_folder(args), "--cache")
+    trainer = build(args, config, samples, folder, processes)
     check_processes(trainer)
     if processes.first:
         described = describe_run(args, config, trainer)
@@ -76,14 +77,13 @@ def plan(args: Any, processes: Processes) -> str:
     Raises:
         ValueError, OSError: as ``prepare``, but for what has to do with the run folder.
     """
-    config = resolve_config(args)
+    config, samples = resolve_config(args), read_samples(args)
     captioner, tokenizer = make_models(args, config, processes)
-    train, captions = read_split(args, "train", captioner, tokenizer)
-    read_split(args, "val", captioner, tokenizer)
+    captions, _ = (encode_split(samples[name], captioner, tokenizer) for name in ("train", "val"))
     steps = steps_per_epoch(config, captions)
     return (
         f"trainable parameters: {count_trainable(captioner):,}\n"
-        f"training: {len(train):,} images with {sum(map(len, captions)):,} captions, {config.batch_size} "
+        f"training: {len(captions):,} images with {sum(map(len, captions)):,} captions, {config.batch_size} "
         f"{config.batch_by} a batch, {steps:,} optimiser steps an epoch, {steps * config.epochs:,} in all"
     )
 
@@ -132,19 +132,21 @@ def open_run(args: Any, folder: RunFolder, processes: Processes, held: contextli
     return trackers
 
 
-def build(args: Any, config: TrainConfig, folder: RunFolder, processes: Processes) -> Trainer:
+def build(
+    args: Any, config: TrainConfig, samples: dict[str, list[Sample]], folder: RunFolder, processes: Processes
+) -> Trainer:
     """Build models and data, and load what a resumed or tuned captioner has learned."""
     captioner, tokenizer = make_models(args, config, processes, folder)
     check_run(args, config, captioner, folder, processes)
-    train, val = (make_split(args, name, captioner, tokenizer, processes) for name in ("train", "val"))
+    if args.init_adapter and not args.resume:
+        start_from(captioner, args.init_adapter)
+    train, val = (make_split(args, samples[name], captioner, tokenizer, processes) for name in ("train", "val"))
     kind = ScstTrainer if config.objective == "scst" else Trainer
     trainer = kind(captioner, tokenizer, train, val, config, folder, processes)
     if isinstance(trainer, ScstTrainer):
         load_clip(args, trainer)
     if args.resume:
         trainer.resume()
-    elif args.init_adapter:
-        start_from(captioner, args.init_adapter)
     return trainer
 
 
@@ -247,22 +249,31 @@ def check_resumed(folder: RunFolder, now: dict[str, Any]) -> None:
         raise ValueError(f"--resume: {folder.path} was started with other values of {', '.join(changed)}")
 
 
-def read_split(
-    args: Any, name: str, captioner: Captioner, tokenizer: Tokenizer
-) -> tuple[list[Sample], list[list[list[int]]]]:
-    """Return the samples of a split and their captions as token ids; ValueError where one exceeds the context."""
-    samples = load_split(args.data or Path(PROFILES[args.profile].data), name)
-    if name == "train" and args.shuffle_captions:
-        samples = shuffle_captions(samples, seed=0)
-    room = captioner.decoder.config.n_positions - captioner.n_prefix - 1
-    return samples, encode_captions(samples, tokenizer, room)
+def cache_folder(args: Any) -> Path:
+    """Return the folder of the encoder's tokens."""
+    return args.cache or Path(PROFILES[args.profile].cache)
 
 
-def make_split(args: Any, name: str, captioner: Captioner, tokenizer: Tokenizer, processes: Processes) -> Split:
-    """Read a split and encode its images once."""
-    samples, captions = read_split(args, name, captioner, tokenizer)
-    folder = args.cache or Path(PROFILES[args.profile].cache)
-    features = cached_features(captioner, [s.path for s in samples], folder, args.cache_gb * 1e9, processes)
+def read_samples(args: Any) -> dict[str, list[Sample]]:
+    """Return the samples of both splits; errors as ``load_split``."""
+    samples = {name: load_split(args.data or Path(PROFILES[args.profile].data), name) for name in ("train", "val")}
+    if args.shuffle_captions:
+        samples["train"] = shuffle_captions(samples["train"], seed=0)
+    return samples
+
+
+def encode_split(samples: list[Sample], captioner: Captioner, tokenizer: Tokenizer) -> list[list[list[int]]]:
+    """Return the captions of a split as token ids; ValueError where one exceeds the context."""
+    return encode_captions(samples, tokenizer, captioner.decoder.config.n_positions - captioner.n_prefix - 1)
+
+
+def make_split(
+    args: Any, samples: list[Sample], captioner: Captioner, tokenizer: Tokenizer, processes: Processes
+) -> Split:
+    """Encode a split's captions, then its images once."""
+    captions = encode_split(samples, captioner, tokenizer)
+    paths = [sample.path for sample in samples]
+    features = cached_features(captioner, paths, cache_folder(args), args.cache_gb * 1e9, processes)
     return Split(samples, captions, features)
 
 

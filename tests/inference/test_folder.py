@@ -74,7 +74,7 @@ def test_a_damaged_side_file_is_named(tmp_path, images):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_damaged_line_is_captioned_again_and_the_others_are_kept(tmp_path, images, caplog, overwrite):
-    """A flipped letter in the side file got into the final captions; with --overwrite damage cost them all."""
+    """A flipped letter in the side file got into the final captions; with overwriting damage cost them all."""
     out, part = tmp_path / "out.json", tmp_path / "out.json.part.jsonl"
     with pytest.raises(Interrupted):
         run(out, images, breaking_after(2))
@@ -100,14 +100,14 @@ def test_a_side_file_removed_between_open_and_lock_is_made_again(tmp_path, image
     assert len(run(tmp_path / "out.json", images)) == 7
 
 
-def test_an_existing_result_is_kept(tmp_path, images):
+def test_an_existing_result_is_kept_where_that_is_asked_for(tmp_path, images):
     out = tmp_path / "out.json"
     out.write_text("precious")
-    with pytest.raises(ValueError, match="--overwrite"):
-        run(out, images)
+    with pytest.raises(ValueError, match="leave out --keep"):
+        run(out, images, keep=True)
     assert out.read_text() == "precious"
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["out.json"]
-    assert len(run(out, images, overwrite=True)) == 7
+    assert len(run(out, images)) == 7
     with pytest.raises(ValueError, match="is a folder"):
         run(tmp_path, images)
 
@@ -176,7 +176,7 @@ def test_no_process_ends_before_the_result_is_written(tmp_path, images, monkeypa
 
 
 def test_a_damaged_side_file_of_another_process_is_dropped_where_overwriting_is_allowed(tmp_path, images):
-    """p2_infer.py, which always overwrites, asked for --overwrite, a flag that it did not have."""
+    """p2_infer.py, which always overwrites, asked for a flag that it did not have."""
     (tmp_path / "out.json.part.jsonl").write_text('{"run": ' + json.dumps(RUN) + "}\n" + kept("1", "kept"))
     (tmp_path / "out.json.part1.jsonl").write_text("nonsense\n" + kept("2", "lost"))
     captions = run(tmp_path / "out.json", images, overwrite=True)

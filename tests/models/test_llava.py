@@ -461,8 +461,11 @@ def test_flags_that_make_no_sense(few, tmp_path, capsys):
     assert "--prompt is empty" in fails(capsys, few, out, "--prompt", " ")
     assert "no such folder" in fails(capsys, tmp_path / "nowhere", out)
     out.write_text("{}")
-    assert "--overwrite" in fails(capsys, few, out)
-    assert caption(few, out, "--overwrite") == 0
+    assert "leave out --keep" in fails(capsys, few, out, "--keep")
+    assert out.read_text() == "{}"
+    assert caption(few, out) == 0
+    assert len(json.loads(out.read_text())) > 0
+    assert caption(few, out, "--overwrite") == 0  # what the last version wanted here
 
 
 def test_four_bits_without_bitsandbytes(few, tmp_path, capsys, monkeypatch):

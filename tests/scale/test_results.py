@@ -46,9 +46,9 @@ def test_one_json_is_what_a_folder_would_have_given(tars, tmp_path):
     write_json(tmp_path / "expected.json", EXPECTED)
     assert (tmp_path / "out.json").read_bytes() == (tmp_path / "expected.json").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["expected.json", "out.json", "out.manifest.json", "tars"]
-    with pytest.raises(ValueError, match="exists already"):
-        run(tars, tmp_path / "out.json")
-    assert run(tars, tmp_path / "out.json", overwrite=True) == 0
+    with pytest.raises(ValueError, match="exists already; leave out --keep"):
+        run(tars, tmp_path / "out.json", keep=True)
+    assert run(tars, tmp_path / "out.json") == 0
 
 
 def test_bad_input_is_named_counted_and_spares_the_rest(tmp_path, caplog):
