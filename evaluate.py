@@ -147,7 +147,9 @@ def _read(args: argparse.Namespace) -> tuple[Annotations, dict[str, dict[str, st
 
 
 def _make_evaluator(args: argparse.Namespace, annotations: Annotations) -> Evaluator:
-    device, profile = pick_device(args.device), PROFILES[args.profile]
+    profile, device = PROFILES[args.profile], None
+    if args.device or any(METRICS[metric].by_clip for metric in parse_metrics(args.metrics)):
+        device = pick_device(args.device, announce=False)  # the line on what made the numbers says it
     model = args.clip_model or profile.clip_model
     weights = args.clip_weights or (None if Path(model).is_dir() else profile.clip_weights)
     return Evaluator(

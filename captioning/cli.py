@@ -87,7 +87,7 @@ def add_common_flags(parser: argparse.ArgumentParser, profile: bool = True, devi
     if profile:
         parser.add_argument("--profile", choices=sorted(PROFILES), default="full", help="sets names and paths only")
     if device:
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+        parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
 
 

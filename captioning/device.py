@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import random
 import re
+import subprocess
 
 import numpy as np
 import torch
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "fp32", "bf16")  # auto is bf16 where a GPU has it and where accelerate asks for it, else fp32
 
@@ -28,22 +33,62 @@ def launched(variable: str, default: int) -> int:
         raise ValueError(f"{variable}={text}: must be a whole number, as launchers set it; unset {variable}") from error
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str | None = "auto", announce: bool = True) -> torch.device:
     """Return the device for ``name``: ``auto`` prefers CUDA, then Apple's MPS, then CPU.
 
     Under a launcher ``auto`` and ``cuda`` are this process's own GPU; where there are fewer GPUs than processes, the
-    processes share them in turn.
+    processes share them in turn. None, where nobody asked for a device, is ``auto``, but never the CPU beside a GPU.
+    The device is logged, unless ``announce`` is False.
 
     Raises:
         ValueError: ``name`` asks for an accelerator that this machine or this torch build does not have, or for one
-            GPU for all of several processes; or torch has no kernels for the GPU.
+            GPU for all of several processes; or torch has no kernels for the GPU, or, with None, does not see it.
     """
-    device = _find_device(name)
+    device = _find_device(name or "auto")
+    if name is None and device.type == "cpu":
+        _check_unseen()
     if device.type == "cuda":
         _check_kernels(device)
         # It builds a graph for every new shape, and each step of a search is one: seconds to minutes in all.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    if announce:
+        _announce(device)
     return device
+
+
+@functools.cache  # once for a device, however often it is picked
+def _announce(device: torch.device) -> None:
+    if device.type != "cuda":
+        log.info("device: %s", device)
+        return
+    card = torch.cuda.get_device_properties(device)
+    precision = "" if has_bf16(device) else "; without bf16: --precision auto is fp32"
+    log.info("device: %s, %s, %.0f GB%s", device, card.name, card.total_memory / 1e9, precision)
+
+
+def _check_unseen() -> None:
+    """Raise ValueError where nvidia-smi lists a GPU that torch, which sees none, was not told to leave alone."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if (hidden is not None and hidden.strip() in ("", "-1")) or not (count := listed_gpus()):
+        return
+    if hidden is not None:
+        remedy = f"CUDA_VISIBLE_DEVICES={hidden} names none of them: correct it"
+    elif torch.version.cuda is None:
+        remedy = "it is built without CUDA: install another (https://pytorch.org/get-started/locally)"
+    else:
+        remedy = f"it needs a driver for CUDA {torch.version.cuda}: update the driver, or install an older CUDA's torch"
+    raise ValueError(
+        f"nvidia-smi lists {count} GPU(s) and torch {torch.__version__} sees none; {remedy}, or use --device cpu"
+    )
+
+
+def listed_gpus() -> int:
+    """Return how many GPUs nvidia-smi lists: 0 where there is none of it, or no driver."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())  # parts of one (MIG) are indented
 
 
 def _find_device(name: str) -> torch.device:

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, default=MICRO_WEIGHTS, help="folder of the results")
     parser.add_argument("--scenes", type=int, help="number of scenes instead of the recipe's")
     parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--workers", type=int, default=2, help="processes that draw")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
     args = parser.parse_args(argv)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import TINY_ENCODER, TINY_ENCODER_KWARGS, VOCAB_SIZE
 
+from captioning import device
 from captioning.profiles import PROFILES, Profile
 from captioning.scoring import evaluator
 from decoder import Decoder, DecoderConfig, gpt2_state_dict
@@ -71,6 +72,12 @@ def tiny_profile(tmp_path_factory, tiny_data, tiny_decoder_file, tokenizer_folde
         llava=PROFILES["micro"].llava,
         cache=str(tmp_path_factory.mktemp("cache")),
     )
+
+
+@pytest.fixture(autouse=True)
+def no_listed_gpus(monkeypatch):
+    """No script stops at a GPU that the tests' torch does not see."""
+    monkeypatch.setattr(device, "listed_gpus", lambda: 0)
 
 
 def constant_cider(references, predictions):

@@ -70,7 +70,7 @@ def test_counts_below_one_are_refused_by_their_flag(capsys):
 def test_common_flags_are_those_that_a_script_has_a_use_for(profile, device):
     parser = FlagParser()
     add_common_flags(parser, profile, device)
-    expected = {"verbose": False} | ({"profile": "full"} if profile else {}) | ({"device": "auto"} if device else {})
+    expected = {"verbose": False} | ({"profile": "full"} if profile else {}) | ({"device": None} if device else {})
     assert vars(parser.parse_args([])) == expected
 
 

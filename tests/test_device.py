@@ -1,5 +1,8 @@
 """Devices that are not there are refused by name; one seed sets every generator."""
 
+import importlib
+import logging
+import os
 import random
 from types import SimpleNamespace
 
@@ -7,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from captioning import device
 from captioning.device import autocast, pick_device, product_dtype, seed_everything
 from captioning.distributed import ALONE, join
 from captioning.models.llava import pick_dtype
 
+LISTED_GPUS = device.listed_gpus  # which other tests do without
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
 
 
@@ -181,6 +186,72 @@ def test_a_gpu_that_torch_has_no_kernels_for_is_refused(two_gpus, card, capabili
 def test_a_gpu_that_torch_has_kernels_for_is_taken(two_gpus, card, capability, built_for):
     card(capability, built_for=built_for)
     assert pick_device() == torch.device("cuda")
+
+
+NVIDIA_SMI = """#!/bin/sh
+echo "GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-0)"
+echo "  MIG 1g.5gb Device 0: (UUID: MIG-0)"
+"""
+
+
+@pytest.fixture
+def unseen_gpu(tmp_path, monkeypatch):
+    """A GPU that nvidia-smi lists and torch does not see."""
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(device, "listed_gpus", LISTED_GPUS)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "visible", "remedy"),
+    [
+        (None, None, "without CUDA"),
+        ("13.0", None, "driver for CUDA 13.0"),
+        ("13.0", "3", "CUDA_VISIBLE_DEVICES=3 names"),
+    ],
+)
+def test_nobody_computes_on_the_cpu_beside_a_gpu_unasked(unseen_gpu, monkeypatch, built_for, visible, remedy):
+    """An old driver or a CPU build of torch made `auto` the CPU: a training of days, and no line said so."""
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=rf"lists 1 GPU\(s\) and torch .* sees none; .*{remedy}.*--device cpu"):
+        pick_device(None)
+    for asked in ("auto", "cpu"):
+        assert pick_device(asked) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_gpu_may_be_hidden(unseen_gpu, monkeypatch, hidden):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert pick_device(None) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("text", [None, "#!/bin/sh\necho NVIDIA-SMI has failed >&2; exit 9\n"])
+def test_without_a_driver_the_cpu_is_the_device(unseen_gpu, monkeypatch, tmp_path, text):
+    (tmp_path / "nvidia-smi").unlink() if text is None else (tmp_path / "nvidia-smi").write_text(text)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert pick_device(None) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("script", ["p2_train", "p2_infer", "p1_llava_caption", "p3_attention", "evaluate"])
+def test_scripts_know_whether_a_device_was_asked_for(script):
+    parser = importlib.import_module(script).build_parser()
+    assert parser.get_default("device") is None
+
+
+def test_the_devices_name_is_logged_once(two_gpus, card, caplog):
+    card((7, 5), "Tesla T4")
+    device._announce.cache_clear()
+    with caplog.at_level(logging.INFO):
+        pick_device("cuda:1"), pick_device("cuda:1")
+        pick_device("cuda:0", announce=False)
+    device._announce.cache_clear()
+    assert caplog.messages == ["device: cuda:1, Tesla T4, 24 GB; without bf16: --precision auto is fp32"]
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])

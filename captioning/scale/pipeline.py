@@ -38,7 +38,7 @@ class ShardRun:
     retry_unreadable: bool = False  # go again through finished shards in which images could not be read
     engine: str = "plain"  # this process and those launched with it; or ray: the actors of a cluster
     ray_actors: int | None = None  # None: one for each GPU, or else each CPU
-    device: str = "auto"  # --device of the actors
+    device: str | None = "auto"  # --device of the actors
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, settings: dict[str, Any]) -> ShardRun:
@@ -85,7 +85,7 @@ def _caption(
     run: ShardRun, folder: Folder, shards: Sequence[Shard], build: Callable[[], Job], processes: Processes
 ) -> None:
     if run.engine == "ray":
-        use_gpus = run.device == "auto" or run.device.startswith("cuda")
+        use_gpus = (run.device or "auto").startswith(("auto", "cuda"))
         return caption_with_ray(folder, shards, build, run.batch_size, run.ray_actors, use_gpus)
     first = len(shards) * processes.rank // processes.count  # so that not all processes try to claim the same ones
     order = [*shards[first:], *shards[:first]]

@@ -210,6 +210,15 @@ def test_missing_files_and_wrong_flags_are_named(files, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("metrics", "asked"), [("cider,rouge", []), ("cider,clipscore", [None])])
+def test_a_device_is_looked_for_where_clip_needs_one(files, monkeypatch, metrics, asked):
+    """Scores of words do not stop at a GPU that torch does not see."""
+    found = []
+    monkeypatch.setattr(evaluate, "pick_device", lambda name, announce: found.append(name))
+    evaluate.main([*files(), "--metrics", metrics])
+    assert found == asked
+
+
 EXPECTED = {"ptb-java": 1.417998065871006, "ptb": 1.417998065871006}  # the README's
 
 
