@@ -13,7 +13,8 @@ fi
 gpus=1
 if [[ " $* " != *" --device"[\ =]* ]] && command -v nvidia-smi >/dev/null; then
   # torch knows which of them this process may use, but takes seconds: it is asked only where there are several.
-  listed=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)  # it fails where the driver does
+  # It fails where the driver does; parts of a GPU (MIG) are listed below it, indented.
+  listed=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
   if ((listed > 1)); then
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
   fi

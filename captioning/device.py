@@ -45,8 +45,8 @@ def pick_device(name: str | None = "auto", announce: bool = True) -> torch.devic
             GPU for all of several processes; or torch has no kernels for the GPU, or, with None, does not see it.
     """
     device = _find_device(name or "auto")
-    if name is None and device.type == "cpu":
-        _check_unseen()
+    if name is None and device.type == "cpu" and (unseen := _unseen_gpus()):
+        raise ValueError(f"{unseen}, or use --device cpu")
     if device.type == "cuda":
         _check_kernels(device)
         # It builds a graph for every new shape, and each step of a search is one: seconds to minutes in all.
@@ -62,24 +62,34 @@ def _announce(device: torch.device) -> None:
         log.info("device: %s", device)
         return
     card = torch.cuda.get_device_properties(device)
-    precision = "" if has_bf16(device) else "; without bf16: --precision auto is fp32"
-    log.info("device: %s, %s, %.0f GB%s", device, card.name, card.total_memory / 1e9, precision)
+    notes = "".join(f"; {note}" for note in _notes(device))
+    log.info("device: %s, %s, %.0f GB%s", device, card.name, card.total_memory / 1e9, notes)
 
 
-def _check_unseen() -> None:
-    """Raise ValueError where nvidia-smi lists a GPU that torch, which sees none, was not told to leave alone."""
+def _notes(device: torch.device) -> list[str]:
+    """Return what is unusual about a GPU or the choice of it."""
+    count, rank = torch.cuda.device_count(), launched("LOCAL_RANK", -1)
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    notes = [] if has_bf16(device) else ["without bf16: --precision auto is fp32"]
+    if named and len(named) != count:  # CUDA stops at a name that it does not know, and takes one part (MIG) only
+        notes.append(f"CUDA_VISIBLE_DEVICES={','.join(named)} names {len(named)}, and torch sees {count}")
+    if rank >= count:
+        notes.append(f"process {rank} of this machine sees {count} GPU(s), which others may share")
+    return notes
+
+
+def _unseen_gpus() -> str:
+    """Say which GPUs nvidia-smi lists, if torch sees none and was not told to leave them alone; and the remedy."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if (hidden is not None and hidden.strip() in ("", "-1")) or not (count := listed_gpus()):
-        return
+        return ""
     if hidden is not None:
         remedy = f"CUDA_VISIBLE_DEVICES={hidden} names none of them: correct it"
     elif torch.version.cuda is None:
         remedy = "it is built without CUDA: install another (https://pytorch.org/get-started/locally)"
     else:
         remedy = f"it needs a driver for CUDA {torch.version.cuda}: update the driver, or install an older CUDA's torch"
-    raise ValueError(
-        f"nvidia-smi lists {count} GPU(s) and torch {torch.__version__} sees none; {remedy}, or use --device cpu"
-    )
+    return f"nvidia-smi lists {count} GPU(s) and torch {torch.__version__} sees none; {remedy}"
 
 
 def listed_gpus() -> int:
@@ -102,7 +112,9 @@ def _find_device(name: str) -> torch.device:
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     count = counts.get(device.type, 0)
     if (device.index or 0) >= count:
-        raise ValueError(f"--device {name}: torch {torch.__version__} sees {count} of that kind here; use --device cpu")
+        unseen = _unseen_gpus() if device.type == "cuda" and not count else ""
+        seen = f"torch {torch.__version__} sees {count} of that kind here; use --device cpu"
+        raise ValueError(f"--device {name}: {f'{unseen}, or use --device cpu' if unseen else seen}")
     if device.type == "cuda" and device.index is not None and launched("WORLD_SIZE", 1) > 1:
         raise ValueError(f"--device {name}: every process would take it; leave it out and each takes its own")
     return _own_gpu() if name == "cuda" else device
@@ -159,8 +171,18 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def product_dtype(device: torch.device, precision: str) -> torch.dtype:
     """Return the type that matrix products have under ``autocast(device, precision)``."""
-    bf16 = precision == "bf16" or (precision == "auto" and (has_bf16(device) or launched_precision() == "bf16"))
-    return torch.bfloat16 if bf16 else torch.float32
+    asked = precision == "bf16" or (precision == "auto" and launched_precision() == "bf16")
+    if asked:
+        warn_of_emulation(device)
+    return torch.bfloat16 if asked or (precision == "auto" and has_bf16(device)) else torch.float32
+
+
+@functools.cache  # once for a device
+def warn_of_emulation(device: torch.device) -> None:
+    """Log a warning, once, where a GPU is to compute in bf16 and has no such products."""
+    if device.type == "cuda" and not has_bf16(device):
+        name = torch.cuda.get_device_properties(device).name
+        log.warning("bf16: %s has no such products and emulates them; leave out bf16 and none is needed", name)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -22,7 +22,7 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_
 @pytest.fixture(autouse=True)
 def started_by_hand(monkeypatch):
     """No launcher's variables, whatever the user's shell has set."""
-    for name in LAUNCHED:
+    for name in (*LAUNCHED, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -201,8 +201,8 @@ def unseen_gpu(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(device, "listed_gpus", LISTED_GPUS)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
@@ -212,6 +212,7 @@ def unseen_gpu(tmp_path, monkeypatch):
         (None, None, "without CUDA"),
         ("13.0", None, "driver for CUDA 13.0"),
         ("13.0", "3", "CUDA_VISIBLE_DEVICES=3 names"),
+        ("13.0", "MIG-7", "CUDA_VISIBLE_DEVICES=MIG-7 names"),
     ],
 )
 def test_nobody_computes_on_the_cpu_beside_a_gpu_unasked(unseen_gpu, monkeypatch, built_for, visible, remedy):
@@ -219,8 +220,9 @@ def test_nobody_computes_on_the_cpu_beside_a_gpu_unasked(unseen_gpu, monkeypatch
     monkeypatch.setattr(torch.version, "cuda", built_for)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with pytest.raises(ValueError, match=rf"lists 1 GPU\(s\) and torch .* sees none; .*{remedy}.*--device cpu"):
-        pick_device(None)
+    for name in (None, "cuda"):  # asked for by name, it is refused anyway: with the same remedy
+        with pytest.raises(ValueError, match=rf"lists 1 GPU\(s\) and torch .* sees none; .*{remedy}.*--device cpu"):
+            pick_device(name)
     for asked in ("auto", "cpu"):
         assert pick_device(asked) == torch.device("cpu")
 
@@ -244,14 +246,65 @@ def test_scripts_know_whether_a_device_was_asked_for(script):
     assert parser.get_default("device") is None
 
 
-def test_the_devices_name_is_logged_once(two_gpus, card, caplog):
-    card((7, 5), "Tesla T4")
-    device._announce.cache_clear()
+@pytest.fixture
+def said(caplog):
+    """What is logged, of this device or its precision, from now on."""
+    caches = device._announce, device.warn_of_emulation
+    for cache in caches:
+        cache.cache_clear()
     with caplog.at_level(logging.INFO):
-        pick_device("cuda:1"), pick_device("cuda:1")
-        pick_device("cuda:0", announce=False)
-    device._announce.cache_clear()
-    assert caplog.messages == ["device: cuda:1, Tesla T4, 24 GB; without bf16: --precision auto is fp32"]
+        yield caplog
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_the_devices_name_is_logged_once(two_gpus, card, said):
+    card((7, 5), "Tesla T4")
+    pick_device("cuda:1"), pick_device("cuda:1")
+    pick_device("cuda:0", announce=False)
+    assert said.messages == ["device: cuda:1, Tesla T4, 24 GB; without bf16: --precision auto is fp32"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "count", "note"),
+    [
+        (None, None, 2, ""),
+        ("0,1", "1", 2, ""),
+        ("MIG-0", "0", 1, ""),
+        ("MIG-0,MIG-1", None, 1, "; CUDA_VISIBLE_DEVICES=MIG-0,MIG-1 names 2, and torch sees 1"),
+        ("0,7,1", None, 1, "; CUDA_VISIBLE_DEVICES=0,7,1 names 3, and torch sees 1"),
+        ("2", "2", 1, "; process 2 of this machine sees 1 GPU(s), which others may share"),
+        (None, "3", 2, "; process 3 of this machine sees 2 GPU(s), which others may share"),
+    ],
+)
+def test_parts_of_gpus_and_launchers_that_show_one_are_recognised(
+    two_gpus, card, monkeypatch, said, visible, rank, count, note
+):
+    """CUDA takes one MIG part of several; srun and others show each process its own GPU, whatever LOCAL_RANK is."""
+    card((9, 0), "H100 MIG 1g.10gb")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("LOCAL_RANK", rank)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    found = pick_device(None)
+    assert found.index is None or found.index < count
+    assert said.messages == [f"device: {found}, H100 MIG 1g.10gb, 24 GB{note}"]
+
+
+@pytest.mark.parametrize(("capability", "warned"), [((7, 5), True), ((8, 6), False)])
+def test_bf16_that_a_gpu_emulates_is_done_and_warned_of_once(card, monkeypatch, said, capability, warned):
+    card(capability, "Tesla T4")
+    for _ in range(2):
+        assert product_dtype(torch.device("cuda"), "bf16") == torch.bfloat16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert product_dtype(torch.device("cuda"), "auto") == torch.bfloat16
+    assert product_dtype(torch.device("cuda"), "fp32") == torch.float32
+    assert [record.levelname for record in said.records] == ["WARNING"] * warned
+    assert ("Tesla T4 has no such products and emulates them" in said.text) is warned
+    said.clear()
+    device.warn_of_emulation.cache_clear()
+    assert pick_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16
+    assert len(said.records) == warned
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])

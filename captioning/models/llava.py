@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
-from captioning.device import launched_precision, ran_out_of_memory
+from captioning.device import launched_precision, ran_out_of_memory, warn_of_emulation
 from captioning.imports import import_guarded
 from captioning.messages import first_sentence
 from captioning.profiles import is_hub_id
@@ -49,7 +49,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     Auto is what accelerate's ``mixed_precision`` asks for, or else float16 on an accelerator and float32 on a CPU.
     """
     own = "float32" if device.type == "cpu" else "float16"
-    return DTYPES[LAUNCHED_DTYPES.get(launched_precision() or "", own) if name == "auto" else name]
+    dtype = DTYPES[LAUNCHED_DTYPES.get(launched_precision() or "", own) if name == "auto" else name]
+    if dtype == torch.bfloat16:
+        warn_of_emulation(device)
+    return dtype
 
 
 @dataclass

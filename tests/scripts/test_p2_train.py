@@ -171,10 +171,13 @@ def test_a_few_pictures_are_learned_by_heart_and_captioned_word_for_word(tiny_da
 
 NVIDIA_SMI = """#!/bin/sh
 [ "$LISTED" != fails ] || exit 9  # as it does beside a driver of another version
-for gpu in $LISTED; do echo "GPU $gpu: NVIDIA H100 (UUID: GPU-$gpu)"; done
+for gpu in $LISTED; do
+  echo "GPU $gpu: NVIDIA H100 (UUID: GPU-$gpu)"
+  [ -z "$PARTED" ] || echo "  MIG 1g.10gb     Device  0: (UUID: MIG-$gpu)"
+done
 """
 PYTHON = """#!/bin/sh
-if [ "$1" = -c ]; then echo "$USABLE"; else printf '%s\\n' "$@"; fi
+if [ "$1" = -c ]; then echo asked >>"$0.asked"; echo "$USABLE"; else printf '%s\\n' "$@"; fi
 """
 
 
@@ -188,6 +191,7 @@ def shell(tmp_path, listed, usable, *flags):
         (tmp_path / name).chmod(0o755)
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PARTED": os.environ.get("PARTED", ""),
         "PYTHON": str(tmp_path / "python"),
         "LISTED": listed,
         "USABLE": usable,
@@ -223,3 +227,11 @@ def test_the_shell_script_starts_a_process_for_every_gpu(tmp_path):
 )
 def test_the_shell_script_starts_one_plain_process_otherwise(listed, usable, flags, tmp_path):
     assert shell(tmp_path, listed, usable, "--epochs", "4", *flags) == [SCRIPT, "--epochs", "4", *flags]
+
+
+def test_parts_of_one_gpu_are_not_several(tmp_path, monkeypatch):
+    """A GPU in MIG parts has a line for each; torch, which takes seconds, was asked how many there are."""
+    monkeypatch.setenv("PARTED", "yes")
+    assert shell(tmp_path, "0", "1") == [SCRIPT]
+    assert not (tmp_path / "python.asked").exists()
+    assert "accelerate.commands.launch" in shell(tmp_path, "0 1", "2")
