@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captioning.checkpoints import read_state_dict, transformers_config
+from captioning.kernels.attention_mask import additive_mask
 from captioning.kernels.frozen_linear import frozen_linear, keep_cast_weight
 from captioning.kernels.packed_attention import PackedAttention, Packing, can_attend_packed
 from captioning.messages import some
@@ -282,13 +283,15 @@ class Attention(nn.Module):
             if cache is None and attentions is None and can_attend_packed(qkv):
                 captions_only = last == new - mask.n_prefix
                 return self.c_proj(PackedAttention.apply(qkv, mask, captions_only)[:, -last:])
-            mask = mask.mask
+            mask = mask.mask if attentions is not None else mask.additive(qkv.dtype)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         if last < new:
             q, mask = q[:, :, -last:], _last_rows(mask, last, x)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)  # (B, nh, S, hs)
         if attentions is None:
+            if mask is not None and mask.dtype != torch.bool:
+                mask = mask.to(q.dtype)  # never float32 beside bfloat16, which some kernels misread silently
             # A single query sees all that is cached; is_causal would align it with the first key instead of the last.
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and new > 1)
         else:
@@ -315,6 +318,12 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | 
 def _causal(rows: int, total: int, device: torch.device) -> Tensor:
     """What the last rows of a sequence see of it, bool (rows, total): all up to themselves."""
     return torch.ones(rows, total, dtype=torch.bool, device=device).tril(total - rows)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The type of queries, keys and values that are made from x: autocast's where it is on, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _last_rows(mask: Tensor | None, last: int, x: Tensor) -> Tensor:
@@ -431,6 +440,8 @@ class Decoder(nn.Module):
         """``forward`` after the positions are added and checked: all blocks and the last layer norm."""
         new = x.shape[1]
         last = new if last is None else last
+        if isinstance(mask, Tensor) and attentions is None:
+            mask = additive_mask(mask, _product_dtype(x))
         for block in self.h[:-1]:
             x = block(x, mask, cache, attentions, new)
         x = self.h[-1](x, mask, cache, attentions, last if cache is None and attentions is None else new)
@@ -443,9 +454,7 @@ class Decoder(nn.Module):
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache on the decoder's device, of autocast's type where autocast is on, else of the weights'."""
         weight = self.wte.weight
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return KVCache(self.config, batch_size, max_length, weight.device, dtype)
+        return KVCache(self.config, batch_size, max_length, weight.device, _product_dtype(weight))
 
     @property
     def merged(self) -> bool:

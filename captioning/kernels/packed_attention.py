@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captioning.kernels.attention_mask import additive_mask
+
 _CPU_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 
 
@@ -29,6 +31,7 @@ class Packing:
 
     def __init__(self, n_prefix: int, slots: Tensor, length: int, mask: Callable[[], Tensor]) -> None:
         self.n_prefix, self._mask = n_prefix, mask
+        self._additive: dict[torch.dtype, Tensor] = {}
         rows = torch.arange(len(slots), device=slots.device)[:, None]  # (B, 1)
         self.valid = slots >= 0  # (B, k, T)
         flat, size = slots.flatten(1), slots[0].numel()
@@ -43,6 +46,12 @@ class Packing:
     def mask(self) -> Tensor:
         """Where a query may look, bool (B, 1, P+S, P+S)."""
         return self._mask()
+
+    def additive(self, dtype: torch.dtype) -> Tensor:
+        """The mask as attention adds it to scores, made once for each type of queries."""
+        if dtype not in self._additive:
+            self._additive[dtype] = additive_mask(self.mask, dtype)
+        return self._additive[dtype]
 
     def grid(self, x: Tensor) -> Tensor:
         """Gather what is after the prefix, (B, S, nh, n), by caption: (B, k, nh, T, n)."""

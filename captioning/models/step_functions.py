@@ -37,14 +37,19 @@ class StepFunction:
         _check_room(decoder, self.n_prefix, max_new_tokens)
         self.cache = decoder.new_cache(len(prefix), self.n_prefix + beam_size * max_new_tokens)
         decoder(prefix, torch.arange(self.n_prefix), cache=self.cache)
+        # Checked above and there already: a position that came from the CPU would wait for the device at every step.
+        self.positions = torch.arange(self.n_prefix, self.n_prefix + max_new_tokens, device=prefix.device)
 
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, K, V) after the newest tokens (B, K), each of which sees its ancestors (B, K, n)."""
-        position = torch.tensor([self.n_prefix + ancestors.shape[2] // tokens.shape[1] - 1])
+        decoder, beams = self.decoder, tokens.shape[1]
+        step = ancestors.shape[2] // beams
         mask = F.pad(ancestors, (self.n_prefix, 0), value=True)[:, None]  # (B, 1, K, P + n)
-        hidden = self.decoder(self.decoder.embed(tokens), position, mask, self.cache)
-        return self.decoder.logits(hidden)
+        x = decoder.embed(tokens) + decoder.wpe(self.positions[step - 1 : step])
+        hidden = decoder.blocks(x, mask, self.cache)
+        self.cache.length += beams
+        return decoder.logits(hidden)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all images but these, by place in the batch (n,)."""
