@@ -1,4 +1,4 @@
-"""Score captions: CIDEr-D, CLIPScore, RefCLIPScore, BLEU, METEOR, ROUGE-L, SPICE. A library and a command line.
+"""Score captions: CIDEr-D, CLIPScore, RefCLIPScore, BLEU, METEOR, ROUGE-L, SPICE, CHAIR. A library and commands.
 
 CIDEr asks how far a caption says what people said of the image, each n-gram weighted by how rare it is among all the
 references; CLIPScore asks CLIP how well the caption fits the picture and needs no reference. Both give one number per
@@ -35,9 +35,11 @@ from captioning.files import check_writable, write_csv, write_json, write_text
 from captioning.messages import listed
 from captioning.profiles import PROFILES
 from captioning.scoring.caption_stats import caption_statistics
+from captioning.scoring.chair import Chair
 from captioning.scoring.clipscore import LONG, PRECISIONS, ClipScorer, clipscore
 from captioning.scoring.evaluator import (
     DEFAULT_METRICS,
+    LOWER_IS_BETTER,
     MEANS_OF_IMAGES,
     METRICS,
     Evaluation,
@@ -71,7 +73,9 @@ log = logging.getLogger("captioning")
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    parser = FlagParser(description="Score captions: CIDEr, CLIPScore, RefCLIPScore, BLEU, METEOR, ROUGE-L, SPICE.")
+    parser = FlagParser(
+        description="Score captions: CIDEr, CLIPScore, RefCLIPScore, BLEU, METEOR, ROUGE-L, SPICE, CHAIR."
+    )
     parser.add_argument("--pred-file", required=True, help="predictions: any layout of docs/scoring.md, or p2_infer's")
     parser.add_argument("--images-root", help="folder of the images; only CLIPScore and RefCLIPScore need it")
     parser.add_argument("--annotation-file", required=True, help="references of exactly those images: any layout too")
@@ -80,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--pred-keys", choices=NAMES_ARE, default="auto", help="what predictions call images by, where it could be both"
     )
     parser.add_argument("--metrics", default=",".join(DEFAULT_METRICS), help=f"{','.join(METRICS)}, or all")
+    parser.add_argument("--boxes", metavar="FILE", help="chair: COCO instances; or `references`, for these alone")
+    parser.add_argument("--chair-words", metavar="FILE", help="chair: words for objects (the profile's list)")
     parser.add_argument("--tokenizer", default="auto", help="ptb-java, ptb (pure Python), or auto: Java's if installed")
     parser.add_argument("--allow-partial", action="store_true", help="score only the images that all files name")
     parser.add_argument("--bootstrap", type=int, metavar="N", help="add intervals from N resamples of the images")
@@ -110,7 +116,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse wrong flags before anything slow starts."""
-    parse_metrics(args.metrics)
+    metrics = parse_metrics(args.metrics, bool(args.boxes))
+    if args.boxes and "chair" not in metrics:
+        raise ValueError(f"--boxes {args.boxes}: is for --metrics chair, which {args.metrics} lacks")
     if args.bootstrap is not None and args.bootstrap < 2:
         raise ValueError(f"--bootstrap {args.bootstrap}: must be at least 2; 1000 is usual")
     if args.per_image and Path(args.per_image).suffix not in (".json", ".csv"):
@@ -160,7 +168,15 @@ def _make_evaluator(args: argparse.Namespace, annotations: Annotations) -> Evalu
         args.tokenizer,
         args.clip_prompt,
         Path(profile.cache) if args.cache else None,
+        _make_chair(args, annotations),
     )
+
+
+def _make_chair(args: argparse.Namespace, annotations: Annotations) -> Chair | None:
+    if not args.boxes:
+        return None
+    words = args.chair_words or PROFILES[args.profile].chair_words
+    return Chair.of_files(words, args.boxes, annotations.file_names, annotations.ids)
 
 
 def _add_uncertainty(args: argparse.Namespace, result: Evaluation, other: Evaluation | None) -> None:
@@ -170,7 +186,8 @@ def _add_uncertainty(args: argparse.Namespace, result: Evaluation, other: Evalua
         if args.bootstrap is not None:
             result.intervals[metric] = bootstrap_interval([*scores.values()], args.bootstrap, args.seed)
         if other is not None and metric in other.means:
-            result.comparison[metric] = compare(scores, other.per_image[metric], seed=args.seed)
+            comparison = compare(scores, other.per_image[metric], seed=args.seed)
+            result.comparison[metric] = comparison.turned() if metric in LOWER_IS_BETTER else comparison
 
 
 def _add_statistics(
@@ -198,8 +215,10 @@ def _write(args: argparse.Namespace, evaluator: Evaluator, result: Evaluation, p
         write_json(args.json, result.summary())
     ranking = result.ranking(predictions)
     if args.per_image and args.per_image.endswith(".csv"):
-        rows = [[stem, *row.values()] for stem, row in ranking.items()]
-        write_csv(args.per_image, ["image", *result.means, "caption"], rows)
+        rows = [
+            [stem, *(", ".join(v) if isinstance(v, list) else v for v in row.values())] for stem, row in ranking.items()
+        ]
+        write_csv(args.per_image, ["image", *next(iter(ranking.values()))], rows)
     elif args.per_image:
         write_json(args.per_image, ranking)
     if args.html:
@@ -221,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     annotations, files, annotated = _read(args)
     training = load_references(args.train_annotations, "train") if args.train_annotations else None
     evaluator = _make_evaluator(args, annotations)
-    metrics, predictions = parse_metrics(args.metrics), files[args.pred_file]
+    metrics, predictions = parse_metrics(args.metrics, bool(args.boxes)), files[args.pred_file]
     result = evaluator.evaluate(predictions, metrics)
     if not result.means:
         return BAD_INPUT

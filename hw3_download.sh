@@ -11,7 +11,7 @@
 # a file under its own name is complete. The Hugging Face hub's own client would need the hub's API; curl needs only
 # HTTP, so any mirror works, proxies are set by the usual variables, and a small server can test every failure.
 #
-# Environment: HF_ENDPOINT, HF_TOKEN, COCO_BASE_URL, HW3_DATA_ID, PYTHON, proxies as curl knows them;
+# Environment: HF_ENDPOINT, HF_TOKEN, COCO_BASE_URL, GITHUB_RAW_URL, HW3_DATA_ID, PYTHON, proxies as curl knows them;
 # HW3_ROOT (where hw3_data/ and weights/ go), HW3_MANIFEST, HW3_TRIES, HW3_STALL_SECONDS, HW3_BACKOFF_SECONDS,
 # HW3_TRAIN_IMAGES and HW3_VAL_IMAGES (size of the stand-in).
 set -euo pipefail
@@ -21,6 +21,7 @@ root=${HW3_ROOT:-$here}
 manifest=${HW3_MANIFEST:-$here/hw3_download.tsv}
 hub=${HF_ENDPOINT:-https://huggingface.co}
 coco=${COCO_BASE_URL:-http://images.cocodataset.org}
+github=${GITHUB_RAW_URL:-https://raw.githubusercontent.com}
 tries=${HW3_TRIES:-8}
 stall=${HW3_STALL_SECONDS:-60}
 backoff=${HW3_BACKOFF_SECONDS:-5}
@@ -70,8 +71,9 @@ url_of() { # source revision
   local path=${1#*:}
   case $1 in
     hf:*/*/*) say "$hub/$(cut -d / -f 1-2 <<<"$path")/resolve/$2/$(cut -d / -f 3- <<<"$path")" ;;
+    github:*/*/*) say "$github/$(cut -d / -f 1-2 <<<"$path")/$2/$(cut -d / -f 3- <<<"$path")" ;;
     coco:*) say "$coco/$path" ;;
-    *) fail "$manifest: the source $1 is neither hf:OWNER/REPO/FILE nor coco:FILE" ;;
+    *) fail "$manifest: the source $1 is none of hf:OWNER/REPO/FILE, github:OWNER/REPO/FILE and coco:FILE" ;;
   esac
 }
 

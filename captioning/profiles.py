@@ -35,6 +35,7 @@ class Profile:
     clip_weights: str | None  # open_clip tag or local file; None for a folder
     llava: str  # folder that save_pretrained wrote
     cache: str  # encoder tokens are kept here
+    chair_words: str = "weights/chair_synonyms.txt"  # words for objects, for CHAIR: COCO's
     encoder_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
 
     @property
@@ -45,7 +46,7 @@ class Profile:
 
     def found(self) -> Profile:
         """Return the profile with its paths as they are found now."""
-        read = ("data", "tokenizer", "encoder_weights", "clip_model", "clip_weights", "llava")
+        read = ("data", "tokenizer", "encoder_weights", "clip_model", "clip_weights", "llava", "chair_words")
         paths: dict[str, Any] = {name: find(getattr(self, name)) for name in read if getattr(self, name)}
         return replace(self, **paths, cache=str(ROOT / self.cache))
 
@@ -103,5 +104,6 @@ PROFILES = Profiles(
         clip_weights=None,
         llava=str(MICRO_WEIGHTS / "llava"),
         cache="demo/cache",
+        chair_words=str(ROOT / "microworld" / "object_words.txt"),
     ),
 )

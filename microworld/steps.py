@@ -100,6 +100,8 @@ def score(run: Runner, folder: Path, data: Path, split: str) -> None:
         pred_file=folder / f"{split}.json",
         images_root=data / "images" / split,
         annotation_file=data / f"{split}.json",
+        metrics="cider,clipscore,chair",
+        boxes=data / f"{split}.json",  # the micro world's captions have theirs
         json=folder / f"{split}_scores.json",
         per_image=folder / f"{split}_per_image.json",
     )

@@ -26,12 +26,13 @@ def manifest_rows():
 
 
 def served_path(source, revision):
-    """The URL path at which the hub, or COCO, serves a source of the manifest."""
+    """The URL path at which the hub, GitHub or COCO serves a source of the manifest."""
     kind, name = source.split(":", 1)
     if kind == "coco":
         return f"/{name}"
     owner, repository, file = name.split("/", 2)
-    return f"/{owner}/{repository}/resolve/{revision}/{file}"
+    resolved = "" if kind == "github" else "resolve/"
+    return f"/{owner}/{repository}/{resolved}{revision}/{file}"
 
 
 class Mirror:

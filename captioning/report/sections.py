@@ -27,6 +27,7 @@ REPORTED_P2 = {
     "4": (0.7765376105405314, 0.678280029296875),
     "5": (0.792413225587337, 0.6929396057128906),
 }
+CHAIR = ("CHAIRs", "CHAIRi", "CHAIR recall")  # as evaluate.py names them
 REPORTED_PAIRS = {"best": 1.002197265625, "worst": 0.32196044921875}
 STUDIES = ("settings", "ablation", "rewards", "letter")  # folders of runs with tables of their own
 WORLDS = {"micro": "micro", "full": "full size"}
@@ -138,7 +139,7 @@ def captioner_section(runs: Sequence[Run], omitted: Sequence[Omitted]) -> Sectio
         section.blocks.append(Missing("a finished training run", "python p2_train.py --out RUNS/lora"))
     else:
         section.blocks += [Text(describe(best)), run_table("p2_runs", "Runs, scored on unseen images", plain)]
-        section.blocks += _other_splits(plain)
+        section.blocks += [*_other_splits(plain), *_objects(plain)]
     if any(run.blind for run in plain):
         section.blocks.append(Text("A blind run was trained on captions of other images: what language alone scores."))
     section.blocks += [Text(f"Left out: {o.name}, since {o.reason}.") for o in omitted]
@@ -199,6 +200,27 @@ def _other_splits(runs: Sequence[Run]) -> list[Table]:
         if split != "val"
     ]
     return [Table("p2_other_splits", "Other splits", rows)] if rows else []
+
+
+def _objects(runs: Sequence[Run]) -> list[Table]:
+    """Return the table of CHAIR, where a run was scored by it."""
+    rows = [
+        {
+            "run": run.name,
+            "split": split,
+            "images": scores.get("images"),
+            **{label: scores[label] for label in CHAIR},
+            "world": world(run.config["profile"]),
+        }
+        for run in runs
+        for split, scores in run.scores.items()
+        if CHAIR[0] in scores
+    ]
+    caption = (
+        "Objects: the share of captions that name one that is not there (CHAIRs), the share of all mentions that do "
+        "(CHAIRi), and the share of the objects there that are named"
+    )
+    return [Table("p2_chair", caption, rows)] if rows else []
 
 
 def curves(name: str, what: str, runs: Sequence[Run]) -> list[Figure]:

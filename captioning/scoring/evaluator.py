@@ -27,6 +27,8 @@ from captioning.device import ran_out_of_memory
 from captioning.messages import some
 from captioning.scoring.cache import ReferenceSide, cached_image_features, cached_reference_side, make_reference_side
 from captioning.scoring.caption_stats import caption_statistics
+from captioning.scoring.chair import LABELS as CHAIR_LABELS
+from captioning.scoring.chair import Chair
 from captioning.scoring.cider import DocumentFrequencies, cider_d
 from captioning.scoring.clipscore import (
     ClipScorer,
@@ -43,6 +45,7 @@ from captioning.scoring.tokenizers import TOKENIZERS, pick_tokenizer, ptb_tokeni
 log = logging.getLogger(__name__)
 
 DEFAULT_METRICS = ("cider", "clipscore")  # those that reports quote
+NO_BOXES = "CHAIR needs --boxes FILE, COCO instances; --boxes references counts only what the references name"
 DONE_TO_LONG = {"truncate": "were cut for it", "mean": "were taken in windows, whose mean counts"}
 
 
@@ -54,8 +57,9 @@ class Scored:
     """What a metric's function returns: its scores, and where they come from."""
 
     scores: Sequence[Scores]  # by label
-    made_by: Mapping[str, str | None]  # tokenizer; or CLIP's model, device, precision, prompt
+    made_by: Mapping[str, str | None]  # tokenizer; or CLIP's model, device, precision, prompt; or CHAIR's files
     counts: Mapping[str, int] = field(default_factory=dict)  # of captions that could only be scored in part
+    details: Mapping[str, Mapping[str, list[str]]] = field(default_factory=dict)  # by image, what is behind its score
 
 
 @dataclass
@@ -66,7 +70,8 @@ class Evaluation:
     means: dict[str, float] = field(default_factory=dict)  # {"CIDEr": 0.88, "CLIPScore": 0.69}
     per_image: dict[str, dict[str, float]] = field(default_factory=dict)  # metric to {stem: score}
     errors: dict[str, str] = field(default_factory=dict)
-    made_by: dict[str, str | None] = field(default_factory=dict)  # tokenizer; CLIP's model, device, precision, prompt
+    details: dict[str, Mapping[str, list[str]]] = field(default_factory=dict)  # by image: CHAIR's objects
+    made_by: dict[str, str | None] = field(default_factory=dict)  # tokenizer; CLIP's model, …; CHAIR's files
     annotated: int | None = None  # how many images the annotations name, where fewer were scored
     counts: dict[str, int] = field(default_factory=dict)  # references, empty and long captions
     statistics: dict[str, Any] = field(default_factory=dict)  # caption_stats.caption_statistics
@@ -84,6 +89,7 @@ class Evaluation:
             self.means[label], self.per_image[label] = mean, by_image
         self.made_by.update(scored.made_by)
         self.counts.update(scored.counts)
+        self.details.update(scored.details)
 
     def line(self) -> str:
         """The line that reports quote: ``CIDEr: 0.88… | CLIPScore: 0.69…``, with every digit."""
@@ -110,14 +116,24 @@ class Evaluation:
         if "clip_model" in self.made_by:
             maker = "{clip_model} on {device} in {precision} (fp16: other fourth digit), long captions: {clip_long}"
             parts.append(maker.format(**self.made_by))
+        if "chair_words" in self.made_by:
+            parts.append("objects: {chair_objects}; words of {chair_words}".format(**self.made_by))
         return self.marked(" | ".join(parts))
 
-    def ranking(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float | str]]:
-        """Return ``{stem: {metric: score, "caption": caption}}``, best CLIPScore (or else the first metric) first."""
+    def ranking(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float | str | list[str]]]:
+        """Return ``{stem: {metric: score, "caption": caption}}``, best CLIPScore (or else the first metric) first.
+
+        With CHAIR, also the objects behind it.
+        """
         leading = "CLIPScore" if "CLIPScore" in self.means else next(iter(self.means))
-        order = sorted(predictions, key=lambda stem: (-self.per_image[leading][stem], stem))
+        best = 1 if leading in LOWER_IS_BETTER else -1
+        order = sorted(predictions, key=lambda stem: (best * self.per_image[leading][stem], stem))
         return {
-            stem: {**{metric: scores[stem] for metric, scores in self.per_image.items()}, "caption": predictions[stem]}
+            stem: {
+                **{metric: scores[stem] for metric, scores in self.per_image.items()},
+                "caption": predictions[stem],
+                **self.details.get(stem, {}),
+            }
             for stem in order
         }
 
@@ -158,6 +174,7 @@ class Evaluator:
     tokenizer: str = "auto"
     clip_prompt: str = ""
     cache: Path | None = None  # folder of CLIP's image features, and of the references' side, from earlier runs
+    chair: Chair | None = None  # words for objects, and boxes; only CHAIR needs them
 
     def __post_init__(self) -> None:
         self.tokenizer = pick_tokenizer(self.tokenizer)
@@ -168,7 +185,7 @@ class Evaluator:
         Raises:
             ValueError: predictions and annotations do not name the same images, or a metric is unknown.
         """
-        wanted = parse_metrics(",".join(metrics))
+        wanted = parse_metrics(",".join(metrics), self.chair is not None)
         check_keys(self.annotations.references, predictions)
         predictions = {stem: predictions[stem] for stem in self.annotations.references}
         empty = [stem for stem, caption in predictions.items() if not caption.strip()]
@@ -209,6 +226,13 @@ class Evaluator:
         if self.cache is None:
             return make_reference_side(self.annotations.references, self.tokenizer)
         return cached_reference_side(self.annotations.references, self.tokenizer, self.cache / "references")
+
+    @functools.cached_property
+    def objects(self) -> dict[str, set[str]]:
+        """The objects of each image, for CHAIR; ValueError where nothing says which words are objects."""
+        if self.chair is None:
+            raise ValueError(NO_BOXES)
+        return self.chair.there(self.annotations.references)
 
     @functools.cached_property
     def paths(self) -> dict[str, Path]:
@@ -301,38 +325,52 @@ def _ref_clipscore(context: Context) -> Scored:
     return context.by_clip("RefCLIPScore", scores)
 
 
+def _chair(context: Context) -> Scored:
+    there, chair = context.evaluator.objects, context.evaluator.chair
+    assert chair is not None  # or there would be no objects
+    scores, details = chair.score(context.predictions, there)
+    return Scored(scores, {**chair.origin}, details=details)
+
+
 class Metric(NamedTuple):
     """How a metric is named in the results and computed."""
 
     labels: tuple[str, ...]
     compute: Callable[[Context], Scored]
     by_clip: bool = False  # else on words; the two kinds are computed at the same time
-    is_mean: bool = True  # over the images; else it is of the corpus
+    of_corpus: tuple[str, ...] = ()  # labels of scores that are no mean over the images
 
 
+BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 METRICS = {  # by the name that --metrics takes, in the order of the results
     "cider": Metric(("CIDEr",), _cider),
     "clipscore": Metric(("CLIPScore",), _clipscore, by_clip=True),
     "refclipscore": Metric(("RefCLIPScore",), _ref_clipscore, by_clip=True),
-    "bleu": Metric(("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"), lambda c: c.on_words(*bleu(*c.words)), is_mean=False),
-    "meteor": Metric(("METEOR",), lambda c: c.on_words(meteor(*c.words)), is_mean=False),
+    "bleu": Metric(BLEU, lambda c: c.on_words(*bleu(*c.words)), of_corpus=BLEU),
+    "meteor": Metric(("METEOR",), lambda c: c.on_words(meteor(*c.words)), of_corpus=("METEOR",)),
     "rouge": Metric(("ROUGE-L",), lambda c: c.on_words(rouge_l(*c.words))),
     "spice": Metric(("SPICE",), lambda c: c.on_words(spice(*c.words))),
+    "chair": Metric(CHAIR_LABELS, _chair, of_corpus=CHAIR_LABELS[1:]),
 }
-MEANS_OF_IMAGES = {label for metric in METRICS.values() if metric.is_mean for label in metric.labels}
+MEANS_OF_IMAGES = {label for metric in METRICS.values() for label in metric.labels if label not in metric.of_corpus}
+LOWER_IS_BETTER = CHAIR_LABELS[:2]
 
 
-def parse_metrics(text: str) -> list[str]:
+def parse_metrics(text: str, boxes: bool = False) -> list[str]:
     """Return the metrics in ``"cider,clipscore"`` or ``"all"``, in the order of ``METRICS``.
 
+    ``all`` has CHAIR only where there are boxes (or what stands for them).
+
     Raises:
-        ValueError: one is unknown, or there is none.
+        ValueError: one is unknown, or there is none, or CHAIR without boxes.
     """
     wanted = {name.strip().lower() for name in text.split(",")}
     if wanted == {"all"}:
-        return list(METRICS)
+        return [metric for metric in METRICS if boxes or metric != "chair"]
     if not wanted <= METRICS.keys():
         raise ValueError(f"--metrics {text}: unknown; choose from {', '.join(METRICS)}, with a comma between, or all")
+    if "chair" in wanted and not boxes:
+        raise ValueError(f"--metrics {text}: {NO_BOXES}")
     return [metric for metric in METRICS if metric in wanted]
 
 

@@ -38,7 +38,7 @@ details { margin-top: .4rem } details ul { margin: .3rem 0 0; padding-left: 1.1r
 
 
 def page(
-    ranking: Mapping[str, Mapping[str, float | str]],
+    ranking: Mapping[str, Mapping[str, float | str | list[str]]],
     references: Mapping[str, Sequence[str]],
     paths: Mapping[str, str | os.PathLike],
     scores: Iterable[str],
@@ -48,7 +48,7 @@ def page(
     """Return the page as text, and the images whose pictures cannot be read: those are named on it and in the log.
 
     Args:
-        ranking: by image, its scores and its ``caption``, best first (``Evaluation.ranking``).
+        ranking: by image, its scores, its ``caption`` and CHAIR's objects, best first (``Evaluation.ranking``).
         references: by image, its references.
         paths: by image, its file.
         scores: the lines with the results.
@@ -85,9 +85,12 @@ def _picture(path: str | os.PathLike) -> str:
         return ""
 
 
-def _card(image: str, row: Mapping[str, float | str], references: Sequence[str], picture: str) -> str:
+def _card(image: str, row: Mapping[str, float | str | list[str]], references: Sequence[str], picture: str) -> str:
     caption = str(row["caption"]).strip() or "(empty)"
-    numbers = " · ".join(f"{metric} {score:.3f}" for metric, score in row.items() if metric != "caption")
+    numbers = " · ".join(f"{metric} {score:.3f}" for metric, score in row.items() if isinstance(score, float))
+    wrong = row.get("objects not there")
+    if isinstance(wrong, list) and wrong:
+        numbers += f" · not there: {', '.join(wrong)}"
     listed = "".join(f"<li>{html.escape(reference)}</li>" for reference in references)
     name, caption = html.escape(image), html.escape(caption)
     shown = f'<img alt="{caption}" loading="lazy" src="{picture}">' if picture else "<p>The picture cannot be read.</p>"

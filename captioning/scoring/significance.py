@@ -7,7 +7,7 @@ what they were.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ class Comparison:
     ties: int
     losses: int
     largest: list[tuple[str, float]]  # images that differ, and by how much, the largest differences first
+
+    def turned(self) -> Comparison:
+        """Return the same for a metric of which less is better: wins are where the first has less."""
+        return replace(self, wins=self.losses, losses=self.wins)
 
     def line(self, metric: str) -> str:
         """The result in words."""

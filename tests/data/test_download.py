@@ -26,6 +26,7 @@ from p2_train import main
 
 SCRIPT = ROOT / "hw3_download.sh"
 HUB = {target: served_path(source, rev) for _, target, source, rev, *_ in manifest_rows() if source.startswith("hf:")}
+GITHUB = {served_path(row[2], row[3]): row[1] for row in manifest_rows() if row[2].startswith("github:")}
 HUB_TARGET = {path: target for target, path in HUB.items()}
 DECODER = "hw3_data/p2_data/decoder_model.safetensors"  # has a checksum in the manifest
 UNPINNED = "weights/vit_large_patch14_clip_224.laion2b_ft_in12k_in1k.safetensors"  # has none
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.skipif(bool(TOOLS), reason=f"needs {' and '.join(TOOLS)
 def hub_files(size=3000):
     """Random bytes under every path of the hub that the manifest names."""
     generator = random.Random(0)
-    return {path: generator.randbytes(size) for path in HUB.values()}
+    return {path: generator.randbytes(size) for path in (*HUB.values(), *GITHUB)}
 
 
 @pytest.fixture
@@ -57,7 +58,8 @@ def download(mirror, tmp_path):
 def runner(mirror, manifest, root, **settings):
     def run(*args, **more):
         env = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
-        env |= {"HF_ENDPOINT": mirror.url, "COCO_BASE_URL": mirror.url, "HW3_ROOT": str(root), "PYTHON": sys.executable}
+        env |= dict.fromkeys(("HF_ENDPOINT", "COCO_BASE_URL", "GITHUB_RAW_URL"), mirror.url)
+        env |= {"HW3_ROOT": str(root), "PYTHON": sys.executable}
         env |= {"HW3_MANIFEST": str(manifest), "HW3_BACKOFF_SECONDS": "0", "HW3_STALL_SECONDS": "1", "HW3_TRIES": "3"}
         env |= {"HW3_TRAIN_IMAGES": "6", "HW3_VAL_IMAGES": "4", "OMP_NUM_THREADS": "1", **settings, **more}
         command = ["bash", SCRIPT, *args]
@@ -92,7 +94,7 @@ def test_the_manifest_is_pinned_or_says_that_it_is_not():
     for parts, target, source, revision, size, sha256 in manifest_rows():
         assert set(parts.split(",")) <= {"p1", "p2", "data"}
         assert not Path(target).is_absolute() and ".." not in Path(target).parts
-        assert source.startswith(("hf:", "coco:")) and int(size.removeprefix("~")) > 0
+        assert source.startswith(("hf:", "github:", "coco:")) and int(size.removeprefix("~")) > 0
         assert len(revision) == 40 or revision == ("-" if source.startswith("coco:") else "main")
         assert sha256 == "-" or (len(sha256) == 64 and int(sha256, 16) >= 0)
     text = MANIFEST.read_text(encoding="utf-8")
@@ -105,6 +107,7 @@ def test_the_full_profile_takes_what_the_download_makes():
     assert {profile.decoder, profile.encoder_weights, profile.clip_weights} <= targets
     assert f"{profile.llava}/model.safetensors.index.json" in targets
     assert {f"{profile.tokenizer}/{name}" for name in ("encoder.json", "vocab.bpe")} <= targets
+    assert {profile.chair_words} == set(GITHUB.values()) <= targets
 
 
 def test_the_manifest_names_the_files_that_the_libraries_themselves_would_fetch():
@@ -348,7 +351,8 @@ def test_the_course_zip_comes_through_gdown(download, mirror, course_zip, tmp_pa
     folder = download.root / "hw3_data"
     assert [s.path.name for s in load_split(folder / "p2_data", "val")] == ["000000000002.jpg"]
     assert "course zip, Google Drive id the-id" in (folder / "SOURCE.txt").read_text()
-    assert not mirror.requests and not list(folder.rglob("*.zip")) and not list(folder.rglob("._*"))
+    assert [path for path, *_ in mirror.requests] == [*GITHUB], "nothing of COCO"
+    assert not list(folder.rglob("*.zip")) and not list(folder.rglob("._*"))
     other = download("data", HW3_DATA_ID="another-id")
     assert other.returncode == 1 and "does not come from HW3_DATA_ID another-id" in other.stderr
     assert "Nothing to download" in download("data").stdout, "the stand-in never replaces the course's data"
