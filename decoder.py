@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al., 2019) with LoRA (Hu et al., arXiv 2106.09685), read from top to bottom.
 
     DecoderConfig, LoraConfig        the shape of a GPT-2; which of its layers LoRA adapts, and how
-    LoraLinear, MergedLinear         the two LoRA layers, and products by frozen weights
+    LoraLinear … cast_lora           the layers with and without LoRA, and casts of their tensors for autocast
     KVCache                          keys and values of earlier tokens
     Attention, MLP, Block, Decoder   the network
     mark_trainable … merge_lora      LoRA's tensors: train, save, load, and fold into the weights
@@ -16,6 +16,7 @@ Shapes in comments: B batch, T new tokens, S tokens attended to, C width, nh hea
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from captioning.checkpoints import read_state_dict, transformers_config
 from captioning.kernels.attention_mask import additive_mask
-from captioning.kernels.frozen_linear import frozen_linear, keep_cast_weight
+from captioning.kernels.frozen_linear import CastTogether, frozen_linear, keep_casts, product_dtype_of
 from captioning.kernels.packed_attention import PackedAttention, Packing, can_attend_packed
 from captioning.messages import some
 from captioning.tensors import copy_exactly
@@ -148,13 +149,13 @@ class LoraLinear(loralib.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both products
+        x = x.to(product_dtype_of(x))  # once for both products
         rows = x.reshape(-1, x.shape[-1])
-        out = frozen_linear(self, rows, self.bias)
+        out = frozen_linear(self, rows)
         if not self.merged:
-            low = self.lora_dropout(rows) @ self.lora_A.T * self.scaling  # (rows, rank)
-            out.addmm_(low.to(out.dtype), self.lora_B.T.to(out.dtype))  # a new tensor that nothing else refers to
+            a, b = _lora_tensors(self)
+            low = _scaled(self.lora_dropout(rows) @ a.T, self.scaling)  # (rows, rank)
+            out.addmm_(low.to(out.dtype), b.T.to(out.dtype))  # a new tensor that nothing else refers to
         return out.view(*x.shape[:-1], -1)
 
 
@@ -167,11 +168,12 @@ class MergedLinear(loralib.MergedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        out = frozen_linear(self, x.reshape(-1, x.shape[-1]), self.bias).view(*x.shape[:-1], -1)
+        out = frozen_linear(self, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         if not self.merged:
-            low = (self.lora_dropout(x) @ self.lora_A.T).chunk(sum(self.enable_lora), dim=-1)  # each (..., rank)
-            for rows, a, b in zip(self.enabled_rows(), low, self.lora_B.chunk(len(low)), strict=True):
-                out[..., rows] += (a @ b.T) * self.scaling
+            lora_a, lora_b = _lora_tensors(self)
+            low = (self.lora_dropout(x) @ lora_a.T).chunk(sum(self.enable_lora), dim=-1)  # each (..., rank)
+            for rows, a, b in zip(self.enabled_rows(), low, lora_b.chunk(len(low)), strict=True):
+                out[..., rows] += _scaled(a @ b.T, self.scaling)
         return out
 
     def enabled_rows(self) -> list[slice]:
@@ -180,9 +182,17 @@ class MergedLinear(loralib.MergedLinear):
         return [slice(i * size, (i + 1) * size) for i, on in enumerate(self.enable_lora) if on]
 
 
+class FrozenLinear(nn.Linear):
+    """A linear layer without LoRA: its weight and bias are not trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        return frozen_linear(self, x)
+
+
 def _linear(name: str, n_in: int, n_out: int, lora: LoraConfig | None) -> nn.Linear:
     if lora is None or name not in lora.targets:
-        return nn.Linear(n_in, n_out)
+        return FrozenLinear(n_in, n_out)
     if name == "attn.c_attn" and lora.enable_lora is not None:
         return MergedLinear(n_in, n_out, enable_lora=list(lora.enable_lora), **lora.layer_options)
     return LoraLinear(n_in, n_out, **lora.layer_options)
@@ -192,19 +202,51 @@ def _lora_layers(decoder: Decoder) -> Iterator[Any]:
     return (module for module in decoder.modules() if isinstance(module, loralib.LoRALayer))
 
 
+def _lora_tensors(layer: Any) -> tuple[Tensor, Tensor]:
+    """A layer's A and B, or the casts of them that ``cast_lora`` made."""
+    return getattr(layer, "cast_lora", None) or (layer.lora_A, layer.lora_B)
+
+
+def _scaled(x: Tensor, scaling: float) -> Tensor:
+    return x if scaling == 1 else x * scaling
+
+
 def cast_frozen(decoder: Decoder, dtype: torch.dtype | None) -> None:
-    """Keep copies of the big frozen matrices in ``dtype`` for autocast, which would otherwise cast them at every use.
+    """Keep copies of the frozen linear layers in ``dtype`` for autocast, which would otherwise cast them at every use.
 
     The weights themselves, and with them fingerprints, what is saved and what runs without autocast, stay as they
     are; the copies take as much memory again as the matrices have numbers times the size of ``dtype``. With None, or
     the weights' own type, there are none. For training: what changes the weights drops the copies.
     """
-    keep_cast_weight(decoder.wte, dtype)
-    for layer in _lora_layers(decoder):
+    keep_casts(decoder.wte, dtype)
+    for layer in decoder.modules():
+        if not isinstance(layer, nn.Linear):
+            continue
         if layer.weight is decoder.wte.weight:
-            layer.cast_weight = decoder.wte.cast_weight  # the tied output layer's
+            layer.cast_weight = decoder.wte.cast_weight  # the tied output layer's, which has no bias
         else:
-            keep_cast_weight(layer, dtype)
+            keep_casts(layer, dtype)
+
+
+@contextlib.contextmanager
+def cast_lora(decoder: Decoder) -> Iterator[None]:
+    """Within, LoRA's tensors are cast to autocast's type all together, instead of each at every use.
+
+    Gradients flow through the casts to the tensors themselves, where they arrive in the tensors' own type.
+    """
+    layers = list(_lora_layers(decoder))
+    dtype = product_dtype_of(decoder.wte.weight)
+    if not layers or decoder.merged or dtype == layers[0].lora_A.dtype:
+        yield
+        return
+    casts = CastTogether.apply(dtype, *(tensor for layer in layers for tensor in (layer.lora_A, layer.lora_B)))
+    for layer, *pair in zip(layers, casts[::2], casts[1::2], strict=True):
+        layer.cast_lora = tuple(pair)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_lora = None
 
 
 # ---- The network -----------------------------------------------------------------------------------------------------

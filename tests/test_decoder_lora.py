@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import loralib
 import pytest
 import torch
 from decoders import LAYOUTS, TINY, full_logits, lora_decoder
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from captioning.kernels.frozen_linear import frozen_weight
+from captioning.kernels.frozen_linear import CastTogether, frozen_weight
 from decoder import (
     LINEARS,
     Decoder,
@@ -19,6 +21,7 @@ from decoder import (
     MergedLinear,
     build_decoder,
     cast_frozen,
+    cast_lora,
     gpt2_state_dict,
     load_gpt2,
     load_lora_state_dict,
@@ -91,24 +94,42 @@ def test_lora_linear_equals_loralib_and_drops_out_like_it(shape):
         torch.testing.assert_close(mine, wanted)
 
 
+class Casts(TorchDispatchMode):
+    """Counts the casts of tensors of some shapes that run within, and of their gradients."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.count += {args[0].shape, args[0].shape[::-1]} <= self.shapes
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("lora", LAYOUTS.values(), ids=LAYOUTS)
-def test_copies_of_frozen_weights_change_no_number_and_nothing_that_is_kept(lora):
+def test_casts_made_beforehand_change_no_number_and_nothing_that_is_kept(lora):
     decoder = lora_decoder(lora).eval()
     ids = torch.randint(TINY.vocab_size, (2, 8))
+    shapes = {size for p in decoder.parameters() for size in (p.shape, p.shape[::-1])}
 
-    def numbers():
-        with torch.autocast("cpu", torch.bfloat16):
+    def numbers(together=contextlib.nullcontext):
+        with torch.autocast("cpu", torch.bfloat16), together(), Casts(shapes) as casts:
             logits = decoder.logits(decoder(decoder.embed(ids), torch.arange(8)))
-        return [logits, *torch.autograd.grad(logits.float().logsumexp(-1).mean(), list(trained))]
+            gradients = torch.autograd.grad(logits.float().logsumexp(-1).mean(), list(trained))
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        return casts.count, [logits, *gradients]
 
     mark_trainable(decoder)
     trained = [p for p in decoder.parameters() if p.requires_grad]
-    exact, before, names = full_logits(decoder, ids), numbers(), list(decoder.state_dict())
+    exact, (many, before), names = full_logits(decoder, ids), numbers(), list(decoder.state_dict())
     cast_frozen(decoder, torch.bfloat16)
     assert frozen_weight(decoder.wte) is decoder.wte.weight  # without autocast
     with torch.autocast("cpu", torch.bfloat16):
         assert frozen_weight(decoder.wte).dtype == torch.bfloat16
-    for mine, wanted in zip(numbers(), before, strict=True):
+    count, after = numbers(lambda: cast_lora(decoder))
+    assert count == 0 < many  # once every use of a bias, of a plain layer and of LoRA's tensors cast them anew
+    for mine, wanted in zip(after, before, strict=True):
         assert torch.equal(mine, wanted)
     assert torch.equal(full_logits(decoder, ids), exact)
     assert list(decoder.state_dict()) == names
@@ -118,12 +139,21 @@ def test_copies_of_frozen_weights_change_no_number_and_nothing_that_is_kept(lora
         assert frozen_weight(decoder.h[0].attn.c_proj) is decoder.h[0].attn.c_proj.weight  # no copy of what it was
 
 
+def test_what_was_cast_together_and_not_used_has_no_gradient():
+    used, unused = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    first, _ = CastTogether.apply(torch.bfloat16, used, unused)
+    first.sum().backward()
+    assert used.grad.dtype == torch.float32 and unused.grad is None
+
+
 def test_no_copies_are_made_in_the_weights_own_type():
     decoder = lora_decoder(LAYOUTS["report's setting 4"])
     cast_frozen(decoder, torch.bfloat16)
     assert decoder.lm_head.cast_weight is decoder.wte.cast_weight
     cast_frozen(decoder, torch.float32)
-    assert decoder.lm_head.cast_weight is decoder.h[0].mlp.c_fc.cast_weight is None
+    assert decoder.lm_head.cast_weight is decoder.h[0].mlp.c_fc.cast_weight is decoder.h[0].mlp.c_fc.cast_bias is None
+    with cast_lora(decoder):
+        assert not hasattr(decoder.lm_head, "cast_lora")
 
 
 def test_merged_linear_drops_out_like_loralib():

@@ -22,7 +22,16 @@ from captioning.kernels.packed_attention import Packing
 from captioning.models.encoder import build_encoder, build_transform
 from captioning.models.step_functions import StepFunction
 from captioning.tensors import copy_exactly, difference, fingerprint, write_tensors
-from decoder import Decoder, LoraConfig, gpt2_state_dict, lora_state_dict, mark_trainable, merge_lora, refuse_merged
+from decoder import (
+    Decoder,
+    LoraConfig,
+    cast_lora,
+    gpt2_state_dict,
+    lora_state_dict,
+    mark_trainable,
+    merge_lora,
+    refuse_merged,
+)
 
 IGNORED = -100  # target of padding, cross_entropy's default
 SEARCH_RULES = ("beam", "report")  # transformers' beam search; the report's own (inference.report_rule)
@@ -185,9 +194,10 @@ class Captioner(nn.Module):
         targets = batch.targets
         if predict_bos:
             targets = torch.cat([batch.inputs[:, :1], targets], 1)  # every row of inputs begins with BOS
-        hidden = self.decoder(*self._packed_sequence(features, batch), last=targets.shape[1])  # (B, S or S + 1, C)
         kept = targets != IGNORED  # the wide output layer runs on these positions only
-        return self.decoder.logits(hidden[kept]).float(), targets[kept]
+        with cast_lora(self.decoder):
+            hidden = self.decoder(*self._packed_sequence(features, batch), last=targets.shape[1])  # (B, S or S + 1, C)
+            return self.decoder.logits(hidden[kept]).float(), targets[kept]
 
     def _packed_sequence(
         self, features: torch.Tensor, batch: Any

@@ -19,7 +19,7 @@ def test_onednn_multiplies_by_frozen_weights_in_training_only(monkeypatch):
     monkeypatch.setattr(OneDnnLinear, "apply", lambda *given: calls.append(1) or apply(*given))
     layer = torch.nn.Linear(40, 24).requires_grad_(False)
     x = torch.randn(70, 40, requires_grad=True)
-    outs = frozen_linear(layer, x, layer.bias), layer(x)
+    outs = frozen_linear(layer, x), layer(x)
     torch.testing.assert_close(*outs)
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in outs))
     assert len(calls) == 2  # forward and backward
