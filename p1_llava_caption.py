@@ -12,12 +12,12 @@ from typing import Any
 
 from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
 from captioning.data.annotations import Annotations, load_annotations, match_captions, predicted_split
-from captioning.data.ranked import Ranked
 from captioning.device import pick_device
 from captioning.distributed import Processes, join
 from captioning.files import sha256_of, write_json
 from captioning.inference.batches import Entry, Job
 from captioning.inference.folder import PredictionLog, caption_images
+from captioning.inference.jobs import Search, llava_job
 from captioning.inference.options import (
     add_options,
     check_options,
@@ -98,20 +98,7 @@ def describe_run(prompt: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def job_of(model: Llava, prompt: str, args: argparse.Namespace) -> Job:
     """Return what the model does to images with a prompt. Raises ValueError where an answer would not fit after it."""
-    from PIL import Image
-
-    any_image = Image.new("RGB", (336, 336))  # an image's size does not change how many tokens it has
-    model.check_room(model.row(any_image, prompt), args.max_new_tokens)
-
-    sizes, options, count = (args.num_beams, args.max_new_tokens), wording_of(args).for_generate(), ranked_count(args)
-
-    def caption(rows: list[Any]) -> list[str]:
-        if not count:
-            return [model.text(tokens) for tokens in model.generate(rows, *sizes, options=options)]
-        found = model.ranked(rows, *sizes, count, options)
-        return [Ranked((model.text(tokens), score) for tokens, score in answers) for answers in found]
-
-    return Job(lambda image: model.row(image, prompt), caption)
+    return llava_job(model, prompt, Search(args.num_beams, args.max_new_tokens, wording_of(args), ranked_count(args)))
 
 
 def load_model(args: argparse.Namespace) -> Llava:

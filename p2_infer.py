@@ -6,9 +6,8 @@ import argparse
 import functools
 import hashlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from captioning.checkpoints import read_state_dict
 from captioning.cli import (
@@ -22,12 +21,13 @@ from captioning.cli import (
 )
 from captioning.data.images import DRAFT_FACTOR
 from captioning.data.tokenizer import Tokenizer
-from captioning.device import PRECISIONS, autocast, pick_device
+from captioning.device import PRECISIONS, pick_device
 from captioning.distributed import Processes, join
 from captioning.inference.batches import Job
-from captioning.inference.captions import caption_features, check_length_penalty, check_vocabulary
-from captioning.inference.encode import Encoded, StreamEncoder, draft_side
+from captioning.inference.captions import check_length_penalty, check_vocabulary
+from captioning.inference.encode import draft_side
 from captioning.inference.folder import PredictionLog, caption_images
+from captioning.inference.jobs import Search, captioner_job
 from captioning.inference.options import (
     add_options,
     check_options,
@@ -37,9 +37,8 @@ from captioning.inference.options import (
     wording_of,
 )
 from captioning.models.adapter import load_captioner, read_adapter
-from captioning.models.captioner import SEARCH_RULES, Captioner
+from captioning.models.captioner import SEARCH_RULES
 from captioning.models.inference_weights import prepare
-from captioning.models.step_functions import CompiledStepFunction
 from captioning.profiles import PROFILES
 from captioning.scale.pipeline import (
     ShardRun,
@@ -51,9 +50,6 @@ from captioning.scale.pipeline import (
     source_of,
 )
 from captioning.tensors import fingerprint
-
-if TYPE_CHECKING:
-    import torch
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -95,26 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def caption_function(
-    captioner: Captioner, tokenizer: Tokenizer, encoder: StreamEncoder, args: argparse.Namespace
-) -> Callable[[list], list[str]]:
-    """Return what makes captions of a list of encoded images."""
-    steps, longest, wording, count = None, args.max_new_tokens, wording_of(args), ranked_count(args)
-    if args.compile:
-        with autocast(captioner.device, args.precision):
-            steps = CompiledStepFunction(
-                captioner.decoder, args.batch_size, captioner.n_prefix, args.beam_size, longest
-            )
-
-    def caption(encoded: list[Encoded]) -> list[str]:
-        with autocast(captioner.device, args.precision):
-            features = encoder.gather(encoded)
-            how = (args.beam_size, longest, args.length_penalty, steps, args.search_rule, wording, count)
-            return caption_features(captioner, tokenizer, features, *how)
-
-    return caption
-
-
 def describe_run(args: argparse.Namespace) -> dict[str, Any]:
     """Return whatever decides the captions, so that no other run's are taken for this one's."""
     flags = ("encoder_weights", "tokenizer", "beam_size", "max_new_tokens", "length_penalty", "precision", "jpeg_draft")
@@ -148,16 +124,10 @@ def load_job(args: argparse.Namespace) -> Job:
     check_vocabulary(tokenizer, captioner.decoder)
     prepare(captioner, args.precision, reorder=not args.compile)
     draft = draft_side(captioner.transform) if args.jpeg_draft else None
-    encoder = StreamEncoder(captioner, args.precision)
-    caption = caption_function(captioner, tokenizer, encoder, args)
-    if works_beside(device):
-        return Job(captioner.transform, caption, draft, encoder.encode)
-    return Job(captioner.transform, lambda pixels: caption(encoder.encode(pixels)), draft)
-
-
-def works_beside(device: torch.device) -> bool:
-    """Whether encoding the next batch can go on while this program decodes one: on a CPU they would share the cores."""
-    return device.type == "cuda"
+    sizes = (args.beam_size, args.max_new_tokens)
+    search = Search(*sizes, wording_of(args), ranked_count(args), args.length_penalty, args.search_rule)
+    compiled_batch = args.batch_size if args.compile else None
+    return captioner_job(captioner, tokenizer, search, args.precision, draft, compiled_batch)
 
 
 def settle_search(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ report_rule  beam search as the report's code ran it           encode      from 
 batches      entries read ahead and captioned in batches       folder      a folder into one JSON, resumable
 append_log   captions kept as they come                        wording     what captions may not say
 options      flags of the scripts that caption                 text_files  captions as .txt files
+jobs         what either model does to images
 """
 
 from captioning.inference.batches import Job

@@ -18,7 +18,7 @@ import evaluate
 import p2_infer
 from captioning.data.images import load_image
 from captioning.data.part_files import read_part
-from captioning.inference import batches
+from captioning.inference import batches, jobs
 from captioning.inference.encode import StreamEncoder, draft_side
 from captioning.models.adapter import load_captioner
 from captioning.models.step_functions import CompiledStepFunction
@@ -67,7 +67,7 @@ def test_the_size_of_a_batch_changes_no_caption(run, tiny_data, tmp_path):
 def quick_compiler(monkeypatch):
     """--compile traces and does not compile: test_step_functions.py does."""
     torch._dynamo.reset()
-    monkeypatch.setattr(p2_infer, "CompiledStepFunction", functools.partial(CompiledStepFunction, backend="eager"))
+    monkeypatch.setattr(jobs, "CompiledStepFunction", functools.partial(CompiledStepFunction, backend="eager"))
 
 
 def test_options_change_captions_and_write_scores_beside_them(run, tiny_data, tmp_path):
@@ -208,7 +208,7 @@ def test_encoding_a_batch_ahead_captions_alike(run, tiny_data, tmp_path, monkeyp
     monkeypatch.setattr(StreamEncoder, "encode", lambda s, p: order.append(f"encode {len(p)}") or encode(s, p))
     results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
     for ahead in (False, True):
-        monkeypatch.setattr(p2_infer, "works_beside", lambda device, ahead=ahead: ahead)
+        monkeypatch.setattr(jobs, "works_beside", lambda device, ahead=ahead: ahead)
         assert infer(*files, "--batch-size", 3) == 0
         results.append(json.loads((tmp_path / "p.json").read_text()))
     assert results[0] == results[1]
