@@ -37,6 +37,7 @@ class Profile:
     cache: str  # encoder tokens are kept here
     chair_words: str = "weights/chair_synonyms.txt"  # words for objects, for CHAIR: COCO's
     encoder_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
+    adapter: str = "runs/best/best.safetensors"  # what the Python call and the page caption with
 
     @property
     def decoder(self) -> str:
@@ -46,7 +47,7 @@ class Profile:
 
     def found(self) -> Profile:
         """Return the profile with its paths as they are found now."""
-        read = ("data", "tokenizer", "encoder_weights", "clip_model", "clip_weights", "llava", "chair_words")
+        read = ("data", "tokenizer", "encoder_weights", "clip_model", "clip_weights", "llava", "chair_words", "adapter")
         paths: dict[str, Any] = {name: find(getattr(self, name)) for name in read if getattr(self, name)}
         return replace(self, **paths, cache=str(ROOT / self.cache))
 
@@ -103,6 +104,7 @@ PROFILES = Profiles(
         clip_model=str(MICRO_WEIGHTS / "scorer"),
         clip_weights=None,
         llava=str(MICRO_WEIGHTS / "llava"),
+        adapter=str(MICRO_WEIGHTS / "adapter" / "adapter.safetensors"),
         cache="demo/cache",
         chair_words=str(ROOT / "microworld" / "object_words.txt"),
     ),

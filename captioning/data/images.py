@@ -15,7 +15,7 @@ from captioning.data.metadata import orientation, without_metadata
 from captioning.messages import first_line
 
 if TYPE_CHECKING:  # scoring captions by CIDEr reads no image, so Pillow is imported where pixels are
-    from PIL import Image, ImageFile
+    from PIL import Image
 
 # Of the formats of pixels that Pillow may read, with pillow-heif those of HEIF too: what is no part of an image's key.
 _SUFFIXES = (
@@ -114,18 +114,28 @@ def _read(encoded: bytes, draft: int | None, exif: bytes | None = None) -> Image
     with Image.open(io.BytesIO(encoded), formats=formats()) as image:
         if draft and image.format == "JPEG":
             _decode_smaller(image, draft)
-        transparent = _transparent_value(image)
-        image.load()
-        if transparent is not None:
-            image.info["transparency"] = transparent
-        if exif is not None:
-            image.info["exif"] = exif
-        return _to_rgb(_turned(image, orientation(image)))
+        return as_rgb(image, exif)
 
 
-def _transparent_value(image: ImageFile.ImageFile) -> int | tuple[int, ...] | None:
+def as_rgb(image: Image.Image, exif: bytes | None = None) -> Image.Image:
+    """Return a picture that has been opened, or made, as :func:`load_image` returns a file's.
+
+    ``exif`` is its EXIF block where the picture itself has lost that. Raises ValueError for floating-point pixels, and
+    what Pillow raises for damaged ones.
+    """
+    transparent = _transparent_value(image)
+    image.load()
+    if transparent is not None:
+        image.info["transparency"] = transparent
+    if exif is not None:
+        image.info["exif"] = exif
+    return _to_rgb(_turned(image, orientation(image)))
+
+
+def _transparent_value(image: Image.Image) -> int | tuple[int, ...] | None:
     """Return a PNG's transparent value on the scale of the pixels as Pillow reads them, where Pillow does not."""
-    layout = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    tile = getattr(image, "tile", None)  # of a file whose pixels have not been read
+    layout = tile[0][3] if image.format == "PNG" and tile else None
     value = image.info.get("transparency")
     if layout in ("L;2", "L;4") and value is not None:
         return value * (85 if layout == "L;2" else 17)

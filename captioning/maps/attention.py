@@ -20,9 +20,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 METHODS = ("raw", "rollout", "grad", "relative")
 ROWS = ("predict", "own")
@@ -68,7 +72,7 @@ class Explanation:
     """An image, its caption in words, and the maps of those words.
 
     Attributes:
-        path: the image file.
+        path: the image file; its name alone where ``photo`` is given.
         caption: its text.
         words: its W words, as titles.
         word_maps: at least one; the first is the default.
@@ -77,6 +81,7 @@ class Explanation:
         model: "p1" or "p2".
         notes: further facts to show, such as ``{"CLIPScore": "0.81"}``.
         image_mass: (W,) share of each word's attention that falls on the image at all (of the default maps), in 0..1.
+        photo: the image itself, upright RGB, where it is no file.
     """
 
     path: Path
@@ -87,6 +92,12 @@ class Explanation:
     model: str
     notes: dict[str, str] = field(default_factory=dict)
     image_mass: np.ndarray | None = None
+    photo: Image.Image | None = None
+
+    @property
+    def maps(self) -> np.ndarray:
+        """The default maps, (W, gh, gw)."""
+        return self.word_maps[0].maps
 
 
 @dataclass

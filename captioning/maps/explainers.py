@@ -185,17 +185,17 @@ def read(
 
 def explain(
     explainer: Explainer,
-    path: Path,
+    picture: Path | Image.Image,
     specs: Sequence[MapSpec],
     caption: str | None = None,
     relative_to: str = "words",
     notes: dict[str, str] | None = None,
 ) -> tuple[Explanation, CaptionAttention]:
-    """Return the maps of every spec for the image at ``path``, and the attention that they were made from.
+    """Return the maps of every spec for an image, and the attention that they were made from.
 
     Args:
         explainer: the model.
-        path: the image file.
+        picture: the image file, or the image itself, upright RGB.
         specs: which maps; the first is the default.
         caption: what to explain; None for the model's own caption.
         relative_to: ``words`` or ``generic``: what the method ``relative`` divides by.
@@ -205,7 +205,8 @@ def explain(
         OSError: the image is missing or must not be read.
         ValueError: it is damaged, or the caption is empty.
     """
-    image = load_image(path)
+    photo, path = (picture, Path("image")) if isinstance(picture, Image.Image) else (None, picture)
+    image = photo or load_image(path)
     inputs = explainer.prepare(image)
     tokens = explainer.caption(inputs) if caption is None else explainer.tokens(caption)
     text = explainer.text(tokens).strip()
@@ -221,6 +222,7 @@ def explain(
         model=explainer.name,
         notes=notes or {},
         image_mass=attention.image_mass(specs[0]),
+        photo=photo,
     ), attention
 
 

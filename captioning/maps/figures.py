@@ -64,7 +64,7 @@ def checked_photo(explanation: Explanation) -> Image.Image:
     left, top, right, bottom = window
     if not (0 <= left < right and 0 <= top < bottom):
         raise ValueError(f"{path}: window {window} is not (left, top, right, bottom) in pixels")
-    photo = load_image(path)
+    photo = explanation.photo or load_image(path)
     if right >= photo.width + 1 or bottom >= photo.height + 1:
         raise ValueError(f"{path}: window {window} is larger than the image of {photo.size} pixels")
     return photo
