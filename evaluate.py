@@ -114,9 +114,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _metrics(args: argparse.Namespace) -> list[str]:
+    return parse_metrics(args.metrics, bool(args.boxes))
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuse wrong flags before anything slow starts."""
-    metrics = parse_metrics(args.metrics, bool(args.boxes))
+    metrics = _metrics(args)
     if args.boxes and "chair" not in metrics:
         raise ValueError(f"--boxes {args.boxes}: is for --metrics chair, which {args.metrics} lacks")
     if args.bootstrap is not None and args.bootstrap < 2:
@@ -156,7 +160,7 @@ def _read(args: argparse.Namespace) -> tuple[Annotations, dict[str, dict[str, st
 
 def _make_evaluator(args: argparse.Namespace, annotations: Annotations) -> Evaluator:
     profile, device = PROFILES[args.profile], None
-    if args.device or any(METRICS[metric].by_clip for metric in parse_metrics(args.metrics)):
+    if args.device or any(METRICS[metric].by_clip for metric in _metrics(args)):
         device = pick_device(args.device, announce=False)  # the line on what made the numbers says it
     model = args.clip_model or profile.clip_model
     weights = args.clip_weights or (None if Path(model).is_dir() else profile.clip_weights)
@@ -240,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     annotations, files, annotated = _read(args)
     training = load_references(args.train_annotations, "train") if args.train_annotations else None
     evaluator = _make_evaluator(args, annotations)
-    metrics, predictions = parse_metrics(args.metrics, bool(args.boxes)), files[args.pred_file]
+    metrics, predictions = _metrics(args), files[args.pred_file]
     result = evaluator.evaluate(predictions, metrics)
     if not result.means:
         return BAD_INPUT
