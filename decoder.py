@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al., 2019) with LoRA (Hu et al., arXiv 2106.09685), read from top to bottom.
 
     DecoderConfig, LoraConfig        the shape of a GPT-2; which of its layers LoRA adapts, and how
-    LoraLinear … cast_lora           the layers with and without LoRA, and casts of their tensors for autocast
+    LoraLinear … FrozenLinear        the linear layers, with LoRA and without
     KVCache                          keys and values of earlier tokens
     Attention, MLP, Block, Decoder   the network
     mark_trainable … merge_lora      LoRA's tensors: train, save, load, and fold into the weights
@@ -16,7 +16,6 @@ Shapes in comments: B batch, T new tokens, S tokens attended to, C width, nh hea
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -31,7 +30,8 @@ from torch import Tensor, nn
 
 from captioning.checkpoints import read_state_dict, transformers_config
 from captioning.kernels.attention_mask import additive_mask
-from captioning.kernels.frozen_linear import CastTogether, frozen_linear, keep_casts, product_dtype_of
+from captioning.kernels.casts import cast_frozen, lora_tensors, product_dtype_of
+from captioning.kernels.frozen_linear import frozen_linear
 from captioning.kernels.packed_attention import PackedAttention, Packing, can_attend_packed
 from captioning.messages import some
 from captioning.tensors import copy_exactly
@@ -153,7 +153,7 @@ class LoraLinear(loralib.Linear):
         rows = x.reshape(-1, x.shape[-1])
         out = frozen_linear(self, rows)
         if not self.merged:
-            a, b = _lora_tensors(self)
+            a, b = lora_tensors(self)
             low = _scaled(self.lora_dropout(rows) @ a.T, self.scaling)  # (rows, rank)
             out.addmm_(low.to(out.dtype), b.T.to(out.dtype))  # a new tensor that nothing else refers to
         return out.view(*x.shape[:-1], -1)
@@ -170,7 +170,7 @@ class MergedLinear(loralib.MergedLinear):
         """Map (..., in) to (..., out)."""
         out = frozen_linear(self, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         if not self.merged:
-            lora_a, lora_b = _lora_tensors(self)
+            lora_a, lora_b = lora_tensors(self)
             low = (self.lora_dropout(x) @ lora_a.T).chunk(sum(self.enable_lora), dim=-1)  # each (..., rank)
             for rows, a, b in zip(self.enabled_rows(), low, lora_b.chunk(len(low)), strict=True):
                 out[..., rows] += _scaled(a @ b.T, self.scaling)
@@ -202,51 +202,8 @@ def _lora_layers(decoder: Decoder) -> Iterator[Any]:
     return (module for module in decoder.modules() if isinstance(module, loralib.LoRALayer))
 
 
-def _lora_tensors(layer: Any) -> tuple[Tensor, Tensor]:
-    """A layer's A and B, or the casts of them that ``cast_lora`` made."""
-    return getattr(layer, "cast_lora", None) or (layer.lora_A, layer.lora_B)
-
-
 def _scaled(x: Tensor, scaling: float) -> Tensor:
     return x if scaling == 1 else x * scaling
-
-
-def cast_frozen(decoder: Decoder, dtype: torch.dtype | None) -> None:
-    """Keep copies of the frozen linear layers in ``dtype`` for autocast, which would otherwise cast them at every use.
-
-    The weights themselves, and with them fingerprints, what is saved and what runs without autocast, stay as they
-    are; the copies take as much memory again as the matrices have numbers times the size of ``dtype``. With None, or
-    the weights' own type, there are none. For training: what changes the weights drops the copies.
-    """
-    keep_casts(decoder.wte, dtype)
-    for layer in decoder.modules():
-        if not isinstance(layer, nn.Linear):
-            continue
-        if layer.weight is decoder.wte.weight:
-            layer.cast_weight = decoder.wte.cast_weight  # the tied output layer's, which has no bias
-        else:
-            keep_casts(layer, dtype)
-
-
-@contextlib.contextmanager
-def cast_lora(decoder: Decoder) -> Iterator[None]:
-    """Within, LoRA's tensors are cast to autocast's type all together, instead of each at every use.
-
-    Gradients flow through the casts to the tensors themselves, where they arrive in the tensors' own type.
-    """
-    layers = list(_lora_layers(decoder))
-    dtype = product_dtype_of(decoder.wte.weight)
-    if not layers or decoder.merged or dtype == layers[0].lora_A.dtype:
-        yield
-        return
-    casts = CastTogether.apply(dtype, *(tensor for layer in layers for tensor in (layer.lora_A, layer.lora_B)))
-    for layer, *pair in zip(layers, casts[::2], casts[1::2], strict=True):
-        layer.cast_lora = tuple(pair)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.cast_lora = None
 
 
 # ---- The network -----------------------------------------------------------------------------------------------------
@@ -360,12 +317,6 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | 
 def _causal(rows: int, total: int, device: torch.device) -> Tensor:
     """What the last rows of a sequence see of it, bool (rows, total): all up to themselves."""
     return torch.ones(rows, total, dtype=torch.bool, device=device).tril(total - rows)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The type of queries, keys and values that are made from x: autocast's where it is on, else that of x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _last_rows(mask: Tensor | None, last: int, x: Tensor) -> Tensor:
@@ -483,7 +434,7 @@ class Decoder(nn.Module):
         new = x.shape[1]
         last = new if last is None else last
         if isinstance(mask, Tensor) and attentions is None:
-            mask = additive_mask(mask, _product_dtype(x))
+            mask = additive_mask(mask, product_dtype_of(x))
         for block in self.h[:-1]:
             x = block(x, mask, cache, attentions, new)
         x = self.h[-1](x, mask, cache, attentions, last if cache is None and attentions is None else new)
@@ -496,7 +447,7 @@ class Decoder(nn.Module):
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache on the decoder's device, of autocast's type where autocast is on, else of the weights'."""
         weight = self.wte.weight
-        return KVCache(self.config, batch_size, max_length, weight.device, _product_dtype(weight))
+        return KVCache(self.config, batch_size, max_length, weight.device, product_dtype_of(weight))
 
     @property
     def merged(self) -> bool:

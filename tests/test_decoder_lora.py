@@ -11,7 +11,7 @@ import torch
 from decoders import LAYOUTS, TINY, full_logits, lora_decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captioning.kernels.frozen_linear import CastTogether, frozen_weight
+from captioning.kernels.casts import CastTogether, cast_frozen, cast_lora, frozen_weight
 from decoder import (
     LINEARS,
     Decoder,
@@ -20,8 +20,6 @@ from decoder import (
     LoraLinear,
     MergedLinear,
     build_decoder,
-    cast_frozen,
-    cast_lora,
     gpt2_state_dict,
     load_gpt2,
     load_lora_state_dict,

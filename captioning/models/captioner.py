@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from captioning.kernels.casts import cast_lora
 from captioning.kernels.packed_attention import Packing
 from captioning.models.encoder import build_encoder, build_transform
 from captioning.models.step_functions import StepFunction
@@ -25,7 +26,6 @@ from captioning.tensors import copy_exactly, difference, fingerprint, write_tens
 from decoder import (
     Decoder,
     LoraConfig,
-    cast_lora,
     gpt2_state_dict,
     lora_state_dict,
     mark_trainable,
