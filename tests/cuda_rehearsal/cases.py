@@ -1,174 +1,29 @@
-"""What is rehearsed: the suite's own code on a fake GPU, and what it costs there."""
+"""All that is rehearsed, by name."""
 
 from __future__ import annotations
 
-import random
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-from unittest import mock
+from collections.abc import Callable
+from functools import partial
 
-from fake_gpu import FakeGpu, name_of  # first: it loads the hooks before torch  # isort: skip
+from fake_gpu import FakeGpu  # first: it loads the hooks before torch  # isort: skip
 
-import torch
-from PIL import Image
+from inference_cases import search, search_full
+from stage import Facts
+from training_cases import train, train_full
 
-from captioning.data.annotations import Sample
-from captioning.device import pick_device, product_dtype
-from captioning.inference.encode import cached_features
-from captioning.models import captioner as captioner_module
-from captioning.models.captioner import Captioner, CaptionerConfig
-from captioning.models.encoder import build_transform
-from captioning.training.config import SETTINGS, TrainConfig
-from captioning.training.run_folder import RunFolder
-from captioning.training.trainer import Split, Trainer
-from decoder import Decoder, DecoderConfig
-
-Facts = dict[str, Any]
-ENCODER, SHALLOW = "vit_large_patch14_clip_224", {"depth": 2}  # the full-size features from fewer blocks
-FULL = DecoderConfig()
-CAPTIONS = 5  # of an image
-EOS = 50256
-
-
-class Ids:
-    """Stands for a tokenizer: captions stay ids."""
-
-    vocab_size, eos_id = EOS + 1, EOS
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return ids as a text."""
-        return " ".join(map(str, tokens))
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
-        return [int(word) for word in text.split()]
-
-
-def build(gpu: FakeGpu, config: TrainConfig, layers: int = 2, encoder: dict[str, Any] = SHALLOW) -> Captioner:
-    """Return a captioner of the full width, all of whose tensors are fake, on the GPU."""
-    lora = config.lora()
-    shape = CaptionerConfig(ENCODER, encoder, "random", config.cls, lora, encoder_layer=config.encoder_layer)
-    with torch.device("meta"), mock.patch.object(captioner_module, "fingerprint", lambda state: "fake"):
-        captioner = Captioner(shape, Decoder(replace(FULL, n_layer=layers), lora))
-    captioner.transform = build_transform(captioner.encoder)
-    with gpu.mode:
-        captioner.to_empty(device=pick_device("auto"))
-    if captioner.decoder.lm_head is not None:
-        captioner.decoder.lm_head.weight = captioner.decoder.wte.weight  # the move has untied them
-    return captioner
-
-
-def captions(images: int) -> list[list[list[int]]]:
-    """Return five captions of 9 to 16 tokens for each image."""
-    draw = random.Random(0)
-    return [[[draw.randrange(EOS) for _ in range(draw.randint(9, 16))] for _ in range(CAPTIONS)] for _ in range(images)]
-
-
-@contextmanager
-def split_of(captioner: Captioner, images: int) -> Iterator[Split]:
-    """A split whose images are copies of one file, so that one row of features serves all."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "image.png"
-        Image.new("RGB", (240, 240), "teal").save(path)
-        samples = [Sample(number, path, ("a",) * CAPTIONS) for number in range(images)]
-        features = cached_features(captioner, [path] * images, Path(folder) / "cache")
-        yield Split(samples, captions(images), features)
-
-
-def train(gpu: FakeGpu, config: TrainConfig, layers: int = 2) -> Facts:
-    """Train an epoch of a few steps, and return what the last full one cost."""
-    gpu.ledger.phase = ""  # of what comes before the first step
-    captioner = build(gpu, config, layers)
-    config = replace(config, log_every=1000, save_every=1000)
-    images = 10 if config.batch_by == "captions" else 2 * config.batch_size
-    with gpu.rehearsed() as ledger, split_of(captioner, images) as split, tempfile.TemporaryDirectory() as out:
-        ledger.kept = lambda mask: int(mask.numel() * 0.8)  # a fifth of a batch's places is padding
-        trainer = Trainer(captioner, Ids(), split, split, config, RunFolder(Path(out)))
-        books = Books(gpu, trainer)
-        trainer.train_epoch(mock.MagicMock())
-        return books.facts()
-
-
-class Books:
-    """Books each step of a trainer by phase, and looks at the gradients that its optimiser gets."""
-
-    def __init__(self, gpu: FakeGpu, trainer: Trainer) -> None:
-        self.gpu, self.trainer = gpu, trainer
-        self.ledger, self.optimizer = gpu.ledger, trainer.optimizer
-        self.ends: list[tuple[Counter, Counter]] = []
-        self.wrong: list[str] = []
-        self.ledger.phase = "forward"
-        self.optimizer.register_step_pre_hook(self.before_update)
-        self.optimizer.register_step_post_hook(self.after_update)
-        plain = torch.Tensor.backward
-
-        def backward(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-            self.loss = tensor
-            self.ledger.phase = "backward"
-            plain(tensor, *args, **kwargs)
-            self.ledger.phase = "between"
-
-        gpu.replace(torch.Tensor, "backward", backward)
-
-    def before_update(self, *args: Any) -> None:
-        """Check every gradient."""
-        for name, parameter in self.trainer.captioner.trainable().items():
-            grad = parameter.grad
-            found = None if grad is None else (grad.device.type, grad.dtype, grad.shape)
-            if found != ("cuda", torch.float32, parameter.shape):
-                self.wrong.append(f"{name}: {found}")
-        self.ledger.phase = "optimiser"
-
-    def after_update(self, *args: Any) -> None:
-        """Close a step's books."""
-        self.ends.append(self.ledger.snapshot())
-        self.ledger.phase = "forward"
-
-    def facts(self) -> Facts:
-        """Return what the last step cost, and what is wrong with gradients and types."""
-        (kernels, waits), (kernels_before, waits_before) = self.ends[-1], self.ends[-2]
-        step = kernels - kernels_before
-        wanted = name_of(product_dtype(self.trainer.device, self.trainer.config.precision))
-        linear = {dtype for phase, name, dtype in self.ledger.products if phase and name in ("mm", "addmm", "addmm_")}
-        self.wrong += [f"products in {dtype}, not {wanted}" for dtype in linear - {wanted}]
-        self.wrong += [] if self.loss.dtype == torch.float32 else [f"a loss in {self.loss.dtype}"]
-        return described(step, waits - waits_before, self.wrong)
-
-
-def described(kernels: Counter, waits: Counter, wrong: Sequence[str] = ()) -> Facts:
-    """Return the facts of a case: numbers for the table of budgets, and what explains them."""
-    phases: Counter[str] = Counter()
-    for (phase, _), count in kernels.items():
-        phases[phase] += count
-    return {
-        "counts": {**dict(sorted(phases.items())), "kernels": kernels.total(), "waits": waits.total()},
-        "waits": {f"{what} at {where}": count for (what, where), count in sorted(waits.items())},
-        "operators": {f"{phase} {name}": count for (phase, name), count in kernels.most_common()},
-        "wrong": sorted(set(wrong)),
-    }
-
-
-def train_full(gpu: FakeGpu) -> Facts:
-    """Train `best` at full size, and find the cost of a layer from a decoder of fewer."""
-    few, facts = (train(gpu, SETTINGS["best"], layers) for layers in (2, FULL.n_layer))
-    for phase in ("forward", "backward"):
-        more = facts["counts"][phase] - few["counts"][phase]
-        facts["counts"][f"{phase} of a layer"] = more // (FULL.n_layer - 2)
-    return facts
-
+from captioning.training.config import SETTINGS
 
 # name: compute capability, function
 CASES: dict[str, tuple[tuple[int, int], Callable[[FakeGpu], Facts]]] = {
     "train best": ((8, 0), train_full),
-    "train best, 7.5": ((7, 5), lambda gpu: train(gpu, SETTINGS["best"])),
-    "train best, 9.0": ((9, 0), lambda gpu: train(gpu, SETTINGS["best"])),
-    "train 1": ((8, 0), lambda gpu: train(gpu, SETTINGS["1"])),
-    "train 4": ((8, 0), lambda gpu: train(gpu, SETTINGS["4"])),
+    "train best, 7.5": ((7, 5), partial(train, config=SETTINGS["best"])),
+    "train best, 9.0": ((9, 0), partial(train, config=SETTINGS["best"])),
+    "train 1": ((8, 0), partial(train, config=SETTINGS["1"])),
+    "train 4": ((8, 0), partial(train, config=SETTINGS["4"])),
+    "beam search": ((8, 0), search_full),
+    "beam search, 7.5": ((7, 5), search),
+    "beam search, compiled": ((8, 0), partial(search, compiled=True)),
+    "greedy search": ((8, 0), partial(search, beams=1)),
 }
 
 

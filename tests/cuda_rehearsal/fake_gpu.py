@@ -81,14 +81,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 # Operators that launch nothing beside views: they allocate, or look at what the host knows.
 FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "_unsafe_view"),
-    *("_reshape_alias", "lift_fresh", "is_same_size", "_has_same_storage_numel", "_fused_sdp_choice", "device"),
+    *("_reshape_alias", "lift_fresh", "is_same_size", "_has_same_storage_numel", "device"),
     *("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "is_pinned", "record_stream"),
 }
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution"}
 # Operators whose result has as many rows as the device finds, which the host waits to know.
 COUNTED = {"masked_select", "_unique2", "unique_dim", "unique_consecutive"}
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of the CUDA 13 wheels
-MATH, FLASH, EFFICIENT, CUDNN = 0, 1, 2, 3  # torch.nn.attention.SDPBackend
+ALIGNED = 16  # to which the memory-efficient kernel pads the last dimension of a mask
 
 
 class NoDevice(FakeTensorMode):
@@ -197,13 +197,6 @@ class Ledger(TorchDispatchMode):
         if not (waits_not and self.gpu.is_pinned(source)):  # a copy of pageable memory is staged, which waits
             self.wait("to the GPU")
 
-    def _choose_attention(self, args: tuple, kwargs: dict) -> int:
-        """Choose as torch does on a GPU where cuDNN's attention is off: flash, else memory-efficient."""
-        query, mask = args[0], args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        half = query.dtype in (torch.float16, torch.bfloat16)
-        flash = half and mask is None and self.gpu.capability >= (8, 0)
-        return FLASH if flash and torch.backends.cuda.flash_sdp_enabled() else EFFICIENT
-
     def _nonzero(self, args: tuple, kwargs: dict) -> torch.Tensor:
         self.wait("nonzero")
         self.kernels[self.phase, "nonzero"] += 1
@@ -237,12 +230,12 @@ class Ledger(TorchDispatchMode):
             return torch.full(shape, self._answer(dtype), dtype=dtype)
 
 
+PLAIN_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 SPECIAL: dict[str, Callable[[Ledger, tuple, dict], Any]] = {
     "_local_scalar_dense": Ledger._item,
     "_to_copy": Ledger._to_copy,
     "copy_": Ledger._copy,
     "nonzero": Ledger._nonzero,
-    "_fused_sdp_choice": Ledger._choose_attention,
 }
 
 
@@ -338,6 +331,49 @@ class FakeGpu:
         """Whether it is; of an empty tensor nothing is copied."""
         return not tensor.numel() or tensor.untyped_storage().data_ptr() in self._pinned
 
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Attend as torch does on a GPU whose cuDNN is not asked: flash, and memory-efficient where it cannot.
+
+        A CPU build would choose the products one by one, for which a GPU has a kernel.
+        """
+        if query.device.type != "cuda":
+            return PLAIN_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+        assert not enable_gqa, "the rehearsal's attention has as many heads of keys as of queries"
+        if torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            if attn_mask is not None and attn_mask.is_floating_point():
+                attn_mask = attn_mask.to(dtype)
+        assert query.dtype == key.dtype == value.dtype, (query.dtype, key.dtype, value.dtype)
+        if attn_mask is None and query.dtype != torch.float32 and self.capability >= (8, 0):
+            call = torch.ops.aten._scaled_dot_product_flash_attention
+            return call(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        if attn_mask is not None:
+            attn_mask = self._bias(attn_mask, query, key)
+        call = torch.ops.aten._scaled_dot_product_efficient_attention
+        gradient = torch.is_grad_enabled() and query.requires_grad
+        return call(query, key, value, attn_mask, gradient, dropout_p, is_causal, scale=scale)[0]
+
+    def _bias(self, mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Return the mask as the memory-efficient kernel takes it: to be added, of the query's type, aligned."""
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, torch.full((), -torch.inf, dtype=query.dtype, device=query.device))
+        assert mask.dtype == query.dtype, f"a mask in {mask.dtype} beside queries in {query.dtype}"
+        length = mask.shape[-1]
+        if mask.stride(-2) % ALIGNED and mask.shape[-2] > 1:
+            mask = torch.nn.functional.pad(mask, (0, -length % ALIGNED))[..., :length]
+        return mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
+
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Replace an attribute for as long as this GPU is entered."""
         self._held.enter_context(mock.patch.object(owner, name, value))
@@ -384,6 +420,9 @@ class FakeGpu:
         # torch's optimisers take their fast ways for the types that they know.
         known = [torch.Tensor, torch.nn.Parameter, FakeTensor]
         return [
+            (torch.nn.Module, {"_apply": _apply}),
+            (torch.nn.functional, {"scaled_dot_product_attention": self.attention}),
+            (FakeTensor, {"tolist": lambda self: self.cpu().tolist()}),
             (torch.cuda, cuda),
             (torch.Tensor, tensor),
             (sys.modules["torch.optim.optimizer"], {"_foreach_supported_types": known}),
@@ -393,3 +432,20 @@ class FakeGpu:
 
 def _always(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
+
+
+def _apply(module: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
+    """Move or cast a module's tensors: torch's own way cannot do it to fake ones. What was tied stays tied."""
+    for child in module.children() if recurse else ():
+        _apply(child, function)
+    moved = vars(function).setdefault("moved", {})  # by id: the old tensor, which keeps its id taken, and the new
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            if id(parameter) not in moved:
+                with torch.no_grad():
+                    moved[id(parameter)] = parameter, torch.nn.Parameter(function(parameter), parameter.requires_grad)
+            module._parameters[name] = moved[id(parameter)][1]
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = function(buffer)
+    return module

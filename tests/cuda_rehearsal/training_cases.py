@@ -1,0 +1,106 @@
+"""Training on a fake GPU: the steps of an epoch, as the trainers take them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from fake_gpu import FakeGpu, name_of  # first: it loads the hooks before torch  # isort: skip
+
+import torch
+from PIL import Image
+from stage import CAPTIONS, FULL, Facts, Ids, build, captions, described
+
+from captioning.data.annotations import Sample
+from captioning.device import product_dtype
+from captioning.inference.encode import cached_features
+from captioning.models.captioner import Captioner
+from captioning.training.config import SETTINGS, TrainConfig
+from captioning.training.run_folder import RunFolder
+from captioning.training.trainer import Split, Trainer
+
+
+@contextmanager
+def split_of(captioner: Captioner, images: int) -> Iterator[Split]:
+    """A split whose images are copies of one file, so that one row of features serves all."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.png"
+        Image.new("RGB", (240, 240), "teal").save(path)
+        samples = [Sample(number, path, ("a",) * CAPTIONS) for number in range(images)]
+        features = cached_features(captioner, [path] * images, Path(folder) / "cache")
+        yield Split(samples, captions(images), features)
+
+
+def train(gpu: FakeGpu, config: TrainConfig, layers: int = 2) -> Facts:
+    """Train an epoch of a few steps, and return what the last full one cost."""
+    gpu.ledger.phase = ""  # of what comes before the first step
+    captioner = build(gpu, config, layers)
+    config = replace(config, log_every=1000, save_every=1000)
+    images = 10 if config.batch_by == "captions" else 2 * config.batch_size
+    with gpu.rehearsed() as ledger, split_of(captioner, images) as split, tempfile.TemporaryDirectory() as out:
+        ledger.kept = lambda mask: int(mask.numel() * 0.8)  # a fifth of a batch's places is padding
+        trainer = Trainer(captioner, Ids(), split, split, config, RunFolder(Path(out)))
+        books = Books(gpu, trainer)
+        trainer.train_epoch(mock.MagicMock())
+        return books.facts()
+
+
+class Books:
+    """Books each step of a trainer by phase, and looks at the gradients that its optimiser gets."""
+
+    def __init__(self, gpu: FakeGpu, trainer: Trainer) -> None:
+        self.gpu, self.trainer = gpu, trainer
+        self.ledger, self.optimizer = gpu.ledger, trainer.optimizer
+        self.ends: list[tuple[Counter, Counter]] = []
+        self.wrong: list[str] = []
+        self.ledger.phase = "forward"
+        self.optimizer.register_step_pre_hook(self.before_update)
+        self.optimizer.register_step_post_hook(self.after_update)
+        plain = torch.Tensor.backward
+
+        def backward(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            self.loss = tensor
+            self.ledger.phase = "backward"
+            plain(tensor, *args, **kwargs)
+            self.ledger.phase = "between"
+
+        gpu.replace(torch.Tensor, "backward", backward)
+
+    def before_update(self, *args: Any) -> None:
+        """Check every gradient."""
+        for name, parameter in self.trainer.captioner.trainable().items():
+            grad = parameter.grad
+            found = None if grad is None else (grad.device.type, grad.dtype, grad.shape)
+            if found != ("cuda", torch.float32, parameter.shape):
+                self.wrong.append(f"{name}: {found}")
+        self.ledger.phase = "optimiser"
+
+    def after_update(self, *args: Any) -> None:
+        """Close a step's books."""
+        self.ends.append(self.ledger.snapshot())
+        self.ledger.phase = "forward"
+
+    def facts(self) -> Facts:
+        """Return what the last step cost, and what is wrong with gradients and types."""
+        (kernels, waits), (kernels_before, waits_before) = self.ends[-1], self.ends[-2]
+        step = kernels - kernels_before
+        wanted = name_of(product_dtype(self.trainer.device, self.trainer.config.precision))
+        linear = {dtype for phase, name, dtype in self.ledger.products if phase and name in ("mm", "addmm", "addmm_")}
+        self.wrong += [f"products in {dtype}, not {wanted}" for dtype in linear - {wanted}]
+        self.wrong += [] if self.loss.dtype == torch.float32 else [f"a loss in {self.loss.dtype}"]
+        return described(step, waits - waits_before, self.wrong)
+
+
+def train_full(gpu: FakeGpu) -> Facts:
+    """Train `best` at full size, and find the cost of a layer from a decoder of fewer."""
+    few, facts = (train(gpu, SETTINGS["best"], layers) for layers in (2, FULL.n_layer))
+    for phase in ("forward", "backward"):
+        more = facts["counts"][phase] - few["counts"][phase]
+        facts["counts"][f"{phase} of a layer"] = more // (FULL.n_layer - 2)
+    return facts
