@@ -84,7 +84,7 @@ class _DwindlingBeams(Beams):
 
     def found(self, rows: torch.Tensor) -> list[Found]:
         """Return the captions of these rows, best first."""
-        columns = (column[rows].tolist() for column in (self.live, self.lengths, self.live_sums))
+        columns = (column.cpu()[rows].tolist() for column in (self.live, self.lengths, self.live_sums))
         return [self._ranked(*row) for row in zip(*columns, strict=True)]
 
     def _ranked(self, captions: list[list[int]], lengths: list[int], sums: list[float]) -> Found:

@@ -161,7 +161,7 @@ class Beams:
         raise NotImplementedError
 
     def found(self, rows: torch.Tensor) -> list[Found]:
-        """Return what was found for these rows of the batch, (n,)."""
+        """Return what was found for these rows of the batch, (n,) on the CPU, where the state is read."""
         raise NotImplementedError
 
     def branch(self, parents: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -171,22 +171,23 @@ class Beams:
 
     def drop_done(self) -> torch.Tensor:
         """Take the images that are done out of the batch; return the places of the others, (n,)."""
-        self._store(~self.open)
-        rows = self.open.nonzero().flatten()
+        still_open = self.open.cpu()
+        self._store(~still_open)
+        self.images = [image for image, stays in zip(self.images, still_open.tolist(), strict=True) if stays]
+        rows = still_open.nonzero().flatten().to(self.open.device)
         for name, value in list(vars(self).items()):
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value[rows])
-        self.images = [self.images[row] for row in rows.tolist()]
         return rows
 
     def result(self) -> SearchResult:
         """Return the captions of every image, those that have left included."""
-        self._store(torch.ones_like(self.open))
+        self._store(torch.ones(len(self.images), dtype=torch.bool))
         finished, scores = zip(*(self.results[image] for image in sorted(self.results)), strict=True)
         return SearchResult([captions[0] for captions in finished], list(scores), list(finished))
 
     def _store(self, chosen: torch.Tensor) -> None:
-        """Put what was found for the chosen rows, bool (B,), into the results."""
+        """Put what was found for the chosen rows, bool (B,) on the CPU, into the results."""
         rows = chosen.nonzero().flatten()
         self.results |= zip([self.images[row] for row in rows.tolist()], self.found(rows), strict=True)
 
@@ -267,7 +268,7 @@ class _RefilledBeams(Beams):
     def found(self, rows: torch.Tensor) -> list[Found]:
         """Return the finished captions of these rows: of few words fewer than K are possible."""
         counts = (self.finished_scores > -math.inf).sum(1)  # (B,)
-        columns = (column[rows].tolist() for column in (self.finished, counts, self.finished_scores[:, 0]))
+        columns = (column.cpu()[rows].tolist() for column in (self.finished, counts, self.finished_scores[:, 0]))
         return [
             ([_before_eos(tokens, self.eos) for tokens in captions[:count]], score)
             for captions, count, score in zip(*columns, strict=True)
