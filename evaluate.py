@@ -19,7 +19,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from captioning.cli import BAD_INPUT, PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
+from captioning.cli import (
+    BAD_INPUT,
+    PARTIAL,
+    FlagParser,
+    add_annotation_file,
+    add_common_flags,
+    command,
+    positive_int,
+    setup_logging,
+)
 from captioning.data.annotations import (
     Annotations,
     check_keys,
@@ -27,6 +36,7 @@ from captioning.data.annotations import (
     load_predictions,
     load_references,
     predicted_split,
+    references_beside,
     shared_images,
 )
 from captioning.data.names import NAMES_ARE
@@ -78,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pred-file", required=True, help="predictions: any layout of docs/scoring.md, or p2_infer's")
     parser.add_argument("--images-root", help="folder of the images; only CLIPScore and RefCLIPScore need it")
-    parser.add_argument("--annotation-file", required=True, help="references of exactly those images: any layout too")
+    add_annotation_file(parser, "references of exactly those images")
     parser.add_argument("--split", metavar="NAME", help="of a file with splits, as Karpathy's (the one predicted)")
     parser.add_argument(
         "--pred-keys", choices=NAMES_ARE, default="auto", help="what predictions call images by, where it could be both"
@@ -94,6 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-annotations", metavar="FILE", help="count captions copied from these references")
     parser.add_argument("--json", metavar="OUT", help="write the scores and what made them here")
     parser.add_argument("--per-image", metavar="OUT", help="write every image's scores here, best first: .json or .csv")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help="write both beside the predictions: NAME_scores.json and NAME_per_image.json, where report.py looks",
+    )
     parser.add_argument("--html", metavar="OUT", help="write a page of best, worst and random images here")
     parser.add_argument("--clip-model", help="open_clip name, or folder with open_clip_config.json (the profile's)")
     parser.add_argument("--clip-weights", help="open_clip tag or file (the profile's; a folder has its own)")
@@ -119,7 +134,12 @@ def _metrics(args: argparse.Namespace) -> list[str]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse wrong flags before anything slow starts."""
+    """Settle where --save writes, and refuse wrong flags before anything slow starts."""
+    args.annotation_file = args.annotation_file or references_beside(args.images_root)
+    if args.save:
+        predictions = Path(args.pred_file)
+        args.json = args.json or str(predictions.with_name(f"{predictions.stem}_scores.json"))
+        args.per_image = args.per_image or str(predictions.with_name(f"{predictions.stem}_per_image.json"))
     metrics = _metrics(args)
     if args.boxes and "chair" not in metrics:
         raise ValueError(f"--boxes {args.boxes}: is for --metrics chair, which {args.metrics} lacks")

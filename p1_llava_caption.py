@@ -10,8 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from captioning.cli import PARTIAL, FlagParser, add_common_flags, command, positive_int, setup_logging
-from captioning.data.annotations import Annotations, load_annotations, match_captions, predicted_split
+from captioning.cli import (
+    PARTIAL,
+    FlagParser,
+    add_annotation_file,
+    add_common_flags,
+    command,
+    positive_int,
+    setup_logging,
+)
+from captioning.data.annotations import (
+    Annotations,
+    load_annotations,
+    match_captions,
+    predicted_split,
+    references_beside,
+)
 from captioning.device import pick_device
 from captioning.distributed import Processes, join
 from captioning.files import sha256_of, write_json
@@ -61,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--compare",
         action="store_true",
-        help="run both settings, score them and print a table; needs --annotation-file",
+        help="run both settings, score them and print a table",
     )
     add("--model", help="hub id or folder of a LLaVA 1.5 (default: the profile's)")
     add("--revision", help="branch, tag or commit of a hub id")
@@ -70,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=positive_int, default=16, help="images at once; halved if memory runs out")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; auto: float16, on a CPU float32")
     add("--load-in-4bit", action="store_true", help="quantise the weights (needs bitsandbytes)")
-    add("--annotation-file", type=Path, help="references of the images, for --compare; layouts: docs/scoring.md")
+    add_annotation_file(parser, "references, for --compare")
     add_common_flags(parser)
     add_options(parser)
     add_flags(parser)
@@ -185,14 +199,16 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse flags that make no sense before anything is loaded."""
     if args.prompt is not None:
         check_prompt(args.prompt)
-    if args.compare != (args.annotation_file is not None):
-        raise ValueError("--compare and --annotation-file go together: the table needs references")
+    if args.annotation_file and not args.compare:
+        raise ValueError("--annotation-file: only --compare scores captions; leave it out, or add --compare")
     if args.compare and args.keep and args.out.exists():
         raise ValueError(f"{args.out}: exists already; leave out --keep to replace it, or name another")
     if args.compare and (args.recursive or source_of(args).kind != "folder"):
         raise ValueError("--compare: scores the images directly in one folder; give that, without --recursive")
     if args.compare and args.txt is not None:
         raise ValueError("--compare and --txt: a picture has two captions then; leave one flag out")
+    if args.compare:
+        args.annotation_file = args.annotation_file or references_beside(args.img_dir[0])
     check_options(args, "--num-beams", args.num_beams, is_plain_folder(args))
 
 

@@ -51,6 +51,8 @@ from captioning.scale.pipeline import (
 )
 from captioning.tensors import fingerprint
 
+ADAPTER = Path("runs/best/best.safetensors")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
@@ -58,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_images_and_results(parser)
     add("decoder", type=Path, metavar="DECODER", help="GPT-2: a state dict (.bin, .pt or .safetensors) or a folder")
-    add("--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="what p2_train.py wrote")
+    add(
+        "--adapter", type=Path, help=f"what p2_train.py wrote (default: best.safetensors beside OUT.json, or {ADAPTER})"
+    )
     add("--encoder-weights", help="the encoder's weights, a file or folder (default: the one trained with)")
     add("--tokenizer", help="folder of GPT-2's tokenizer files (default: the profile's)")
     add("--beam-size", type=positive_int, default=5, help="live beams; 1 is greedy search")
@@ -140,6 +144,12 @@ def settle_search(args: argparse.Namespace) -> None:
     check_length_penalty(args.search_rule, args.length_penalty)
 
 
+def adapter_of(out: Path) -> Path:
+    """Return the adapter to caption with where none is named: captions in a run folder are that run's."""
+    beside = out.parent / ADAPTER.name
+    return beside if beside.is_file() else ADAPTER
+
+
 def caption(args: argparse.Namespace, processes: Processes) -> int:
     """Caption what the command line names; return the exit code."""
     if not is_plain_folder(args):
@@ -161,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     """Caption images; return 0, or 3 (``PARTIAL``) where an image could not be read."""
     args = build_parser().parse_args(argv)
     setup_logging(args.verbose)
+    args.adapter = args.adapter or adapter_of(args.out)
     check_options(args, "--beam-size", args.beam_size, is_plain_folder(args))
     with join(pick_device("auto" if args.engine == "ray" else args.device)) as processes:
         return caption(args, processes)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +18,13 @@ from captioning.cli import (
     PARTIAL,
     FlagParser,
     add_allow_other_decoder,
+    add_annotation_file,
     add_common_flags,
     command,
     positive_int,
     setup_logging,
 )
-from captioning.data.annotations import load_references
-from captioning.data.listing import by_key, images_in, on_disk
+from captioning.data.annotations import load_references, references_beside
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
 from captioning.files import check_writable, write_csv
@@ -47,13 +46,14 @@ from captioning.messages import naming
 from captioning.models.adapter import load_captioner
 from captioning.models.llava import DTYPES, MAX_NEW_TOKENS, PROMPTS, check_prompt, load_llava, pick_dtype
 from captioning.profiles import PROFILES
-from captioning.scale.sources import find_files
+from captioning.scale.sources import images_at
 from captioning.timing import Timer
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("captioning")
+BESIDE = Path()  # the value of --best-worst without a file
 GROUNDING_LINES = 5  # best specs that --grounding prints, beside default, report's and baselines
 
 
@@ -90,8 +90,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--caption", help="explain this caption of one image instead of the model's own")
     add("--html", action="store_true", help="write viewer.html too, with every method and many layers and heads")
-    add("--best-worst", type=Path, metavar="PER_IMAGE.json", help="evaluate.py's --per-image: explain top-1 and last-1")
-    add("--annotation-file", type=Path, help="references, shown with --best-worst; layouts: docs/scoring.md")
+    add(
+        "--best-worst",
+        type=Path,
+        nargs="?",
+        const=BESIDE,
+        metavar="PER_IMAGE.json",
+        help="explain top-1 and last-1 of evaluate.py's --per-image (no file: val_per_image.json beside the adapter)",
+    )
+    add_annotation_file(parser, "references, shown with --best-worst")
     add("--grounding", type=Path, metavar="CAPTIONS.json", help="measure all methods against boxes")
     add("--boxes", type=Path, metavar="INSTANCES.json", help="COCO instances, for captions without mentions")
     add("--count", type=positive_int, default=500, help="images for --grounding")
@@ -115,20 +122,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 # --- images and model -----------------------------------------------------------------------------------------------
-
-
-def list_files(places: Sequence[Path], recursive: bool = False) -> dict[str, Path]:
-    """Return ``{key: path}`` of the images that ``places`` (files, globs and folders) name.
-
-    Raises:
-        FileNotFoundError, ValueError: a place does not exist, or two images share a key.
-    """
-    names, paths = [], []
-    for place in map(on_disk, places):
-        found = images_in(place, recursive) if place.is_dir() else {path.name: path for path in find_files(str(place))}
-        names += [path.relative_to(place).as_posix() for path in found.values()] if place.is_dir() else [*found]
-        paths += found.values()
-    return by_key("--images", names, paths)
 
 
 def load_explainer(args: argparse.Namespace, device: torch.device) -> Explainer:
@@ -222,10 +215,11 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse flags that make no sense together before anything is loaded."""
     if args.best_worst and args.grounding:
         raise ValueError("--best-worst and --grounding are two runs; give one of them")
-    if args.best_worst and not args.annotation_file:
-        raise ValueError("--best-worst needs --annotation-file, whose references it shows")
     if (args.best_worst or args.grounding) and (len(args.images) != 1 or not args.images[0].is_dir()):
         raise ValueError("--images must be the one folder of the images for --best-worst and --grounding")
+    if args.best_worst:
+        args.best_worst = args.adapter.with_name("val_per_image.json") if args.best_worst == BESIDE else args.best_worst
+        args.annotation_file = args.annotation_file or references_beside(args.images[0])
     if args.boxes and not args.grounding:
         raise ValueError("--boxes belongs to --grounding")
     if args.caption is not None and not args.caption.strip():
@@ -239,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(args.verbose)
     check_args(args)
     device = pick_device(args.device)
-    paths = list_files(args.images, args.recursive)
+    paths = images_at(args.images, args.recursive)
     if args.caption is not None and len(paths) != 1:
         raise ValueError(f"--caption explains one image, and --images names {len(paths)}")
     check_writable(args.out, "--out")

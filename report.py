@@ -41,9 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def size_of(runs: list[Run]) -> str:
-    """Return ``micro``, ``full``, ``mixed`` or ``none``."""
-    sizes = {run.config["profile"] for run in runs}
+def size_of(runs: list[Run], root: Path) -> str:
+    """Return ``micro``, ``full``, ``mixed`` or ``none``, by the captioner's runs and LLaVA's scores."""
+    prompts = (sections.read_object(root / sections.LLAVA) or {}).values()
+    sizes = {run.config["profile"] for run in runs} | {prompt["profile"] for prompt in prompts if "profile" in prompt}
     return "none" if not sizes else sizes.pop() if len(sizes) == 1 else "mixed"
 
 
@@ -53,21 +54,22 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging(args.verbose)
     runs, omitted = find_runs(args.runs)
-    size = size_of(runs)
-    parts = [
+    size, best = size_of(runs, args.runs), sections.best_of(runs)
+    found = [
         sections.llava_section(args.runs, size),
-        sections.captioner_section(runs, omitted),
-        study_sections.settings_section(runs),
-        study_sections.letter_section(args.runs),
-        study_sections.ablation_section(runs),
-        study_sections.reward_section(runs),
-        sections.attention_section(args.runs, size),
-        sections.environment_section(args.runs, runs, args.bench),
+        sections.captioner_section(runs, omitted, best),
+        study_sections.settings_section(runs, size),
+        study_sections.letter_section(args.runs, size),
+        study_sections.ablation_section(runs, size),
+        study_sections.reward_section(runs, size, best),
+        sections.attention_section(args.runs, size, best),
+        sections.environment_section(args.runs, runs, args.bench, size),
     ]
+    parts = [section for section in found if section.blocks]  # at full size some studies are not wanted
     folder = document.write(TITLE, [Text(WORLD[size], world=True)], parts, args.out)
     for run in omitted:
         log.warning("left out: %s (%s)", run.name, run.reason)
-    missing = [b.what for s in parts for b in s.blocks if isinstance(b, document.Missing)]
+    missing = [b.what for s in parts for b in s.blocks if isinstance(b, document.Missing) and b.wanted]
     for what in missing:
         log.info("missing: %s", what)
     print(f"{args.out}  ({len(runs)} runs, {len(missing)} parts missing; tables and figures in {folder})")

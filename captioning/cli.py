@@ -11,6 +11,7 @@ import select
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -89,6 +90,15 @@ def add_common_flags(parser: argparse.ArgumentParser, profile: bool = True, devi
     if device:
         parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--verbose", action="store_true", help="more log lines")
+
+
+def add_annotation_file(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--annotation-file``; ``data.annotations.references_beside`` has its default, ``what`` begins its help."""
+    parser.add_argument(
+        "--annotation-file",
+        type=Path,
+        help=f"{what}; layouts: docs/scoring.md (default: DATA/val.json of images in DATA/images/val)",
+    )
 
 
 def add_allow_other_decoder(parser: argparse.ArgumentParser) -> None:

@@ -98,6 +98,21 @@ def _of_splits(file: str | os.PathLike, annotations: Annotations, split: str) ->
     return annotations.of(key for key, name in annotations.splits.items() if name in wanted)
 
 
+def references_beside(images: str | os.PathLike | None) -> Path:
+    """Return the references of a folder ``DATA/images/val`` by default, ``DATA/val.json``: as training data lies.
+
+    Raises:
+        ValueError: there are none, or no folder is known.
+    """
+    folder = Path(images or "").absolute()
+    file = folder.parents[1] / f"{folder.name}.json" if len(folder.parents) > 1 else folder
+    if images is None or not file.is_file():
+        raise ValueError(
+            "--annotation-file: name the references; without it they are DATA/val.json for images in DATA/images/val"
+        )
+    return file
+
+
 def load_references(annotation_file: str | os.PathLike, split: str | None = None) -> dict[str, list[str]]:
     """Return ``{key: [captions]}`` of a caption file; see :func:`load_annotations`."""
     return load_annotations(annotation_file, split).references

@@ -74,14 +74,16 @@ class Text:
 
 @dataclass(frozen=True)
 class Missing:
-    """A part that is not there, and the command that makes it."""
+    """A part that is not there, and the command that makes it; one that is not ``wanted`` may be left out."""
 
     what: str
     remedy: str
+    wanted: bool = True
 
     def html(self) -> str:
         """Return the note as HTML."""
-        return f'<p class="missing">Missing: {html.escape(self.what)}. <code>{html.escape(self.remedy)}</code></p>\n'
+        how = "Missing" if self.wanted else "Optional, and not here"
+        return f'<p class="missing">{how}: {html.escape(self.what)}. <code>{html.escape(self.remedy)}</code></p>\n'
 
 
 @dataclass(frozen=True)

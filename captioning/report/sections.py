@@ -32,6 +32,7 @@ REPORTED_PAIRS = {"best": 1.002197265625, "worst": 0.32196044921875}
 STUDIES = ("settings", "ablation", "rewards", "letter")  # folders of runs with tables of their own
 WORLDS = {"micro": "micro", "full": "full size"}
 MODELS = {"p1": "LLaVA", "p2": "The captioner"}
+LLAVA = "llava/val.json"  # where p1_llava_caption.py --compare writes, below the folder of runs
 GROUNDING_ROWS = 5  # a model's best specs in its table, beside the default, the report's and the baselines
 UNKNOWN_ORIGIN = "not recorded"
 
@@ -77,10 +78,10 @@ def llava_section(root: Path, size: str) -> Section:
     """P1: what LLaVA is, both prompts' scores, and what the numbers say about them."""
     section = Section("P1: LLaVA, zero-shot", [Text(text) for text in ABOUT_LLAVA])
     section.blocks += [Text(MICRO_LLAVA)] if size == "micro" else []
-    scores = read_object(root / "llava" / "val.json")
+    scores = read_object(root / LLAVA)
     if scores is None:
-        remedy = "python p1_llava_caption.py IMG_DIR RUNS/llava/val.json --compare --annotation-file VAL.json"
-        section.blocks.append(Missing("captions and scores of both prompts (llava/val.json)", remedy))
+        remedy = f"python p1_llava_caption.py IMG_DIR RUNS/{LLAVA} --compare --annotation-file VAL.json"
+        section.blocks.append(Missing(f"captions and scores of both prompts ({LLAVA})", remedy))
         return section
     rows = [
         {
@@ -130,15 +131,27 @@ def explain_prompts(scores: Mapping[str, Mapping[str, Any]]) -> str:
 # --- the captioner --------------------------------------------------------------------------------------------------
 
 
-def captioner_section(runs: Sequence[Run], omitted: Sequence[Omitted]) -> Section:
-    """P2: the best setting, the table of all runs, and their curves."""
+def plain_runs(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs that belong to no study."""
+    return [run for run in runs if run.name.split("/")[0] not in STUDIES]
+
+
+def best_of(runs: Iterable[Run]) -> Run | None:
+    """Return the plain run with the highest CIDEr on val; None where none has one."""
+    scored = {run.name: run for run in plain_runs(runs) if not run.blind and "CIDEr" in run.scores.get("val", {})}
+    return max(scored.values(), key=lambda run: run.scores["val"]["CIDEr"], default=None)
+
+
+def captioner_section(runs: Sequence[Run], omitted: Sequence[Omitted], best: Run | None) -> Section:
+    """P2: the best run, the table of all runs, and their curves."""
     section = Section("P2: CLIP, projector, GPT-2 with LoRA")
-    plain = [r for r in runs if r.name.split("/")[0] not in STUDIES]
-    best = max((r for r in plain if not r.blind), key=lambda r: r.scores.get("val", {}).get("CIDEr", -1), default=None)
-    if best is None:
-        section.blocks.append(Missing("a finished training run", "python p2_train.py --out RUNS/lora"))
-    else:
-        section.blocks += [Text(describe(best)), run_table("p2_runs", "Runs, scored on unseen images", plain)]
+    plain = plain_runs(runs)
+    if not any(not run.blind for run in plain):
+        section.blocks.append(Missing("a finished training run", "python p2_train.py --out RUNS/best"))
+    section.blocks += [Text(describe(best))] if best else []
+    section.blocks += [_unscored(run) for run in plain if "val" not in run.scores and not run.blind]
+    if plain:
+        section.blocks.append(run_table("p2_runs", "Runs, scored on unseen images", plain))
         section.blocks += [*_other_splits(plain), *_objects(plain)]
     if any(run.blind for run in plain):
         section.blocks.append(Text("A blind run was trained on captions of other images: what language alone scores."))
@@ -158,6 +171,15 @@ def describe(run: Run) -> str:
         f"{train['epochs']} epochs; {run.config['trainable_parameters']:,} trained parameters; captions by beam "
         f"search with {train.get('beam_size', UNKNOWN_ORIGIN)} beams in validation."
     )
+
+
+def _unscored(run: Run) -> Missing:
+    out = f"RUNS/{run.name}/val.json"
+    remedy = (
+        f"python p2_infer.py IMG_DIR {out} DECODER && "
+        f"python evaluate.py --pred_file {out} --images_root IMG_DIR --annotation_file VAL.json --save"
+    )
+    return Missing(f"captions and scores of {run.name}", remedy)
 
 
 def run_table(name: str, caption: str, runs: Iterable[Run]) -> Table:
@@ -262,7 +284,7 @@ def draw_curves(runs: Sequence[Run]) -> bytes:
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-def attention_section(root: Path, size: str) -> Section:
+def attention_section(root: Path, size: str, best: Run | None) -> Section:
     """P3: maps of both models, the best and the worst pair, and whether words look at what they name."""
     section, folder = Section("P3: which pixels each word looked at"), root / "attention"
     if folder.is_dir():
@@ -270,7 +292,7 @@ def attention_section(root: Path, size: str) -> Section:
     where = f"({world(size)} world)" if size == "micro" else f"({world(size)})"
     for model, name in MODELS.items():
         section.blocks += _maps(folder / model, model, name, where)
-    section.blocks += _pairs(root, where)
+    section.blocks += _pairs(folder, where, best)
     for model, name in MODELS.items():
         section.blocks += _grounding(folder / model, model, name, size)
     return section
@@ -294,19 +316,19 @@ def _maps(folder: Path, model: str, name: str, where: str) -> list[Block]:
     ]
 
 
-def _pairs(root: Path, where: str) -> list[Block]:
-    """Return the best and the worst pair by CLIPScore, with the report's."""
-    folder = root / "attention"
+def _pairs(folder: Path, where: str, best: Run | None) -> list[Block]:
+    """Return the best and the worst pair of the best run by CLIPScore, with the report's."""
     if not (folder / "best_worst.png").is_file():
+        run = f"RUNS/{best.name if best else 'best'}"
         remedy = (
-            "python p3_attention.py --model p2 --best-worst RUNS/lora/val_per_image.json --annotation-file VAL.json "
-            "--images DIR --out RUNS/attention"
+            f"python p3_attention.py --model p2 --adapter {run}/best.safetensors --best-worst {run}/val_per_image.json "
+            "--annotation-file VAL.json --images DIR --out RUNS/attention"
         )
         return [Missing("the best and the worst pair", remedy)]
     alt = "The pair of image and caption with the highest CLIPScore, and that with the lowest"
     picture = (folder / "best_worst.png").read_bytes()
     blocks: list[Block] = [Figure("p3_best_worst", picture, alt, f"Best and worst pair by CLIPScore {where}.")]
-    per_image = read_object(root / "lora" / "val_per_image.json")
+    per_image = read_object(best.folder / "val_per_image.json") if best else None
     if per_image:
         scores = sorted(row["CLIPScore"] for row in per_image.values() if "CLIPScore" in row)
         rows = [
@@ -328,6 +350,8 @@ def _grounding(folder: Path, model: str, name: str, size: str) -> list[Block]:
     file, chart = folder / "grounding.csv", folder / "grounding.png"
     if not file.is_file():
         remedy = f"python p3_attention.py --model {model} --grounding VAL.json --images DIR --out {folder}"
+        if size == "full":  # the course's data has no boxes
+            return [Missing(f"grounding of {name}", f"{remedy} --boxes INSTANCES.json", wanted=False)]
         return [Missing(f"grounding of {name}", remedy)]
     with file.open(encoding="utf-8", newline="") as handle:
         found = list(csv.DictReader(handle))
@@ -353,14 +377,14 @@ def _grounding(folder: Path, model: str, name: str, size: str) -> list[Block]:
 # --- speed, environment ---------------------------------------------------------------------------------------------
 
 
-def environment_section(root: Path, runs: Sequence[Run], bench: Path) -> Section:
+def environment_section(root: Path, runs: Sequence[Run], bench: Path, size: str) -> Section:
     """What took how long, and on what."""
     section = Section("Speed and environment")
     seconds = (read_object(root / "scores.json") or {}).get("seconds", {})
     if seconds:
         steps = [{"step": name, "seconds": float(value)} for name, value in seconds.items()]
         section.blocks.append(Table("steps", "Time of each step of the run", steps))
-    else:
+    elif size != "full":  # only the demo keeps them
         section.blocks.append(Missing("times of the steps (scores.json)", "make demo"))
     timed = [_speed_row(run, run.seconds) for run in runs if run.seconds]
     section.blocks += [Table("training_speed", "Training", timed)] if timed else []

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from captioning.report.document import Block, Cell, Missing, Section, Table, Text
-from captioning.report.sections import REPORTED_P2, compared, curves, origin, read_object, run_table, world
+from captioning.report.sections import (
+    REPORTED_P2,
+    compared,
+    curves,
+    origin,
+    plain_runs,
+    read_object,
+    run_table,
+    world,
+)
 from captioning.training.run_folder import Run
 
 MICRO_SETTINGS = (
@@ -39,6 +48,11 @@ def seed(run: Run) -> int:
     return run.config["train"]["seed"]
 
 
+def _unless_full(size: str, what: str, remedy: str) -> list[Block]:
+    """Name a study of the micro world that is missing, but not to those who work at full size."""
+    return [] if size == "full" else [Missing(what, remedy)]
+
+
 # --- settings -------------------------------------------------------------------------------------------------------
 
 
@@ -51,27 +65,47 @@ def kind(run: Run) -> str:
     return run.config["setting"] + (TO_THE_LETTER if run.config.get("report_faithful") else "")
 
 
-def settings_section(runs: Sequence[Run]) -> Section:
-    """The report's five settings, to the letter and with sound practice, and this suite's own, by one rule."""
-    chosen = study(runs, "settings")
+def settings_section(runs: Sequence[Run], size: str) -> Section:
+    """The report's five settings, to the letter and with sound practice, and this suite's own, by one rule.
+
+    At full size they are the plain runs, as ``bash p2_train.sh --setting 1`` leaves them.
+    """
+    studied = study(runs, "settings")
+    plain = [run for run in plain_runs(runs) if run.objective == "xe" and not run.blind] if size == "full" else []
     section = Section("P2: all settings")
-    if not chosen:
+    if not studied and size != "full":
         section.blocks.append(Missing("the study of all six settings", "make settings"))
         return section
-    there = {kind(run) for run in chosen}
-    for wanted, how in (({*REPORTED_P2, "best"}, ""), (REPORTED_P2, TO_THE_LETTER)):
-        absent = sorted(name for name in wanted if name + how not in there)
-        if absent:
-            section.blocks.append(Missing(f"settings {', '.join(absent)}{how}", "make settings"))
-    scored = grouped([r for r in chosen if "val" in r.scores], kind)
+    section.blocks += _absent_settings({kind(run) for run in [*studied, *plain]}, size)
+    scored = grouped([r for r in [*studied, *plain] if set(SCORES) <= r.scores.get("val", {}).keys()], kind)
     section.blocks += [_reported_table(scored), *_seeds_table(scored)]
     text = compare_settings(scored)
     section.blocks += [Text(text)] if text else []
-    section.blocks.append(run_table("p2_settings", "Settings, every run", chosen))
-    if any(r.config["profile"] == "micro" for r in chosen):
+    if studied:  # plain runs have a table of their own
+        section.blocks.append(run_table("p2_settings", "Settings, every run", studied))
+    if any(r.config["profile"] == "micro" for r in studied):
         section.blocks.append(Text(MICRO_SETTINGS))
-    section.blocks += curves("p2_settings_curves", "the settings", chosen)
+    section.blocks += curves("p2_settings_curves", "the settings", studied)
     return section
+
+
+def _absent_settings(there: Collection[str], size: str) -> list[Block]:
+    """Name the settings that were not run; at full size, where each takes a while, none has to be."""
+    wanted = [
+        ("", "", {*REPORTED_P2, "best"}),
+        (TO_THE_LETTER, " --report-faithful --out RUNS/{}-letter", {*REPORTED_P2}),
+    ]
+    blocks: list[Block] = []
+    for how, flags, names in wanted:
+        absent = sorted(name for name in names if name + how not in there)
+        if absent:
+            remedy = (
+                f"bash p2_train.sh --setting {absent[0]}{flags.format(absent[0])}"
+                if size == "full"
+                else "make settings"
+            )
+            blocks.append(Missing(f"settings {', '.join(absent)}{how}", remedy, wanted=size != "full"))
+    return blocks
 
 
 def _reported_table(scored: Mapping[str, list[Run]]) -> Table:
@@ -122,12 +156,12 @@ def compare_settings(scored: Mapping[str, list[Run]]) -> str:
 # --- to the letter ----------------------------------------------------------------------------------------------------
 
 
-def letter_section(root: Path) -> Section:
+def letter_section(root: Path, size: str) -> Section:
     """What each point of the report's code was worth: turned alone to sound practice, against all of them."""
     section, remedy = Section("P2: the report's code, point by point"), "make letter"
     found = [read_object(path) or {} for path in sorted((root / "letter").glob("*/comparison.json"))]
     if not found:
-        section.blocks.append(Missing("the study of the report's setting 1 to the letter", remedy))
+        section.blocks += _unless_full(size, "the study of the report's setting 1 to the letter", remedy)
         return section
     found.sort(key=lambda study: -study["paired"]["CIDEr"]["difference"])
     rows = [_letter_row("setting 1 to the letter", max(found, key=lambda study: len(study["seeds"])), "literal")]
@@ -158,13 +192,13 @@ def _letter_row(what: str, study: Mapping[str, Any], side: str) -> dict[str, Cel
 # --- ablation -------------------------------------------------------------------------------------------------------
 
 
-def ablation_section(runs: Sequence[Run]) -> Section:
+def ablation_section(runs: Sequence[Run], size: str) -> Section:
     """What each part of the recipe is worth, over seeds."""
     section = Section("P2: ablation of the recipe")
     chosen = [run for run in study(runs, "ablation") if run.name.count("/") == 2 and run.best_cider is not None]
     groups = grouped(chosen, lambda run: run.name.split("/")[1])
     if not groups:
-        section.blocks.append(Missing("the ablation", "make ablation"))
+        section.blocks += _unless_full(size, "the ablation", "make ablation")
         return section
     ciders = {name: [(seed(run), run.best_cider or 0.0) for run in group] for name, group in groups.items()}
     start = dict(ciders.get("start", []))
@@ -196,16 +230,17 @@ REWARD_MEASURES = {
 }
 
 
-def reward_section(runs: Sequence[Run]) -> Section:
+def reward_section(runs: Sequence[Run], size: str, best: Run | None) -> Section:
     """Self-critical training: over seeds against the runs that it started from, and each run before and after."""
     section = Section("P2: CIDEr as a reward (SCST)")
     tuned = [r for r in runs if r.objective == "scst"]
     if not study(tuned, "rewards"):
-        section.blocks.append(Missing("the study of rewards over seeds", "make rewards"))
+        section.blocks += _unless_full(size, "the study of rewards over seeds", "make rewards")
     section.blocks += _rewards_blocks(runs)
     if not tuned:
-        remedy = "python p2_train.py --objective scst --init-adapter RUNS/lora/best.safetensors --out RUNS/scst"
-        section.blocks.append(Missing("a run with --objective scst", remedy))
+        start = f"RUNS/{best.name if best else 'best'}/best.safetensors"
+        remedy = f"python p2_train.py --objective scst --init-adapter {start} --out RUNS/scst"
+        section.blocks.append(Missing("a run with --objective scst", remedy, wanted=size != "full"))
     rows = [row for run in tuned for row in _before_and_after(run)]
     if rows:
         caption = "Before and after self-critical training, on the run's validation images"

@@ -289,6 +289,21 @@ def find_files(text: str) -> Iterator[Path]:
         yield from found
 
 
+def images_at(places: Sequence[Path], recursive: bool = False) -> dict[str, Path]:
+    """Return ``{key: path}`` of the images that ``places`` (files, globs and folders) of ``--images`` name.
+
+    Raises:
+        FileNotFoundError, ValueError: a place does not exist, or two images share a key.
+    """
+    names: list[str] = []
+    paths: list[Path] = []
+    for place in map(on_disk, places):
+        found = images_in(place, recursive) if place.is_dir() else {path.name: path for path in find_files(str(place))}
+        names += [path.relative_to(place).as_posix() for path in found.values()] if place.is_dir() else [*found]
+        paths += found.values()
+    return by_key("--images", names, paths)
+
+
 def expand_braces(text: str) -> Iterator[str]:
     """Yield ``text`` with each ``{000..999}`` and ``{a,b}`` expanded, in order.
 

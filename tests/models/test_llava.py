@@ -457,7 +457,8 @@ def test_unreadable_images_are_named_and_the_rest_is_captioned(few, tmp_path, ca
 def test_flags_that_make_no_sense(few, tmp_path, capsys):
     out = tmp_path / "o.json"
     assert "--batch-size 0" in fails(capsys, few, out, "--batch-size", 0)
-    assert "go together" in fails(capsys, few, out, "--compare")
+    assert "--annotation-file: name the references" in fails(capsys, few, out, "--compare")
+    assert "leave it out, or add --compare" in fails(capsys, few, out, "--annotation-file", "val.json")
     assert "--prompt is empty" in fails(capsys, few, out, "--prompt", " ")
     assert "no such folder" in fails(capsys, tmp_path / "nowhere", out)
     out.write_text("{}")

@@ -189,12 +189,34 @@ def test_wrong_annotations_and_predictions_are_named_in_one_line(files, capsys):
         assert re.fullmatch(rf"error: \S*{name}: holds no image; write it as .*\n", capsys.readouterr().err)
 
 
+def test_scores_are_saved_beside_the_predictions_where_report_py_looks(files, tmp_path):
+    argv = [*files(), *CIDER]
+    assert evaluate.main([*argv, "--json", str(tmp_path / "s.json"), "--per-image", str(tmp_path / "p.json")]) == 0
+    assert evaluate.main([*argv, "--save"]) == 0
+    assert (tmp_path / "pred_per_image.json").read_bytes() == (tmp_path / "p.json").read_bytes()
+    assert json.loads((tmp_path / "pred_scores.json").read_text())["CIDEr"] > 0
+    assert evaluate.main([*argv, "--save", "--per-image", str(tmp_path / "own.csv")]) == 0
+    assert (tmp_path / "own.csv").is_file()
+
+
+def test_references_lie_beside_the_folder_of_images_by_default(files, tmp_path, capsys):
+    """As training data does: `--annotation-file DATA/val.json` is what `--images-root DATA/images/val` means."""
+    pred = files()[:2]
+    (tmp_path / "images" / "val").mkdir(parents=True)
+    for images, code in (("images/val", 0), ("images/test", BAD_INPUT), ("images", BAD_INPUT)):
+        assert evaluate.main([*pred, *CIDER, "--images-root", str(tmp_path / images)]) == code
+    assert evaluate.main([*pred, *CIDER]) == evaluate.main([*pred, *CIDER, "--images-root", "/"]) == BAD_INPUT
+    assert set(capsys.readouterr().err.splitlines()) >= {
+        "error: --annotation-file: name the references; without it they are DATA/val.json for images in DATA/images/val"
+    }
+
+
 def test_the_annotations_are_read_once(files, monkeypatch):
     read, load = [], evaluate.load_annotations
     monkeypatch.setattr(evaluate, "load_annotations", lambda file, split: read.append(file) or load(file, split))
     argv = files()
     assert evaluate.main([*argv, *CIDER, "--compare", argv[1]]) == 0
-    assert read == [argv[3]]
+    assert read == [Path(argv[3])]
 
 
 def test_missing_files_and_wrong_flags_are_named(files, capsys):

@@ -55,6 +55,25 @@ def test_inference_captions_every_picture_and_is_scored(run, tiny_data, tmp_path
     assert "CIDEr:" in capsys.readouterr().out
 
 
+def test_captions_in_a_run_folder_are_that_runs(run, tiny_data, tmp_path, monkeypatch, capsys):
+    """Without --adapter, runs/1/val.json was captioned by runs/best."""
+    loaded, load = [], p2_infer.load_captioner
+    monkeypatch.setattr(
+        p2_infer, "load_captioner", lambda adapter, *more: loaded.append(adapter) or load(adapter, *more)
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("1", "best"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        shutil.copy(run / "best.safetensors", tmp_path / "runs" / name)
+    words = ["--profile", "micro", "--device", "cpu", "--beam-size", "1", "--max-new-tokens", "5"]
+    for out in ("runs/1/val.json", "runs/best/val.json", "val.json", "runs/2/val.json"):
+        assert p2_infer.main([str(tiny_data / "images" / "val"), out, PROFILES["micro"].decoder, *words]) == 0
+    assert [adapter.parent.name for adapter in loaded] == ["1", "best", "best", "best"]
+    shutil.rmtree(tmp_path / "runs" / "best")
+    assert p2_infer.main([str(tiny_data / "images" / "val"), "val.json", PROFILES["micro"].decoder, *words]) == 2
+    assert "runs/best/best.safetensors" in capsys.readouterr().err
+
+
 def test_the_size_of_a_batch_changes_no_caption(run, tiny_data, tmp_path):
     results, files = [], (tiny_data / "images" / "val", tmp_path / "p.json", run / "last.safetensors")
     for size in (1, 3):

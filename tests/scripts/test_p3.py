@@ -104,6 +104,20 @@ def test_best_and_worst_pair(worst_is_empty, tiny_data, tmp_path, adapter, capsy
     assert last == f"Last-1: {worst}"
 
 
+def test_best_and_worst_pair_of_a_run_by_what_lies_beside_its_adapter(tiny_data, tmp_path, adapter, capsys):
+    stems = sorted(path.stem for path in (tiny_data / "images" / "val").iterdir())
+    for path in (tmp_path / "1.json", tmp_path / "val_per_image.json"):
+        path.write_text(json.dumps({stem: {"CLIPScore": n / 10, "caption": "A ball."} for n, stem in enumerate(stems)}))
+    shutil.copy(adapter, tmp_path / "best.safetensors")
+    for flags in ((tmp_path / "1.json",), ()):
+        words = ("p2", [tiny_data / "images" / "val"], tmp_path / "out", tmp_path / "best.safetensors", "--best-worst")
+        assert explain(*words, *flags) == 0
+        assert f"Top-1: {stems[-1]}.jpg" in capsys.readouterr().out
+    (tmp_path / "val_per_image.json").unlink()
+    message = f"--best-worst {tmp_path / 'val_per_image.json'}: no such file; write it with evaluate.py --per-image"
+    assert message in fails(capsys, *words)
+
+
 @pytest.mark.parametrize("model", ["p1", "p2"])
 def test_the_grounding_table(model, tiny_data, tmp_path, adapter, capsys):
     out = tmp_path / "out"
