@@ -36,11 +36,13 @@ from tqdm import tqdm
 from captioning.distributed import ALONE, Processes
 from captioning.files import read_json, sha256_of, waiting_lock, write_json
 from captioning.messages import some
+from captioning.read_ahead import one_behind, read_ahead
 from captioning.timing import Timer
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[list[Path]], torch.Tensor]  # b paths to (b, N, D) on any device
+Read = Callable[[Path], Any]  # an image file to what Encode takes a list of; called in threads
+Encode = Callable[[list[Any]], torch.Tensor]  # b of them to (b, N, D) on any device
 Images = list[tuple[str, Path]]  # SHA-256 of an image's file, and its path
 
 
@@ -117,14 +119,22 @@ class FeatureCache:
             self._features = np.memmap(spec.features, kind, mode="r", shape=shape)
 
     @classmethod
-    def open(cls, spec: CacheSpec, paths: Sequence[Path], encode: Encode, processes: Processes = ALONE) -> FeatureCache:
+    def open(
+        cls,
+        spec: CacheSpec,
+        paths: Sequence[Path],
+        encode: Encode,
+        processes: Processes = ALONE,
+        read: Read = lambda path: path,
+    ) -> FeatureCache:
         """Open the cache for ``paths``, after encoding and storing what is missing.
 
         Args:
             spec: which cache.
             paths: the images; ``cache[i]`` belongs to ``paths[i]``.
-            encode: maps b paths to (b, N, D) on any device.
+            encode: maps b images, as ``read`` returns them, to (b, N, D) on any device.
             processes: those that open it together; ``spec.root`` must be one folder for all of them.
+            read: reads an image, in threads and ahead of ``encode``; left out, that gets the paths.
 
         Raises:
             FileNotFoundError: an image is missing.
@@ -136,10 +146,20 @@ class FeatureCache:
         digests = processes.spread(sha256_of, paths)
         with waiting_lock(spec.folder / "lock") if processes.first else contextlib.nullcontext():
             row_of, missing = processes.from_first(lambda: _plan(spec, digests, paths))
-            row_of |= _fill(spec, missing, encode, processes)
+            row_of |= _fill(spec, missing, encode, processes, read)
         processes.together(lambda: _check_seen(spec, len(row_of)))
         rows = np.array([row_of.get(digest, -1) for digest in digests])
-        return cls(spec, rows, lambda indices: _encode(spec, [paths[i] for i in indices], encode))
+
+        def encode_anew(indices: list[int]) -> torch.Tensor:
+            [(_, features)] = _encoded(spec, [("", paths[i]) for i in indices], len(indices), encode, read)
+            return features
+
+        return cls(spec, rows, encode_anew)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all images are stored, so that none is encoded when it is asked for."""
+        return bool((self._rows >= 0).all())
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -263,16 +283,19 @@ def _check_seen(spec: CacheSpec, count: int) -> None:
 # --- encoding and storing -------------------------------------------------------------------------------------------
 
 
-def _fill(spec: CacheSpec, missing: Images, encode: Encode, processes: Processes) -> dict[str, int]:
+def _fill(spec: CacheSpec, missing: Images, encode: Encode, processes: Processes, read: Read) -> dict[str, int]:
     """Encode and store images, every process its share; return {digest: row} of them, in every process."""
     timer, size = Timer("cache"), spec.batch_size
-    batches = processes.share([missing[i : i + size] for i in range(0, len(missing), size)])
+    own = processes.share([missing[i : i + size] for i in range(0, len(missing), size)])
+    hidden = None if spec.progress and processes.first else True
 
     def build() -> dict[str, int]:
         _check_seen(spec, 0)
         row_of: dict[str, int] = {}
-        for batch in _shown(batches, spec.progress and processes.first):
-            row_of |= _append_rows(spec, [d for d, _ in batch], _encode(spec, [path for _, path in batch], encode))
+        with tqdm(total=sum(map(len, own)), desc="encoding", unit="image", disable=hidden) as bar:
+            for images, features in _encoded(spec, [image for batch in own for image in batch], size, encode, read):
+                row_of |= _append_rows(spec, [digest for digest, _ in images], features)
+                bar.update(len(images))
         return row_of
 
     added = processes.gather(processes.together(build))
@@ -281,16 +304,24 @@ def _fill(spec: CacheSpec, missing: Images, encode: Encode, processes: Processes
     return functools.reduce(operator.or_, added)
 
 
-def _shown(batches: Sequence[Images], progress: bool) -> Iterator[Images]:
-    with tqdm(total=sum(map(len, batches)), desc="encoding", unit="image", disable=None if progress else True) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
+def _encoded(
+    spec: CacheSpec, images: Images, size: int, encode: Encode, read: Read
+) -> Iterator[tuple[Images, torch.Tensor]]:
+    """Yield batches of images with their features (b, N, D), checked, in main memory and rounded as they are stored.
+
+    Threads read the next images meanwhile, and a GPU encodes the next batch.
+    """
+
+    def begun() -> Iterator[tuple[Images, torch.Tensor]]:
+        for batch in read_ahead(images, lambda image: read(image[1]), size):
+            features = encode([future.result() for _, future in batch]).detach()
+            yield [image for image, _ in batch], features
+
+    for batch, features in one_behind(begun()):
+        yield batch, _checked(spec, [path for _, path in batch], features)
 
 
-def _encode(spec: CacheSpec, paths: list[Path], encode: Encode) -> torch.Tensor:
-    """Return checked features (b, N, D) in main memory, rounded as they are stored."""
-    features = encode(paths).detach()
+def _checked(spec: CacheSpec, paths: list[Path], features: torch.Tensor) -> torch.Tensor:
     if features.shape != (len(paths), *spec.shape):
         raise ValueError(f"the encoder gave features {tuple(features.shape)}, not {(len(paths), *spec.shape)}")
     stored = features.to(spec.dtype).cpu()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,9 @@ from captioning.data.images import decode_image, load_image
 from captioning.data.listing import key_of
 from captioning.device import ran_out_of_memory
 from captioning.messages import naming
+from captioning.read_ahead import one_behind, read_ahead
 
 log = logging.getLogger(__name__)
-
-READ_AHEAD = 2  # batches that are read while one is captioned
 
 
 @dataclass(frozen=True)
@@ -109,26 +105,11 @@ Failed = Callable[[Entry, Exception], None]  # called with each entry that canno
 
 def caption_entries(entries: Iterable[Entry], job: Job, batch_size: int, failed: Failed) -> Iterator[dict[str, str]]:
     """Yield the captions of one batch after another, ``{key: caption}``; what cannot be read is left out."""
-    batches = _readable(read_ahead(entries, job, batch_size), failed)
-    for found, prepared in batches if job.begin is None else _one_ahead(batches, job.begin):
+    batches = _readable(read_ahead(entries, job.read, batch_size), failed)
+    if (begin := job.begin) is not None:
+        batches = one_behind((found, begin(prepared)) for found, prepared in batches)
+    for found, prepared in batches:
         yield dict(zip([entry.key for entry in found], job.caption(prepared), strict=True))
-
-
-def read_ahead(entries: Iterable[Entry], job: Job, size: int) -> Iterator[list[tuple[Entry, Future]]]:
-    """Yield batches of (entry, future of the prepared image) while threads read the batches after them.
-
-    No more than ``READ_AHEAD`` further batches are taken from ``entries``, which may be an endless stream.
-    """
-    left = iter(entries)
-    # One image is too little work for several threads; several here would compete with the model's for the cores.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=lambda: torch.set_num_threads(1)) as pool:
-        waiting: deque[list[tuple[Entry, Future]]] = deque()
-        while True:
-            while len(waiting) <= READ_AHEAD and (batch := list(itertools.islice(left, size))):
-                waiting.append([(entry, pool.submit(job.read, entry)) for entry in batch])
-            if not waiting:
-                return
-            yield waiting.popleft()
 
 
 def _readable(batches: Iterable[list[tuple[Entry, Future]]], failed: Failed) -> Iterator[tuple[list[Entry], list[Any]]]:
@@ -143,15 +124,3 @@ def _readable(batches: Iterable[list[tuple[Entry, Future]]], failed: Failed) -> 
                 failed(entry, error)
         if found:
             yield found, prepared
-
-
-def _one_ahead(
-    batches: Iterable[tuple[list[Entry], list[Any]]], begin: Callable[[list], list]
-) -> Iterator[tuple[list[Entry], list[Any]]]:
-    """Yield each batch with what ``begin`` returned for it, once ``begin`` has had the next batch too."""
-    begun: deque[tuple[list[Entry], list[Any]]] = deque()
-    for found, prepared in batches:
-        begun.append((found, begin(prepared)))
-        if len(begun) > 1:
-            yield begun.popleft()
-    yield from begun

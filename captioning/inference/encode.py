@@ -12,7 +12,7 @@ import torch
 
 from captioning.data.feature_cache import CacheSpec, FeatureCache
 from captioning.data.images import DRAFT_FACTOR, load_image
-from captioning.device import autocast
+from captioning.device import autocast, moved, page_locked, tf32_products
 from captioning.distributed import ALONE, Processes
 from captioning.models.captioner import Captioner
 
@@ -48,17 +48,21 @@ def cached_features(
     encode a part each.
     """
 
-    def encode(batch: list[Path]) -> torch.Tensor:
-        pixels = read_pixels(captioner.transform, batch).to(captioner.device)
-        with torch.autocast(captioner.device.type, enabled=False):  # cached or not, features are float32's
-            return captioner.encode(pixels)
+    def read(path: Path) -> torch.Tensor:
+        return captioner.transform(load_image(path))
+
+    def encode(pixels: list[torch.Tensor]) -> torch.Tensor:
+        batch = moved(page_locked(torch.stack(pixels), captioner.device), captioner.device)
+        # Cached or not, features are float32's; float16, in which they are kept, has no more digits than TF32.
+        with torch.autocast(captioner.device.type, enabled=False), tf32_products():
+            return captioner.encode(batch)
 
     config = captioner.config
     key = {"encoder": config.encoder, "weights": config.encoder_hash, "transform": repr(captioner.transform)}
     if config.encoder_layer != -1:
         key["layer"] = str(config.encoder_layer)
     spec = CacheSpec(cache, key, captioner.feature_shape, limit=limit)
-    return FeatureCache.open(spec, paths, encode, processes)
+    return FeatureCache.open(spec, paths, encode, processes, read)
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,9 @@ class StreamEncoder:
 
     def encode(self, pixels: Sequence[torch.Tensor]) -> list[Encoded]:
         """Begin to encode preprocessed images (3, H, W) each; on a GPU this does not wait for them."""
-        batch = torch.stack(list(pixels))
-        if self.stream is not None:
-            batch = batch.pin_memory()  # or the copy would wait for the device
+        batch = page_locked(torch.stack(list(pixels)), self.device)
         with torch.cuda.stream(self.stream), autocast(self.device, self.precision):
-            # Only a stream keeps the pixels until they are copied; elsewhere (MPS) they would be freed too early.
-            features = self.captioner.encode(batch.to(self.device, non_blocking=self.stream is not None))
+            features = self.captioner.encode(moved(batch, self.device))
         ready = None if self.stream is None else self.stream.record_event()
         return [Encoded(row, ready) for row in features]
 

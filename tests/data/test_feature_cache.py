@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -52,9 +53,9 @@ def paths(tmp_path):
 def open_cache(tmp_path, paths):
     """Return a function that opens the cache of ``paths``; fields of the spec may be given by name."""
 
-    def open_(encode, paths=paths, **fields):
+    def open_(encode, paths=paths, read=lambda path: path, **fields):
         spec = CacheSpec(**{"root": tmp_path / "cache", "key": KEY, "shape": SHAPE, "batch_size": 4, **fields})
-        return FeatureCache.open(spec, paths, encode)
+        return FeatureCache.open(spec, paths, encode, read=read)
 
     return open_
 
@@ -141,6 +142,39 @@ def test_more_images_are_appended(open_cache, paths):
     assert_serves(open_cache(encode=encoder), paths)
     assert encoder.encoded == [path.name for path in paths[3:]]
     assert_serves(small, paths[:3])  # open while the file grew
+
+
+@pytest.mark.parametrize("limit", [math.inf, 0])
+def test_images_are_read_in_threads_while_the_encoder_works(open_cache, paths, limit):
+    begun = {path: threading.Event() for path in paths}
+
+    def read(path):
+        assert threading.current_thread() is not threading.main_thread()
+        begun[path].set()
+        return features_of(path)
+
+    def encode(images):
+        last = int(images[-1][0, 0]) // 100
+        assert begun[paths[min(last + 4, 9)]].wait(60)  # the whole next batch, before this one is encoded
+        return torch.stack(images)
+
+    if limit:
+        assert_serves(open_cache(encode, read=read), paths)
+    else:
+        assert_serves(open_cache(torch.stack, read=read, limit=limit), paths)  # encoded when asked for
+
+
+def test_an_image_that_cannot_be_read_in_a_thread_is_named_and_what_came_before_it_is_kept(open_cache, paths):
+    def read(path):
+        if path.name == "5.jpg":
+            raise ValueError(f"{path}: not an image")
+        return features_of(path)
+
+    with pytest.raises(ValueError, match="not an image"):
+        open_cache(torch.stack, read=read)
+    encoder = Encoder()
+    assert_serves(open_cache(encoder), paths)
+    assert encoder.encoded == [path.name for path in paths[4:]]
 
 
 def test_a_build_killed_half_way_resumes(open_cache, paths):

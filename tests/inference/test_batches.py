@@ -1,4 +1,4 @@
-"""batches.py: entries are read ahead, begun one batch ahead, and captioned in batches that shrink when they must."""
+"""batches.py: entries are begun one batch ahead and captioned in batches that shrink when they must."""
 
 import logging
 
@@ -8,25 +8,7 @@ from level_captioner import grey, say
 
 from captioning.data import images as images_module
 from captioning.data import metadata
-from captioning.inference.batches import Entry, Job, ShrinkingBatch, caption_entries, read_ahead
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
-def test_batches_come_in_order_whatever_their_size(images, size):
-    batches = list(read_ahead(map(Entry.of, images), Job(grey, say), size))
-    assert [entry.source for batch in batches for entry, _ in batch] == images
-    assert all(len(batch) == size for batch in batches[:-1])
-    assert [future.result() for batch in batches for _, future in batch] == list(range(7))
-
-
-def test_only_a_few_batches_are_read_ahead(images):
-    """Memory: a folder of a million images must not be in it."""
-    read = []
-    batches = read_ahead(map(Entry.of, images), Job(lambda image: read.append(grey(image)), say), 1)
-    for _, future in next(batches):
-        future.result()
-    batches.close()
-    assert len(read) <= 3
+from captioning.inference.batches import Entry, Job, ShrinkingBatch, caption_entries
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
-"""encode.py: pixels on their way to the device."""
+"""encode.py: pixels on their way to the device, and the numbers that features are computed in."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import make_captioner
 
-from captioning.inference.encode import StreamEncoder
+from captioning.inference.encode import StreamEncoder, cached_features
+from captioning.models.captioner import Captioner
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
@@ -23,3 +26,21 @@ def test_without_a_stream_the_copy_of_the_pixels_is_waited_for(device, monkeypat
     (encoded,) = encoder.encode([torch.ones(3, 4, 4)])
     assert encoded.features.shape == (16, 3)
     assert copies == [((torch.device(device),), False)]
+
+
+def test_features_are_cached_with_products_in_tf32_which_training_does_not_get(tmp_path, images, monkeypatch):
+    captioner, seen, encode = make_captioner(), [], Captioner.encode
+
+    def noted(captioner, pixels):
+        seen.append((torch.backends.cuda.matmul.allow_tf32, threading.current_thread() is threading.main_thread()))
+        return encode(captioner, pixels)
+
+    monkeypatch.setattr(Captioner, "encode", noted)
+    cached_features(captioner, images, tmp_path / "cache")
+    cached_features(captioner, images, tmp_path / "none", limit=0).gather([2, 0])
+    assert seen == [(True, True)] * 2  # on the main thread: the setting is the whole process's
+    assert not torch.backends.cuda.matmul.allow_tf32
+    monkeypatch.setattr(Captioner, "encode", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cached_features(captioner, images, tmp_path / "none")
+    assert not torch.backends.cuda.matmul.allow_tf32
