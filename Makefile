@@ -1,4 +1,4 @@
-# `make demo` and `make test` each work alone on a fresh machine: they make .venv first where it is missing or outdated.
+# `make try`, `make demo` and `make test` each work alone on a fresh machine: they make .venv first where it is missing or outdated.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -9,7 +9,7 @@ DEV := $(VENV)/.dev
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo blind settings ablation rewards letter test faults lint clean
+.PHONY: try demo blind settings ablation rewards letter test faults lint clean
 
 # What the scripts need.
 $(INSTALLED): requirements.txt
@@ -27,6 +27,10 @@ $(DEV): $(INSTALLED) requirements-dev.txt pyproject.toml
 	$(PY) -m pip install --quiet "$$(sed -n 's/^ray = \["\(.*\)"\].*/\1/p' pyproject.toml)" \
 	  || echo "Ray cannot be installed here: its tests will be skipped" >&2
 	@touch $@
+
+# Captions and maps of drawings that no training showed, and of pictures: make try IMAGE="a.jpg b.png".
+try: $(INSTALLED)
+	$(PY) -m microworld.try_it $(IMAGE)
 
 # Train, caption, score and explain on the micro world, and write the report.
 demo: $(INSTALLED)

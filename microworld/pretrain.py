@@ -1,4 +1,4 @@
-"""Pre-train the micro world's small models from nothing but its own `pretrain` split.
+"""Pre-train the micro world's small models from nothing but drawings of its own.
 
 ``python -m microworld.pretrain MODEL``, or ``all``, writes into ``microworld/weights/<MODEL>/``:
 
@@ -7,6 +7,7 @@
 * ``encoder``: an open_clip ViT, whose vision tower is P2's encoder, through timm.
 * ``scorer``: an open_clip ResNet with other scenes and another architecture, for scores.
 * ``llava``: a LLaVA with the encoder's vision tower, taught by instructions.
+* ``adapter``: LoRA and projector of the captioner, trained by the suite's own script on the demo's scenes.
 
 Weights are stored as fp16 safetensors, each beside a JSON of seed, data, steps, time and metrics.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from captioning.cli import FlagParser, command, setup_logging
 from captioning.device import pick_device
 from captioning.profiles import MICRO_WEIGHTS
+from microworld.pretrain_adapter import train_adapter
 from microworld.pretrain_clip import train_clip
 from microworld.pretrain_decoder import train_decoder, train_tokenizer
 from microworld.pretrain_llava import train_llava
@@ -31,6 +33,7 @@ TRAIN = {  # in the order in which they need each other
     "encoder": train_clip,
     "scorer": train_clip,
     "llava": train_llava,
+    "adapter": train_adapter,
 }
 
 

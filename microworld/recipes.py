@@ -21,6 +21,7 @@ from captioning.profiles import PROFILES
 from decoder import DecoderConfig
 from microworld.scene import SIZE, Scene
 from microworld.scenes import make_image, spread
+from microworld.steps import scaled
 from microworld.things import COLOURS, KINDS
 
 log = logging.getLogger(__name__)
@@ -69,11 +70,15 @@ class Recipe:
     seed: int = 0
 
 
+BEST: dict[str, Any] = scaled("best")
 RECIPES = {
     "encoder": Recipe(scenes=20000, epochs=7, batch_size=128, lr=1e-3, patch_loss=1.0),
     "scorer": Recipe(scenes=12000, epochs=5, batch_size=128, lr=1e-3),
     "decoder": Recipe(scenes=24000, epochs=3, batch_size=16, lr=1.5e-3, weight_decay=0.05),
     "llava": Recipe(scenes=14000, epochs=4, batch_size=24, lr=1.5e-3, weight_decay=0.05, warmup=100),
+    "adapter": Recipe(
+        scenes=1700, epochs=int(BEST["epochs"]), batch_size=int(BEST["batch_size"]), lr=float(BEST["lr"])
+    ),
 }
 
 
@@ -207,12 +212,25 @@ def optimise(
 def write_record(run: Run, training: Training, metrics: dict[str, float], model: torch.nn.Module) -> None:
     """Write the JSON that says how the weights were made."""
     recipe = run.recipe
+    data = {"world": "micro", "split": "pretrain", "seed": SCENE_SEEDS[run.name], "scenes": recipe.scenes}
+    save_record(run, training, metrics, sum(p.numel() for p in model.parameters()), data, vars(recipe))
+
+
+def save_record(
+    run: Run,
+    training: Training,
+    metrics: dict[str, float],
+    parameters: int,
+    data: dict[str, Any],
+    recipe: dict[str, Any],
+) -> None:
+    """Write ``training.json`` beside the weights."""
     record = {
         "model": run.name,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
         "command": f"python -m microworld.pretrain {run.name}",
-        "data": {"world": "micro", "split": "pretrain", "seed": SCENE_SEEDS[run.name], "scenes": recipe.scenes},
-        "recipe": vars(recipe),
+        "data": data,
+        "recipe": recipe,
         "steps": training.steps,
         "seconds": round(training.seconds),
         "threads": torch.get_num_threads(),

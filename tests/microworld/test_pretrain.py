@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from captioning.data.tokenizer import Tokenizer
+from captioning.files import write_json
 from captioning.imports import import_guarded
+from captioning.models.adapter import read_adapter
 from captioning.profiles import MICRO_WEIGHTS
 from decoder import build_decoder
-from microworld import pretrain, pretrain_clip, pretrain_decoder, pretrain_llava
+from microworld import pretrain, pretrain_adapter, pretrain_clip, pretrain_decoder, pretrain_llava
 from microworld.recipes import CLIP_CONFIGS, SCENE_SEEDS, Recipe, Run, draw_scenes, learning_rate, optimise
+from microworld.steps import Runner
 
 CPU = torch.device("cpu")
 
@@ -50,6 +53,32 @@ def test_the_clip_models(name, patch_loss, tmp_path, monkeypatch):
     model = import_guarded("open_clip").create_model(f"local-dir:{tmp_path}")
     assert type(model.visual).__name__ == {"encoder": "VisionTransformer", "scorer": "ModifiedResNet"}[name]
     check_record(tmp_path, name, {"recall_at_1", "recall_at_5", "clipscore_right", "clipscore_wrong", "last_loss"})
+
+
+def test_the_adapter_is_the_suites_own_run_in_half_precision(tmp_path, unbroken, monkeypatch):
+    """Its steps are scripts, which have tests of their own; here a finished run stands in for them."""
+    titles, scored = [], []
+
+    class Finished(Runner):
+        def __call__(self, title, *arguments, **options):
+            titles.append(title)
+            if arguments[0] == "p2_train.py":
+                shutil.copytree(unbroken, options["out"])
+            elif arguments[0] == "p2_infer.py":
+                scored.append(options["adapter"])
+            elif arguments[0] == "evaluate.py":
+                write_json(options["json"], {"CIDEr": 1.25, "CLIPScore": 1.5})
+
+    monkeypatch.setattr(pretrain_adapter, "Runner", Finished)
+    assert pretrain.main(["adapter", "--weights", str(tmp_path), "--scenes", "12", "--device", "cpu"]) == 0
+    shipped = tmp_path / "adapter" / "adapter.safetensors"
+    assert titles[:4] == ["draw train", "draw val", "draw val_novel", "train lora"] and scored == [shipped, shipped]
+    (config, state), (_, trained) = read_adapter(shipped), read_adapter(unbroken / "best.safetensors")
+    assert config.encoder_weights == "microworld/weights/encoder/open_clip_model.safetensors"
+    assert all(torch.equal(state[name], tensor.half()) for name, tensor in trained.items())
+    record = json.loads((tmp_path / "adapter" / "training.json").read_text())
+    assert record["command"] == "python -m microworld.pretrain adapter"
+    assert record["metrics"]["val_novel CIDEr"] == 1.25 and record["data"]["scenes"] == 12
 
 
 def test_the_llava(tmp_path, monkeypatch):
