@@ -30,9 +30,11 @@ from torch import Tensor, nn
 
 from captioning.checkpoints import read_state_dict, transformers_config
 from captioning.kernels.attention_mask import additive_mask
+from captioning.kernels.attention_route import takes_packed
 from captioning.kernels.casts import cast_frozen, lora_tensors, product_dtype_of
 from captioning.kernels.frozen_linear import frozen_linear
-from captioning.kernels.packed_attention import PackedAttention, Packing, can_attend_packed
+from captioning.kernels.packed_attention import PackedAttention
+from captioning.kernels.packing import Packing
 from captioning.messages import some
 from captioning.tensors import copy_exactly
 
@@ -279,7 +281,7 @@ class Attention(nn.Module):
         new = x.shape[1]
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, nh, hs)
         if isinstance(mask, Packing):
-            if cache is None and attentions is None and can_attend_packed(qkv):
+            if cache is None and attentions is None and takes_packed(qkv, mask):
                 captions_only = last == new - mask.n_prefix
                 return self.c_proj(PackedAttention.apply(qkv, mask, captions_only)[:, -last:])
             mask = mask.mask if attentions is not None else mask.additive(qkv.dtype)

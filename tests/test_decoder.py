@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from decoders import LAYOUTS, TINY, full_logits, greedy_ids, huggingface_gpt2, lora_decoder
 from packings import packing_of, play_cuda
 
-import decoder as decoder_module
+from captioning.kernels import attention_route
 from decoder import (
     Decoder,
     DecoderConfig,
@@ -191,7 +191,7 @@ def test_a_decoder_takes_the_mask_where_packed_attention_has_no_kernel(monkeypat
     attentions = []
     torch.testing.assert_close(hidden(attentions=attentions), packed)
     assert (len(attentions), len(asked)) == (TINY.n_layer, 1)
-    monkeypatch.setattr(decoder_module, "can_attend_packed", lambda qkv: False)
+    monkeypatch.setattr(attention_route, "can_attend_packed", lambda *asked: False)
     torch.testing.assert_close(hidden(), packed)
     assert len(asked) == 2
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from captioning.kernels.casts import cast_lora
-from captioning.kernels.packed_attention import Packing
+from captioning.kernels.packing import Packing
 from captioning.models.encoder import build_encoder, build_transform
 from captioning.models.step_functions import StepFunction
 from captioning.tensors import copy_exactly, difference, fingerprint, write_tensors

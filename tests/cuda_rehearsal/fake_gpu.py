@@ -295,12 +295,13 @@ class FakeGpu:
 
     Args:
         capability: (major, minor); from (8, 0) on it multiplies in bf16.
+        route: of attention in training, where there is a choice; numbers and times, which decide it, are not there.
     """
 
     now: FakeGpu  # the one that is entered
 
-    def __init__(self, capability: tuple[int, int] = (8, 0)) -> None:
-        self.capability = capability
+    def __init__(self, capability: tuple[int, int] = (8, 0), route: str = "packed") -> None:
+        self.capability, self.route = capability, route
         self.mode = NoDevice(allow_non_fake_inputs=True)
         self.ledger = Ledger(self)
         self._pinned: dict[int, torch.Tensor] = {}  # kept, so that no other tensor gets the same memory
@@ -387,6 +388,7 @@ class FakeGpu:
         facts = {
             "is_available": True,
             "is_initialized": True,
+            "is_current_stream_capturing": False,
             "device_count": 1,
             "current_device": 0,
             "set_device": None,
@@ -419,10 +421,14 @@ class FakeGpu:
         }
         # torch's optimisers take their fast ways for the types that they know.
         known = [torch.Tensor, torch.nn.Parameter, FakeTensor]
+        from captioning.kernels import attention_route  # torch is here only now
+
         return [
             (torch.nn.Module, {"_apply": _apply}),
             (torch.nn.functional, {"scaled_dot_product_attention": self.attention}),
             (FakeTensor, {"tolist": lambda self: self.cpu().tolist()}),
+            (attention_route, {"_decided": {}, "_decide": _always(self.route)}),
+            (torch.backends.cuda, {"is_flash_attention_available": _always(True)}),
             (torch.cuda, cuda),
             (torch.Tensor, tensor),
             (sys.modules["torch.optim.optimizer"], {"_foreach_supported_types": known}),

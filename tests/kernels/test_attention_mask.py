@@ -80,8 +80,8 @@ def test_no_mask_of_another_type_comes_beside_the_queries(monkeypatch, dtype):
         return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
 
     monkeypatch.setattr(decoder_module.F, "scaled_dot_product_attention", noted)
-    monkeypatch.setattr(decoder_module, "can_attend_packed", lambda qkv: False)
     packing, mask, _ = packing_of([[3, 2]], prefix=7)
+    packing.route = "mask"
     x = torch.randn(1, 12, decoder.config.n_embd, dtype=dtype)
     with torch.no_grad():
         for visible in (packing, mask):

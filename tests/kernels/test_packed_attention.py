@@ -50,8 +50,11 @@ def test_is_exact_where_scores_are_large_and_one_share_has_all_the_weight():
         torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("device", ["cpu", "as on cuda"])
 @pytest.mark.parametrize("captions_only", [False, True])
-def test_the_gradient_is_the_derivative(captions_only):
+def test_the_gradient_is_the_derivative(monkeypatch, device, captions_only):
+    if device != "cpu":
+        play_cuda(monkeypatch)
     packing, _, _ = packing_of([[2, 1], [3]], prefix=4)
     qkv = torch.randn(2, 7, 3, 1, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: PackedAttention.apply(x, packing, captions_only), qkv)
