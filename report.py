@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = document.write(TITLE, [Text(WORLD[size], world=True)], parts, args.out)
     for run in omitted:
         log.warning("left out: %s (%s)", run.name, run.reason)
-    missing = [b.what for s in parts for b in s.blocks if isinstance(b, document.Missing) and b.wanted]
+    missing = [part.what for section in parts for part in section.missing if part.wanted]
     for what in missing:
         log.info("missing: %s", what)
     print(f"{args.out}  ({len(runs)} runs, {len(missing)} parts missing; tables and figures in {folder})")

@@ -17,47 +17,13 @@ from captioning.files import atomic_path, data_url, markdown_table, write_csv, w
 
 Cell = str | int | float | None
 PIXELS = 1600  # the longer side of a picture inside the page; the PNG beside the page has full size
+SHORT = 12  # rows of a table that is printed on one page
 UNKNOWN = "–"
+MISSING = ("not-here-yet", "Not here yet")  # anchor and title of the last chapter
+MISSING_TEXT = "What the folder of runs lacks, each part with the command that makes it:"
 
-STYLE = """
-:root { color-scheme: light dark; --page: #fbfbf9; --card: #fff; --ink: #1c1c1a; --soft: #5c5c57; --line: #d9d9d3;
-  --accent: #1f4e8c; --warn: #8a4b00; --warn-page: #fff6e5 }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #151514; --card: #201f1e; --ink: #ebebe6; --soft: #a6a69f; --line: #3b3b38; --accent: #8fb8ee;
-    --warn: #f0c070; --warn-page: #2d2412 }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem }
-h2 { font-size: 1.25rem; margin: 2.75rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line) }
-p { max-width: 46rem; margin: .6rem 0; overflow-wrap: anywhere } a { color: var(--accent) }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: .2rem }
-.skip { position: absolute; left: -99rem }
-.skip:focus { left: 1rem; top: .5rem; background: var(--card); padding: .4rem }
-nav ol { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; list-style: none; padding: 0; margin: 1rem 0 0 }
-.world { border-left: .3rem solid var(--warn); background: var(--warn-page); padding: .5rem .8rem; max-width: none }
-.missing { border: 1px dashed var(--warn); border-radius: .4rem; padding: .5rem .8rem; color: var(--warn) }
-.missing code { color: var(--ink); overflow-wrap: anywhere }
-.scroll { overflow-x: auto; margin: .9rem 0; border: 1px solid var(--line); border-radius: .4rem;
-  background: var(--card) }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums }
-caption { caption-side: top; text-align: left; padding: .5rem; font-weight: 600 }
-th, td { padding: .3rem .5rem; text-align: left; border-top: 1px solid var(--line); vertical-align: top }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom }
-td.n, th.n { text-align: right } td.n { white-space: nowrap }
-figure { margin: 1.1rem 0; background: var(--card); border: 1px solid var(--line); border-radius: .4rem;
-  overflow: hidden }
-figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff }
-figcaption { padding: .5rem .8rem; font-size: .88rem; color: var(--soft); border-top: 1px solid var(--line) }
-@media print {
-  :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --accent: #000;
-    --warn: #6b3a00; --warn-page: #fff }
-  body { max-width: none; padding: 0; font-size: 10pt } nav, .skip { display: none } .scroll { overflow: visible }
-  table { font-size: 7pt } th, td { padding: .15rem .2rem } td.n, th.n { white-space: normal }
-  h2, caption { break-after: avoid } figure, tr { break-inside: avoid } figure img { max-height: 22cm }
-}
-"""
+STYLE = Path(__file__).with_name("page.css")
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no network and no script
 
 
 @dataclass(frozen=True)
@@ -81,9 +47,9 @@ class Missing:
     wanted: bool = True
 
     def html(self) -> str:
-        """Return the note as HTML."""
-        how = "Missing" if self.wanted else "Optional, and not here"
-        return f'<p class="missing">{how}: {html.escape(self.what)}. <code>{html.escape(self.remedy)}</code></p>\n'
+        """Return the item of the list of missing parts as HTML."""
+        what = html.escape(self.what if self.wanted else f"{self.what} (optional)")
+        return f"<li>{what}<br><code>{html.escape(self.remedy)}</code></li>\n"
 
 
 @dataclass(frozen=True)
@@ -104,17 +70,17 @@ class Table:
 
     def html(self) -> str:
         """Return the table as HTML; numbers are aligned to the right."""
-        numeric = {c for row in self.rows for c, cell in row.items() if isinstance(cell, int | float)}
-        kind = {c: ' class="n"' if c in numeric else "" for c in self.columns}
+        cells = {c: [row[c] for row in self.rows if row[c] is not None] for c in self.columns}
+        kind = {c: ' class="n"' if all(map(_is_number, found)) else "" for c, found in cells.items()}
         head = "".join(f'<th scope="col"{kind[c]}>{html.escape(c)}</th>' for c in self.columns)
         rows = "".join(
             "<tr>" + "".join(f"<td{kind[c]}>{html.escape(shown(cell))}</td>" for c, cell in row.items()) + "</tr>\n"
             for row in self.rows
         )
-        name = html.escape(self.caption)
+        name, short = html.escape(self.caption), " short" if len(self.rows) <= SHORT else ""
         return (  # a wide table scrolls on its own, so it must take the keyboard's focus
-            f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table><caption>{name}</caption>'
-            f"<thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>\n"
+            f'<div class="scroll{short}" tabindex="0" role="region" aria-label="{name}"><table>'
+            f"<caption><span>{name}</span></caption><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>\n"
         )
 
     def markdown(self) -> str:
@@ -166,11 +132,35 @@ class Section:
         """What links to the section name."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
+    @property
+    def shown(self) -> list[Block]:
+        """The blocks that are there; what is missing stands at the end of the page, of all sections together."""
+        return [block for block in self.blocks if not isinstance(block, Missing)]
+
+    @property
+    def missing(self) -> list[Missing]:
+        """The parts that are not there."""
+        return [block for block in self.blocks if isinstance(block, Missing)]
+
     def html(self) -> str:
         """Return the section as HTML."""
-        heading = f'<h2 id="{self.anchor}">{html.escape(self.title)}</h2>\n'
-        blocks = "".join(block.html() for block in self.blocks)
-        return f'<section aria-labelledby="{self.anchor}">{heading}{blocks}</section>\n'
+        return _chapter(self.anchor, self.title, "".join(block.html() for block in self.shown))
+
+
+def _chapter(anchor: str, title: str, content: str) -> str:
+    heading = f'<h2 id="{anchor}">{html.escape(title)}</h2>\n'
+    return f'<section aria-labelledby="{anchor}">{heading}{content}</section>\n'
+
+
+def _missing(sections: Sequence[Section]) -> str:
+    """Return what ``sections`` lack as one list, by section."""
+    parts = [f"<h3>{html.escape(s.title)}</h3>\n<ul>{''.join(b.html() for b in s.missing)}</ul>\n" for s in sections]
+    return f'<p>{MISSING_TEXT}</p>\n<div class="missing">{"".join(parts)}</div>\n'
+
+
+def _is_number(cell: Cell) -> bool:
+    """Whether a cell is a number, or a mean of some."""
+    return not isinstance(cell, str) or re.fullmatch(r"-?\d+\.\d+( ± \d+\.\d+)?", cell) is not None
 
 
 def shown(cell: Cell) -> str:
@@ -183,16 +173,20 @@ def shown(cell: Cell) -> str:
 
 
 def page(title: str, head: Sequence[Block], sections: Sequence[Section]) -> str:
-    """Return the HTML file as text; ``head`` comes before the list of sections."""
-    links = "".join(f'<li><a href="#{s.anchor}">{html.escape(s.title)}</a></li>' for s in sections)
+    """Return the HTML file as text; ``head`` comes first, and a section that has nothing to show is left out."""
+    there, lacking = [s for s in sections if s.shown], [s for s in sections if s.missing]
+    entries = [(s.anchor, s.title) for s in there] + ([MISSING] if lacking else [])
+    links = "".join(f'<li><a href="#{anchor}">{html.escape(name)}</a></li>' for anchor, name in entries)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{html.escape(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>\n<body>\n"
         f'<a class="skip" href="#content">Skip to the content</a><header><h1>{html.escape(title)}</h1>\n'
         + "".join(block.html() for block in head)
-        + f'<nav aria-label="Sections"><ol>{links}</ol></nav></header>\n<main id="content">'
-        + "".join(section.html() for section in sections)
+        + f'</header>\n<nav aria-label="Contents"><ol>{links}</ol></nav>\n<main id="content">'
+        + "".join(section.html() for section in there)
+        + (_chapter(*MISSING, _missing(lacking)) if lacking else "")
         + "</main></body></html>\n"
     )
 

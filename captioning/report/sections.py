@@ -76,13 +76,13 @@ def compared(cider: Cell, clipscore: Cell, reported: tuple[float, float] | None)
 
 def llava_section(root: Path, size: str) -> Section:
     """P1: what LLaVA is, both prompts' scores, and what the numbers say about them."""
-    section = Section("P1: LLaVA, zero-shot", [Text(text) for text in ABOUT_LLAVA])
-    section.blocks += [Text(MICRO_LLAVA)] if size == "micro" else []
+    section = Section("P1: LLaVA, zero-shot")
     scores = read_object(root / LLAVA)
     if scores is None:
         remedy = f"python p1_llava_caption.py IMG_DIR RUNS/{LLAVA} --compare --annotation-file VAL.json"
         section.blocks.append(Missing(f"captions and scores of both prompts ({LLAVA})", remedy))
         return section
+    section.blocks += [Text(text) for text in (*ABOUT_LLAVA, *([MICRO_LLAVA] if size == "micro" else []))]
     rows = [
         {
             "setting": name,
