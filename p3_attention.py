@@ -37,11 +37,11 @@ from captioning.maps.explainers import (
     Explainer,
     LlavaExplainer,
     explain,
-    save_maps,
     specs_to_compare,
     specs_to_show,
 )
 from captioning.maps.pairs import Pair, best_and_worst, read_per_image
+from captioning.maps.saved import save_maps
 from captioning.messages import naming
 from captioning.models.adapter import load_captioner
 from captioning.models.llava import DTYPES, MAX_NEW_TOKENS, PROMPTS, check_prompt, load_llava, pick_dtype

@@ -14,7 +14,8 @@ from pathlib import Path
 from captioning.cli import FlagParser, command, setup_logging
 from captioning.profiles import ROOT
 from captioning.report import document, sections, study_sections
-from captioning.report.document import Text
+from captioning.report.document import Block, Text
+from captioning.report.first_picture import first_picture
 from captioning.training.run_folder import Run, find_runs
 
 log = logging.getLogger("captioning")
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(args.verbose)
     runs, omitted = find_runs(args.runs)
     size, best = size_of(runs, args.runs), sections.best_of(runs)
-    found = [
+    parts = [
         sections.llava_section(args.runs, size),
         sections.captioner_section(runs, omitted, best),
         study_sections.settings_section(runs, size),
@@ -65,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         sections.attention_section(args.runs, size, best),
         sections.environment_section(args.runs, runs, args.bench, size),
     ]
-    parts = [section for section in found if section.blocks]  # at full size some studies are not wanted
-    folder = document.write(TITLE, [Text(WORLD[size], world=True)], parts, args.out)
+    head: list[Block] = [Text(WORLD[size], world=True), *first_picture(args.runs, size)]
+    folder = document.write(TITLE, head, parts, args.out)
     for run in omitted:
         log.warning("left out: %s (%s)", run.name, run.reason)
     missing = [part.what for section in parts for part in section.missing if part.wanted]

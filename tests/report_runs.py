@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 from PIL import Image
 
 NAUGHTY = '<script>alert("x")</script> & "quotes"'
@@ -44,3 +45,32 @@ def write_run(folder, setting="1", epochs=2, done=2, cider=1.25, profile="micro"
     scores = {"CIDEr": cider, "CLIPScore": 1.5, "images": 9, "device": "cpu"}
     (folder / "val_scores.json").write_text(json.dumps(scores))
     return folder
+
+
+def write_maps(root, image, captions, hot):
+    """The maps of an image by both models, as p3_attention.py leaves them; a word of ``hot`` has all in one cell."""
+    photo = root / "data" / f"{image}.jpg"
+    photo.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (80, 60), "green").save(photo)
+    for model, caption in zip(("p1", "p2"), captions, strict=True):
+        words = caption.split()
+        maps = np.full((len(words), 3, 4), 0.01, dtype=np.float32)
+        for place in (words.index(word) for word in hot if word in words):
+            maps[place, 1, 2] = 1
+        folder = root / "attention" / model
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(
+            folder / f"{image}.npz",
+            maps=maps,
+            words=np.array(words),
+            layers=np.arange(2),
+            heads="mean",
+            method="raw",
+            row="predict",
+            window=np.array([10.0, 0.0, 70.0, 60.0]),
+            caption=caption,
+            image=photo.name,
+            path=f"../../data/{photo.name}",
+            model=model,
+            image_mass=np.ones(len(words), dtype=np.float32),
+        )

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "training": {"inference", "data", "models", "scoring", "decoder"},
     "maps": {"inference", "data", "models"},
     "scale": {"inference", "data"},
-    "report": {"training.run_folder", "models.llava"},
+    "report": {"training.run_folder", "models.llava", "maps.attention", "maps.figures", "maps.saved"},
 }
 SHARED = {
     "cli": {"profiles"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from PIL import Image
 
 from captioning.data.images import load_image
 from captioning.data.tokenizer import Tokenizer
-from captioning.files import atomic_path
 from captioning.imports import import_guarded
 from captioning.inference.captions import caption_features
 from captioning.maps.attention import (
@@ -22,12 +20,10 @@ from captioning.maps.attention import (
     CaptionAttention,
     Capture,
     Explanation,
-    Heads,
     MapSpec,
     Window,
     WordMaps,
     crop_window,
-    parse_layers,
     words_of,
 )
 from captioning.models.captioner import Captioner
@@ -224,40 +220,6 @@ def explain(
         image_mass=attention.image_mass(specs[0]),
         photo=photo,
     ), attention
-
-
-def save_maps(out: Path, explanation: Explanation, attention: CaptionAttention) -> None:
-    """Write the default maps of an explanation, and the attention that they were made from, as a compressed npz.
-
-    ``attention`` (L, nh, T, gh, gw) float16 is the attention of every layer, head and token on the patches; ``maps``
-    (W, gh, gw) float32 are the word maps made from it; the other arrays say which is which.
-    """
-    capture, spec = attention.capture, explanation.word_maps[0].spec
-    part = capture.image_part(spec.row).numpy().astype(np.float16)
-    word_of_token = np.full(len(capture.tokens), -1)
-    for number, (_, indices) in enumerate(attention.words):
-        word_of_token[indices] = number
-    content = io.BytesIO()
-    np.savez_compressed(
-        content,
-        attention=part.reshape(*part.shape[:3], *capture.grid),
-        maps=explanation.word_maps[0].maps,
-        tokens=np.array(capture.tokens),
-        words=np.array(explanation.words),
-        word_of_token=word_of_token,
-        layers=np.array(parse_layers(spec.layers, capture.n_layer)),
-        heads=str(Heads.parse(spec.heads, capture.n_head)),
-        method=spec.method,
-        row=spec.row,
-        grid=np.array(capture.grid),
-        window=np.array(explanation.window),
-        caption=explanation.caption,
-        image=explanation.path.name,
-        model=explanation.model,
-        image_mass=attention.image_mass(spec),
-    )
-    with atomic_path(out) as temporary:
-        temporary.write_bytes(content.getvalue())
 
 
 # --- which specs to offer ---

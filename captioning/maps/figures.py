@@ -119,6 +119,25 @@ def _coloured(photo: Image.Image, heat: np.ndarray, end: float) -> np.ndarray:
     return np.where(seen[..., None], colour[..., :3] * alpha + grey * (1 - alpha), grey * OUTSIDE)
 
 
+def with_map(explanation: Explanation, word: int, side: int) -> tuple[Image.Image, Image.Image]:
+    """Return the photograph, and in grey with the default map of a word over it; the longer sides have ``side`` pixels.
+
+    Raises:
+        OSError, ValueError: as :func:`checked_photo`.
+    """
+    photo = checked_photo(explanation)
+    scale, maps = side / max(photo.size), explanation.word_maps[0].maps
+    small = photo.resize([max(round(length * scale), 1) for length in photo.size], Image.Resampling.LANCZOS)
+    heat = spread(maps[word], small.size, _scaled(explanation.window, photo, small))
+    return small, Image.fromarray((_coloured(small, heat, scale_end(maps)) * 255).round().astype(np.uint8))
+
+
+def _scaled(window: Window, photo: Image.Image, small: Image.Image) -> Window:
+    """Return a window of ``photo`` in pixels of ``small``, the same picture in another size."""
+    left, top, right, bottom = np.multiply(window, np.tile(np.divide(small.size, photo.size), 2)).tolist()
+    return left, top, right, bottom
+
+
 @contextlib.contextmanager
 def _figure(width: float, height: float, out: Path) -> Iterator[Any]:
     """Yield a white figure of ``width`` x ``height`` inches; afterwards write it to ``out`` as PNG, atomically."""
@@ -232,10 +251,10 @@ def _tiles(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield title and pixels (H, W, 3) of each tile; ``size`` is (width, height) in pixels."""
     small = photo.resize(size, Image.Resampling.LANCZOS)
-    left, top, right, bottom = np.multiply(explanation.window, np.tile(np.divide(size, photo.size), 2))
+    window = _scaled(explanation.window, photo, small)
     yield PLAIN, np.asarray(small) / 255
     for word, grid in zip(explanation.words, explanation.word_maps[0].maps, strict=True):
-        yield line(word), _coloured(small, spread(grid, size, (left, top, right, bottom)), end)
+        yield line(word), _coloured(small, spread(grid, size, window), end)
 
 
 def _colour_bar(figure: Any, top: float, end: float, cut: bool, label: str) -> None:

@@ -117,7 +117,26 @@ class Figure:
             temporary.write_bytes(self.png)
 
 
-Block = Text | Missing | Table | Figure
+@dataclass(frozen=True)
+class Row:
+    """Figures beside each other where the window is wide enough, and words on all of them."""
+
+    figures: Sequence[Figure]
+    caption: str
+
+    def html(self) -> str:
+        """Return the figures as one."""
+        pictures = "".join(figure.html() for figure in self.figures)
+        caption = html.escape(self.caption)
+        return f'<figure class="row"><div>\n{pictures}</div><figcaption>{caption}</figcaption></figure>\n'
+
+    def write(self, folder: Path) -> None:
+        """Write each PNG into ``folder``."""
+        for figure in self.figures:
+            figure.write(folder)
+
+
+Block = Text | Missing | Table | Figure | Row
 
 
 @dataclass
@@ -195,8 +214,8 @@ def write(title: str, head: Sequence[Block], sections: Sequence[Section], out: s
     """Write the page to ``out`` and every table and figure into ``<stem>_files`` beside it; return that folder."""
     out = Path(out)
     folder = out.with_name(f"{out.stem}_files")
-    for block in (block for section in sections for block in section.blocks):
-        if isinstance(block, Table | Figure):
+    for block in (*head, *(block for section in sections for block in section.blocks)):
+        if isinstance(block, Table | Figure | Row):
             block.write(folder)
     write_text(out, page(title, head, sections))
     return folder

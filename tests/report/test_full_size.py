@@ -28,7 +28,7 @@ def test_nobody_is_sent_to_the_micro_world(scored, full, make):
     assert [text for text in commands(page) if "make " in text or "micro" in text or "lora" in text] == []
     for what in ("make ablation", "make letter", "P2: ablation", "point by point", "times of the steps"):
         assert what not in page
-    assert "Optional, and not here: settings 1, 2, 3, 4, 5." in page
+    assert "<li>settings 1, 2, 3, 4, 5 (optional)<br>" in page
     assert "bash p2_train.sh --setting 1 --report-faithful --out RUNS/1-letter" in page
     assert "--boxes INSTANCES.json" in page
 
@@ -41,8 +41,7 @@ def test_plain_runs_are_the_settings(full, tmp_path, make):
     (letter / "config.json").write_text(json.dumps(config | {"report_faithful": True}))
     write_run(full / "scst", setting="best", profile="full", cider=0.95, objective="scst")
     page = html.unescape(make(full))
-    assert "Optional, and not here: settings 2, 3, 4, 5 to the letter." in page
-    assert "here: settings 1" not in page and "Missing: settings" not in page
+    assert re.findall(r"<li>(settings.*?)<br>", page) == ["settings 2, 3, 4, 5 to the letter (optional)"]
     with (tmp_path / "report_files" / "p2_reported.csv").open() as file:
         rows = {row["setting"]: row for row in csv.DictReader(file)}
     assert [rows[name]["ours, sound practice: CIDEr"] for name in "125"] == ["0.500", "0.600", "0.850"]
@@ -59,11 +58,11 @@ def test_only_a_run_with_scores_is_called_the_best(full, make):
     (full / "best" / "val_scores.json").unlink()
     page = html.unescape(make(full))
     assert "Best run here: 3 (setting 3)" in page
-    assert "Missing: captions and scores of best." in page
+    assert "<li>captions and scores of best<br>" in page
     assert "python evaluate.py --pred_file RUNS/best/val.json --images_root IMG_DIR" in page
     (full / "3" / "val_scores.json").write_text('{"CLIPScore": 1.0}')  # --metrics clipscore
     page = make(full)
-    assert "Best run" not in page and "Missing: a finished training run" not in page
+    assert "Best run" not in page and "a finished training run" not in page
 
 
 def test_the_pair_is_that_of_the_best_scored_run(full, tmp_path, make):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import p3_attention
 from captioning.cli import BAD_INPUT, PARTIAL
+from captioning.maps.saved import load_maps
 from captioning.profiles import PROFILES
 from p2_train import main
 
@@ -67,8 +68,10 @@ def test_maps_of_a_folder(model, images, tmp_path, adapter, capsys):
         assert set(maps["layers"]) == set(range(layers))
         assert str(maps["caption"]).split() == maps["words"].tolist()
         assert line.split()[0].startswith(f"{name}.")
-    wide = np.load(out / "wide.npz")
-    assert wide["window"].tolist() == [55, 0, 145, 90]
+    wide = load_maps(out / "wide.npz")
+    assert (wide.window, wide.model) == ((55, 0, 145, 90), model)
+    assert wide.path.samefile(images / "wide.png")
+    assert wide.word_maps[0].maps.shape == (len(wide.words), *grid)
     assert "<script" in (out / "viewer.html").read_text(encoding="utf-8")
 
 
