@@ -6,12 +6,14 @@ python tests/cuda_rehearsal --write               # put the counts into budgets.
 """
 
 import argparse
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = HERE / "budgets.json"
+COUNTED_WITH = ("torch", "timm", "open_clip_torch", "transformers")  # whose other versions have other kernels
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 
@@ -31,15 +33,15 @@ def main(argv=None):
     if args.json:
         print(json.dumps(found))
         return 0
-    budgets = json.loads(BUDGETS.read_text())
+    table = json.loads(BUDGETS.read_text())
     for name, facts in found.items():
-        show(name, facts, budgets.get(name, {}), args.why)
+        show(name, facts, table["budgets"].get(name, {}), args.why)
     if args.write:
-        budgets |= {name: facts["counts"] for name, facts in found.items()}
-        BUDGETS.write_text(
-            json.dumps({name: budgets[name] for name in cases.CASES if name in budgets}, indent=2) + "\n"
-        )
-    return 0
+        budgets = table["budgets"] | {name: facts["counts"] for name, facts in found.items() if not facts["wrong"]}
+        table["versions"] = {name: importlib.metadata.version(name).split("+")[0] for name in COUNTED_WITH}
+        table["budgets"] = {name: budgets[name] for name in cases.CASES if name in budgets}
+        BUDGETS.write_text(json.dumps(table, indent=2) + "\n")
+    return int(any(facts["wrong"] for facts in found.values()))
 
 
 def show(name, facts, budget, why):

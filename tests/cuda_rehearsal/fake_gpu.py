@@ -130,11 +130,14 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run one operator."""
         kwargs = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        device = kwargs.get("device")
-        to_gpu = device is not None and torch.device(device).type == "cuda"
-        if not to_gpu and not any(tensor.device.type == "cuda" for tensor in tensors):
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        devices = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
+        if not any(device.type == "cuda" for device in (*devices, *(tensor.device for tensor in tensors))):
             return self._on_cpu(func, args, kwargs, tensors)
+        if func.namespace == "aten" and func._can_decompose():  # those of inference mode come undivided
+            with self:
+                return func.decompose(*args, **kwargs)
         name = func.overloadpacket.__name__
         if name in SPECIAL and (answer := SPECIAL[name](self, args, kwargs)) is not None:
             return answer

@@ -64,9 +64,10 @@ def described(kernels: Counter, waits: Counter, wrong: Sequence[str] = ()) -> Fa
     phases: Counter[str] = Counter()
     for (phase, _), count in kernels.items():
         phases[phase] += count
+    parts = {phase: count for phase, count in sorted(phases.items()) if phase}
     return {
-        "counts": {**dict(sorted(phases.items())), "kernels": kernels.total(), "waits": waits.total()},
+        "counts": {**parts, "kernels": kernels.total(), "waits": waits.total()},
         "waits": {f"{what} at {where}": count for (what, where), count in sorted(waits.items())},
-        "operators": {f"{phase} {name}": count for (phase, name), count in kernels.most_common()},
+        "operators": {f"{phase} {name}".strip(): count for (phase, name), count in kernels.most_common()},
         "wrong": sorted(set(wrong)),
     }

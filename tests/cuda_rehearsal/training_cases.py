@@ -18,11 +18,13 @@ from PIL import Image
 from stage import CAPTIONS, FULL, Facts, Ids, build, captions, described
 
 from captioning.data.annotations import Sample
+from captioning.data.batches import IGNORED, PackedBatch
 from captioning.device import product_dtype
 from captioning.inference.encode import cached_features
 from captioning.models.captioner import Captioner
-from captioning.training.config import SETTINGS, TrainConfig
+from captioning.training.config import SCST_NUMBERS, SETTINGS, TrainConfig
 from captioning.training.run_folder import RunFolder
+from captioning.training.scst import ScstTrainer
 from captioning.training.trainer import Split, Trainer
 
 
@@ -37,18 +39,49 @@ def split_of(captioner: Captioner, images: int) -> Iterator[Split]:
         yield Split(samples, captions(images), features)
 
 
-def train(gpu: FakeGpu, config: TrainConfig, layers: int = 2) -> Facts:
+def train(gpu: FakeGpu, config: TrainConfig, layers: int = 2, kind: type[Trainer] = Trainer) -> Facts:
     """Train an epoch of a few steps, and return what the last full one cost."""
     gpu.ledger.phase = ""  # of what comes before the first step
     captioner = build(gpu, config, layers)
     config = replace(config, log_every=1000, save_every=1000)
     images = 10 if config.batch_by == "captions" else 2 * config.batch_size
-    with gpu.rehearsed() as ledger, split_of(captioner, images) as split, tempfile.TemporaryDirectory() as out:
-        ledger.kept = lambda mask: int(mask.numel() * 0.8)  # a fifth of a batch's places is padding
-        trainer = Trainer(captioner, Ids(), split, split, config, RunFolder(Path(out)))
+    with gpu.rehearsed(), split_of(captioner, images) as split, tempfile.TemporaryDirectory() as out:
+        count_targets(gpu)
+        trainer = kind(captioner, Ids(), split, split, config, RunFolder(Path(out)))
         books = Books(gpu, trainer)
         trainer.train_epoch(mock.MagicMock())
         return books.facts()
+
+
+def count_targets(gpu: FakeGpu) -> None:
+    """Let boolean indexing find as many rows as the newest batch has targets."""
+    plain = PackedBatch.__init__
+
+    def counted(batch: PackedBatch, *args: Any, **kwargs: Any) -> None:
+        plain(batch, *args, **kwargs)
+        if batch.targets.device.type == "cpu":
+            targets = int((batch.targets != IGNORED).sum())
+            gpu.ledger.kept = lambda mask: targets
+
+    gpu.replace(PackedBatch, "__init__", counted)
+
+
+def train_rewarded(gpu: FakeGpu) -> Facts:
+    """Take steps of self-critical training, whose captions are searched for first."""
+    config = replace(SETTINGS["best"], **SCST_NUMBERS, objective="scst", max_new_tokens=8)
+    return train(gpu, config, kind=ScstTrainer)
+
+
+def cache(gpu: FakeGpu, images: int = 32) -> Facts:
+    """Encode two batches of images into a feature cache."""
+    captioner = build(gpu, SETTINGS["best"])
+    with tempfile.TemporaryDirectory() as folder, gpu.rehearsed() as ledger:
+        paths = [Path(folder) / f"{number}.png" for number in range(images)]
+        for number, path in enumerate(paths):
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(path)
+        features = cached_features(captioner, paths, Path(folder) / "cache")
+        assert features.gather([0]).dtype == torch.float16
+    return described(ledger.kernels, ledger.waits)
 
 
 class Books:
