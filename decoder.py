@@ -397,7 +397,7 @@ class Decoder(nn.Module):
 
         Args:
             x: embeddings (B, T, C), of tokens or projected image patches.
-            positions: long (T,) or (B, T); on the CPU, or the range check waits for the GPU.
+            positions: long (T,) or (B, T); checked on the CPU, and elsewhere by the caller, as it would take a wait.
             mask: bool, broadcastable to (B, 1, T, S), True where a query may look; every query must see something.
                 None is causal. S counts the cached tokens first, then the T new ones. Or a ``Packing``, which is
                 faster than its mask where the device has a kernel for it.
@@ -409,11 +409,8 @@ class Decoder(nn.Module):
         Raises:
             ValueError: a position beyond the context, a mask that is not boolean, or a full cache.
         """
-        if int(positions.max()) >= self.config.n_positions:
-            raise ValueError(
-                f"position {int(positions.max())} is beyond the decoder's context of {self.config.n_positions} tokens; "
-                "use shorter captions (--max-new-tokens) or fewer image tokens"
-            )
+        if positions.device.type == "cpu":
+            self.check_position(int(positions.max()))
         if isinstance(mask, Tensor) and mask.dtype != torch.bool:
             raise ValueError(f"the attention mask must be boolean (True = visible), not {mask.dtype}")
         new, past = x.shape[1], 0 if cache is None else cache.length
@@ -423,6 +420,14 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += new
         return x
+
+    def check_position(self, last: int) -> None:
+        """Raise ValueError where a position is beyond the context."""
+        if last >= self.config.n_positions:
+            raise ValueError(
+                f"position {last} is beyond the decoder's context of {self.config.n_positions} tokens; "
+                "use shorter captions (--max-new-tokens) or fewer image tokens"
+            )
 
     def blocks(
         self,

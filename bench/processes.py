@@ -39,8 +39,9 @@ from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.inference_weights import prepare
 from captioning.profiles import PROFILES, ROOT
 from captioning.training.config import TrainConfig
+from captioning.training.loading import Split
 from captioning.training.run_folder import RunFolder
-from captioning.training.trainer import Split, Trainer
+from captioning.training.trainer import Trainer
 from decoder import build_decoder
 from microworld.steps import flags
 
@@ -95,7 +96,8 @@ class Job:
         """Take the steps of one epoch."""
         self.trainer.progress.epoch = epoch
         self.captioner.train()
-        self.losses += [self.trainer.train_step([batch]) for batch in self.trainer.batches()]
+        groups = [[batch] for batch in self.trainer.batches()]
+        self.losses += [self.trainer.train_step(loaded) for loaded in self.trainer.train_loader.steps(groups)]
 
     def infer(self) -> dict[str, str]:
         """Read, encode and caption this process's part of the images."""

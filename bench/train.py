@@ -28,10 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.common import CLOCKS, Floor, draw_scenes, in_turn, make_parser, peak_memory, report, transformers_gpt2
 from captioning.cli import FlagParser, command, positive_int
-from captioning.data.batches import Batch, caption_batches, pack_captions
+from captioning.data.batches import IGNORED, Batch, caption_batches, pack_captions
 from captioning.device import autocast, pick_device, product_dtype
 from captioning.inference.encode import cached_features, read_pixels
-from captioning.models.captioner import IGNORED, Captioner, CaptionerConfig
+from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import PROFILES
 from captioning.training.config import TrainConfig
 from captioning.training.trainer import make_optimizer

@@ -179,6 +179,11 @@ def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=tensor.is_pinned())
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of main memory to ``device``; the host does not wait for a GPU."""
+    return moved(page_locked(tensor, device), device)
+
+
 @contextlib.contextmanager
 def tf32_products() -> Iterator[None]:
     """Let NVIDIA's GPUs multiply float32 matrices in TF32, with factors of 10 bits, several times as fast."""

@@ -69,7 +69,7 @@ def watch(processes):
         trained = sum(trainer.captioner.get_parameter(name).numel() for name in names)
         sizes.clear()
         loss = step(trainer, batches)
-        assert sizes == [1, trained], (sizes, trained)
+        assert sizes == [trained, 1], (sizes, trained)
         return loss
 
     return {(Trainer, "train_step"): train_step, (distributed.dist, "all_reduce"): all_reduce}

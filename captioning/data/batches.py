@@ -8,9 +8,9 @@ pass gives exactly the losses and gradients of k separate sequences.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class PackedBatch:
         positions: 0, 1, … for every caption; the model adds the length of the prefix.
         segments: number of the caption, from 1; 0 on padding. A token sees its own segment and the prefix.
         slots: (B, k, T), the index in the row of each token of each caption, -1 past its end; None if unknown.
+        kept: (n,), which of the B * S places have a target, in order; None: the device is asked, and waited for.
+        longest: tokens of the longest caption, BOS included; None if unknown.
     """
 
     inputs: torch.Tensor
@@ -44,11 +46,33 @@ class PackedBatch:
     positions: torch.Tensor
     segments: torch.Tensor
     slots: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+    longest: int | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on ``device``."""
-        given = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return PackedBatch(**{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in given.items()})
+        return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        """Return the batch with ``function`` of each of its tensors."""
+        changed: dict[str, Any] = {
+            name: function(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **changed)
+
+    def places(self, bos: bool = False) -> torch.Tensor:
+        """Return which places of ``targets``, flattened, are no padding: (n,).
+
+        With ``bos`` they are those of ``[BOS | targets]``, (B, 1 + S), flattened, where BOS is a target too.
+        """
+        kept = self.kept
+        if kept is None:
+            kept = (self.targets.flatten() != IGNORED).nonzero()[:, 0]
+        if not bos:
+            return kept
+        rows, length = self.targets.shape
+        first = torch.arange(rows, device=kept.device) * (1 + length)
+        return torch.cat([first, kept + kept // length + 1]).sort().values
 
     def positions_with_prefix(self, count: int) -> torch.Tensor:
         """Return the positions (B, P+S) of ``[prefix of count tokens | captions]``."""
@@ -103,7 +127,10 @@ def pack_captions(batch: Sequence[Sequence[Sequence[int]]], eos_id: int, pad_to_
             segments[row, span] = number
             slots[row, number - 1, : len(caption) + 1] = np.arange(span.start, span.stop)
             start = span.stop
-    return PackedBatch(*map(torch.from_numpy, (inputs, targets, positions, segments, slots)))
+    arrays = {"inputs": inputs, "targets": targets, "positions": positions, "segments": segments, "slots": slots}
+    arrays["kept"] = np.flatnonzero(targets != IGNORED)
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return PackedBatch(**tensors, longest=grid[1])
 
 
 def captions_of_epoch(

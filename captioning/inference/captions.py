@@ -10,6 +10,7 @@ import torch
 from captioning.data.batches import pack_captions
 from captioning.data.ranked import Ranked
 from captioning.data.tokenizer import Tokenizer
+from captioning.device import sent
 from captioning.inference.report_rule import report_search
 from captioning.inference.search import Step, beam_search, greedy
 from captioning.inference.wording import Wording
@@ -96,7 +97,7 @@ def mean_log_probs(
         longest: most tokens.
         vocab_size: ids that belong to tokens; None: all of the output layer.
     """
-    batch = pack_captions(captions, eos, pad_to_multiple=8).to(features.device)
+    batch = pack_captions(captions, eos, pad_to_multiple=8).each(lambda tensor: sent(tensor, features.device))
     left = iter(captioner.log_probs(features, batch, vocab_size).tolist())
 
     def mean(length: int) -> float:

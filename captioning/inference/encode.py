@@ -12,7 +12,7 @@ import torch
 
 from captioning.data.feature_cache import CacheSpec, FeatureCache
 from captioning.data.images import DRAFT_FACTOR, load_image
-from captioning.device import autocast, moved, page_locked, tf32_products
+from captioning.device import autocast, sent, tf32_products
 from captioning.distributed import ALONE, Processes
 from captioning.models.captioner import Captioner
 
@@ -52,7 +52,7 @@ def cached_features(
         return captioner.transform(load_image(path))
 
     def encode(pixels: list[torch.Tensor]) -> torch.Tensor:
-        batch = moved(page_locked(torch.stack(pixels), captioner.device), captioner.device)
+        batch = sent(torch.stack(pixels), captioner.device)
         # Cached or not, features are float32's; float16, in which they are kept, has no more digits than TF32.
         with torch.autocast(captioner.device.type, enabled=False), tf32_products():
             return captioner.encode(batch)
@@ -89,9 +89,9 @@ class StreamEncoder:
 
     def encode(self, pixels: Sequence[torch.Tensor]) -> list[Encoded]:
         """Begin to encode preprocessed images (3, H, W) each; on a GPU this does not wait for them."""
-        batch = page_locked(torch.stack(list(pixels)), self.device)
+        batch = torch.stack(list(pixels))
         with torch.cuda.stream(self.stream), autocast(self.device, self.precision):
-            features = self.captioner.encode(moved(batch, self.device))
+            features = self.captioner.encode(sent(batch, self.device))
         ready = None if self.stream is None else self.stream.record_event()
         return [Encoded(row, ready) for row in features]
 

@@ -33,7 +33,6 @@ from decoder import (
     refuse_merged,
 )
 
-IGNORED = -100  # target of padding, cross_entropy's default
 SEARCH_RULES = ("beam", "report")  # transformers' beam search; the report's own (inference.report_rule)
 
 
@@ -170,12 +169,13 @@ class Captioner(nn.Module):
             label_smoothing: share of the target spread over the vocabulary.
             predict_bos: let the last image token predict BOS, once for each of the image's captions.
         """
-        logits, targets = self._predictions(features, batch, predict_bos)
+        places = batch.places(predict_bos)
+        logits, targets = self._predictions(features, batch, places, predict_bos)
         if not predict_bos:
             return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
         # All captions of an image have one BOS to predict: the same prediction counts as often as there are captions.
         counts = torch.cat([batch.segments.amax(1, keepdim=True), batch.segments.clamp(max=1)], 1)  # (B, 1 + S)
-        counts = counts[counts > 0]  # padding has 0
+        counts = counts.flatten()[places]
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
         return (losses * counts).sum() / counts.sum()
 
@@ -184,26 +184,28 @@ class Captioner(nn.Module):
 
         ``vocab_size`` leaves out the ids of a padded output layer from there on.
         """
-        logits, targets = self._predictions(features, batch)
+        logits, targets = self._predictions(features, batch, batch.places())
         return -F.cross_entropy(logits[:, :vocab_size], targets, reduction="none")
 
     def _predictions(
-        self, features: torch.Tensor, batch: Any, predict_bos: bool = False
+        self, features: torch.Tensor, batch: Any, places: torch.Tensor, predict_bos: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return float32 logits (n, V) and targets (n,) of all caption positions, row by row, BOS first if wanted."""
         targets = batch.targets
         if predict_bos:
             targets = torch.cat([batch.inputs[:, :1], targets], 1)  # every row of inputs begins with BOS
-        kept = targets != IGNORED  # the wide output layer runs on these positions only
         with cast_lora(self.decoder):
             hidden = self.decoder(*self._packed_sequence(features, batch), last=targets.shape[1])  # (B, S or S + 1, C)
-            return self.decoder.logits(hidden[kept]).float(), targets[kept]
+            kept = hidden.flatten(0, 1).index_select(0, places)  # the wide output layer runs on these only
+            return self.decoder.logits(kept).float(), targets.flatten()[places]
 
     def _packed_sequence(
         self, features: torch.Tensor, batch: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | Packing]:
         """Return embeddings (B, P+S, C), positions (B, P+S) and mask of ``[prefix | captions]``."""
         prefix, n = self.prefix(features), self.n_prefix
+        if batch.longest is not None:
+            self.decoder.check_position(n + batch.longest - 1)
         x = torch.cat([prefix, self.decoder.embed(batch.inputs).to(prefix.dtype)], 1)
         positions = batch.positions_with_prefix(n)
         if batch.slots is None:

@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from captioning.data.batches import Batch, pack_captions
+from captioning.data.batches import pack_captions
 from captioning.data.tokenizer import Tokenizer
-from captioning.device import autocast
+from captioning.device import autocast, sent
 from captioning.inference import search
 from captioning.inference.captions import within_vocabulary
 from captioning.models.captioner import Captioner
 from captioning.scoring import evaluator, tokenizers
 from captioning.scoring.caption_stats import caption_statistics
 from captioning.scoring.clipscore import ClipScorer, clipscore
+from captioning.training.loading import LoadedBatch
 from captioning.training.rewards import CiderReward, ClipReward
 from captioning.training.trainer import Trainer, count_targets
 
@@ -81,9 +82,9 @@ def weighted_loss(
         for caption, weight in zip(group, row, strict=True):
             cut = caption[-1] != eos  # packing adds an EOS that the search did not find: it gets no weight
             of_tokens += [weight] * len(caption) + [0.0] * cut
-    batch = pack_captions(bare, eos, pad_to_multiple=8).to(features.device)
+    batch = pack_captions(bare, eos, pad_to_multiple=8).each(lambda tensor: sent(tensor, features.device))
     log_probs = captioner.log_probs(features, batch)
-    return -(torch.tensor(of_tokens, dtype=torch.float32, device=features.device) * log_probs).sum()
+    return -(sent(torch.tensor(of_tokens, dtype=torch.float32), features.device) * log_probs).sum()
 
 
 class ScstTrainer(Trainer):
@@ -114,16 +115,16 @@ class ScstTrainer(Trainer):
         self.rewards = []
         return super().train_epoch(bar)
 
-    def batch_loss(self, batch: Batch) -> torch.Tensor:
+    def batch_loss(self, loaded: LoadedBatch) -> torch.Tensor:
         """Search, reward, and return this process's part of the loss of one batch of images.
 
         The policy's loss is a mean over all tokens that were found for the batch, cross-entropy over its references'.
         """
         self.captioner.eval()  # no dropout: probabilities must be those of the search
-        eos, places = self.tokenizer.eos_id, self.processes.share(range(len(batch.images)))
-        own = [batch.images[place] for place in places]
-        features = self.train_split.tokens(own, self.device) if own else None
+        eos, batch = self.tokenizer.eos_id, loaded.batch
+        features = loaded.on(self.device)[0] if loaded.own else None
         samples = self.search(features) if features is not None else []
+        own = [batch.images[place] for place in loaded.own]
         rewards = self.score(own, samples) if own else np.zeros((0, self.config.samples))
         own_tokens = sum(len(sample) for group in samples for sample in group)
         n_tokens, reward = self.processes.total(own_tokens, float(rewards.sum()))
@@ -133,9 +134,9 @@ class ScstTrainer(Trainer):
         weights = (advantages(rewards) / n_tokens).tolist()
         if self.config.xe_weight:
             weight = self.config.xe_weight / count_targets(batch.captions)
-            for group, row, place in zip(samples, weights, places, strict=True):
-                group += [[*caption, eos] for caption in batch.captions[place]]
-                row += [weight] * len(batch.captions[place])
+            for group, row, captions in zip(samples, weights, loaded.captions, strict=True):
+                group += [[*caption, eos] for caption in captions]
+                row += [weight] * len(captions)
         with autocast(self.device, self.config.precision):
             return weighted_loss(self.captioner, features, samples, weights, eos)
 

@@ -30,10 +30,11 @@ from captioning.profiles import PROFILES, ROOT, downloaded_encoder
 from captioning.scoring.clipscore import ClipScorer
 from captioning.tensors import fingerprint
 from captioning.training.config import REPORT_FAITHFUL, SCST_NUMBERS, SETTINGS, TrainConfig, flag
+from captioning.training.loading import Split
 from captioning.training.run_folder import RunFolder
 from captioning.training.scst import ScstTrainer
 from captioning.training.trackers import Trackers
-from captioning.training.trainer import Split, Trainer, steps_per_epoch
+from captioning.training.trainer import Trainer, steps_per_epoch
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, gpt2_state_dict
 
 log = logging.getLogger(__name__)

@@ -9,23 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from captioning.data.annotations import Sample
 from captioning.data.batches import (
     Batch,
     caption_batches,
     captions_of_epoch,
     length_grouped_batches,
-    pack_captions,
     packed_length,
 )
-from captioning.data.feature_cache import FeatureCache
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import autocast, product_dtype, ran_out_of_memory
 from captioning.distributed import ALONE, Processes
@@ -34,6 +30,7 @@ from captioning.models.captioner import Captioner
 from captioning.scoring import evaluator
 from captioning.timing import Timer
 from captioning.training.config import TrainConfig
+from captioning.training.loading import LoadedBatch, Loader, Split
 from captioning.training.run_folder import Progress, RunFolder, State
 from decoder import cast_frozen
 
@@ -100,19 +97,6 @@ class StopSignals:
         log.warning("%s: stopping after this step; signal again to stop immediately", signal.Signals(number).name)
 
 
-@dataclass
-class Split:
-    """One split, ready to train or validate on: samples, their caption tokens, and the encoder's tokens of each."""
-
-    samples: list[Sample]
-    captions: list[list[list[int]]]
-    features: FeatureCache
-
-    def tokens(self, indices: Sequence[int], device: torch.device) -> torch.Tensor:
-        """Return the encoder's tokens of some samples: (B, N, D)."""
-        return self.features.gather(list(indices)).float().to(device)
-
-
 class Trainer:
     """Trains one captioner on one split, validates it on another, and keeps the run folder.
 
@@ -133,6 +117,9 @@ class Trainer:
         self.captioner, self.tokenizer, self.config, self.folder = captioner, tokenizer, config, folder
         self.processes, self.device = processes, captioner.device
         self.train_split, self.val_split = train, val
+        self.train_loader, self.val_loader = (
+            Loader(split, tokenizer.eos_id, self.device, processes) for split in (train, val)
+        )
         self.optimizer = make_optimizer(captioner, config)
         cast_frozen(captioner.decoder, product_dtype(self.device, config.precision))
         self.steps_per_epoch = steps_per_epoch(config, train.captions)
@@ -215,8 +202,8 @@ class Trainer:
         batches = self.batches()
         groups = [batches[start : start + config.accumulate] for start in range(0, len(batches), config.accumulate)]
         timer, first = Timer("train"), progress.position
-        for group in groups[progress.position :]:
-            loss = self.train_step(group)
+        for loaded in self.train_loader.steps(groups[progress.position :]):
+            loss = self.train_step(loaded)
             progress.position += 1
             self.count(loss)
             bar.update()
@@ -267,13 +254,13 @@ class Trainer:
                 f"{self.folder.path}"
             )
 
-    def train_step(self, batches: list[Batch]) -> float:
+    def train_step(self, batches: list[LoadedBatch]) -> float:
         """Take one optimiser step over ``batches`` and return their mean loss.
 
         Where it or the gradient is not finite, NaN is returned and nothing but the count of steps has changed. All
         processes look at the sums over all, so they take the same step or none.
         """
-        config, total = self.config, 0.0
+        config, losses = self.config, []
         for group, lr in zip(self.optimizer.param_groups, (config.lr, config.projector_lr), strict=True):
             group["lr"] = lr * schedule_factor(self.progress.step, self.steps, config)
         self.optimizer.zero_grad(set_to_none=True)
@@ -281,8 +268,7 @@ class Trainer:
             loss = self.batch_loss(batch) / len(batches)
             if loss.requires_grad:  # a process without an image of a small batch has nothing to differentiate
                 loss.backward()
-            total += loss.item()
-        (total,) = self.processes.total(total)
+            losses.append(loss.detach())
         if self.progress.epoch < config.projector_epochs:
             for parameter in self.optimizer.param_groups[0]["params"]:
                 parameter.grad = None  # the optimiser then leaves it, and its moments, alone
@@ -297,31 +283,29 @@ class Trainer:
         # An infinite limit clips nothing, and the norm still shows whether the gradient is finite.
         norm = torch.nn.utils.clip_grad_norm_(list(trainable.values()), config.clip or math.inf)
         self.progress.step += 1
-        if not math.isfinite(total) or not torch.isfinite(norm):
+        *values, length = torch.stack([*losses, norm]).tolist()  # all that the host waits for in a step
+        (total,) = self.processes.total(sum(values))
+        if not math.isfinite(total) or not math.isfinite(length):
             return math.nan
         self.optimizer.step()
         if not config.clear_gradients:
             self.gradients = {name: p.grad for name, p in trainable.items() if p.grad is not None}
         return total
 
-    def batch_loss(self, batch: Batch) -> torch.Tensor:
+    def batch_loss(self, loaded: LoadedBatch) -> torch.Tensor:
         """Return this process's part of the loss of one batch; the parts add up to the batch's."""
-        config = self.config
-        return self.part_of_loss(self.train_split, batch, config.label_smoothing, config.predict_bos)
+        return self.part_of_loss(loaded, self.config.label_smoothing, self.config.predict_bos)
 
     def part_of_loss(
-        self, split: Split, batch: Batch, label_smoothing: float = 0.0, predict_bos: bool = False
+        self, loaded: LoadedBatch, label_smoothing: float = 0.0, predict_bos: bool = False
     ) -> torch.Tensor:
         """Return what this process's images add to the batch's mean over all tokens of its captions."""
-        own = self.processes.share(range(len(batch.images)))
-        if not own:
+        if not loaded.own:
             return torch.zeros((), device=self.device)
-        mine = [batch.captions[i] for i in own]
-        features = split.tokens([batch.images[i] for i in own], self.device)
-        packed = pack_captions(mine, self.tokenizer.eos_id, pad_to_multiple=8).to(self.device)
         with autocast(self.device, self.config.precision):
-            loss = self.captioner.loss(features, packed, label_smoothing, predict_bos)
-        return loss * (count_targets(mine, predict_bos) / count_targets(batch.captions, predict_bos))
+            loss = self.captioner.loss(*loaded.on(self.device), label_smoothing, predict_bos)
+        share = count_targets(loaded.captions, predict_bos) / count_targets(loaded.batch.captions, predict_bos)
+        return loss * share
 
     @torch.no_grad()
     def val_loss(self, count: int) -> float:
@@ -330,7 +314,7 @@ class Trainer:
         for start in range(0, count, self.config.batch_size):
             images = list(range(start, min(start + self.config.batch_size, count)))
             batch = Batch(images, [self.val_split.captions[image] for image in images])
-            losses.append(self.part_of_loss(self.val_split, batch).item() * len(images))
+            losses.append(self.part_of_loss(self.val_loader.load(batch)).item() * len(images))
         return self.processes.total(sum(losses))[0] / count
 
     def captions(self, count: int, beam_size: int | None = None) -> dict[str, str]:

@@ -23,9 +23,10 @@ from captioning.device import product_dtype
 from captioning.inference.encode import cached_features
 from captioning.models.captioner import Captioner
 from captioning.training.config import SCST_NUMBERS, SETTINGS, TrainConfig
+from captioning.training.loading import Split
 from captioning.training.run_folder import RunFolder
 from captioning.training.scst import ScstTrainer
-from captioning.training.trainer import Split, Trainer
+from captioning.training.trainer import Trainer
 
 
 @contextmanager

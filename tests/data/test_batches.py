@@ -1,6 +1,7 @@
 """Captions survive packing exactly; every image and caption is shown, in an order that the seed decides."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,7 +44,17 @@ def test_captions_come_back_out_of_a_packed_batch():
 
 def test_packed_batch_moves_with_all_tensors():
     moved = pack_captions([[[1]]], eos_id=2).to("meta")
-    assert {t.device.type for t in vars(moved).values()} == {"meta"}
+    assert {t.device.type for t in vars(moved).values() if isinstance(t, torch.Tensor)} == {"meta"}
+    assert moved.longest == 2
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_places_are_those_of_the_targets_with_and_without_bos(known):
+    packed = pack_captions([[[5, 6], [7]], [[8]]], eos_id=9, pad_to_multiple=4)
+    packed = packed if known else replace(packed, kept=None)
+    assert packed.places().tolist() == [i for i, t in enumerate(packed.targets.flatten().tolist()) if t != -100]
+    with_bos = torch.cat([packed.inputs[:, :1], packed.targets], 1).flatten()
+    assert packed.places(bos=True).tolist() == [i for i, t in enumerate(with_bos.tolist()) if t != -100]
 
 
 @pytest.mark.parametrize(("batch", "multiple"), [([], 1), ([[[1]], []], 1), ([[[1]]], 0)])

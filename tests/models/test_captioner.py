@@ -90,6 +90,27 @@ def test_label_smoothing_reaches_the_loss(captioner):
     assert abs(plain - smooth) > 1e-3
 
 
+@pytest.mark.parametrize("predict_bos", [False, True])
+def test_nothing_is_read_from_the_device_before_the_loss(predict_bos, monkeypatch):
+    """On a device whose numbers nobody can read: positions and targets are looked at on the CPU, when packed."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # which torch refuses to say of it
+    model, batch = make_captioner().to("meta"), pack_captions(ragged_captions((2, 3)), EOS, pad_to_multiple=8)
+    features = random_features(model, 2).to("meta")
+    model.loss(features, batch.to("meta"), 0.1, predict_bos).backward()
+    assert all(p.grad is not None for p in model.trainable().values())
+    assert model.log_probs(features, batch.to("meta")).shape == (int((batch.targets >= 0).sum()),)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_caption_beyond_the_context_is_refused_on_every_device(device, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    model, room = make_captioner().to(device), SHAPE.n_positions - make_captioner().n_prefix
+    features = random_features(model, 1).to(device)
+    model.loss(features, pack_captions([[[1] * (room - 1)]], EOS).to(device))
+    with pytest.raises(ValueError, match=f"position {SHAPE.n_positions} is beyond .* shorter captions"):
+        model.loss(features, pack_captions([[[1] * room]], EOS).to(device))
+
+
 def test_only_lora_and_projector_are_trained(captioner):
     names = set(captioner.trainable())
     assert names == {n for n, _ in captioner.named_parameters() if "lora_" in n or n.startswith("projector.")}

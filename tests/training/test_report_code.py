@@ -40,7 +40,7 @@ class Watched:
             if self.start is None:
                 self.eos = trainer.tokenizer.eos_id
                 self.start = {name: tensor.clone() for name, tensor in trainer.captioner.adapter_state().items()}
-            (batch,) = batches
+            (batch,) = (loaded.batch for loaded in batches)
             pairs = [(i, c) for i, group in zip(batch.images, batch.captions, strict=True) for c in group]
             features = trainer.train_split.tokens([image for image, _ in pairs], trainer.device)
             self.batches.append((features, [caption for _, caption in pairs]))
