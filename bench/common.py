@@ -16,6 +16,7 @@ import torch
 
 from captioning.cli import FlagParser, positive_int
 from captioning.data.listing import list_images
+from captioning.device import has_bf16
 from captioning.files import markdown_table, write_json, write_text
 from captioning.imports import import_guarded
 from captioning.kernels.onednn import ReorderedLinear, can_reorder
@@ -126,12 +127,13 @@ class Floor:
         device: where.
         dtype: of numbers moved and multiplied.
         clock: as the benchmark's.
-        size: rows and columns of the matrices that are measured.
+        size: rows and columns of the matrices that are measured; None: large enough for the device.
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, clock: Clock = time.perf_counter, size: int = 2048
+        self, device: torch.device, dtype: torch.dtype, clock: Clock = time.perf_counter, size: int | None = None
     ) -> None:
+        size = size or (6144 if device.type == "cuda" else 2048)
         a, b = torch.randn(2, size, size, device=device).to(dtype)
         source = torch.ones(16 * size * size, device=device)
         target = torch.empty_like(source)
@@ -150,6 +152,15 @@ class Floor:
 
     def __str__(self) -> str:
         return f"{self.bytes_a_second / 1e9:.1f} GB/s, {self.operations_a_second / 1e9:.0f} GFLOP/s"
+
+
+def measure_rates(device: torch.device, size: int | None = None) -> tuple[dict[str, float], float]:
+    """Return the operations a second of matrix products by type, and the bytes a second of copying."""
+    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_bf16(device) else {})
+    floors = {kind: Floor(device, dtype, size=size) for kind, dtype in kinds.items()}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {kind: floor.operations_a_second for kind, floor in floors.items()}, floors["fp32"].bytes_a_second
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class Rivals:
         """Search as p2_infer.py does."""
         with autocast(self.device, self.precision):
             step = StepFunction(self.prepared, self.prefix, BEAMS, self.size.tokens)
-            self.captions["ours"] = self._search(step, len(self.prefix), step.keep)
+            self.captions["ours"] = self.find(step, len(self.prefix), step.keep)
         self.cache_bytes["ours"] = sum(t.nbytes for t in step.cache.keys + step.cache.values)
 
     @torch.no_grad()
@@ -115,7 +115,7 @@ class Rivals:
         """The student script, all steps of all images."""
         with autocast(self.device, self.precision):
             steps = (PlainStep(self.decoder, row[None]) for row in self.prefix)
-            self.captions["plain"] = [self._search(step, 1)[0] for step in steps]
+            self.captions["plain"] = [self.find(step, 1)[0] for step in steps]
 
     @torch.no_grad()
     def plain_seconds(self, clock: Callable[[], float]) -> float:
@@ -133,9 +133,10 @@ class Rivals:
         at(1)
         return (at(1) + at(self.size.tokens)) / 2 * self.size.tokens * len(self.prefix)
 
-    def _search(
+    def find(
         self, step: search.Step, images: int, keep: Callable[[torch.Tensor], None] | None = None
     ) -> list[list[int]]:
+        """Search with a step function; return the captions."""
         eos = self.size.eos
         found = search.beam_search(step, images, eos, eos, BEAMS, self.size.tokens, device=self.device, keep=keep)
         return found.tokens

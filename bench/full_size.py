@@ -29,12 +29,12 @@ import torch
 
 from bench import photographs
 from bench.arithmetic import BEAMS, TOKENS
-from bench.common import Floor, machine, make_parser, markdown
+from bench.common import machine, make_parser, markdown, measure_rates
 from bench.stand_ins import FULL, NUMBERS, SAMPLES, TINY, Size, write_decoder, write_tokenizer
 from captioning.cli import FlagParser, command, positive_int, setup_logging
 from captioning.data.annotations import load_split
 from captioning.data.listing import list_images
-from captioning.device import pick_device
+from captioning.device import has_bf16, pick_device
 from captioning.files import read_json, write_json, write_text
 from captioning.profiles import ROOT
 from microworld.scenes import generate
@@ -280,27 +280,18 @@ def row(name: str, work: dict[str, Any], unit: str, teraflops: float | str, shar
     }
 
 
-def measure_rates(device: torch.device, size: Size) -> tuple[dict[str, float], float]:
-    """Return the operations a second of matrix products by type, and the bytes a second of copying."""
-    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if device.type == "cuda" else {})
-    rows = 6144 if device.type == "cuda" else size.floor
-    floors = {kind: Floor(device, dtype, size=rows) for kind, dtype in kinds.items()}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return {kind: floor.operations_a_second for kind, floor in floors.items()}, floors["fp32"].bytes_a_second
-
-
 def rehearse(args: argparse.Namespace, size: Size, device: torch.device, folder: Path) -> dict[str, Any]:
     """Run all parts below ``folder`` and return the results."""
     numbers, started = choose(args, size), time.monotonic()
     default = MINUTES if device.type == "cuda" else math.inf
     run = Rehearsal(folder, args.device, 60 * (default if args.minutes is None else args.minutes))
-    rates, copying = measure_rates(device, size)
+    rows = None if device.type == "cuda" else size.floor  # of the matrices
+    rates, copying = measure_rates(device, rows)
     tokens = prepare(folder, size, numbers, args.workers)
     prepared = time.monotonic() - started
-    parts = parts_of(size, numbers, tokens, "bf16" if device.type == "cuda" else "fp32")
+    parts = parts_of(size, numbers, tokens, "bf16" if has_bf16(device) else "fp32")
     usages, failure = run_all(run, size, numbers)
-    again, copying_again = measure_rates(device, size)  # other work on the machine may have been in the way
+    again, copying_again = measure_rates(device, rows)  # other work on the machine may have been in the way
     rates = {kind: max(rate, again[kind]) for kind, rate in rates.items()}
     return {
         "machine": machine(device),

@@ -30,11 +30,16 @@ class Ids:
         self.eos_id, self.vocab_size = vocab_size - 1, vocab_size
 
 
-def make_captioner() -> Captioner:
-    """Return the full-size captioner with one layer of its encoder, whose tokens are cached in training anyway."""
+def make_captioner(
+    encoder: str = "vit_large_patch14_clip_224", kwargs: dict | None = None, decoder: DecoderConfig | None = None
+) -> Captioner:
+    """Return a captioner with random weights: by default of full size, but for an encoder of one layer.
+
+    Its tokens are cached in training anyway.
+    """
     lora = LoraConfig(32, 32.0, lm_head=True)
-    config = CaptionerConfig("vit_large_patch14_clip_224", {"depth": 1}, "random", lora=lora)
-    return Captioner(config, Decoder(DecoderConfig(), lora))
+    config = CaptionerConfig(encoder, {"depth": 1} if kwargs is None else kwargs, "random", lora=lora)
+    return Captioner(config, Decoder(decoder or DecoderConfig(), lora))
 
 
 def measure(captioner: Captioner, images: int, samples: int, repeats: int, known: int = 10_000) -> dict[str, float]:

@@ -92,6 +92,7 @@ class CompiledStepFunction:
         beam_size: live beams K an image.
         max_new_tokens: longest caption L.
         backend: of ``torch.compile``.
+        graphs: on CUDA, record each step as a graph, which is started at once.
 
     Raises:
         ValueError: prefix and caption do not fit into the decoder's context, or there is no compiler.
@@ -106,6 +107,7 @@ class CompiledStepFunction:
         beam_size: int,
         max_new_tokens: int,
         backend: str = "inductor",
+        graphs: bool = True,
     ) -> None:
         device = decoder.wte.weight.device
         if backend == "inductor":
@@ -120,7 +122,7 @@ class CompiledStepFunction:
         self.mask[..., :n_prefix] = True
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.slots = torch.arange(beam_size, device=device)
-        mode = "reduce-overhead" if backend == "inductor" and device.type == "cuda" else None
+        mode = "reduce-overhead" if graphs and backend == "inductor" and device.type == "cuda" else None
         self._compiled = torch.compile(self._step, fullgraph=True, dynamic=False, backend=backend, mode=mode)
 
     @torch.no_grad()
