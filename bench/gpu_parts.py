@@ -28,7 +28,7 @@ from bench import decode, llava, photographs, scst, train
 from bench.arithmetic import CaptionerShape
 from bench.common import draw_scenes, in_turn, machine, make_parser, measure_rates, timed
 from bench.measured import Peaks
-from bench.stand_ins import FULL, SAMPLES
+from bench.stand_ins import FULL, SAMPLES, TINY
 from captioning.cli import PARTIAL, FlagParser, command, setup_logging
 from captioning.data.batches import pack_captions
 from captioning.device import autocast, has_bf16, pick_device
@@ -220,7 +220,7 @@ def caching(setup: Setup) -> Rows:
     """Reading photographs, encoding them, and both as training caches their features."""
     count, (_, encoder, kwargs) = (4, train.TINY) if setup.quick else (256, train.FULL)
     paths = draw_scenes(setup.folder, count)
-    photographs.convert(paths, os.cpu_count() or 1)
+    photographs.convert(paths, 1 if setup.quick else os.cpu_count() or 1, (TINY if setup.quick else FULL).photograph)
     captioner = scst.make_captioner(encoder, kwargs, train.TINY[0]).to(setup.device).eval()  # its decoder has no work
     some = paths[: min(count, 32)]
     pixels = read_pixels(captioner.transform, some).to(setup.device)
