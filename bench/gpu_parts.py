@@ -83,7 +83,7 @@ def build(setup: Setup) -> Rows:
         "kernels for": " ".join(torch.cuda.get_arch_list()) or "no GPU",
         "flash attention": f"built: {cuda.is_flash_attention_available()}, allowed: {cuda.flash_sdp_enabled()}",
         "attention allowed": f"memory-efficient: {cuda.mem_efficient_sdp_enabled()}, cuDNN: {cuda.cudnn_sdp_enabled()}",
-        "packed attention has a kernel": can_attend_packed(torch.empty(64, device=device, dtype=torch.bfloat16)),
+        "packed attention has a kernel": can_attend_packed(device, torch.bfloat16, 64),
         "compilers": " ".join(name for name in ("g++", "nvcc") if shutil.which(name)) or "none",
     }
     if device.type == "cuda":
