@@ -95,12 +95,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG with words for those who cannot see it."""
+    """A PNG with words for those who cannot see it; in a row it needs no caption of its own."""
 
     name: str
     png: bytes
     alt: str
-    caption: str
+    caption: str = ""
 
     def html(self) -> str:
         """Return the figure as HTML, the picture inside."""
@@ -108,8 +108,8 @@ class Figure:
 
         with Image.open(io.BytesIO(self.png)) as image:
             url = data_url(image, PIXELS, ("png", "jpeg"))
-        caption = html.escape(self.caption)
-        return f'<figure><img alt="{html.escape(self.alt)}" src="{url}"><figcaption>{caption}</figcaption></figure>\n'
+        caption = f"<figcaption>{html.escape(self.caption)}</figcaption>" if self.caption else ""
+        return f'<figure><img alt="{html.escape(self.alt)}" src="{url}">{caption}</figure>\n'
 
     def write(self, folder: Path) -> None:
         """Write the PNG into ``folder``."""

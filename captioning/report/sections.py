@@ -7,15 +7,14 @@ that makes it. The original report's numbers, which belong to the full size, are
 from __future__ import annotations
 
 import csv
-import io
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from captioning.files import read_json
 from captioning.models.llava import PROMPTS
-from captioning.report.document import Block, Cell, Figure, Missing, Section, Table, Text
+from captioning.report.curves import draw_cider, draw_loss
+from captioning.report.document import Block, Cell, Figure, Missing, Row, Section, Table, Text
 from captioning.training.run_folder import Omitted, Run
 
 # CIDEr and CLIPScore of the report that this suite reproduces (full size).
@@ -245,40 +244,20 @@ def _objects(runs: Sequence[Run]) -> list[Table]:
     return [Table("p2_chair", caption, rows)] if rows else []
 
 
-def curves(name: str, what: str, runs: Sequence[Run]) -> list[Figure]:
-    """Return the figure of the losses and the validation CIDEr of all runs that have a loss, or nothing."""
+def curves(name: str, what: str, runs: Sequence[Run]) -> list[Row]:
+    """Return the figures of the losses and the validation CIDEr of all runs that have a loss, or nothing."""
     runs = [r for r in runs if r.objective == "xe"]  # a loss of rewards has another scale
     if not runs:
         return []
     origins = ", ".join(sorted({f"{world(r.config['profile'])}, {r.config['device']}" for r in runs}))
-    caption = f"Loss and validation CIDEr of {what} by epoch, each on its own validation subset ({origins})."
-    return [Figure(name, draw_curves(runs), f"Loss and CIDEr curves of {what}", caption)]
-
-
-def draw_curves(runs: Sequence[Run]) -> bytes:
-    """Return a PNG of losses (dashed: training) and CIDEr by epoch, one colour per run; seeds of a run share theirs."""
-    from matplotlib.figure import Figure as Canvas
-    from matplotlib.lines import Line2D
-
-    canvas = Canvas(figsize=(10.5, 3.9), layout="constrained")
-    left, right = canvas.subplots(1, 2)
-    labels = [run.name.partition("-seed")[0] for run in runs]
-    colours = {label: f"C{number % 10}" for number, label in enumerate(dict.fromkeys(labels))}
-    for label, run in zip(labels, runs, strict=True):
-        epochs, colour = [e["epoch"] for e in run.epochs], colours[label]
-        left.plot(epochs, [e["train_loss"] for e in run.epochs], "--", lw=1, color=colour)
-        left.plot(epochs, [e["val_loss"] for e in run.epochs], "o-", ms=3, color=colour)
-        right.plot(epochs, [e.get("val_cider", math.nan) for e in run.epochs], "o-", ms=3, color=colour)
-    left.set(xlabel="epoch", ylabel="loss per token (nats)", title="validation loss (dashed: training)")
-    right.set(xlabel="epoch", ylabel="CIDEr", title="CIDEr of validation captions", ylim=(0, None))
-    for axis in (left, right):
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.spines[["top", "right"]].set_visible(False)
-    lines = [Line2D([], [], marker="o", ms=3, color=colour, label=label) for label, colour in colours.items()]
-    canvas.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 6), frameon=False)
-    content = io.BytesIO()
-    canvas.savefig(content, format="png", dpi=150)
-    return content.getvalue()
+    figures = [Figure(f"{name}_loss", draw_loss(runs), f"Loss curves of {what}")]
+    if any(run.best_cider is not None for run in runs):
+        figures.append(Figure(f"{name}_cider", draw_cider(runs), f"CIDEr curves of {what}"))
+    caption = (
+        f"Loss, solid on validation captions and dashed on training captions, and CIDEr of {what} by epoch, each on "
+        f"its own validation subset ({origins})."
+    )
+    return [Row(figures, caption)]
 
 
 # --- attention ------------------------------------------------------------------------------------------------------

@@ -250,7 +250,7 @@ def test_the_commands_of_the_full_size_fill_the_report(downloaded, capsys):
     assert "Full size: photographs" in page and "Best run here: best (setting best)" in page
     for table in ("p1_prompts", "p2_runs", "p2_reported", "p3_pairs", "training_speed"):
         assert (downloaded / "runs" / "report_files" / f"{table}.csv").is_file(), table
-    assert page.count("<img ") == 3 + 2 * 2 + 3 + 1  # the head, maps of two pictures, the pairs, the curves
+    assert page.count("<img ") == 3 + 2 * 2 + 3 + 2  # the head, maps of two pictures, the pairs, the curves
 
 
 def test_every_flag_that_a_page_names_exists(parsers):

@@ -17,7 +17,8 @@ def root(tmp_path):
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """Write the report of a folder and return the page; drawing curves, most of the time, is left out."""
-    monkeypatch.setattr(sections, "draw_curves", lambda runs: png("blue"))
+    for name in ("draw_loss", "draw_cider"):
+        monkeypatch.setattr(sections, name, lambda runs: png("blue"))
 
     def make(root):
         out = tmp_path / "report.html"

@@ -1,5 +1,7 @@
 """sections.py: what is there is shown, what is not is named with the command that makes it."""
 
+import pytest
+from matplotlib.figure import Figure as MatplotlibFigure
 from report_runs import png, write_run
 
 from captioning.report import sections
@@ -31,7 +33,7 @@ def test_a_complete_part_is_not_called_missing(root, tmp_path, make):
     page = make(root)
     assert "maps of The captioner" not in page
     assert "--best-worst" not in page
-    assert page.count("<img ") == 3  # the map, the pair, the curves
+    assert page.count("<img ") == 4  # the map, the pair, the curves
     assert (tmp_path / "report_files" / "p3_p2_one.png").read_bytes() == png()
     assert "0.2500" in page
 
@@ -44,23 +46,47 @@ def test_the_words_on_the_prompts_follow_the_numbers():
     assert turned.count("Unlike in the report") == 2
 
 
-def test_curves_have_one_colour_per_setting_and_no_runs_by_reward(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    drawn = []
-    save = Figure.savefig
+@pytest.fixture
+def drawn(monkeypatch):
+    """The matplotlib figures that are saved while a test runs."""
+    figures, save = [], MatplotlibFigure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **more: drawn.append(figure) or save(figure, *args, **more)
+        MatplotlibFigure, "savefig", lambda figure, *args, **more: figures.append(figure) or save(figure, *args, **more)
     )
+    return figures
+
+
+def test_curves_have_one_style_per_setting_and_no_runs_by_reward(tmp_path, drawn):
     for name in ("1", "1-seed1", "2"):
         write_run(tmp_path / name)
     write_run(tmp_path / "tuned", objective="scst")
     runs, _ = find_runs(tmp_path)
-    (figure,) = sections.curves("c", "the runs", runs)
-    assert figure.png.startswith(b"\x89PNG") and "(micro, cpu)" in figure.caption
-    (canvas,) = drawn
-    assert [text.get_text() for text in canvas.legends[0].get_texts()] == ["1", "2"]
-    left, right = canvas.axes
-    assert [len({line.get_color() for line in axis.lines}) for axis in (left, right)] == [2, 2]
-    assert (len(left.lines), len(right.lines)) == (6, 3)
+    (row,) = sections.curves("c", "the runs", runs)
+    assert [figure.name for figure in row.figures] == ["c_loss", "c_cider"]
+    assert all(figure.png.startswith(b"\x89PNG") for figure in row.figures) and "(micro, cpu)" in row.caption
+    for canvas, lines in zip(drawn, (6, 3), strict=True):
+        assert [text.get_text() for text in canvas.legends[0].get_texts()] == ["1", "2"]
+        (axis,) = canvas.axes
+        assert len(axis.lines) == lines
+        assert len({(line.get_color(), line.get_marker()) for line in axis.lines}) == 2
+        assert len({line.get_marker() for line in axis.lines}) == 2, "told apart without colours"
     assert sections.curves("c", "the runs", runs[-1:]) == []
+
+
+def test_both_losses_are_told_apart_without_colours(tmp_path, drawn):
+    for name in map(str, range(12)):
+        write_run(tmp_path / name)
+    runs, _ = find_runs(tmp_path)
+    sections.curves("c", "the runs", runs)
+    (axis,) = drawn[0].axes
+    assert sum(line.is_dashed() for line in axis.lines) == len(axis.lines) / 2 == 12
+    styles = [(line.get_color(), line.get_marker(), line.is_dashed()) for line in axis.lines]
+    assert len(set(styles)) == len(styles)
+
+
+def test_runs_without_cider_have_no_figure_of_it(tmp_path):
+    folder = write_run(tmp_path / "1")
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"val_cider"', '"another"'))
+    (row,) = sections.curves("c", "the runs", find_runs(tmp_path)[0])
+    assert [figure.name for figure in row.figures] == ["c_loss"]
