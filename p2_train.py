@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning import distributed
-from captioning.cli import STOPPED, FlagParser, add_common_flags, command, setup_logging
+from captioning.cli import PARTIAL, STOPPED, FlagParser, add_common_flags, command, setup_logging
 from captioning.device import pick_device
 from captioning.training.config import SETTINGS, add_flags
 from captioning.training.setup import plan, prepare
@@ -79,7 +79,7 @@ def build_parser() -> FlagParser:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Train; return 0, or 4 (``STOPPED``) where SIGTERM or SIGINT ended the run early, to be resumed."""
+    """Train; return 0, 3 (``PARTIAL``) where images could not be read, or 4 (``STOPPED``) after SIGTERM or SIGINT."""
     args = build_parser().parse_args(argv)
     setup_logging(args.verbose)
     with distributed.join(pick_device(args.device)) as processes:
@@ -102,7 +102,7 @@ def train(args: Any, processes: distributed.Processes) -> int:
         shown = {k: round(v, 4) for k, v in record.items() if isinstance(v, float)}
         print(f"{trainer.folder.best}: {shown}")
     if trainer.finished:
-        return 0
+        return PARTIAL if trainer.train_split.unreadable or trainer.val_split.unreadable else 0
     if processes.first:
         step = trainer.progress.step
         print(f"stopped after step {step} of {trainer.steps}; continue by the same command with --resume")

@@ -25,6 +25,7 @@ from captioning.cli import (
     setup_logging,
 )
 from captioning.data.annotations import load_references, references_beside
+from captioning.data.images import load_image
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
 from captioning.files import check_writable, write_csv
@@ -140,6 +141,12 @@ def load_explainer(args: argparse.Namespace, device: torch.device) -> Explainer:
 # --- the three runs -------------------------------------------------------------------------------------------------
 
 
+def not_explained(path: Path, error: Exception) -> None:
+    """Name an image that is left out."""
+    log.error("not explained: %s", naming(path, error))
+    log.debug("%s", path, exc_info=error)
+
+
 def run_images(explainer: Explainer, paths: dict[str, Path], args: argparse.Namespace) -> int:
     """Write a PNG and an npz per image, and the viewer; an image or caption that fails is named and left out."""
     from tqdm import tqdm
@@ -151,8 +158,7 @@ def run_images(explainer: Explainer, paths: dict[str, Path], args: argparse.Name
         try:
             explanation, attention = explain(explainer, path, specs, args.caption, args.relative_to)
         except Exception as error:  # of any type: one image must not end the run
-            log.error("not explained: %s", naming(path, error))
-            log.debug("%s", path, exc_info=True)
+            not_explained(path, error)
             continue
         figures.word_grid(explanation, args.out / f"{key}.png")
         save_maps(args.out / f"{key}.npz", explanation, attention)
@@ -178,15 +184,24 @@ def read_pairs(paths: dict[str, Path], args: argparse.Namespace) -> list[Pair]:
 
 
 def run_best_worst(explainer: Explainer, pairs: list[Pair], args: argparse.Namespace) -> int:
-    """Draw the best and the worst pair by CLIPScore, and their maps."""
+    """Draw the best and the worst pair by CLIPScore, and their maps; one whose image fails is named and left out."""
+    drawn = []
     for pair in pairs:
+        notes, spec = {"CLIPScore": f"{pair.clipscore:.4f}"}, chosen_spec(args)
+        try:
+            load_image(pair.path)
+            if pair.caption.strip():  # an empty caption has no maps; the pair is drawn all the same
+                explanation, _ = explain(explainer, pair.path, [spec], pair.caption, args.relative_to, notes)
+                figures.word_grid(explanation, args.out / f"{pair.title.lower()}.png")
+        except Exception as error:  # as above
+            not_explained(pair.path, error)
+            continue
         print(f"{pair.title}: {pair.path.name}  CLIPScore {pair.clipscore}  {pair.caption}")
-        if pair.caption.strip():  # an empty caption has no maps; the pair is drawn all the same
-            notes = {"CLIPScore": f"{pair.clipscore:.4f}"}
-            explanation, _ = explain(explainer, pair.path, [chosen_spec(args)], pair.caption, args.relative_to, notes)
-            figures.word_grid(explanation, args.out / f"{pair.title.lower()}.png")
-    figures.best_worst(pairs, args.out / "best_worst.png")
-    return 0
+        drawn.append(pair)
+    if not drawn:
+        raise ValueError("neither the best nor the worst pair could be explained")
+    figures.best_worst(drawn, args.out / "best_worst.png")
+    return PARTIAL if len(drawn) < len(pairs) else 0
 
 
 def read_grounded(args: argparse.Namespace) -> list[grounding.GroundedCaption]:

@@ -22,7 +22,7 @@ def one_line(text: str, limit: int = 300) -> str:
     return " ".join(text.split())[:limit]
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -32,6 +32,6 @@ def first_sentence(error: Exception) -> str:
     return one_line(str(error)).split(". ")[0].rstrip(".") or type(error).__name__
 
 
-def naming(subject: object, error: Exception) -> str:
+def naming(subject: object, error: BaseException) -> str:
     """Return an error's message, or where that does not name ``subject`` its first line after the name."""
     return str(error) if str(subject) in str(error) else f"{subject}: {first_line(error)}"

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from captioning.distributed import ALONE, Processes
 from captioning.files import read_json, sha256_of, waiting_lock, write_json
-from captioning.messages import some
+from captioning.messages import naming, some
 from captioning.read_ahead import one_behind, read_ahead
 from captioning.timing import Timer
 
@@ -108,9 +108,15 @@ class FeatureCache:
     """Encoder tokens of a list of images, memory-mapped; :meth:`open` encodes and stores what is missing.
 
     Images beyond the limit of the cache's size are encoded whenever they are asked for, and rounded as stored ones are.
+
+    Attributes:
+        readable: numbers of the images that have features; the log names the others, which cannot be read.
     """
 
-    def __init__(self, spec: CacheSpec, rows: np.ndarray, encode: Callable[[list[int]], torch.Tensor]) -> None:
+    def __init__(
+        self, spec: CacheSpec, rows: np.ndarray, encode: Callable[[list[int]], torch.Tensor], readable: Sequence[int]
+    ) -> None:
+        self._spec, self.readable = spec, list(readable)
         self._rows = rows  # (images,), each image's row in the file; -1 for those that are not stored
         self._encode = encode  # the features of images that are not stored, by their numbers
         shape, kind = (int(rows.max()) + 1, *spec.shape), str(spec.dtype).removeprefix("torch.")
@@ -138,8 +144,8 @@ class FeatureCache:
 
         Raises:
             FileNotFoundError: an image is missing.
-            ValueError: no paths, too little disk space, or features of the wrong shape or out of the range of
-                ``spec.dtype``.
+            ValueError: no paths, no image that can be read, too little disk space, or features of the wrong shape or
+                out of the range of ``spec.dtype``.
         """
         if not paths:
             raise ValueError("a feature cache needs at least one image")
@@ -149,12 +155,25 @@ class FeatureCache:
             row_of |= _fill(spec, missing, encode, processes, read)
         processes.together(lambda: _check_seen(spec, len(row_of)))
         rows = np.array([row_of.get(digest, -1) for digest in digests])
+        unread = {digest for digest, _ in missing if digest not in row_of}  # and perhaps some beyond the limit
+        beyond = [(d, path) for d, path in zip(digests, paths, strict=True) if d not in row_of and d not in unread]
+        unread |= _unreadable(dict(beyond), read, spec.batch_size, processes)
+        readable = [i for i, digest in enumerate(digests) if digest not in unread]
+        if not readable:
+            raise ValueError(f"none of the {len(paths)} images can be read; the first is {paths[0]}")
 
         def encode_anew(indices: list[int]) -> torch.Tensor:
-            [(_, features)] = _encoded(spec, [("", paths[i]) for i in indices], len(indices), encode, read)
+            [(_, features)] = _encoded(spec, [("", paths[i]) for i in indices], len(indices), encode, read, _refuse)
             return features
 
-        return cls(spec, rows, encode_anew)
+        return cls(spec, rows, encode_anew, readable)
+
+    def only(self, numbers: Sequence[int]) -> FeatureCache:
+        """Return the cache of the images ``numbers``, counted from 0 in it."""
+        kept = set(self.readable)
+        readable = [i for i, number in enumerate(numbers) if number in kept]
+        encode, rows = self._encode, self._rows[list(numbers)]
+        return FeatureCache(self._spec, rows, lambda indices: encode([numbers[i] for i in indices]), readable)
 
     @property
     def complete(self) -> bool:
@@ -292,8 +311,9 @@ def _fill(spec: CacheSpec, missing: Images, encode: Encode, processes: Processes
     def build() -> dict[str, int]:
         _check_seen(spec, 0)
         row_of: dict[str, int] = {}
+        todo = [image for batch in own for image in batch]
         with tqdm(total=sum(map(len, own)), desc="encoding", unit="image", disable=hidden) as bar:
-            for images, features in _encoded(spec, [image for batch in own for image in batch], size, encode, read):
+            for images, features in _encoded(spec, todo, size, encode, read, _leave_out):
                 row_of |= _append_rows(spec, [digest for digest, _ in images], features)
                 bar.update(len(images))
         return row_of
@@ -305,20 +325,56 @@ def _fill(spec: CacheSpec, missing: Images, encode: Encode, processes: Processes
 
 
 def _encoded(
-    spec: CacheSpec, images: Images, size: int, encode: Encode, read: Read
+    spec: CacheSpec,
+    images: Images,
+    size: int,
+    encode: Encode,
+    read: Read,
+    failed: Callable[[Path, BaseException], None],
 ) -> Iterator[tuple[Images, torch.Tensor]]:
     """Yield batches of images with their features (b, N, D), checked, in main memory and rounded as they are stored.
 
-    Threads read the next images meanwhile, and a GPU encodes the next batch.
+    Threads read the next images meanwhile, and a GPU encodes the next batch. ``failed`` gets those that cannot be read.
     """
 
     def begun() -> Iterator[tuple[Images, torch.Tensor]]:
         for batch in read_ahead(images, lambda image: read(image[1]), size):
-            features = encode([future.result() for _, future in batch]).detach()
-            yield [image for image, _ in batch], features
+            good, inputs = [], []
+            for image, future in batch:
+                if error := future.exception():  # of any type: one picture must not end a run
+                    failed(image[1], error)
+                else:
+                    good.append(image)
+                    inputs.append(future.result())
+            if good:
+                yield good, encode(inputs).detach()
 
     for batch, features in one_behind(begun()):
         yield batch, _checked(spec, [path for _, path in batch], features)
+
+
+def _leave_out(path: Path, error: BaseException) -> None:
+    log.error("left out: %s", naming(path, error))
+    log.debug("%s", path, exc_info=error)
+
+
+def _refuse(path: Path, error: BaseException) -> None:
+    raise ValueError(naming(path, error)) from error
+
+
+def _unreadable(images: dict[str, Path], read: Read, size: int, processes: Processes) -> set[str]:
+    """Return those images that cannot be read, in every process, each of which tries a part."""
+
+    def check() -> set[str]:
+        bad = set()
+        for batch in read_ahead(processes.share(list(images.items())), lambda image: read(image[1]), size):
+            for (digest, path), future in batch:
+                if error := future.exception():
+                    _leave_out(path, error)
+                    bad.add(digest)
+        return bad
+
+    return set().union(*processes.gather(check()))
 
 
 def _checked(spec: CacheSpec, paths: list[Path], features: torch.Tensor) -> torch.Tensor:

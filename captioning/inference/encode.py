@@ -45,7 +45,7 @@ def cached_features(
     """Return the encoder's tokens of ``paths``, from the cache folder or computed now and kept there.
 
     Images for which there is no room below ``limit`` bytes are encoded whenever they are asked for. Several processes
-    encode a part each.
+    encode a part each. The result's ``readable`` leaves out images that cannot be read, which the log names.
     """
 
     def read(path: Path) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from captioning.device import moved, page_locked
 from captioning.distributed import Processes
 from captioning.read_ahead import read_ahead
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Split:
@@ -22,6 +25,16 @@ class Split:
     samples: list[Sample]
     captions: list[list[list[int]]]
     features: FeatureCache
+    unreadable: int = 0  # images that are left out
+
+    @classmethod
+    def of_readable(cls, samples: list[Sample], captions: list[list[list[int]]], features: FeatureCache) -> Split:
+        """Return the split of those samples whose images could be read."""
+        if (left_out := len(samples) - len(features.readable)) == 0:
+            return cls(samples, captions, features)
+        log.error("%d of %d images cannot be read; training goes on without them", left_out, len(samples))
+        kept = features.readable
+        return cls([samples[i] for i in kept], [captions[i] for i in kept], features.only(kept), left_out)
 
     def tokens(self, indices: Sequence[int], device: torch.device) -> torch.Tensor:
         """Return the encoder's tokens of some samples: (B, N, D), float32."""

@@ -275,7 +275,7 @@ def make_split(
     captions = encode_split(samples, captioner, tokenizer)
     paths = [sample.path for sample in samples]
     features = cached_features(captioner, paths, cache_folder(args), args.cache_gb * 1e9, processes)
-    return Split(samples, captions, features)
+    return Split.of_readable(samples, captions, features)
 
 
 def load_clip(args: Any, trainer: ScstTrainer) -> None:
@@ -307,6 +307,7 @@ def describe_run(args: Any, config: TrainConfig, trainer: Trainer) -> dict[str, 
         "profile": args.profile,
         **fixed(args, config, trainer.captioner),
         "trainable_parameters": count_trainable(trainer.captioner),
+        "unreadable_images": {"train": trainer.train_split.unreadable, "val": trainer.val_split.unreadable},
         "init_adapter": str(args.init_adapter.resolve()) if args.init_adapter else None,
         "random_weights": args.random_weights,
         "report_faithful": args.report_faithful,

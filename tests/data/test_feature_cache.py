@@ -4,7 +4,9 @@ import itertools
 import json
 import logging
 import math
+import re
 import shutil
+import struct
 import threading
 from pathlib import Path
 
@@ -164,17 +166,39 @@ def test_images_are_read_in_threads_while_the_encoder_works(open_cache, paths, l
         assert_serves(open_cache(torch.stack, read=read, limit=limit), paths)  # encoded when asked for
 
 
-def test_an_image_that_cannot_be_read_in_a_thread_is_named_and_what_came_before_it_is_kept(open_cache, paths):
+@pytest.mark.parametrize("limit", [math.inf, 0, 4])
+@pytest.mark.parametrize(
+    "error", [ValueError("not an image"), struct.error("bad"), MemoryError(), RecursionError("deep")]
+)
+def test_an_image_that_cannot_be_read_in_a_thread_is_named_and_spares_the_others(
+    open_cache, paths, limit, error, caplog
+):
+    """Whatever its reader raises, and whether it would be stored or is beyond the limit."""
+
     def read(path):
         if path.name == "5.jpg":
-            raise ValueError(f"{path}: not an image")
+            raise error
         return features_of(path)
 
-    with pytest.raises(ValueError, match="not an image"):
-        open_cache(torch.stack, read=read)
+    rows = limit * 24  # of float16
+    cache, good = open_cache(torch.stack, read=read, limit=rows), [i for i in range(10) if i != 5]
+    assert cache.readable == good
+    assert f"left out: {paths[5]}: " in caplog.text and caplog.text.count("left out: ") == 1
+    kept = cache.only(good)
+    assert kept.readable == list(range(9))
+    for i, number in enumerate(good):
+        assert torch.equal(kept[i].float(), features_of(paths[number]))
+    with pytest.raises(ValueError, match=re.escape(str(paths[5]))):
+        cache.gather([4, 5])
     encoder = Encoder()
-    assert_serves(open_cache(encoder), paths)
-    assert encoder.encoded == [path.name for path in paths[4:]]
+    assert_serves(open_cache(encoder), paths)  # once it can be read
+    assert "5.jpg" in encoder.encoded
+    assert len(encoder.encoded) == {math.inf: 1, 4: 6, 0: 10}[limit]
+
+
+def test_images_none_of_which_can_be_read_are_refused(open_cache, paths):
+    with pytest.raises(ValueError, match="none of the 10 images can be read"):
+        open_cache(torch.stack, read=lambda path: 1 / 0)
 
 
 def test_a_build_killed_half_way_resumes(open_cache, paths):
