@@ -21,7 +21,7 @@ from captioning.cli import (
 )
 from captioning.data.images import DRAFT_FACTOR
 from captioning.data.tokenizer import Tokenizer
-from captioning.device import PRECISIONS, pick_device
+from captioning.device import PRECISIONS, pick_device, product_dtype
 from captioning.distributed import Processes, join
 from captioning.inference.batches import Job
 from captioning.inference.captions import check_length_penalty, check_vocabulary
@@ -37,7 +37,7 @@ from captioning.inference.options import (
     wording_of,
 )
 from captioning.models.adapter import load_captioner, read_adapter
-from captioning.models.captioner import SEARCH_RULES
+from captioning.models.captioner import ATTENTION, SEARCH_RULES
 from captioning.models.inference_weights import prepare
 from captioning.profiles import PROFILES
 from captioning.scale.pipeline import (
@@ -76,6 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--batch-size", type=positive_int, default=16, help="images at once")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU that has it, else fp32")
+    add(
+        "--attention",
+        choices=ATTENTION,
+        default="auto",
+        help="of captions that are read again for --scores and --n-best, as p2_train.py's",
+    )
     add(
         "--jpeg-draft",
         action=argparse.BooleanOptionalAction,
@@ -126,6 +132,8 @@ def load_job(args: argparse.Namespace) -> Job:
     frozen = (args.decoder, args.encoder_weights)
     captioner = load_captioner(args.adapter, *frozen, device, fallback, args.allow_other_decoder)
     check_vocabulary(tokenizer, captioner.decoder)
+    if ranked_count(args):
+        captioner.attention = captioner.attention_route(args.attention, product_dtype(device, args.precision))
     prepare(captioner, args.precision, reorder=not args.compile)
     draft = draft_side(captioner.transform) if args.jpeg_draft else None
     sizes = (args.beam_size, args.max_new_tokens)

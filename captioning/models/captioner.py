@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from captioning.kernels.attention_route import AUTO, MASK, PACKED, ROUTES, attention_route
 from captioning.kernels.casts import cast_lora
+from captioning.kernels.packed_attention import can_attend_packed
 from captioning.kernels.packing import Packing
 from captioning.models.encoder import build_encoder, build_transform
 from captioning.models.step_functions import StepFunction
@@ -33,6 +35,7 @@ from decoder import (
     refuse_merged,
 )
 
+ATTENTION = ROUTES  # how captions after one image attend in training
 SEARCH_RULES = ("beam", "report")  # transformers' beam search; the report's own (inference.report_rule)
 
 
@@ -96,6 +99,7 @@ class Captioner(nn.Module):
         self.encoder = build_encoder(config.encoder, config.encoder_weights, config.encoder_kwargs)
         self.transform = build_transform(self.encoder)
         self.decoder = decoder
+        self.attention = AUTO  # one of ATTENTION
         depth = len(self.encoder.blocks)
         if not -depth <= config.encoder_layer < 0:
             raise ValueError(f"--encoder-layer {config.encoder_layer}: {config.encoder} has layers -1 to -{depth}")
@@ -208,9 +212,35 @@ class Captioner(nn.Module):
             self.decoder.check_position(n + batch.longest - 1)
         x = torch.cat([prefix, self.decoder.embed(batch.inputs).to(prefix.dtype)], 1)
         positions = batch.positions_with_prefix(n)
-        if batch.slots is None:
-            return x, positions, batch.mask_with_prefix(n)
-        return x, positions, Packing(n, batch.slots, batch.inputs.shape[1], lambda: batch.mask_with_prefix(n))
+        return x, positions, batch.mask_with_prefix(n) if batch.slots is None else self.packing(batch)
+
+    def packing(self, batch: Any) -> Packing:
+        """Return where the captions of a ``data.PackedBatch`` are, and how they attend."""
+        n, length = self.n_prefix, batch.inputs.shape[1]
+        return Packing(n, batch.slots, length, lambda: batch.mask_with_prefix(n), self.attention)
+
+    def attention_route(self, asked: str, dtype: torch.dtype, batch: Any = None) -> str:
+        """Return how captions attend from here on, ``packed`` or ``mask``.
+
+        Args:
+            asked: one of ATTENTION.
+            dtype: of matrix products.
+            batch: a ``data.PackedBatch`` on the captioner's device, of the shape for which ``auto`` is to be fast.
+
+        Raises:
+            ValueError: ``packed`` was asked for, and there is no kernel for it.
+        """
+        if asked == MASK:
+            return MASK
+        heads, width = self.decoder.config.n_head, self.decoder.config.n_embd
+        if asked == AUTO:
+            packing = None if batch is None else self.packing(batch)
+            return attention_route(self.device, dtype, width // heads, packing, heads)
+        if not can_attend_packed(self.device, dtype, width // heads):
+            raise ValueError(
+                f"--attention packed: no kernel for heads of {width // heads} in {dtype} on {self.device}; leave it out"
+            )
+        return PACKED
 
     @torch.no_grad()
     def step_function(self, features: torch.Tensor, beam_size: int, max_new_tokens: int) -> StepFunction:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from captioning.device import PRECISIONS
-from captioning.models.captioner import SEARCH_RULES
+from captioning.models.captioner import ATTENTION, SEARCH_RULES
 from decoder import LoraConfig
 
 T = TypeVar("T")
@@ -69,6 +69,12 @@ class TrainConfig:
     )
     seed: int = option(0, "of weights, order and dropout", at_least=0)
     precision: str = option("auto", "fp32, bf16, or auto: bf16 on a GPU that has it", choices=PRECISIONS)
+    attention: str = option(
+        "auto",
+        "how captions after one image attend: packed, by fused kernels; mask, by torch's own; auto: packed where a "
+        "check at the start finds it right, and on CUDA faster",
+        choices=ATTENTION,
+    )
     preprocessing: str = option(
         "own",
         "own: the encoder's; imagenet: what timm answers to a name, ImageNet's mean, deviation and crop",

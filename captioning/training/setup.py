@@ -16,9 +16,9 @@ from typing import Any
 from safetensors.torch import save_file
 
 from captioning.data.annotations import Sample, load_split
-from captioning.data.batches import shuffle_captions
+from captioning.data.batches import pack_captions, shuffle_captions
 from captioning.data.tokenizer import Tokenizer, encode_captions
-from captioning.device import pick_device, seed_everything
+from captioning.device import pick_device, product_dtype, seed_everything
 from captioning.distributed import Processes
 from captioning.files import atomic_path, check_writable, read_json, write_json
 from captioning.inference.captions import check_vocabulary
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 # Best, last, and in each of three states, one of them being written, weights, two moments and the sum of gradients.
 FILES_OF_WEIGHTS = 14
-FREE = {"log_every", "save_every", "max_skipped"}  # numbers that may be changed when a run is resumed
+FREE = {"log_every", "save_every", "max_skipped", "attention"}  # numbers that may be changed when a run is resumed
 # What an option means where a run of another version does not have it: those that are gone, and those that came later.
 ABSENT = {"average_last": 0, "rank_stabilized": False, "draws": "beam"} | {
     "batch_by": "images",
@@ -63,6 +63,7 @@ def prepare(args: Any, processes: Processes, held: contextlib.ExitStack) -> Trai
     check_writable(cache_folder(args), "--cache")
     trainer = build(args, config, samples, folder, processes)
     check_processes(trainer)
+    trainer.captioner.attention = processes.from_first(lambda: find_attention(trainer, args.resume))
     if processes.first:
         described = describe_run(args, config, trainer)
         write_json(folder.config, described)
@@ -297,6 +298,18 @@ def check_processes(trainer: Trainer) -> None:
     processes.check_same("captions", (trainer.train_split.captions, trainer.val_split.captions))
 
 
+def find_attention(trainer: Trainer, resumed: bool) -> str:
+    """Return how captions after one image attend in this run; a resumed one goes on as it was, where that is right."""
+    captioner, config = trainer.captioner, trainer.config
+    dtype = product_dtype(trainer.device, config.precision)
+    before = read_json(trainer.folder.config).get("attention") if resumed and config.attention == "auto" else None
+    if before is not None:
+        return captioner.attention_route("auto" if before == "packed" else before, dtype)
+    captions = trainer.processes.share(trainer.batches()[0].captions)
+    batch = pack_captions(captions, trainer.tokenizer.eos_id, pad_to_multiple=8).to(trainer.device)
+    return captioner.attention_route(config.attention, dtype, batch)
+
+
 def describe_run(args: Any, config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
     """Return what config.json keeps: settings, captioner, versions, command and git revision."""
     packages = ("torch", "timm", "loralib", "tokenizers", "pycocoevalcap")
@@ -311,6 +324,7 @@ def describe_run(args: Any, config: TrainConfig, trainer: Trainer) -> dict[str, 
         "init_adapter": str(args.init_adapter.resolve()) if args.init_adapter else None,
         "random_weights": args.random_weights,
         "report_faithful": args.report_faithful,
+        "attention": trainer.captioner.attention,
         "device": str(trainer.device),
         "processes": trainer.processes.count,
         "command": sys.argv,

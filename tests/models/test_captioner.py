@@ -37,11 +37,13 @@ def unpacked_loss(captioner, features, captions, predict_bos=False):
     return torch.cat(losses).mean()
 
 
+@pytest.mark.parametrize("route", ["packed", "mask"])
 @pytest.mark.parametrize("use_cls", [True, False])
 @pytest.mark.parametrize("lora", [LORA, LoraConfig(rank=2, alpha=2.0, enable_lora=(True, False, True))])
 @pytest.mark.parametrize("counts", [(1, 5, 3), (7, 2), (4, 6, 1)])
-def test_packed_captions_give_the_loss_and_gradients_of_single_ones(use_cls, lora, counts):
+def test_packed_captions_give_the_loss_and_gradients_of_single_ones(use_cls, lora, counts, route):
     model = make_captioner(lora, use_cls)
+    model.attention = route
     features, captions = random_features(model, len(counts)), ragged_captions(counts)
     parameters = model.trainable()
 
@@ -57,10 +59,12 @@ def test_packed_captions_give_the_loss_and_gradients_of_single_ones(use_cls, lor
         assert torch.allclose(ours[name], gradient, atol=1e-5), name
 
 
+@pytest.mark.parametrize("route", ["packed", "mask"])
 @pytest.mark.parametrize("predict_bos", [False, True])
-def test_a_batch_of_captions_gives_the_loss_and_gradients_of_one_caption_a_sequence(predict_bos):
+def test_a_batch_of_captions_gives_the_loss_and_gradients_of_one_caption_a_sequence(predict_bos, route):
     """Captions of one image that meet in it share its prefix, and what its last token predicts."""
     model, captions = make_captioner().double(), ragged_captions((5, 1, 4, 3))
+    model.attention = route
     features, parameters = random_features(model, 4).double(), list(model.trainable().values())
     batches = caption_batches(captions, 7, seed=0, epoch=0)
     assert max(len(group) for batch in batches for group in batch.captions) > 1
