@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from fake_gpu import FakeGpu  # first: it loads the hooks before torch  # isort: skip
@@ -19,6 +20,7 @@ from captioning.training.config import SETTINGS
 # name: compute capability, function
 CASES: dict[str, tuple[tuple[int, int], Callable[[FakeGpu], Facts]]] = {
     "train best": ((8, 0), train_full),
+    "train best, by a mask": ((8, 0), partial(train, config=replace(SETTINGS["best"], attention="mask"))),
     "train best, 7.5": ((7, 5), partial(train, config=SETTINGS["best"])),
     "train best, 9.0": ((9, 0), partial(train, config=SETTINGS["best"])),
     "train 1": ((8, 0), partial(train, config=SETTINGS["1"])),

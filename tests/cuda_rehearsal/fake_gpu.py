@@ -298,13 +298,12 @@ class FakeGpu:
 
     Args:
         capability: (major, minor); from (8, 0) on it multiplies in bf16.
-        route: of attention in training, where there is a choice; numbers and times, which decide it, are not there.
     """
 
     now: FakeGpu  # the one that is entered
 
-    def __init__(self, capability: tuple[int, int] = (8, 0), route: str = "packed") -> None:
-        self.capability, self.route = capability, route
+    def __init__(self, capability: tuple[int, int] = (8, 0)) -> None:
+        self.capability = capability
         self.mode = NoDevice(allow_non_fake_inputs=True)
         self.ledger = Ledger(self)
         self._pinned: dict[int, torch.Tensor] = {}  # kept, so that no other tensor gets the same memory
@@ -430,7 +429,7 @@ class FakeGpu:
             (torch.nn.Module, {"_apply": _apply}),
             (torch.nn.functional, {"scaled_dot_product_attention": self.attention}),
             (FakeTensor, {"tolist": lambda self: self.cpu().tolist()}),
-            (attention_route, {"_decided": {}, "_decide": _always(self.route)}),
+            (attention_route, {"_decided": {}, "_decide": _always("packed")}),  # by numbers and times otherwise
             (torch.backends.cuda, {"is_flash_attention_available": _always(True)}),
             (torch.cuda, cuda),
             (torch.Tensor, tensor),

@@ -44,6 +44,7 @@ def train(gpu: FakeGpu, config: TrainConfig, layers: int = 2, kind: type[Trainer
     """Train an epoch of a few steps, and return what the last full one cost."""
     gpu.ledger.phase = ""  # of what comes before the first step
     captioner = build(gpu, config, layers)
+    captioner.attention = config.attention
     config = replace(config, log_every=1000, save_every=1000)
     images = 10 if config.batch_by == "captions" else 2 * config.batch_size
     with gpu.rehearsed(), split_of(captioner, images) as split, tempfile.TemporaryDirectory() as out:
