@@ -48,7 +48,8 @@ def make_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Opt
     ]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     decay = {"weight_decay": config.weight_decay} if config.optimizer == "adamw" else {}
-    return kind(groups, **decay)
+    # A kernel for all tensors; on a CPU its numbers would not be those of a run that began without it.
+    return kind(groups, **decay, fused=True if captioner.device.type == "cuda" else None)
 
 
 def schedule_factor(step: int, steps: int, config: TrainConfig) -> float:
@@ -403,6 +404,8 @@ class Trainer:
         state = self.processes.from_first(self.folder.load_state)
         try:
             self.captioner.load_adapter_state(state.adapter)
+            for group in state.optimizer["param_groups"]:  # of a run on another kind of device, or of an older version
+                group["fused"] = self.optimizer.defaults["fused"]
             self.optimizer.load_state_dict(state.optimizer)
         except (KeyError, ValueError) as error:
             raise ValueError(f"--resume: {self.folder.path} holds the state of another run ({error})") from error

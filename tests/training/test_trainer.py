@@ -202,6 +202,20 @@ def test_options_resume_bit_for_bit(tmp_path, monkeypatch, flags):
     assert_same_run(out, unbroken)
 
 
+def test_a_run_on_a_gpu_resumes_on_a_cpu_with_the_cpus_optimiser(unbroken, tmp_path, monkeypatch):
+    """torch's own would take the saved run's choice of kernels, whose numbers are others."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_at(patch, 1, signal.SIGTERM)
+        assert train(out) == STOPPED
+    state = RunFolder(out).load_state()
+    for group in state.optimizer["param_groups"]:
+        group["fused"] = True
+    RunFolder(out).save_state(state)
+    assert train(out, "--resume") == 0
+    assert_same_run(out, unbroken)
+
+
 def test_a_run_that_died_in_its_second_epoch_resumes_from_the_first(unbroken, tmp_path, monkeypatch):
     out, step = tmp_path / "run", Trainer.train_step
 
