@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from captioning.profiles import PROFILES, ROOT
 from captioning.training.config import SETTINGS
 
@@ -68,6 +70,22 @@ def scaled(setting: str) -> dict[str, object]:
         "val_images": 60,
         "lr": f"{config.lr * WIDTH_RATIO:.3g}",
         "projector_lr": f"{config.projector_lr * WIDTH_RATIO:.3g}",
+    }
+
+
+def quick() -> dict[str, object]:
+    """Return the demo's training: what captions best in the time that a newcomer waits (docs/micro_world.md).
+
+    Few scenes, none seen often: dropout and long times at high rates cost more than they bring. bf16 is taken where
+    the processor multiplies it itself; elsewhere it would be emulated.
+    """
+    can = torch.cpu.get_capabilities()
+    native = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
+    return scaled("best") | {
+        "lora_dropout": 0,
+        "lr": 3e-3,
+        "projector_lr": 1e-3,
+        "precision": "bf16" if native else "fp32",
     }
 
 
