@@ -51,6 +51,9 @@ class TrainConfig:
     batch_size: int = option(16, "images or captions a batch, over all processes together", at_least=1)
     accumulate: int = option(1, "batches an optimiser step", at_least=1)
     lr: float = option(2e-3, "learning rate of LoRA", above=0, below=10)
+    lora_plus: float = option(
+        1.0, "learning rate of LoRA's B over that of its A (LoRA+, arXiv 2402.12354)", above=0, below=1000
+    )
     projector_lr: float = option(2e-3, "learning rate of the projector", above=0, below=10)
     optimizer: str = option("adamw", "adam or adamw", choices=("adam", "adamw"))
     weight_decay: float = option(0.01, "of adamw", at_least=0)

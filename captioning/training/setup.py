@@ -48,6 +48,7 @@ ABSENT = {"average_last": 0, "rank_stabilized": False, "draws": "beam"} | {
     "predict_bos": False,
     "clear_gradients": True,
     "search_rule": "beam",
+    "lora_plus": 1.0,
 }
 
 

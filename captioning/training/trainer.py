@@ -40,16 +40,22 @@ SEED_STRIDE = 10_000_019  # between the seeds of processes: each draws its own d
 
 
 def make_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimiser: every trained parameter is in one of two groups, projector or LoRA."""
-    trainable = captioner.trainable()
-    groups = [
-        {"params": [p for n, p in trainable.items() if not n.startswith("projector.")], "lr": config.lr},
-        {"params": [p for n, p in trainable.items() if n.startswith("projector.")], "lr": config.projector_lr},
-    ]
+    """Return the optimiser: every trained parameter is in one group, as ``learning_rates`` orders them."""
+    trainable, rates = captioner.trainable(), learning_rates(config)
+    groups: list[dict[str, Any]] = [{"params": [], "lr": rate} for rate in rates]
+    for name, parameter in trainable.items():
+        of_lora = 2 if len(rates) > 2 and name.endswith("lora_B") else 0
+        groups[1 if name.startswith("projector.") else of_lora]["params"].append(parameter)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     decay = {"weight_decay": config.weight_decay} if config.optimizer == "adamw" else {}
     # A kernel for all tensors; on a CPU its numbers would not be those of a run that began without it.
     return kind(groups, **decay, fused=True if captioner.device.type == "cuda" else None)
+
+
+def learning_rates(config: TrainConfig) -> list[float]:
+    """Return the rates of LoRA, of the projector, and where they differ from LoRA's other ones those of its B."""
+    plus = [config.lr * config.lora_plus] if config.lora_plus != 1 else []
+    return [config.lr, config.projector_lr, *plus]
 
 
 def schedule_factor(step: int, steps: int, config: TrainConfig) -> float:
@@ -262,7 +268,7 @@ class Trainer:
         processes look at the sums over all, so they take the same step or none.
         """
         config, losses = self.config, []
-        for group, lr in zip(self.optimizer.param_groups, (config.lr, config.projector_lr), strict=True):
+        for group, lr in zip(self.optimizer.param_groups, learning_rates(config), strict=True):
             group["lr"] = lr * schedule_factor(self.progress.step, self.steps, config)
         self.optimizer.zero_grad(set_to_none=True)
         for batch in batches:
@@ -271,7 +277,7 @@ class Trainer:
                 loss.backward()
             losses.append(loss.detach())
         if self.progress.epoch < config.projector_epochs:
-            for parameter in self.optimizer.param_groups[0]["params"]:
+            for parameter in (p for group in self.optimizer.param_groups[::2] for p in group["params"]):
                 parameter.grad = None  # the optimiser then leaves it, and its moments, alone
             self.processes.sum_gradients(self.optimizer.param_groups[1]["params"])
         else:

@@ -69,6 +69,28 @@ def test_the_projector_has_its_own_learning_rate(tmp_path, monkeypatch):
     assert set(seen) == {(0.001, 0.004)}
 
 
+def test_lora_plus_is_the_rate_of_b_over_that_of_a(tmp_path, monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+
+    def noted(optimizer, *args, **kwargs):
+        seen.append([(group["lr"], len(group["params"])) for group in optimizer.param_groups])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    flags = ("--epochs", 1, "--lr", 0.001, "--projector-lr", 0.002, "--schedule", "constant", "--warmup", 0)
+    assert train(tmp_path / "run", *flags, "--lora-plus", 8) == 0
+    (a, count), projector, b = seen[0]
+    assert (a, projector, b) == (0.001, (0.002, 2), (0.008, count))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", step)
+        assert train(tmp_path / "run", "--resume", "--epochs", 1, *flags[2:], "--lora-plus", 8) == 0
+
+
+def test_first_only_the_projector_learns_with_lora_plus_too(tmp_path):
+    assert train(tmp_path / "run", "--epochs", 1, "--projector-epochs", 1, "--lora-plus", 8) == 0
+    assert not any(t.any() for name, t in weights(tmp_path / "run", "last").items() if name.endswith("lora_B"))
+
+
 def test_the_best_adapter_is_the_one_of_the_best_cider_and_not_the_last(tmp_path, monkeypatch, scores):
     scores[:] = [0.4, 0.9, 0.2]
     kept, save = [], Captioner.save_adapter
