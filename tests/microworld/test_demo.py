@@ -16,7 +16,7 @@ def test_the_demo_trains_in_bf16_where_the_processor_has_it(monkeypatch, can, pr
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
     config = resolve_config(build_parser().parse_args(flags(**quick())))
     assert config.precision == precision
-    assert config.lora_dropout == 0 and config.projector_lr < config.lr
+    assert (config.lora_dropout, config.lora_plus) == (0, 8)
 
 
 def scores(**splits):
