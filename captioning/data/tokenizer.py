@@ -13,11 +13,13 @@ import tokenizers
 
 from captioning.data.annotations import Sample
 from captioning.files import is_integer, read_json, write_json, write_text
+from captioning.imports import import_guarded
 from captioning.messages import some
 
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2 begins and ends every text with it
+NUL = "\u0100"  # how byte-level BPE writes the byte 0
 
 
 FORMS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",))  # OpenAI's; transformers'
@@ -32,6 +34,7 @@ class Tokenizer:
     Attributes:
         eos_id: id of ``<|endoftext|>``, which is also BOS.
         vocab_size: number of ids, 0 to ``vocab_size - 1``.
+        vocab, merges: the model of the BPE; tokens in its own alphabet.
 
     Raises:
         FileNotFoundError: ``folder`` has none of FORMS complete.
@@ -43,7 +46,8 @@ class Tokenizer:
         vocab, merges = _read_tokenizer_json(*files) if len(files) == 1 else _read_pair(*files)
         self.eos_id = vocab[END_OF_TEXT]
         self.vocab_size = len(vocab)
-        self._tokenizer = _byte_level(tokenizers.models.BPE(vocab=vocab, merges=merges))
+        self.vocab, self.merges = vocab, merges
+        self._tokenizer = byte_level(tokenizers.models.BPE(vocab=vocab, merges=merges))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``; no special id is added, and the text cannot contain one."""
@@ -64,6 +68,22 @@ class Tokenizer:
         return self._tokenizer.decode([i for i in ids if i != self.eos_id], skip_special_tokens=False).strip()
 
 
+def for_transformers(ours: Tokenizer, image_token: str) -> Any:
+    """Return transformers' form of a tokenizer, in which ``image_token`` stands for the byte 0, which no caption has.
+
+    So the vocabulary stays as it is, and with it every probability: a further token would have one too.
+    """
+    vocab = {image_token if token == NUL else token: number for token, number in ours.vocab.items()}
+    merges = [pair for pair in ours.merges if NUL not in "".join(pair)]
+    return import_guarded("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(tokenizers.models.BPE(vocab=vocab, merges=merges)),
+        additional_special_tokens=[image_token],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT),
+    )
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.PathLike) -> Tokenizer:
     """Train a byte-level BPE on ``texts``, write ``encoder.json`` and ``vocab.bpe`` to ``folder`` and load them.
 
@@ -77,7 +97,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.Path
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
         raise ValueError(f"a vocabulary of {vocab_size} is too small; byte-level BPE needs {len(alphabet) + 1} or more")
-    trained = _byte_level(tokenizers.models.BPE())
+    trained = byte_level(tokenizers.models.BPE())
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, special_tokens=[], show_progress=False
     )
@@ -93,7 +113,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.Path
     return Tokenizer(folder)
 
 
-def _byte_level(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
+def byte_level(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
+    """Return a tokenizer that splits texts as GPT-2's does, around a BPE of bytes."""
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits by GPT-2's regex
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

@@ -127,7 +127,8 @@ class LlavaExplainer:
 
     def tokens(self, text: str) -> list[int]:
         """Return an answer's ids; one space separates it from ``ASSISTANT:``."""
-        return self.llava.processor.tokenizer(f" {text}", add_special_tokens=False).input_ids
+        answer = self.llava.before_answer + text
+        return self.llava.processor.tokenizer(answer, add_special_tokens=False).input_ids
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of ids, white space kept."""
@@ -139,6 +140,8 @@ class LlavaExplainer:
         patches = (inputs.input_ids == self.llava.image_token_id).nonzero()[:, 0].to(logits.device)
         vision = self.llava.model.config.vision_config
         side = vision.image_size // vision.patch_size
+        if self.llava.model.config.vision_feature_select_strategy == "full":
+            patches = patches[1:]  # CLS comes first
         if side * side != len(patches):
             raise ValueError(f"the prompt holds {len(patches)} image tokens, the vision tower has {side} x {side}")
         return Capture(weights, logits, tokens, patches, (side, side))

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from captioning.files import atomic_path, write_json, write_text
 from captioning.imports import import_guarded
+from captioning.messages import first_sentence
 from captioning.models.adapter import check_decoder, read_adapter
 from captioning.models.captioner import CaptionerConfig
 from captioning.models.encoder import PREPROCESSING
@@ -21,9 +22,10 @@ from decoder import Decoder, build_decoder, gpt2_state_dict, load_lora_state_dic
 THEIR_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # of a tokenizer's files, in transformers
 
 CARD = """---
+license: {license}
 base_model: openai-community/gpt2
 library_name: {library}
-pipeline_tag: image-to-text
+pipeline_tag: {task}
 tags: [image-captioning, gpt2, lora, clip]
 ---
 
@@ -78,6 +80,30 @@ with torch.inference_mode():
     ids = model.generate(inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=30, do_sample=False)
 print(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
 ```"""
+
+
+LLAVA_USE = """## Use
+
+```python
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+folder, image = ".", Image.open("image.jpg").convert("RGB")
+model = LlavaForConditionalGeneration.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder, backend="pil")
+inputs = processor(images=image, text="<image><|endoftext|>", return_tensors="pt")
+ids = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+print(processor.decode(ids[0], skip_special_tokens=True).strip())
+```
+
+It answers no question: a prompt is an image and the token that begins every caption, which is also what its chat
+template gives. `backend="pil"` prepares pictures exactly as in training; transformers' default, torchvision, differs by
+a rounding, which changes about one caption in a hundred. {precision}"""
+
+PRECISION = {
+    True: "Load it in float32 or bfloat16: an encoder's final norm is a layer here, whose numbers float16 cannot hold.",
+    False: "It runs in any precision.",
+}
 
 
 def load_decoder(
@@ -146,10 +172,28 @@ def write_gpt2(
             shutil.copyfile(file, temporary)
 
 
+def push(folder: Path, name: str) -> str:
+    """Upload a folder as the new model ``OWNER/NAME`` of the hub; return its address.
+
+    Raises:
+        ValueError: such a model exists, or the hub refuses or cannot be reached.
+    """
+    hub = import_guarded("huggingface_hub")
+    api = hub.HfApi()
+    try:
+        address = api.create_repo(name, exist_ok=False)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload captioner")
+    except (hub.errors.HTTPError, OSError, ValueError, RuntimeError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = "exists on the hub already; choose another name" if status == 409 else first_sentence(error)
+        raise ValueError(f"--push {name}: {reason}. {folder} is complete and can be uploaded later") from error
+    return str(address)
+
+
 def make_cards(
-    config: CaptionerConfig, decoder: Decoder, projector: dict[str, Any], recorded: dict[str, str]
+    config: CaptionerConfig, decoder: Decoder, projector: dict[str, Any], recorded: dict[str, str], license_: str
 ) -> dict[str, str]:
-    """Return the model cards of both folders, by folder name; ``recorded`` fills ``training`` and ``validation``."""
+    """Return the model cards of all folders, by folder name; ``recorded`` fills ``training`` and ``validation``."""
     lora, shape = asdict(config.lora), decoder.config
     layer = "the last layer" if config.encoder_layer == -1 else f"layer {config.encoder_layer}"
     parts = {
@@ -158,6 +202,8 @@ def make_cards(
         "decoder": f"{shape.n_layer} layers of {shape.n_embd}, {shape.vocab_size:,} tokens",
         "lora": ", ".join(f"{key} {_plain(value)}" for key, value in lora.items() if value is not None),
         "projector": " to ".join(str(size) for size in reversed(projector["weight"].shape)),
+        "license": license_,
+        "task": "image-to-text",
         **recorded,
     }
     return {
@@ -174,6 +220,13 @@ def make_cards(
             what="A GPT-2 that continues projected image tokens with a caption. LoRA is part of its weights.",
             use=_gpt2_use(config),
             **parts,
+        ),
+        "llava": CARD.format(
+            library="transformers",
+            title="a LLaVA with GPT-2",
+            what="Encoder, projector and a GPT-2 with LoRA merged in, as a LLaVA that transformers loads.",
+            use=LLAVA_USE.format(precision=PRECISION[config.encoder_layer == -1]),
+            **{**parts, "task": "image-text-to-text"},
         ),
     }
 

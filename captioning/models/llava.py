@@ -30,6 +30,7 @@ from captioning.profiles import is_hub_id
 from decoder import attention_weights
 
 TEMPLATE = "USER: <image>\n{} ASSISTANT:"  # LLaVA 1.5's conversation with one turn
+CAPTIONER = "gpt2"  # language model of what p2_export.py writes: a captioner, which is asked nothing
 PROMPTS = {  # the report's two settings
     1: "Briefly describe this image in a sentence. Thank you.",
     2: "In one sentence, describe the key objects in the image and their state. For example, "
@@ -84,6 +85,9 @@ class Llava:
             processor.vision_feature_select_strategy = config.vision_feature_select_strategy
             processor.num_additional_image_tokens = 1  # CLIP's CLS
         self.eos_ids = set(_as_list(model.generation_config.eos_token_id))
+        asked = config.text_config.model_type != CAPTIONER
+        self.template = TEMPLATE if asked else processor.image_token + processor.tokenizer.bos_token
+        self.before_answer = " " if asked else ""  # what separates prompt and answer
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +101,7 @@ class Llava:
 
     def row(self, image: Image.Image, prompt: str) -> Row:
         """Preprocess one RGB image and wrap ``prompt`` into the conversation template; safe to call from a thread."""
-        inputs = self.processor(images=image, text=TEMPLATE.format(prompt), return_tensors="pt")
+        inputs = self.processor(images=image, text=self.template.format(prompt), return_tensors="pt")
         return Row(inputs["input_ids"][0], inputs["pixel_values"])
 
     def check_room(self, row: Row, max_new_tokens: int) -> None:
@@ -286,18 +290,19 @@ def load_llava(
     """
     source = _source(model, revision)
     transformers = import_guarded("transformers")
-    with _quiet(transformers):
-        _check_architecture(transformers, model, source)
+    with quiet(transformers):
+        config = _check_architecture(transformers, model, source)
+    backend = {"backend": "pil"} if config.text_config.model_type == CAPTIONER else {}  # as in its training
     options: dict[str, Any] = {"dtype": dtype, **source}
     if load_in_4bit:
         options["quantization_config"] = _four_bits(transformers, dtype)
     if load_in_4bit or device.type != "cpu":
         options["device_map"] = {"": str(device)}  # weights go there one by one: no second copy in host memory
     architecture = getattr(transformers, ARCHITECTURE)
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             net, info = architecture.from_pretrained(model, output_loading_info=True, **options)
-            processor = transformers.AutoProcessor.from_pretrained(model, **source)
+            processor = transformers.AutoProcessor.from_pretrained(model, **source, **backend)
         except pickle.UnpicklingError as error:  # torch's own message says how to run its code
             raise ValueError(
                 f"--model {model}: its weights are a damaged pickle, or one that wants to run code, which "
@@ -367,8 +372,8 @@ def _source(model: str, revision: str | None) -> dict[str, Any]:
     return {"revision": revision}
 
 
-def _check_architecture(transformers: Any, model: str, source: dict[str, Any]) -> None:
-    """Refuse what is no LLaVA before its weights are read."""
+def _check_architecture(transformers: Any, model: str, source: dict[str, Any]) -> Any:
+    """Return a LLaVA's configuration; refuse what is none before its weights are read."""
     try:
         config = transformers.AutoConfig.from_pretrained(model, **source)
     except (OSError, ValueError, KeyError) as error:
@@ -376,6 +381,7 @@ def _check_architecture(transformers: Any, model: str, source: dict[str, Any]) -
     if config.model_type != "llava":
         found = ", ".join(config.architectures or [config.model_type])
         raise ValueError(f"--model {model} is a {found}; this script runs {ARCHITECTURE} (LLaVA 1.5)")
+    return config
 
 
 def _four_bits(transformers: Any, dtype: torch.dtype) -> Any:
@@ -432,8 +438,8 @@ def _attend(
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Mute loading's own messages on missing weights and lost connections, which we report, and its progress bar."""
+def quiet(transformers: Any) -> Iterator[None]:
+    """Mute transformers\' own messages on missing weights and lost connections, which we report, and progress bars."""
     hub, ours = logging.getLogger("huggingface_hub"), transformers.utils.logging
     levels = hub.level, ours.get_verbosity()
     bars = ours.is_progress_bar_enabled()

@@ -249,6 +249,7 @@ class RunFolder:
             numbers = ", ".join(f"{key} {config['train'][key]}" for key in keys)
             described["training"] = (
                 f"setting {config['setting']}: {numbers}; {config['trainable_parameters']:,} parameters; "
+                f"profile {config.get('profile', 'not recorded')}; "
                 f"revision {config['git']}, torch {config['versions']['torch']}"
                 + ("; random encoder, a check of shapes only" if config["random_weights"] else "")
             )
@@ -259,6 +260,11 @@ class RunFolder:
             shown = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if value is not None)
             images = best[-1]["val_images"]
             described["validation"] = f"epoch {best[-1]['epoch']}: {shown}, on {images} validation images"
+        scored = self.path / "val_scores.json"
+        if scored.is_file():
+            scores = _object(scored)
+            named = ", ".join(f"{name} {scores[name]:.4f}" for name in scores.get("metrics", ()))
+            described["validation"] += f"; afterwards {named} on {scores.get('images')} images"
         return described
 
     def plot_losses(self) -> None:

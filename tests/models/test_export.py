@@ -110,6 +110,7 @@ def test_the_card_describes_training_and_validation(tmp_path):
     make_adapter(run / "best.safetensors", LORAS["1"])
     described = {
         "setting": "2",
+        "profile": "micro",
         "git": "abc123",
         "trainable_parameters": 12345,
         "train": {"epochs": 3, "batch_size": 4, "optimizer": "adam", "lr": 5e-5, "seed": 7},
@@ -123,12 +124,14 @@ def test_the_card_describes_training_and_validation(tmp_path):
         {"kind": "epoch", "epoch": 2, "best": False, "val_cider": 0.4, "val_loss": 1.0, "val_images": 200},
     ]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (run / "val_scores.json").write_text(json.dumps({"metrics": ["CIDEr"], "CIDEr": 0.6, "images": 300}))
     argv = [str(tmp_path / "out"), "--adapter", str(run / "best.safetensors"), "--profile", "micro"]
-    assert p2_export.main(argv) == 0
-    for name in ("adapter", "gpt2"):
+    assert p2_export.main([*argv, "--license", "cc-by-4.0"]) == 0
+    for name in ("adapter", "gpt2", "llava"):
         card = (tmp_path / "out" / name / "README.md").read_text(encoding="utf-8")
         assert "setting 2: epochs 3, batch_size 4, optimizer adam" in card and "12,345 parameters" in card
         assert "epoch 1: cider 0.5000, loss 2.0000, on 200 validation images" in card
+        assert "; afterwards CIDEr 0.6000 on 300 images" in card and "\nlicense: cc-by-4.0\n" in card
         assert not any(mark in card.split("## Use")[0] for mark in ("{", "None", "not recorded"))
     assert load_file(tmp_path / "out/adapter/adapter.safetensors").keys() == load_file(run / "best.safetensors").keys()
 
