@@ -39,6 +39,7 @@ from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.inference_weights import prepare
 from captioning.models.llava import MAX_NEW_TOKENS, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
 from captioning.profiles import PROFILES
+from captioning.scoring.chair import Chair
 from captioning.scoring.clipscore import ClipScorer
 from captioning.scoring.evaluator import DEFAULT_METRICS, Evaluation, Evaluator
 
@@ -282,6 +283,7 @@ def score(
     profile: str = "full",
     device: str = "auto",
     tokenizer: str = "auto",
+    boxes: str | os.PathLike | None = None,
 ) -> Evaluation:
     """Score captions as evaluate.py does; ``.means`` has the scores, ``.per_image`` those of each image.
 
@@ -290,10 +292,11 @@ def score(
         references: people's captions of the same images: ``{key: [texts]}``, a list of lists, or a file.
         images: the pictures, for CLIPScore: ``{key: path}``, a list of paths, or their folder. Whatever is given as
             lists is in one order; files and a folder go by names.
-        metrics: as ``--metrics``; None: CIDEr, and CLIPScore where there are images.
-        profile: whose CLIP model: ``full`` or ``micro``.
+        metrics: as ``--metrics``; None: CIDEr, CLIPScore where there are images, and CHAIR where there are boxes.
+        profile: whose CLIP model and words for objects: ``full`` or ``micro``.
         device: where that runs.
         tokenizer: as ``--tokenizer``.
+        boxes: as ``--boxes``, for CHAIR.
 
     Raises:
         OSError, ValueError: a file is missing or damaged, keys differ, or a metric cannot be computed.
@@ -303,14 +306,16 @@ def score(
         captions = load_predictions(predictions, annotations)
     else:
         captions = _keyed(predictions)
-    clip = PROFILES[profile]
+    clip, named = PROFILES[profile], (annotations.file_names, annotations.ids)
+    wanted = (*DEFAULT_METRICS[: 1 if images is None else None], *(["chair"] if boxes else []))
     evaluator = Evaluator(
         annotations,
         images if isinstance(images, str | os.PathLike) else None if images is None else Path(),
         lambda: ClipScorer(clip.clip_model, clip.clip_weights, pick_device(device)),
         tokenizer=tokenizer,
+        chair=Chair.of_files(clip.chair_words, os.fspath(boxes), *named) if boxes else None,
     )
-    result = evaluator.evaluate(captions, metrics or DEFAULT_METRICS[: 1 if images is None else None])
+    result = evaluator.evaluate(captions, metrics or wanted)
     if result.errors:
         raise ValueError("; ".join(f"{metric}: {error}" for metric, error in result.errors.items()))
     return result

@@ -201,6 +201,15 @@ def test_scores_are_those_of_the_script(capsys):
     assert found.line() in capsys.readouterr().out
 
 
+def test_chair_with_boxes_is_the_scripts(capsys):
+    files = [EXAMPLES / "predictions.json", EXAMPLES / "references.json"]
+    flags = ("--pred-file", files[0], "--annotation-file", files[1], "--profile", "micro", "--boxes", "references")
+    assert evaluate.main([*map(str, flags), "--metrics", "cider,chair"]) == 0
+    found = captioning.score(*files, profile="micro", boxes="references")
+    assert list(found.means) == ["CIDEr", "CHAIRs", "CHAIRi", "CHAIR recall"]
+    assert found.line() in capsys.readouterr().out
+
+
 def test_scores_of_files_dicts_and_lists_are_the_same():
     predictions = json.loads((EXAMPLES / "predictions.json").read_text())
     references = evaluate.load_references(EXAMPLES / "references.json")
