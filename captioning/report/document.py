@@ -17,7 +17,7 @@ from captioning.files import atomic_path, data_url, markdown_table, write_csv, w
 
 Cell = str | int | float | None
 PIXELS = 1600  # the longer side of a picture inside the page; the PNG beside the page has full size
-SHORT = 12  # rows of a table that is printed on one page
+SHORT, WIDE = 12, 12  # rows of a table that is printed on one page; columns of one that is printed small
 UNKNOWN = "–"
 MISSING = ("not-here-yet", "Not here yet")  # anchor and title of the last chapter
 MISSING_TEXT = "What the folder of runs lacks, each part with the command that makes it:"
@@ -77,9 +77,10 @@ class Table:
             "<tr>" + "".join(f"<td{kind[c]}>{html.escape(shown(cell))}</td>" for c, cell in row.items()) + "</tr>\n"
             for row in self.rows
         )
-        name, short = html.escape(self.caption), " short" if len(self.rows) <= SHORT else ""
+        name = html.escape(self.caption)
+        size = " short" * (len(self.rows) <= SHORT) + " wide" * (len(self.columns) > WIDE)
         return (  # a wide table scrolls on its own, so it must take the keyboard's focus
-            f'<div class="scroll{short}" tabindex="0" role="region" aria-label="{name}"><table>'
+            f'<div class="scroll{size}" tabindex="0" role="region" aria-label="{name}"><table>'
             f"<caption><span>{name}</span></caption><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>\n"
         )
 

@@ -4,7 +4,7 @@ import html
 import re
 
 import pytest
-from report_runs import NAUGHTY, write_run
+from report_runs import NAUGHTY, write_maps, write_run
 
 import report
 from captioning.training.run_folder import find_runs
@@ -79,3 +79,37 @@ def test_runs_are_found_below_but_a_models_config_is_no_run(root):
     found, omitted = find_runs(root)
     assert [r.name for r in found] == ["lora"]
     assert not omitted
+
+
+@pytest.fixture
+def full_page(root, tmp_path, make):
+    """The report of a folder with a picture at the head, a study and parts that are missing."""
+    write_maps(root, "7", ("A red ball.", "The ball rolls."), ["ball."])
+    write_run(root / "settings" / "best-with-a-long-name-seed12", setting="best")
+    make(root)
+    return tmp_path / "report.html"
+
+
+def test_a_phone_shows_the_picture_at_once_and_no_page_wider_than_itself(browser, full_page):
+    browser.open(full_page, width=390, height=844)
+    assert browser.run("document.documentElement.scrollWidth") <= 390
+    heads = browser.run("[...document.querySelectorAll('header img')].map(i => i.getBoundingClientRect().bottom)")
+    assert len(heads) == 3 and max(heads) <= 844, "above the fold"
+
+
+def test_on_paper_tables_are_whole_and_nothing_sticks(browser, full_page):
+    browser.open(full_page, width=688)  # an A4 page without its margins, in CSS pixels
+    browser.devtools("Emulation.setEmulatedMedia", media="print")
+    assert (
+        browser.run("[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length") == 0
+    )
+    assert browser.run("document.documentElement.scrollWidth") <= 688
+    assert browser.run("getComputedStyle(document.querySelector('nav')).position") == "static"
+
+
+def test_every_chapter_is_in_the_contents_and_none_is_empty(browser, full_page):
+    browser.open(full_page)
+    links = browser.run("[...document.querySelectorAll('nav a')].map(a => a.hash.slice(1))")
+    assert browser.run("[...document.querySelectorAll('main > section > h2')].map(h => h.id)") == links
+    assert links[-1] == "not-here-yet"
+    assert browser.run("[...document.querySelectorAll('main > section')].every(s => s.children.length > 1)")
