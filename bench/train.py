@@ -2,6 +2,7 @@
 
     python -m bench.train --out bench/train      ViT-L/14 and GPT-2 small with random weights, 5 captions an image
     python -m bench.train --batch-by captions    beside them a step of as many captions as there are images
+    python -m bench.train --attention packed mask    ours by either route of attention
     python -m bench.train --tiny                 tiny models: are loss and gradients equal? no times
 
 All train the same weights (LoRA of rank 32 on every linear layer, and the projector) on the same captions with Adam,

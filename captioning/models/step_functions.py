@@ -36,17 +36,17 @@ class StepFunction:
         self.decoder, self.n_prefix = decoder, prefix.shape[1]
         _check_room(decoder, self.n_prefix, max_new_tokens)
         self.cache = decoder.new_cache(len(prefix), self.n_prefix + beam_size * max_new_tokens)
-        decoder(prefix, torch.arange(self.n_prefix), cache=self.cache)
-        # Checked above and there already: a position that came from the CPU would wait for the device at every step.
-        self.positions = torch.arange(self.n_prefix, self.n_prefix + max_new_tokens, device=prefix.device)
+        # Checked above and there already: positions that came from the CPU would wait for the device at every step.
+        self.positions = torch.arange(self.n_prefix + max_new_tokens, device=prefix.device)
+        decoder(prefix, self.positions[: self.n_prefix], cache=self.cache)
 
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, K, V) after the newest tokens (B, K), each of which sees its ancestors (B, K, n)."""
         decoder, beams = self.decoder, tokens.shape[1]
-        step = ancestors.shape[2] // beams
+        position = self.n_prefix + ancestors.shape[2] // beams - 1
         mask = F.pad(ancestors, (self.n_prefix, 0), value=True)[:, None]  # (B, 1, K, P + n)
-        x = decoder.embed(tokens) + decoder.wpe(self.positions[step - 1 : step])
+        x = decoder.embed(tokens) + decoder.wpe(self.positions[position : position + 1])
         hidden = decoder.blocks(x, mask, self.cache)
         self.cache.length += beams
         return decoder.logits(hidden)
@@ -133,7 +133,7 @@ class CompiledStepFunction:
             raise ValueError(f"compiled for {rows} images of {self.n_prefix} tokens, not {tuple(prefix.shape[:2])}")
         filled = torch.cat((prefix, prefix[-1:].expand(rows - images, -1, -1)))
         self.cache.length, self.cache.slots = 0, None
-        self.decoder(filled, torch.arange(self.n_prefix), cache=self.cache)
+        self.decoder(filled, torch.arange(self.n_prefix, device=prefix.device), cache=self.cache)
         self.mask[..., self.n_prefix :] = False
         return self
 
