@@ -34,7 +34,9 @@ from captioning.data.batches import pack_captions
 from captioning.device import autocast, has_bf16, pick_device
 from captioning.files import write_json
 from captioning.inference.encode import cached_features, read_pixels
-from captioning.kernels.packed_attention import PackedAttention, Packing, can_attend_packed
+from captioning.kernels.attention_route import Trial
+from captioning.kernels.packed_attention import can_attend_packed
+from captioning.kernels.packing import Packing
 from captioning.messages import first_sentence
 from captioning.models.llava import load_llava, pick_dtype
 from captioning.models.step_functions import CompiledStepFunction, StepFunction
@@ -117,34 +119,15 @@ def attention(setup: Setup) -> Rows:
     batch = pack_captions(captions, 0, pad_to_multiple=8).to(device)
     assert batch.slots is not None
     packing = Packing(prefix, batch.slots, batch.inputs.shape[1], lambda: batch.mask_with_prefix(prefix))
-    used = torch.ones(images, prefix + batch.inputs.shape[1], dtype=torch.bool, device=device)
-    used[:, prefix:] = batch.segments != 0
-    numbers = torch.Generator().manual_seed(0)
-    exact = torch.randn(*used.shape, 3, heads, size, generator=numbers).to(device)
-    grad = torch.randn(*used.shape, heads * size, generator=numbers).to(device) * used[..., None]
-
-    def by_mask(qkv: torch.Tensor) -> torch.Tensor:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=packing.additive(q.dtype)).transpose(1, 2).flatten(2)
-
-    def run(attend: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
-        x = exact.to(dtype).requires_grad_()
-        out = attend(x)
-        return [out.detach(), *torch.autograd.grad(out, x, grad.to(dtype))]
-
-    wanted = run(by_mask, torch.float32)
-    routes: dict[str, Callable] = {"packed": lambda x: PackedAttention.apply(x, packing), "mask": by_mask}
-    both = {name: lambda attend=attend: run(attend, torch.bfloat16) for name, attend in routes.items()}
-    found = {name: both[name]() for name in both}
-    in_turn(both, 1, device)
-    seconds = in_turn(both, 4 * setup.repeats, device)
+    padding = F.pad(batch.segments == 0, (prefix, 0)).cpu()
+    trial = Trial(packing, heads, size, padding)
+    errors, runs = trial.errors(torch.bfloat16), trial.runs(torch.bfloat16)
+    in_turn(runs, 1, device)
+    seconds = in_turn(runs, 4 * setup.repeats, device)
     return [
-        {"route": name, "ms forward and backward": 1e3 * seconds[name]}
-        | {
-            f"{what} off by": ((ours - exact)[used].norm() / exact[used].norm()).item()
-            for what, ours, exact in zip(("output", "gradient"), found[name], wanted, strict=True)
-        }
-        for name in routes
+        {"route": route, "ms forward and backward": 1e3 * seconds[route]}
+        | {f"{what} off by": error for what, error in zip(("output", "gradient"), errors[route], strict=True)}
+        for route in runs
     ]
 
 

@@ -2,7 +2,7 @@
 
     python -m bench.train --out bench/train      ViT-L/14 and GPT-2 small with random weights, 5 captions an image
     python -m bench.train --batch-by captions    beside them a step of as many captions as there are images
-    python -m bench.train --attention packed mask    ours by either route of attention
+    python -m bench.train --attention mask       ours by torch's own attention
     python -m bench.train --tiny                 tiny models: are loss and gradients equal? no times
 
 All train the same weights (LoRA of rank 32 on every linear layer, and the projector) on the same captions with Adam,
@@ -32,7 +32,7 @@ from captioning.cli import FlagParser, command, positive_int
 from captioning.data.batches import IGNORED, Batch, caption_batches, pack_captions
 from captioning.device import autocast, pick_device, product_dtype
 from captioning.inference.encode import cached_features, read_pixels
-from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.models.captioner import ATTENTION, Captioner, CaptionerConfig
 from captioning.profiles import PROFILES
 from captioning.training.config import TrainConfig
 from captioning.training.trainer import make_optimizer
@@ -57,6 +57,7 @@ def build_parser() -> FlagParser:
     add("--images", type=positive_int, default=4, help="images a step of ours, all of their captions together")
     text = "captions: also time, or with --tiny check, a step of ours of one caption an image, as p2_train.py takes it"
     add("--batch-by", choices=["images", "captions"], default="images", help=text)
+    add("--attention", choices=ATTENTION, default="auto", help="of ours, as p2_train.py's")
     add("--student-batch", type=positive_int, default=5, help="captions a step of both peers")
     add("--tiny", action="store_true", help="compare losses and gradients of tiny models; no times")
     return parser
@@ -238,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         rivals = Rivals(TINY if args.tiny else FULL, args.images, Path(folder), device)
+        rivals.captioner.attention = args.attention
         if args.tiny:
             batch = rivals.first(CAPTIONS)
             if args.batch_by == "captions":  # some of them share an image

@@ -26,7 +26,6 @@ NEGLIGIBLE = 1e-5  # a relative error below this is none: in float32 both are be
 RUNS = 5  # timed of each route, after one that is not
 FAILURES = (RuntimeError, NotImplementedError, AttributeError, TypeError)  # of operators that are missing or changed
 
-Attend = Callable[[Tensor], Tensor]
 _decided: dict[tuple[torch.device, torch.dtype, int], str] = {}
 
 
@@ -59,51 +58,74 @@ def attention_route(
 
 def _decide(device: torch.device, dtype: torch.dtype, size: int, packing: Packing | None, heads: int) -> str:
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            check(device, dtype, size)
-            if device.type != "cuda" or packing is None:
-                return PACKED
-            return _faster(device, dtype, size, packing, heads)
+        check(device, dtype, size)
+        return PACKED if device.type != "cuda" or packing is None else _faster(Trial(packing, heads, size), dtype)
     except FAILURES as error:
         reason = str(error).partition("\n")[0]
         log.warning("packed attention is not used: %s; attention takes a mask for the rest of the run", reason)
         return MASK
 
 
+class Trial:
+    """Random queries, keys, values and gradients for both routes; no global random state is used or changed.
+
+    Args:
+        packing: where B rows have their captions, on the device that is tried.
+        heads: how many, nh.
+        size: of a head, hs.
+        padding: which places are, bool (B, P+S); nothing is asked of these, and the gradient is zero there.
+    """
+
+    def __init__(self, packing: Packing, heads: int, size: int, padding: Tensor | None = None) -> None:
+        self.packing, slots = packing, packing.slots
+        shape = len(slots), packing.n_prefix + packing.length
+        random = torch.Generator().manual_seed(0)
+        self.device, self.padding = slots.device, torch.zeros(shape, dtype=torch.bool) if padding is None else padding
+        self.qkv = torch.randn(*shape, 3, heads, size, generator=random, dtype=torch.float64)
+        self.grad = torch.randn(*shape, heads * size, generator=random, dtype=torch.float64)
+        self.grad[self.padding] = 0
+
+    def runs(self, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+        """Return for each route what runs it forward and backward in ``dtype``, to output and gradient."""
+        grad = self.grad.to(dtype).to(self.device)
+        x = self.qkv.to(dtype).to(self.device).requires_grad_()
+
+        def run(attend: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+                out = attend(x)
+                return out.detach(), *torch.autograd.grad(out, x, grad)
+
+        return {PACKED: lambda: run(self._packed), MASK: lambda: run(self._masked)}
+
+    def errors(self, dtype: torch.dtype) -> dict[str, list[float]]:
+        """Return how far output and gradient of each route are off, relative to float32's by the mask.
+
+        For wider types they are held against float64's.
+        """
+        wanted = self.runs(torch.float32 if dtype.itemsize < 4 else torch.float64)[MASK]()
+        return {
+            route: [self._apart(one, exact) for one, exact in zip(run(), wanted, strict=True)]
+            for route, run in self.runs(dtype).items()
+        }
+
+    def _packed(self, qkv: Tensor) -> Tensor:
+        return PackedAttention.apply(qkv, self.packing)
+
+    def _masked(self, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.packing.additive(q.dtype))
+        return out.transpose(1, 2).flatten(2)
+
+    def _apart(self, one: Tensor, exact: Tensor) -> float:
+        one, exact = (part.cpu()[~self.padding].double() for part in (one, exact))
+        return ((one - exact).norm() / exact.norm()).item()
+
+
 def check(device: torch.device, dtype: torch.dtype, size: int) -> None:
     """Let both routes attend on a small random case; raise RuntimeError where packed attention is worse than the mask.
 
-    The errors are those of output and gradient against a mask in float32 (float64 for wider types), relative to it.
+    Two rows of uneven captions follow a prefix of 21 tokens.
     """
-    packing, padding = _small_case(device)
-    random = torch.Generator().manual_seed(0)  # the global one is left as it is
-    shape = (2, padding.shape[1], 3, 2, size)
-    exact_type = torch.float32 if dtype.itemsize < 4 else torch.float64
-    qkv = torch.randn(shape, generator=random, dtype=exact_type).to(device)
-    grad = torch.randn(*shape[:2], 2 * size, generator=random, dtype=exact_type).to(device)
-    grad[padding] = 0
-
-    def run(attend: Attend, dtype: torch.dtype) -> list[Tensor]:
-        x = qkv.to(dtype).requires_grad_()
-        out = attend(x)
-        (gradient,) = torch.autograd.grad(out, x, grad.to(out.dtype))
-        return [part[~padding].to(exact_type) for part in (out.detach(), gradient)]
-
-    packed, mask = _routes(packing)
-    wanted = run(mask, exact_type)
-    errors = [
-        [((ours - exact).norm() / exact.norm()).item() for ours, exact in zip(run(attend, dtype), wanted, strict=True)]
-        for attend in (packed, mask)
-    ]
-    for what, ours, theirs in zip(("output", "gradient"), *errors, strict=True):
-        if not ours <= max(WORSE * theirs, NEGLIGIBLE):  # NaN is not
-            raise RuntimeError(
-                f"its {what} in {dtype} on {device} is off by {ours:.1e}, and the mask's by {theirs:.1e}"
-            )
-
-
-def _small_case(device: torch.device) -> tuple[Packing, Tensor]:
-    """Two rows of uneven captions after a prefix of 21 tokens, and which places are padding, bool (2, P+S)."""
     lengths, n_prefix, length = [[3, 1, 5], [2]], 21, 10
     slots = torch.full((2, 3, 5), -1)
     owner = torch.zeros(2, n_prefix + length, dtype=torch.long)  # 0 the prefix, then the captions; -1 padding
@@ -116,37 +138,28 @@ def _small_case(device: torch.device) -> tuple[Packing, Tensor]:
             start += count
     seen = (owner[:, None] == owner[..., None]) | (owner[:, None] == 0)  # (2, P+S, P+S)
     mask = (seen & torch.ones_like(seen).tril())[:, None].to(device)
-    return Packing(n_prefix, slots.to(device), length, lambda: mask), (owner < 0).to(device)
+    packing = Packing(n_prefix, slots.to(device), length, lambda: mask)
+    errors = Trial(packing, 2, size, owner < 0).errors(dtype)
+    for what, ours, theirs in zip(("output", "gradient"), errors[PACKED], errors[MASK], strict=True):
+        if not ours <= max(WORSE * theirs, NEGLIGIBLE):  # NaN is not
+            of_both = f"is off by {ours:.1e}, and the mask's by {theirs:.1e}"
+            raise RuntimeError(f"its {what} in {dtype} on {device} {of_both}")
 
 
-def _routes(packing: Packing) -> tuple[Attend, Attend]:
-    """Both ways from qkv (B, P+S, 3, nh, hs) to (B, P+S, C): packed, and by the mask."""
+def _faster(trial: Trial, dtype: torch.dtype) -> str:
+    """Return the route that is faster on CUDA, forward and backward."""
 
-    def by_mask(qkv: Tensor) -> Tensor:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.additive(q.dtype))
-        return out.transpose(1, 2).flatten(2)
-
-    return lambda qkv: PackedAttention.apply(qkv, packing), by_mask
-
-
-def _faster(device: torch.device, dtype: torch.dtype, size: int, packing: Packing, heads: int) -> str:
-    """Return the route that is faster at the shape of a step, forward and backward."""
-    rows = packing.n_prefix + packing.length
-    qkv = torch.ones(len(packing.slots), rows, 3, heads, size, dtype=dtype, device=device, requires_grad=True)
-    grad = torch.ones(len(packing.slots), rows, heads * size, dtype=dtype, device=device)
-
-    def seconds(attend: Attend, runs: int) -> float:
-        torch.cuda.synchronize(device)
+    def seconds(run: Callable[[], tuple[Tensor, ...]], count: int) -> float:
+        torch.cuda.synchronize(trial.device)
         start = time.perf_counter()
-        for _ in range(runs):
-            torch.autograd.grad(attend(qkv), qkv, grad)
-        torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / runs
+        for _ in range(count):
+            run()
+        torch.cuda.synchronize(trial.device)
+        return (time.perf_counter() - start) / count
 
-    both = dict(zip((PACKED, MASK), _routes(packing), strict=True))
-    for attend in both.values():
-        seconds(attend, 1)  # what the first run costs only once
-    taken = {route: seconds(attend, RUNS) for route, attend in both.items()}
-    log.info("attention of a layer: packed %.3f ms, mask %.3f ms", *(1e3 * taken[route] for route in (PACKED, MASK)))
+    runs = trial.runs(dtype)
+    for run in runs.values():
+        seconds(run, 1)  # what the first run costs only once
+    taken = {route: seconds(run, RUNS) for route, run in runs.items()}
+    log.info("attention of a layer: packed %.3f ms, mask %.3f ms", 1e3 * taken[PACKED], 1e3 * taken[MASK])
     return min(taken, key=taken.__getitem__)

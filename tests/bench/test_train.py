@@ -7,9 +7,9 @@ from bench import train as bench
 from decoder import frozen_linear
 
 
-@pytest.mark.parametrize("batch_by", ["images", "captions"])
-def test_loss_and_gradients_are_equal(batch_by, capsys):
-    assert bench.main(["--tiny", "--images", "2", "--batch-by", batch_by]) == 0
+@pytest.mark.parametrize(("batch_by", "route"), [("images", "auto"), ("images", "mask"), ("captions", "auto")])
+def test_loss_and_gradients_are_equal(batch_by, route, capsys):
+    assert bench.main(["--tiny", "--images", "2", "--batch-by", batch_by, "--attention", route]) == 0
     assert "largest relative difference" in capsys.readouterr().out
 
 

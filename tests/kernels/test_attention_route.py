@@ -1,6 +1,5 @@
 """attention_route.py: packed attention is taken where it shows that it is right, and else a mask, with one warning."""
 
-import contextlib
 import logging
 from types import SimpleNamespace
 
@@ -92,40 +91,36 @@ class OnCuda:
 
     device = torch.device("cuda:0")
 
-    def __init__(self, monkeypatch, packed, mask):
+    def __init__(self, monkeypatch, packed=1.0, mask=2.0):
         self.now, self.runs = 0.0, {PACKED: 0, MASK: 0}
         self.taken = {PACKED: packed, MASK: mask}
         monkeypatch.setattr(attention_route, "can_attend_packed", lambda *asked: True)
         monkeypatch.setattr(attention_route, "check", lambda *asked: None)
-        monkeypatch.setattr(attention_route, "_routes", lambda packing: (self.run(PACKED), self.run(MASK)))
+        monkeypatch.setattr(attention_route.Trial, "_packed", lambda trial, qkv: self.run(PACKED, qkv))
+        monkeypatch.setattr(attention_route.Trial, "_masked", lambda trial, qkv: self.run(MASK, qkv))
         monkeypatch.setattr(attention_route.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(attention_route.torch.cuda, "synchronize", lambda device: None)
-        monkeypatch.setattr(attention_route.torch.cuda, "is_current_stream_capturing", lambda: False)
-        ones = torch.ones
-        monkeypatch.setattr(attention_route.torch, "ones", lambda *a, device=None, **k: ones(*a, **k))
-        monkeypatch.setattr(attention_route.torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
-    def run(self, which):
-        def attend(qkv):
-            self.now += self.taken[which]
-            self.runs[which] += 1
-            return (qkv.sum(2) * 1.0).flatten(2)
-
-        return attend
+    def run(self, which, qkv):
+        self.now += self.taken[which]
+        self.runs[which] += 1
+        return qkv.sum(2).flatten(2)
 
 
 @pytest.mark.parametrize(("packed", "mask", "faster"), [(1.0, 2.0, PACKED), (2.0, 1.0, MASK)])
 def test_on_cuda_the_faster_of_five_runs_at_the_real_shape_stays(monkeypatch, packed, mask, faster):
     card = OnCuda(monkeypatch, packed, mask)
     packing, _, _ = packing_of([[3, 2]], prefix=7)
-    decided = [attention_route.attention_route(card.device, torch.bfloat16, 16, packing, 2) for _ in range(3)]
+    with torch.no_grad():
+        decided = [attention_route.attention_route(card.device, torch.bfloat16, 16, packing, 2) for _ in range(3)]
     assert decided == [faster] * 3
     assert card.runs == {PACKED: 6, MASK: 6}
 
 
 def test_nothing_is_tried_out_while_a_graph_is_recorded(monkeypatch):
-    card = OnCuda(monkeypatch, 1.0, 2.0)
-    monkeypatch.setattr(attention_route.torch.cuda, "is_current_stream_capturing", lambda: True)
+    card = OnCuda(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert attention_route.attention_route(card.device, torch.bfloat16, 16) == MASK
     assert not attention_route._decided
 
