@@ -71,6 +71,7 @@ def tiny_profile(tmp_path_factory, tiny_data, tiny_decoder_file, tokenizer_folde
         clip_weights="openai",
         llava=PROFILES["micro"].llava,
         cache=str(tmp_path_factory.mktemp("cache")),
+        chair_words=PROFILES["micro"].chair_words,
     )
 
 
