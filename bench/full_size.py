@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import subprocess
@@ -21,11 +22,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from bench import photographs
 from bench.arithmetic import BEAMS, TOKENS
@@ -40,6 +40,7 @@ from captioning.profiles import ROOT
 from microworld.scenes import generate
 from microworld.steps import flags
 
+T = TypeVar("T")
 MINUTES = 8.0  # that a rehearsal may take on a GPU
 
 
@@ -280,27 +281,53 @@ def row(name: str, work: dict[str, Any], unit: str, teraflops: float | str, shar
     }
 
 
-def rehearse(args: argparse.Namespace, size: Size, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Run all parts below ``folder`` and return the results."""
+@dataclass(frozen=True)
+class Surveyed:
+    """What is known of the device that everything runs on: rates as ``measure_rates`` returns them."""
+
+    kind: str
+    machine: str
+    bf16: bool
+    rates: dict[str, float]
+    copying: float
+
+
+def survey(name: str, rows: int) -> Surveyed:
+    """Look at the device of ``--device name`` and measure it, by matrices of so many rows where it is no GPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    device = pick_device(name)
+    rates = measure_rates(device, None if device.type == "cuda" else rows)
+    return Surveyed(device.type, machine(device), has_bf16(device), *rates)
+
+
+def in_child(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a new process: a CUDA context takes memory from the card for as long as its process lives."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def rehearse(args: argparse.Namespace, size: Size, before: Surveyed, folder: Path) -> dict[str, Any]:
+    """Run all parts below ``folder`` on a device that was surveyed; return the results."""
     numbers, started = choose(args, size), time.monotonic()
-    default = MINUTES if device.type == "cuda" else math.inf
+    default = MINUTES if before.kind == "cuda" else math.inf
     run = Rehearsal(folder, args.device, 60 * (default if args.minutes is None else args.minutes))
-    rows = None if device.type == "cuda" else size.floor  # of the matrices
-    rates, copying = measure_rates(device, rows)
     tokens = prepare(folder, size, numbers, args.workers)
     prepared = time.monotonic() - started
-    parts = parts_of(size, numbers, tokens, "bf16" if has_bf16(device) else "fp32")
+    parts = parts_of(size, numbers, tokens, "bf16" if before.bf16 else "fp32")
     usages, failure = run_all(run, size, numbers)
-    again, copying_again = measure_rates(device, rows)  # other work on the machine may have been in the way
-    rates = {kind: max(rate, again[kind]) for kind, rate in rates.items()}
+    after = in_child(survey, args.device, size.floor)  # other work on the machine may have been in the way
+    rates = {kind: max(rate, after.rates[kind]) for kind, rate in before.rates.items()}
     return {
-        "machine": machine(device),
+        "machine": before.machine,
         "failure": failure,
         "tiny": size is TINY,
         "numbers": numbers,
         "caption_tokens": tokens,
         "matrix_rates": rates,
-        "copy_rate": max(copying, copying_again),
+        "copy_rate": max(before.copying, after.copying),
         "rows": table(parts, usages, rates),
         "seconds": {"prepare": prepared} | {k: u["seconds"] for k, u in usages.items()},
         "reserved_gb": {k: u["cuda_gb"] for k, u in usages.items() if u["cuda_gb"] is not None},
@@ -340,8 +367,8 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     size = TINY if args.tiny else FULL
     choose(args, size)
-    device = pick_device(args.device)
-    found = in_folder(args.work, lambda folder: rehearse(args, size, device, folder))
+    before = in_child(survey, args.device, size.floor)
+    found = in_folder(args.work, lambda folder: rehearse(args, size, before, folder))
     text = as_text(found)
     print(f"\n{text}")
     if args.out:

@@ -54,6 +54,23 @@ def test_the_small_form_runs_every_part(rehearsal):
     assert len(tokens) == VOCABULARY
 
 
+def test_the_process_that_starts_the_parts_leaves_the_device_to_them(monkeypatch, tmp_path):
+    """A CUDA context of its own would take memory from the card for as long as the rehearsal lasts."""
+
+    def touched(*args):
+        raise AssertionError("the device is looked at in this process")
+
+    for name in ("pick_device", "machine", "has_bf16", "measure_rates"):
+        monkeypatch.setattr(bench, name, touched)
+    before = bench.in_child(bench.survey, "cpu", 64)
+    assert (before.kind, before.bf16, list(before.rates)) == ("cpu", False, ["fp32"])
+    monkeypatch.setattr(bench, "prepare", lambda *args: 12.0)
+    monkeypatch.setattr(bench, "run_all", lambda *args: ({}, "stopped"))
+    args = bench.build_parser().parse_args(["--tiny", "--device", "cpu"])
+    assert bench.rehearse(args, TINY, before, tmp_path)["machine"] == before.machine
+    assert bench.main(["--tiny", "--device", "nowhere"]) == 2
+
+
 def test_missing_results_are_noticed(rehearsal, tmp_path):
     work, numbers = tmp_path / "work", {"steps": 2, "scst_steps": 1, "images": 4, "maps": 1}
     shutil.copytree(rehearsal[0] / "work", work, symlinks=True)
