@@ -26,6 +26,7 @@ from captioning.training.config import SCST_NUMBERS, SETTINGS, TrainConfig
 from captioning.training.loading import Split
 from captioning.training.run_folder import RunFolder
 from captioning.training.scst import ScstTrainer
+from captioning.training.setup import free_encoder
 from captioning.training.trainer import Trainer
 
 
@@ -83,7 +84,10 @@ def cache(gpu: FakeGpu, images: int = 32) -> Facts:
             Image.new("RGB", (32, 32), (number, 0, 0)).save(path)
         features = cached_features(captioner, paths, Path(folder) / "cache")
         assert features.gather([0]).dtype == torch.float16
-    return described(ledger.kernels, ledger.waits)
+        facts = described(ledger.kernels, ledger.waits)
+        free_encoder(captioner, Split([], [], features))
+    facts["counts"]["encoder's tensors left"] = sum(p.device.type == "cuda" for p in captioner.encoder.parameters())
+    return facts
 
 
 class Books:
