@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "maps": {"inference", "data", "models"},
     "scale": {"inference", "data"},
     "report": {"training.run_folder", "models.llava", "maps.attention", "maps.figures", "maps.saved"},
+    "app": {"api", "data", "maps", "models", "scoring"},
 }
 SHARED = {
     "cli": {"profiles"},
@@ -48,7 +49,7 @@ SHARED = {
     "clip_names": {"checkpoints", "torchscript"},
     "distributed": {"cli", "device", "imports"},
 }
-ON_TOP = {"captioning.api"}  # what they call from outside: it may import all, and nothing of the package imports it
+ON_TOP = {"captioning.api"}  # what is called from outside: it may import all, and of the package only the page uses it
 DECODER = {"captioning.kernels", "captioning.checkpoints", "captioning.tensors", "captioning.messages"}
 
 
@@ -118,7 +119,7 @@ def test_shared_modules_import_each_other_downwards_only(name):
     assert siblings(name) <= {f"captioning.{other}" for other in SHARED.get(unit(name), ())} | {"captioning"}
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("captioning.")])
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("captioning.") and unit(n) != "app"])
 def test_the_package_does_not_import_what_is_called_from_outside(name):
     assert not siblings(name) & ON_TOP - {name}
 

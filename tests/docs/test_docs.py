@@ -34,6 +34,7 @@ ELSEWHERE = {  # commands that other tests run
     "python -m bench.evaluate --tiny": "tests/bench/test_evaluate.py",
     "python -m bench.processes --tiny": "tests/bench/test_processes.py",
     "bash bench/full_size.sh --tiny": "tests/bench/test_full_size.py",
+    "python app.py": "tests/app/test_server.py",
     "python -m bench.scale_study --check": "tests/bench/test_scale_study.py",
 }
 PLACEHOLDERS = {  # what tiny data of the tests stands for what words of a command
