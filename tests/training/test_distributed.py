@@ -232,10 +232,10 @@ def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
     assert "exitcode  : 9" in result.stderr
 
 
-def test_a_bad_flag_is_refused_in_one_line(tmp_path):
+def test_a_bad_flag_is_refused_in_one_line(tiny_data, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "training_state.safetensors").write_bytes(b"a run")
-    command = ("p2_train.py", "--profile", "micro", "--device", "cpu", "--out", tmp_path / "taken")
+    command = ("p2_train.py", "--profile", "micro", "--device", "cpu", "--data", tiny_data, "--out", tmp_path / "taken")
     result = launch(2, *command, launcher=ACCELERATE)
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
