@@ -249,7 +249,7 @@ course_data() {
   if [[ ! -f $zip ]]; then
     say "hw3_data.zip from Google Drive, id $HW3_DATA_ID; no checksum on record, but each member has its own (CRC)"
     "$PYTHON" -m gdown --continue --retries "$tries" --output "$zip.part" "$HW3_DATA_ID" ||
-      fail "hw3_data.zip: gdown could not fetch the id $HW3_DATA_ID; is it shared with everyone, and gdown installed?"
+      fail "hw3_data.zip: gdown could not fetch the id $HW3_DATA_ID; is it shared with everyone, and gdown installed (pip install -e '.[download]')?"
     mv "$zip.part" "$zip"
   fi
   if ! prepare unpack --zip "$zip" --out "$root/hw3_data" --source "course zip, Google Drive id $HW3_DATA_ID"; then

@@ -17,6 +17,11 @@ def listed(items: Sequence[object]) -> str:
     return f" ({some(items)})" if items else ""
 
 
+def install(extra: str) -> str:
+    """Return how to install an optional part of pyproject.toml, in the version that is tested."""
+    return f"`pip install -e '.[{extra}]'` in the scripts' folder"
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """Return ``text`` on one line, cut at ``limit`` characters: another program's message within ours."""
     return " ".join(text.split())[:limit]

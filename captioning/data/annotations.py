@@ -282,6 +282,8 @@ def find_images(annotations: Annotations, images_root: str | os.PathLike | None)
     """
     if images_root is None:
         raise ValueError("--images_root is needed for CLIPScore; give it or use --metrics cider")
+    if not Path(images_root).is_dir():
+        raise FileNotFoundError(f"--images_root {images_root}: no such folder; give the one that holds the pictures")
     paths = find_files(f"--images_root {images_root}", annotations.file_names, Path(images_root))
     missing = [path.name for path in paths.values() if not path.is_file()]
     if missing:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from captioning.data.images import read_suffixes
 from captioning.files import composed, is_text
-from captioning.messages import some
+from captioning.messages import install, some
 
 log = logging.getLogger(__name__)
 
 MOST_SHOWN = 5  # names of what is passed over
 HINTS = {  # by the suffix of a file that is passed over, what could be done about it
-    **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif, and .heic is read"),
+    **dict.fromkeys((".heic", ".heif", ".hif"), f"{install('heic')}, and .heic is read"),
     **dict.fromkeys((".tar", ".tgz", ".gz", ".zip"), "tars and zips are given by name, as 'DIR/*.tar'"),
 }
 

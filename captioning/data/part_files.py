@@ -11,6 +11,7 @@ from typing import Any
 from captioning.data.ranked import caption_of, record_of
 from captioning.files import atomic_path, composed, parse_json
 from captioning.imports import import_guarded
+from captioning.messages import install
 
 FORMS = ("json", "jsonl", "parquet")
 ROWS = 10_000  # of a Parquet file that are in memory at once
@@ -79,6 +80,6 @@ def parquet() -> Any:
         return import_guarded("pyarrow.parquet")
     except ImportError as error:
         raise ValueError(
-            f"Parquet needs pyarrow, which cannot be imported ({error}): pip install pyarrow, or choose "
-            "--out-format jsonl"
+            f"Parquet needs pyarrow, which cannot be imported ({error}): {install('parquet')}, or take JSON lines "
+            "(--out-format jsonl)"
         ) from error

@@ -17,7 +17,7 @@ from typing import Any
 
 from captioning.imports import import_guarded
 from captioning.inference.batches import Job
-from captioning.messages import one_line
+from captioning.messages import install, one_line
 from captioning.scale.sources import Shard
 from captioning.scale.worker import Folder, caption_shards
 
@@ -99,7 +99,7 @@ def import_ray() -> Any:
         import_guarded("ray.data")
     except ImportError as error:
         raise ValueError(
-            f"--engine ray: Ray cannot be imported ({error}): pip install 'ray[data]', or leave --engine out"
+            f"--engine ray: Ray cannot be imported ({error}): {install('ray')}, or leave --engine out"
         ) from error
     return sys.modules["ray"]
 

@@ -151,6 +151,7 @@ def _names(path: Path) -> Iterator[str]:
 
 
 Shard = TarShard | ZipShard | ListShard
+PLACES = "give folders, pictures or globs"  # where each image must be a file of its own
 WHAT_TO_GIVE = "give a folder, pictures, a list of paths (.txt or .jsonl), or tars or zips"
 
 
@@ -270,7 +271,7 @@ def _kind(path: Path) -> str:
     return "folder"
 
 
-def find_files(text: str) -> Iterator[Path]:
+def find_files(text: str, remedy: str = WHAT_TO_GIVE) -> Iterator[Path]:
     """Yield the files that ``text`` names: a path, a glob, or either with brace ranges.
 
     Raises:
@@ -285,7 +286,7 @@ def find_files(text: str) -> Iterator[Path]:
         else:
             found = [Path(name)]
         if not found or not found[0].is_file():
-            raise FileNotFoundError(f"{name}: no such file; {WHAT_TO_GIVE}")
+            raise FileNotFoundError(f"{name}: no such file; {remedy}")
         yield from found
 
 
@@ -293,14 +294,21 @@ def images_at(places: Sequence[Path], recursive: bool = False) -> dict[str, Path
     """Return ``{key: path}`` of the images that ``places`` (files, globs and folders) of ``--images`` name.
 
     Raises:
-        FileNotFoundError, ValueError: a place does not exist, or two images share a key.
+        FileNotFoundError, ValueError: a place does not exist or is a list or an archive, or two images share a key.
     """
     names: list[str] = []
     paths: list[Path] = []
     for place in map(on_disk, places):
-        found = images_in(place, recursive) if place.is_dir() else {path.name: path for path in find_files(str(place))}
-        names += [path.relative_to(place).as_posix() for path in found.values()] if place.is_dir() else [*found]
-        paths += found.values()
+        if place.is_dir():
+            found = [*images_in(place, recursive).values()]
+            names += [path.relative_to(place).as_posix() for path in found]
+        else:
+            found = [*find_files(str(place), PLACES)]
+            names += [path.name for path in found]
+        paths += found
+    for path in paths:
+        if path.suffix.lower() in LIST_SUFFIXES or NAMES.search(path.name):
+            raise ValueError(f"--images {path}: not a picture; {PLACES}, of an archive after unpacking it")
     return by_key("--images", names, paths)
 
 

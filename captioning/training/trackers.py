@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.imports import import_guarded
+from captioning.messages import install
 
 NAMES = ("tensorboard", "wandb", "trackio")  # pip's names too
 CHOICES = (*NAMES, "all")
@@ -32,7 +33,7 @@ class Trackers:
         wanted = NAMES if name == "all" else (name,)
         found = [tracker for tracker in wanted if tracker in installed]
         if not found:
-            packages = " or ".join(f"`pip install {tracker}`" for tracker in wanted)
+            packages = " or ".join(install(n) if n == "tensorboard" else f"`pip install {n}`" for n in wanted)
             raise ValueError(f"--log-with {name}: not installed; {packages}, or leave the flag out")
         arguments = {
             "tensorboard": {"run_name": "tensorboard", "logging_dir": str(out)},

@@ -124,8 +124,8 @@ def test_what_is_passed_over_is_counted_in_one_line(tmp_path, caplog, monkeypatc
     (line,) = caplog.messages
     assert line == (
         f"{tmp_path}: 5 files and 2 subfolders passed over: clip.mp4, data.tar, no suffix, notes.txt, other/ and 2 "
-        "more; --recursive takes subfolders; pip install pillow-heif, and .heic is read; tars and zips are given by "
-        "name, as 'DIR/*.tar'"
+        "more; --recursive takes subfolders; `pip install -e '.[heic]'` in the scripts' folder, and .heic is read; "
+        "tars and zips are given by name, as 'DIR/*.tar'"
     )
     caplog.clear()
     assert list(images_in(tmp_path, recursive=True)) == ["a", "sub/b"]

@@ -368,6 +368,16 @@ def test_python_is_said_once_and_truly():
     assert "sys.version_info < (3, 11)" in MAKEFILE and "Python 3.11 or newer" in TEXTS["README.md"]
 
 
+def test_what_messages_say_to_install_is_there_in_a_version_that_is_tested():
+    """ "pip install pyarrow" gave whatever was the newest. What has no pin of ours is named alone."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *(ROOT / "captioning").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        for extra in [*re.findall(r"pip install -e '\.\[(\w+)\]'", text), *re.findall(r"\binstall\(['\"](\w+)", text)]:
+            assert extra in PYPROJECT["project"]["optional-dependencies"], (path, extra)
+        others = re.findall(r"pip install (?!-r requirements\.txt|-e )(\S+)", text)
+        assert not {name.strip("`'\",") for name in others} - {"bitsandbytes", "{n}", "torch"}, path
+
+
 def test_requirements_are_pinned_torch_first_and_developers_tools_apart():
     script = [line.split()[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0] != "#"]
     dev = [line.split()[0] for line in (ROOT / "requirements-dev.txt").read_text().splitlines() if line[0] != "#"]

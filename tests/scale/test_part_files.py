@@ -54,6 +54,6 @@ def full_at(full):
 
 def test_parquet_without_pyarrow_is_refused_at_once(tars, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ValueError, match="pip install pyarrow"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[parquet\]'"):
         run(tars, tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()

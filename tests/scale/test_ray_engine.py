@@ -128,7 +128,7 @@ def test_without_ray_one_line_says_how_to_get_it(tmp_path, tars, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "ray.data", None)
     words = [str(tars), str(tmp_path / "out.jsonl"), *flags(tiny_profile, adapter), "--engine", "ray"]
     assert p2_infer.main(words) == BAD_INPUT
-    assert "pip install 'ray[data]'" in capsys.readouterr().err
+    assert "pip install -e '.[ray]'" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
 
 

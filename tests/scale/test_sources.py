@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 from level_captioner import grey, picture
+from PIL import Image
 from shard_runs import pictures, write_tar
 
 from captioning.data.listing import list_images
 from captioning.scale import sources
 from captioning.scale.archives import Findings
-from captioning.scale.sources import Source, expand_braces, find_files
+from captioning.scale.sources import Source, expand_braces, find_files, images_at
 
 
 def test_braces():
@@ -211,3 +212,29 @@ def test_subfolders_of_a_folder_become_a_list_with_keys(tmp_path, monkeypatch):
 def test_flags_that_do_not_belong_are_refused(argument, flags, message):
     with pytest.raises(ValueError, match=message):
         Source((Path(argument),), **flags)
+
+
+def test_pictures_of_one_name_are_refused_in_a_folder_and_chosen_by_a_glob(tmp_path):
+    """a.jpg beside a.tif: which one the captions of `a` are of would be a guess. Of a list's the first counts."""
+    for name in ("a.jpg", "a.tif", "b.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(ValueError, match=r"a\.jpg and a\.tif share the name 'a'.*choose by a glob such as '\*\.jpg'"):
+        Source((tmp_path,)).images()
+    with pytest.raises(ValueError, match="share the name 'a'"):
+        images_at([tmp_path])
+    assert [entry.key for entry in Source((tmp_path / "*.jpg",)).images()] == ["a", "b"]
+    assert images_at([tmp_path / "*.jpg"]) == {"a": tmp_path / "a.jpg", "b": tmp_path / "b.jpg"}
+
+
+def test_only_files_of_their_own_are_explained(tmp_path):
+    """p3_attention.py took a zip for a picture, after it had built the model."""
+    for name in ("a.zip", "a.tar.gz", "list.jsonl"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"{name}: not a picture; give folders, pictures or globs, of an archive"):
+            images_at([tmp_path / name])
+    for name in ("nowhere", "*.png", "{0..1}.png"):
+        with pytest.raises(FileNotFoundError, match=r"no such file; give folders, pictures or globs$"):
+            images_at([tmp_path / name])
+    for number in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    assert [*images_at([tmp_path / "{0..1}.png"])] == ["0", "1"]

@@ -211,6 +211,15 @@ def test_references_lie_beside_the_folder_of_images_by_default(files, tmp_path, 
     }
 
 
+@pytest.mark.parametrize("name", ["a.zip", "nowhere", "*.jpg"])
+def test_a_folder_of_images_that_is_none_is_called_so(name, files, tmp_path, caplog):
+    """It was said that all pictures were missing from it."""
+    (tmp_path / "a.zip").touch()
+    argv = [*files(), "--metrics", "cider,clipscore", "--tokenizer", "ptb", "--images-root", str(tmp_path / name)]
+    assert evaluate.main(argv) == PARTIAL
+    assert f"--images_root {tmp_path / name}: no such folder; give the one that holds the pictures" in caplog.text
+
+
 def test_the_annotations_are_read_once(files, monkeypatch):
     read, load = [], evaluate.load_annotations
     monkeypatch.setattr(evaluate, "load_annotations", lambda file, split: read.append(file) or load(file, split))

@@ -184,7 +184,13 @@ def test_bad_input(images, tmp_path, adapter, tiny_data, capsys):
     assert "heads 0 to 1" in fails(capsys, "p2", one, out, adapter, "--heads", "5")
     assert "--caption explains one image" in fails(capsys, "p2", [images], out, adapter, "--caption", "A dog.")
     assert "--caption is empty" in fails(capsys, "p2", one, out, adapter, "--caption", " ")
-    assert "none.jpg: no such file" in fails(capsys, "p2", [tmp_path / "none.jpg"], out, adapter)
+    for name in ("list.txt", "a.zip", "a.tar"):
+        (tmp_path / name).touch()
+        message = fails(capsys, "p2", [tmp_path / name], out, adapter)
+        assert f"--images {tmp_path / name}: not a picture; give folders, pictures or globs, of an archive" in message
+    assert "none.jpg: no such file; give folders, pictures or globs" in fails(
+        capsys, "p2", [tmp_path / "none.jpg"], out, adapter
+    )
     assert "share the name" in fails(capsys, "p2", [one[0], one[0]], out, adapter)
     assert "--annotation-file" in fails(capsys, "p2", [images], out, adapter, "--best-worst", adapter)
     bad = tmp_path / "bad.json"

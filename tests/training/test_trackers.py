@@ -80,7 +80,8 @@ def test_a_missing_tracker_is_named_with_its_package(name, tracking, tmp_path, m
     assert train(tmp_path / "run", "--log-with", name) == 2
     error = capsys.readouterr().err
     assert f"--log-with {name}: not installed" in error
-    assert f"`pip install {'tensorboard' if name == 'all' else name}`" in error
+    board = "`pip install -e '.[tensorboard]'`"
+    assert (board if name in ("tensorboard", "all") else f"`pip install {name}`") in error
     assert not (tmp_path / "run").exists()
 
 
