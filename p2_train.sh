@@ -2,7 +2,8 @@
 # The best full-size run: GPT-2 small + CLIP ViT-L/14 with LoRA, on what `bash hw3_download.sh` made.
 # Flags are passed on: bash p2_train.sh --epochs 4, or bash p2_train.sh --setting 1 (which goes to runs/1).
 # It may be called from any folder: paths in flags, and runs/, are in that folder.
-# On several GPUs it starts a process for each; CUDA_VISIBLE_DEVICES=0 or a --device limits it to one.
+# On several GPUs it starts a process for each; CUDA_VISIBLE_DEVICES=0 or a --device limits it to one, which trains
+# about as fast at 16 images a batch: parts of a batch launch as many kernels as the whole.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ -z ${PYTHON:-} ]]; then

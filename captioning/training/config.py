@@ -48,7 +48,11 @@ class TrainConfig:
         "what a batch counts: images, all of whose captions go with them, or captions, shuffled over all images",
         choices=("images", "captions"),
     )
-    batch_size: int = option(16, "images or captions a batch, over all processes together", at_least=1)
+    batch_size: int = option(
+        16,
+        "images or captions a batch, over all processes together; several GPUs hardly train faster below 16 for each",
+        at_least=1,
+    )
     accumulate: int = option(1, "batches an optimiser step", at_least=1)
     lr: float = option(2e-3, "learning rate of LoRA", above=0, below=10)
     lora_plus: float = option(

@@ -13,6 +13,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from captioning.data.annotations import Sample, load_split
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 # Best, last, and in each of three states, one of them being written, weights, two moments and the sum of gradients.
 FILES_OF_WEIGHTS = 14
+FULL_SHARE = 16  # images or captions of a batch that a GPU needs before a part of them takes it clearly less time
 FREE = {"log_every", "save_every", "max_skipped", "attention"}  # numbers that may be changed when a run is resumed
 # What an option means where a run of another version does not have it: those that are gone, and those that came later.
 ABSENT = {"average_last": 0, "rank_stabilized": False, "draws": "beam"} | {
@@ -210,16 +212,28 @@ def check_run(args: Any, config: TrainConfig, captioner: Captioner, folder: RunF
         return
     trainable = count_trainable(captioner)
     print(f"trainable parameters: {trainable:,}")
-    if config.batch_size < processes.count:
-        log.warning(
-            "--batch-size %d: %d of the %d processes have no image of a batch and only wait",
-            config.batch_size,
-            processes.count - config.batch_size,
-            processes.count,
-        )
+    check_shares(config, captioner.device, processes.count)
     folder.check_room(FILES_OF_WEIGHTS * 4 * trainable)
     if args.resume:
         check_resumed(folder, fixed(args, config, captioner))
+
+
+def check_shares(config: TrainConfig, device: torch.device, count: int) -> None:
+    """Say where processes have too little of a batch to be worth it."""
+    size = config.batch_size
+    if size < count:
+        idle = "--batch-size %d: %d of the %d processes have no image of a batch and only wait"
+        log.warning(idle, size, count - size, count)
+    elif device.type == "cuda" and count > 1 and size < count * FULL_SHARE:
+        log.warning(
+            "--batch-size %d over %d GPUs: a step of %d %s takes a GPU hardly less time than one of %d; several GPUs "
+            "encode and validate faster, but train no faster; CUDA_VISIBLE_DEVICES=0 leaves the others free",
+            size,
+            count,
+            size // count,
+            config.batch_by,
+            FULL_SHARE,
+        )
 
 
 def count_trainable(captioner: Captioner) -> int:

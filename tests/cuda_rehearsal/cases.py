@@ -23,6 +23,7 @@ CASES: dict[str, tuple[tuple[int, int], Callable[[FakeGpu], Facts]]] = {
     "train best, by a mask": ((8, 0), partial(train, config=replace(SETTINGS["best"], attention="mask"))),
     "train best, 7.5": ((7, 5), partial(train, config=SETTINGS["best"])),
     "train best, 9.0": ((9, 0), partial(train, config=SETTINGS["best"])),
+    "train best, 4 images": ((9, 0), partial(train, config=replace(SETTINGS["best"], batch_size=4))),
     "train 1": ((8, 0), partial(train, config=SETTINGS["1"])),
     "train 4": ((8, 0), partial(train, config=SETTINGS["4"])),
     "train scst": ((8, 0), train_rewarded),

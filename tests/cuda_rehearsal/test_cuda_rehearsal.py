@@ -53,3 +53,8 @@ def test_a_case_runs_without_mismatch_and_costs_what_the_table_says(name):
 @pytest.mark.parametrize("name", AIMS)
 def test_no_table_is_written_that_gives_up_what_was_reached(name):
     assert {what: BUDGETS[name][what] for what, most in AIMS[name].items() if BUDGETS[name][what] > most} == {}
+
+
+def test_a_part_of_a_batch_launches_as_many_kernels_as_the_whole():
+    """So several GPUs that share 16 images hardly train faster than one, as docs/scaling.md and p2_train.sh say."""
+    assert BUDGETS["train best, 4 images"] == BUDGETS["train best, 9.0"]

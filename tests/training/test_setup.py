@@ -15,7 +15,7 @@ from captioning.models.adapter import load_captioner, read_adapter
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import PROFILES
 from captioning.training import setup
-from captioning.training.config import REPORT_FAITHFUL
+from captioning.training.config import REPORT_FAITHFUL, TrainConfig
 from captioning.training.setup import resolve_config
 from decoder import LoraConfig, build_decoder
 from p2_train import build_parser
@@ -232,3 +232,15 @@ def test_a_clip_reward_needs_a_clip(unbroken, tmp_path, monkeypatch, capsys):
     flags = ("--objective", "scst", "--init-adapter", unbroken / "best.safetensors", "--clip-reward", 1)
     assert train(tmp_path / "run", *flags) == BAD_INPUT
     assert "no CLIP here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "said"),
+    [("cuda", 4, "16 over 4 GPUs: a step of 4 images"), ("cuda", 1, ""), ("cpu", 4, ""), ("cuda", 17, "1 of the 17")],
+)
+def test_several_gpus_for_a_small_batch_are_told_that_they_hardly_help(device, count, said, caplog):
+    setup.check_shares(TrainConfig(), torch.device(device), count)
+    assert said in caplog.text and bool(caplog.text) == bool(said)
+    caplog.clear()
+    setup.check_shares(TrainConfig(batch_size=16 * count), torch.device(device), count)
+    assert not caplog.text
