@@ -7,8 +7,10 @@ import pytest
 import torch
 from tiny import make_captioner
 
+from captioning.data.images import load_image
 from captioning.inference.encode import StreamEncoder, cached_features
 from captioning.models.captioner import Captioner
+from captioning.models.inference_weights import prepare
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
@@ -44,3 +46,15 @@ def test_features_are_cached_with_products_in_tf32_which_training_does_not_get(t
     with pytest.raises(ZeroDivisionError):
         cached_features(captioner, images, tmp_path / "none")
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 2**-11), ("bf16", 2**-6)])
+def test_inference_sees_what_training_saw_but_for_rounding(precision, most, tmp_path, images):
+    """The cache keeps float32's features in float16, and p2_infer.py encodes in its --precision (docs/training.md)."""
+    captioner = make_captioner()
+    kept = cached_features(captioner, images, tmp_path / "cache").gather(range(len(images))).float()
+    prepare(captioner.merge(), precision)
+    encoder = StreamEncoder(captioner, precision)
+    seen = encoder.gather(encoder.encode([captioner.transform(load_image(path)) for path in images])).float()
+    error = (seen - kept).norm(dim=-1) / kept.norm(dim=-1)  # of each token
+    assert 0 < error.max() < most
