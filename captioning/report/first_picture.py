@@ -37,7 +37,7 @@ def first_picture(root: Path, size: str) -> list[Row]:
     for explanation, place in zip(pair, places or map(_lit_word, pair), strict=True):
         photo, lit = with_map(explanation, place, SIDE)
         name, word = MODELS[explanation.model], _plain(explanation.words[place])
-        caption = f"{name}: “{explanation.caption}” Lit: “{word}”."
+        caption = f"{name}: “{explanation.caption}” The map is of “{word}”."
         figures.append(Figure(f"first_{explanation.model}", _png(lit), f"Where {name} looked for {word}", caption))
     where = world(size) + " world" * (size == "micro")
     scene = Figure("first_image", _png(photo), "The image without a map", f"{pair[0].path.name} ({where})")

@@ -14,7 +14,7 @@ from captioning.report.first_picture import first_picture
 
 def words_lit(root):
     (row,) = first_picture(root, "micro")
-    return [figure.caption.split("Lit: ")[1].strip(".") for figure in row.figures[1:]]
+    return [figure.caption.split("The map is of ")[1].strip(".") for figure in row.figures[1:]]
 
 
 def test_an_image_its_captions_by_both_models_and_two_maps_stand_before_the_contents(root, tmp_path, make):
