@@ -127,7 +127,7 @@ class Ledger(TorchDispatchMode):
         """Note that the host waits for the device here."""
         self.waits[what, caller()] += 1
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, classes: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run one operator."""
         kwargs = dict(kwargs or {})
         leaves = tree_leaves((args, kwargs))
@@ -147,6 +147,8 @@ class Ledger(TorchDispatchMode):
         if not func.is_view and name not in FREE:
             self.kernels[self.phase, name] += 1
         if name in PRODUCTS:
+            if len(types := {name_of(tensor.dtype) for tensor in tensors}) > 1:  # fake tensors do not mind
+                raise RuntimeError(f"{name} of {' and '.join(sorted(types))}")
             self.products[self.phase, name, name_of(tensors[-1].dtype)] += 1
         args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
         return func(*args, **kwargs)

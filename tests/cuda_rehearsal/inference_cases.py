@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from fake_gpu import FakeGpu  # first: it loads the hooks before torch  # isort: skip
+from fake_gpu import FakeGpu, name_of  # first: it loads the hooks before torch  # isort: skip
 
 import torch
 from stage import FULL, Facts, Ids, build, described
 
-from captioning.device import autocast
+from captioning.device import autocast, product_dtype
 from captioning.inference import captions
 from captioning.inference.encode import StreamEncoder
 from captioning.models.inference_weights import prepare
@@ -53,8 +53,10 @@ class Steps:
         return facts
 
 
-def search(gpu: FakeGpu, beams: int = BEAMS, compiled: bool = False, layers: int = 2) -> Facts:
-    """Caption a batch of images."""
+def search(
+    gpu: FakeGpu, beams: int = BEAMS, compiled: bool = False, layers: int = 2, rule: str | None = None, **options: Any
+) -> Facts:
+    """Caption a batch of images; ``options`` are further ones of ``caption_features``."""
     captioner = build(gpu, SETTINGS["best"], layers)
     gpu.replace(torch, "compile", lambda function, **options: in_a_graph(gpu, function))
     with gpu.rehearsed():
@@ -66,8 +68,18 @@ def search(gpu: FakeGpu, beams: int = BEAMS, compiled: bool = False, layers: int
             sizes = (IMAGES, captioner.n_prefix, beams, LONGEST)
             steps = CompiledStepFunction(captioner.decoder, *sizes, backend="eager") if compiled else None
             books = Steps(gpu)
-            captions.caption_features(captioner, Ids(), encoder.gather(encoded), beams, LONGEST, steps=steps)
-    return books.facts()
+            features = encoder.gather(encoded)
+            captions.caption_features(
+                captioner, Ids(), features, beams, LONGEST, steps=steps, search_rule=rule, **options
+            )
+    facts = books.facts()
+    wanted = name_of(product_dtype(captioner.device, "auto"))
+    facts["wrong"] += [
+        f"{name} in {dtype}, not {wanted}"
+        for phase, name, dtype in gpu.ledger.products
+        if phase in ("decoder", "graph") and dtype != wanted
+    ]
+    return facts
 
 
 def in_a_graph(gpu: FakeGpu, function: Callable) -> Callable:

@@ -13,7 +13,7 @@ from stage import Facts, Ids, build, described
 
 from captioning.device import pick_device
 from captioning.maps.attention import MapSpec
-from captioning.maps.explainers import CaptionerExplainer, explain
+from captioning.maps.explainers import CaptionerExplainer, LlavaExplainer, explain
 from captioning.models.llava import PROMPTS, load_llava, pick_dtype
 from captioning.profiles import PROFILES
 from captioning.scoring.clipscore import ClipScorer, clipscore
@@ -51,6 +51,19 @@ def score(gpu: FakeGpu) -> Facts:
         loading = ledger.snapshot()
         scores = clipscore(scorer, paths, {name: f"a {name} square" for name in paths})
     assert scorer.precision == "fp16" and scores.keys() == paths.keys()
+    return described(ledger.kernels - loading[0], ledger.waits - loading[1])
+
+
+def answer_maps(gpu: FakeGpu) -> Facts:
+    """Make maps for an answer of the micro world's LLaVA."""
+    llava = load_llava(MICRO.llava, torch.device("cpu"), torch.float32)
+    device = pick_device("auto")
+    with tempfile.TemporaryDirectory() as folder, gpu.rehearsed() as ledger:
+        llava.model.to(device, pick_dtype("auto", device))
+        path = Path(folder) / "image.png"
+        Image.new("RGB", (64, 64), "teal").save(path)
+        loading = ledger.snapshot()
+        explain(LlavaExplainer(llava, PROMPTS[1], 1, 4), path, SPECS, "a red bike")
     return described(ledger.kernels - loading[0], ledger.waits - loading[1])
 
 

@@ -56,6 +56,18 @@ def train(gpu: FakeGpu, config: TrainConfig, layers: int = 2, kind: type[Trainer
         return books.facts()
 
 
+def validate(gpu: FakeGpu) -> Facts:
+    """Take what validation computes: the loss of two batches, and captions of two images."""
+    gpu.ledger.phase = "validation"
+    captioner, config = build(gpu, SETTINGS["best"]), replace(SETTINGS["best"], max_new_tokens=8)
+    with gpu.rehearsed() as ledger, split_of(captioner, 32) as split, tempfile.TemporaryDirectory() as out:
+        count_targets(gpu)
+        trainer = Trainer(captioner, Ids(), split, split, config, RunFolder(Path(out)))
+        before = ledger.snapshot()
+        trainer.sanity_check()
+    return described(ledger.kernels - before[0], ledger.waits - before[1])
+
+
 def count_targets(gpu: FakeGpu) -> None:
     """Let boolean indexing find as many rows as the newest batch has targets."""
     plain = PackedBatch.__init__
