@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,59 +64,72 @@ class PredictionLog:
         if out.is_dir():
             raise ValueError(f"{out}: is a folder; name a file for the captions")
         out.parent.mkdir(parents=True, exist_ok=True)
+        self._side: AppendLog | None = None
+        self._stale: list[Path] = []  # side files of another run, or without a caption
+        self._started = False
         self.captions = processes.from_first(lambda: self._begin(overwrite))
-        if not processes.first:
-            self._side = AppendLog(self.part)
-            self._side.begin(self._header)
 
     def __enter__(self) -> PredictionLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if not self.captions:  # nothing to keep: a run that fails at its start leaves no trace
+        self._close()
+
+    def _close(self) -> None:
+        """Release the side file; a run that has no captions leaves no trace, and what another one left stays."""
+        if self._side is None:
+            return
+        if not self.captions and (self._started or not self.part.stat().st_size):
             self.part.unlink(missing_ok=True)
         self._side.close()
 
     def _begin(self, overwrite: bool) -> dict[str, str]:
-        """Open the first process's side file; return the captions of an interrupted run. Nothing is written yet."""
-        self._side = AppendLog(self.part)
+        """Lock the first process's side file; return the captions of an interrupted run. Nothing is written yet."""
+        self._side, self.captions = AppendLog(self.part), {}
         try:
-            self._check_parts(overwrite)
+            captions = self._check_parts(overwrite)
         except ValueError:
-            self._side.close()
+            self._close()
             raise
-        self._side.begin(self._header)
-        captions = self._all_captions()
         if captions:
             log.info("%s: resuming after %d captions", self.part, len(captions))
         return captions
+
+    def start(self) -> None:
+        """Begin to write, in all processes at once, with the model there: only now are another run's files dropped."""
+        self.processes.from_first(self._drop_stale)
+        if self._side is None:
+            self._side = AppendLog(self.part)
+        self._side.begin(self._header)
+        self._started = True
 
     def _parts(self) -> list[Path]:
         """Return the side files of all processes, of this run and of the one before."""
         pattern = re.compile(re.escape(self.out.name) + r"\.part\d*\.jsonl")
         return sorted(path for path in self.out.parent.iterdir() if pattern.fullmatch(path.name))
 
-    def _check_parts(self, overwrite: bool) -> None:
-        """Make sure that all side files are this run's, or drop them where that is allowed."""
+    def _check_parts(self, overwrite: bool) -> dict[str, str]:
+        """Return the captions of side files if all are this run's; the others are to be dropped, if that is allowed."""
+        if self.keep and self.out.exists():
+            raise ValueError(f"{self.out}: exists already; leave out --keep to replace it, or name another")
         contents = {path: read_log(path, overwrite) for path in self._parts()}
         started = {path: header for path, (header, captions) in contents.items() if captions}
         if started and all(header == self._header for header in started.values()):
-            self._drop(contents.keys() - started.keys())
-            return
+            self._stale = [path for path in contents if path not in started]
+            return {image: caption for path in started for image, caption in contents[path][1].items()}
         if not overwrite and started:
             path, header = next((p, h) for p, h in started.items() if h != self._header)
             raise other_run(path, self._header, header)
-        if self.keep and self.out.exists():
-            self.part.unlink()
-            raise ValueError(f"{self.out}: exists already; leave out --keep to replace it, or name another")
-        if started:
-            dropped = sum(len(captions) for _, captions in contents.values())
-            log.warning("%s: %d captions of an interrupted run with other settings are dropped", self.part, dropped)
-        self._drop(contents)
+        self._stale = list(contents)
+        return {}
 
-    def _drop(self, parts: Iterable[Path]) -> None:
-        """Remove side files; this process's own is emptied."""
-        for path in parts:
+    def _drop_stale(self) -> None:
+        """Remove side files; the first process's own, which is locked, is emptied."""
+        assert self._side is not None
+        dropped = sum(len(read_log(path, overwrite=True)[1]) for path in self._stale)
+        if dropped:
+            log.warning("%s: %d captions of an interrupted run with other settings are dropped", self.part, dropped)
+        for path in self._stale:
             if path == self.part:
                 self._side.clear()
             else:
@@ -131,7 +144,8 @@ class PredictionLog:
             self.texts.check(images, self.captions)
 
     def add(self, captions: dict[str, str]) -> None:
-        """Keep the captions of a batch, ``{file name without suffix: caption}``."""
+        """Keep the captions of a batch, ``{file name without suffix: caption}``, after :meth:`start`."""
+        assert self._side is not None
         self._side.add(captions)
         self.captions |= captions
 
@@ -179,6 +193,7 @@ def publish_scores(out: Path, captions: Mapping[str, str]) -> None:
 
 def caption_images(predictions: PredictionLog, images: Sequence[Entry], job: Job, batch_size: int) -> None:
     """Caption this process's share of the ``images`` that ``predictions`` lacks; what fails is named in the log."""
+    predictions.start()
     processes, timer = predictions.processes, Timer("caption")
     todo = processes.share([image for image in images if image.key not in predictions.captions])
     with tqdm(total=len(todo), desc="caption", disable=None if processes.first else True) as bar:

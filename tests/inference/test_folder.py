@@ -63,6 +63,30 @@ def test_another_run_is_neither_resumed_nor_dropped(tmp_path, images):
         assert predictions.captions == {}
 
 
+def test_another_runs_captions_stay_until_there_is_a_model_to_replace_them(tmp_path, images, caplog):
+    """`p2_infer.py … mistyped.bin` dropped hours of captions, and then found that there was no such file."""
+    out, part, other = tmp_path / "out.json", tmp_path / "out.json.part.jsonl", {**RUN, "model": "n"}
+    with pytest.raises(Interrupted):
+        run(out, images, breaking_after(1))
+    (tmp_path / "out.json.part1.jsonl").write_text('{"run": ' + json.dumps(RUN) + "}\n" + kept("6", "level 6"))
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    assert len(before) == 2
+    with pytest.raises(FileNotFoundError), PredictionLog(out, other, overwrite=True):
+        raise FileNotFoundError("mistyped.bin")
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == before
+    out.write_text("{}")
+    with pytest.raises(ValueError, match="leave out --keep"):  # nor is what is to be kept replaced by going on
+        run(out, images, keep=True)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == before
+    with PredictionLog(out, other, overwrite=True) as predictions:
+        entries = list(map(Entry.of, images))
+        caption_images(predictions, entries, Job(grey, say), 3)
+        assert "out.json.part.jsonl: 4 captions of an interrupted run with other settings are dropped" in caplog.text
+        assert json.loads(part.read_text().splitlines()[0])["run"]["model"] == "n"
+        assert len(predictions.finish(entries)) == 7
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
 def test_a_damaged_side_file_is_named(tmp_path, images):
     part = tmp_path / "out.json.part.jsonl"
     part.write_text("nonsense\n")
