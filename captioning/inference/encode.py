@@ -15,6 +15,7 @@ from captioning.data.images import DRAFT_FACTOR, load_image
 from captioning.device import autocast, sent, tf32_products
 from captioning.distributed import ALONE, Processes
 from captioning.models.captioner import Captioner
+from captioning.models.inference_weights import prepare_linears
 
 
 def read_pixels(transform: Callable, paths: Sequence[Path]) -> torch.Tensor:
@@ -33,6 +34,15 @@ def draft_side(transform: Any) -> int:
             size = part.size if isinstance(part.size, int) else max(part.size)
             return DRAFT_FACTOR * size
     raise ValueError(f"--jpeg-draft needs a transform with a resize, not {transform}; leave it out")
+
+
+def prepare_encoder(captioner: Captioner) -> None:
+    """Make the encoder ready to encode in float32, for ``cached_features``, irreversibly and in place.
+
+    On a CPU its weights are reordered for oneDNN, as ``inference_weights.prepare`` does for inference; sums may then
+    come in another order. Elsewhere nothing changes.
+    """
+    prepare_linears(captioner.encoder, torch.float32)
 
 
 def cached_features(

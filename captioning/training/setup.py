@@ -23,7 +23,7 @@ from captioning.device import pick_device, product_dtype, seed_everything
 from captioning.distributed import Processes
 from captioning.files import atomic_path, check_writable, read_json, write_json
 from captioning.inference.captions import check_vocabulary
-from captioning.inference.encode import cached_features
+from captioning.inference.encode import cached_features, prepare_encoder
 from captioning.models.adapter import read_adapter, start_from
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.encoder import PREPROCESSING, RANDOM, preprocessing_by_name
@@ -145,6 +145,7 @@ def build(
     check_run(args, config, captioner, folder, processes)
     if args.init_adapter and not args.resume:
         start_from(captioner, args.init_adapter)
+    prepare_encoder(captioner)
     train, val = (make_split(args, samples[name], captioner, tokenizer, processes) for name in ("train", "val"))
     free_encoder(captioner, train, val)
     kind = ScstTrainer if config.objective == "scst" else Trainer
