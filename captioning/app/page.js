@@ -86,9 +86,11 @@ function card(answer) {
   }
   const [best, ...others] = answer.ranked, numbers = make("p", {className: "numbers"});
   const values = {confidence: best.score, CLIPScore: answer.clipscore, CIDEr: answer.cider};
+  const absent = (answer["not there"] || []).join(", ");  // CHAIR's: named, and not in the picture
   for (const [name, value] of Object.entries(values).map(([name, value]) => [name, digits(value)])) {
     if (value !== undefined) numbers.append(make("span", {}, `${name} `, make("b", {textContent: value})));
   }
+  if (absent) numbers.append(make("span", {}, "not there ", make("b", {textContent: absent})));
   element.append(make("p", {className: "text", textContent: answer.caption || "(nothing)"}), numbers);
   if (answer.why) element.append(make("p", {className: "soft", textContent: `no CLIPScore: ${answer.why}`}));
   if (others.length) {

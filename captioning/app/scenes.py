@@ -13,6 +13,7 @@ from pathlib import Path
 from captioning.data.annotations import Annotations, find_images, load_annotations
 from captioning.messages import first_line
 from captioning.profiles import PROFILES, ROOT
+from captioning.scoring.chair import Chair
 from captioning.scoring.cider import cider_d
 from captioning.scoring.evaluator import Evaluator
 
@@ -29,17 +30,25 @@ class SceneSet:
     name: str
     annotations: Annotations
     paths: dict[str, Path]
+    chair: Chair | None = None  # where boxes are known
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
         """Scores captions of these scenes as evaluate.py does."""
-        return Evaluator(self.annotations)
+        return Evaluator(self.annotations, chair=self.chair)
 
     def cider(self, key: str, caption: str) -> float:
         """Return one caption's CIDEr, as ``evaluate.py --per-image`` has it for all captions of these scenes."""
         side, tokens = self.evaluator.reference_side, self.evaluator.tokenize({key: caption})
         references = [text.split() for text in side.tokens[key]]
         return float(cider_d([references], [tokens[key].split()], side.frequencies)[0])
+
+    def not_there(self, key: str, caption: str) -> list[str] | None:
+        """Return the objects that a caption names and its scene lacks, as CHAIR counts them; None without boxes."""
+        if self.chair is None:
+            return None
+        there = self.evaluator.objects[key]
+        return [name for _, name in self.chair.words.find(caption) if name not in there]
 
 
 def check_scenes(split: object, seed: object) -> None:
@@ -79,5 +88,7 @@ def draw_scenes(folder: Path, split: str, seed: int, count: int = COUNT) -> Scen
         drawn = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if drawn.returncode:
             raise ValueError(f"no scenes could be drawn: {first_line(ValueError(drawn.stderr.strip()))}")
-    annotations = load_annotations(folder / f"{split}.json")
-    return SceneSet(f"{split}-{seed}", annotations, find_images(annotations, folder / "images" / split))
+    file = folder / f"{split}.json"
+    annotations, words = load_annotations(file), PROFILES["micro"].chair_words
+    chair = Chair.of_files(words, str(file), annotations.file_names, annotations.ids)  # drawn with their boxes
+    return SceneSet(f"{split}-{seed}", annotations, find_images(annotations, folder / "images" / split), chair)

@@ -218,6 +218,7 @@ class Studio:
         said: dict[str, Any] = {"caption": str(caption), "ranked": caption.as_json(), "maps": None}
         said["clipscore"], said["why"] = self._clipscore(picture.path, caption)
         said["cider"] = picture.scenes.cider(picture.key, caption) if picture.scenes else None
+        said["not there"] = picture.scenes.not_there(picture.key, caption) if picture.scenes else None
         if caption.strip():
             said["maps"] = str(next(self._numbers))
             explanation = model.explain(picture.path, str(caption), all_maps=True)

@@ -70,6 +70,15 @@ def test_scores_are_those_of_the_script_on_the_same_scenes(chosen, studio, scene
     row = json.loads(out.read_text())[path.stem]
     assert tuned["cider"] == pytest.approx(row["CIDEr"], abs=1e-12)
     assert tuned["clipscore"] == pytest.approx(row["CLIPScore"], abs=1e-6)
+    assert tuned["not there"] == [
+        name for _, name in made.chair.words.find(tuned["caption"]) if name not in there(made, path)
+    ]
+    everything = made.not_there(path.stem, "A boat, a train and a snowman.")
+    assert set(everything) == {"boat", "train", "snowman"} - there(made, path) != set()
+
+
+def there(made, path):
+    return made.evaluator.objects[path.stem]
 
 
 def test_settings_reach_the_models(studio, chosen):
