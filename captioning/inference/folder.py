@@ -145,7 +145,7 @@ class PredictionLog:
 
     def add(self, captions: dict[str, str]) -> None:
         """Keep the captions of a batch, ``{file name without suffix: caption}``, after :meth:`start`."""
-        assert self._side is not None
+        assert self._side is not None and self._started
         self._side.add(captions)
         self.captions |= captions
 

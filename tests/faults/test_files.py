@@ -139,6 +139,7 @@ def test_damaged_caches_are_built_again(tmp_path, try_damage, count):
 def test_damaged_side_files_hold_no_wrong_caption(tmp_path, try_damage, count):
     captions = {f"image {number}": f"a red bike number {number}" for number in range(30)}
     with PredictionLog(tmp_path / "out.json", RUN) as log:
+        log.start()
         log.add(captions)
     part = log.part
 
@@ -150,6 +151,7 @@ def test_damaged_side_files_hold_no_wrong_caption(tmp_path, try_damage, count):
         with PredictionLog(tmp_path / "out.json", RUN) as log:
             return log.captions
 
+    assert read() == captions
     try_damage("side file", read, [part], count, expected=PartOf())
 
 
