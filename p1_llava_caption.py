@@ -48,7 +48,6 @@ from captioning.models.llava import (
     Llava,
     check_prompt,
     load_llava,
-    pick_dtype,
 )
 from captioning.profiles import PROFILES
 from captioning.scale.pipeline import (
@@ -82,7 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-beams", type=positive_int, default=1, help="live beams; 1 is greedy search")
     add("--max-new-tokens", type=positive_int, default=MAX_NEW_TOKENS, help="longest answer in tokens")
     add("--batch-size", type=positive_int, default=16, help="images at once; halved if memory runs out")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; auto: float16, on a CPU float32")
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of the weights; auto: float16; on a CPU float32, or bfloat16 at full size where the CPU has it",
+    )
     add("--load-in-4bit", action="store_true", help="quantise the weights (needs bitsandbytes)")
     add_annotation_file(parser, "references, for --compare")
     add_common_flags(parser)
@@ -118,8 +122,7 @@ def job_of(model: Llava, prompt: str, args: argparse.Namespace) -> Job:
 def load_model(args: argparse.Namespace) -> Llava:
     """Load the model that the command line names."""
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    return load_llava(args.model or PROFILES[args.profile].llava, device, dtype, args.revision, args.load_in_4bit)
+    return load_llava(args.model or PROFILES[args.profile].llava, device, args.dtype, args.revision, args.load_in_4bit)
 
 
 def load_job(args: argparse.Namespace) -> Job:

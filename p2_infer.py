@@ -75,7 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: the adapter's)",
     )
     add("--batch-size", type=positive_int, default=16, help="images at once")
-    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU that has it, else fp32")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto: bf16 on a GPU, or at full size a CPU, that has it",
+    )
     add(
         "--attention",
         choices=ATTENTION,
@@ -132,14 +137,14 @@ def load_job(args: argparse.Namespace) -> Job:
     frozen = (args.decoder, args.encoder_weights)
     captioner = load_captioner(args.adapter, *frozen, device, fallback, args.allow_other_decoder)
     check_vocabulary(tokenizer, captioner.decoder)
+    precision = prepare(captioner, args.precision, reorder=not args.compile)
     if ranked_count(args):
-        captioner.attention = captioner.attention_route(args.attention, product_dtype(device, args.precision))
-    prepare(captioner, args.precision, reorder=not args.compile)
+        captioner.attention = captioner.attention_route(args.attention, product_dtype(device, precision))
     draft = draft_side(captioner.transform) if args.jpeg_draft else None
     sizes = (args.beam_size, args.max_new_tokens)
     search = Search(*sizes, wording_of(args), ranked_count(args), args.length_penalty, args.search_rule)
     compiled_batch = args.batch_size if args.compile else None
-    return captioner_job(captioner, tokenizer, search, args.precision, draft, compiled_batch)
+    return captioner_job(captioner, tokenizer, search, precision, draft, compiled_batch)
 
 
 def settle_search(args: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ from captioning.maps.pairs import Pair, best_and_worst, read_per_image
 from captioning.maps.saved import save_maps
 from captioning.messages import naming
 from captioning.models.adapter import load_captioner
-from captioning.models.llava import DTYPES, MAX_NEW_TOKENS, PROMPTS, check_prompt, load_llava, pick_dtype
+from captioning.models.llava import DTYPES, MAX_NEW_TOKENS, PROMPTS, check_prompt, load_llava
 from captioning.profiles import PROFILES
 from captioning.scale.sources import images_at
 from captioning.timing import Timer
@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--llava", help="p1: hub id or folder of a LLaVA 1.5 (default: the profile's)")
     add("--setting", type=int, choices=sorted(PROMPTS), default=1, help="p1: prompt of the report")
     add("--prompt", help="p1: any other prompt")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="p1: of the weights")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="p1: of the weights, as for p1_llava_caption.py")
     add("--beam-size", type=positive_int, help="live beams (default: 5 for p2, 1 for p1)")
     add(
         "--max-new-tokens",
@@ -130,7 +130,7 @@ def load_explainer(args: argparse.Namespace, device: torch.device) -> Explainer:
     profile = PROFILES[args.profile]
     if args.model == "p1":
         prompt = check_prompt(args.prompt) if args.prompt is not None else PROMPTS[args.setting]
-        llava = load_llava(args.llava or profile.llava, device, pick_dtype(args.dtype, device))
+        llava = load_llava(args.llava or profile.llava, device, args.dtype)
         return LlavaExplainer(llava, prompt, args.beam_size or 1, args.max_new_tokens or MAX_NEW_TOKENS)
     frozen = (args.decoder or Path(profile.decoder), args.encoder_weights)
     captioner = load_captioner(args.adapter, *frozen, device, profile.encoder_weights, args.allow_other_decoder)

@@ -34,7 +34,7 @@ from bench.stand_ins import FULL, NUMBERS, SAMPLES, TINY, Size, write_decoder, w
 from captioning.cli import FlagParser, command, positive_int, setup_logging
 from captioning.data.annotations import load_split
 from captioning.data.listing import list_images
-from captioning.device import has_bf16, pick_device
+from captioning.device import pick_device, settle_precision
 from captioning.files import read_json, write_json, write_text
 from captioning.profiles import ROOT
 from microworld.scenes import generate
@@ -283,24 +283,26 @@ def row(name: str, work: dict[str, Any], unit: str, teraflops: float | str, shar
 
 @dataclass(frozen=True)
 class Surveyed:
-    """What is known of the device that everything runs on: rates as ``measure_rates`` returns them."""
+    """What is known of the device that everything runs on, rates as ``measure_rates`` returns them; what auto is."""
 
     kind: str
     machine: str
-    bf16: bool
+    precision: str
     rates: dict[str, float]
     copying: float
 
 
-def survey(name: str, rows: int) -> Surveyed:
+def survey(name: str, rows: int, width: int) -> Surveyed:
     """Look at the device of ``--device name`` and measure it, by matrices of so many rows where it is no GPU.
+
+    A decoder's ``width`` decides which precision the scripts choose.
 
     Raises:
         ValueError: there is no such device.
     """
     device = pick_device(name)
     rates = measure_rates(device, None if device.type == "cuda" else rows)
-    return Surveyed(device.type, machine(device), has_bf16(device), *rates)
+    return Surveyed(device.type, machine(device), settle_precision(device, "auto", width), *rates)
 
 
 def in_child(function: Callable[..., T], *arguments: Any) -> T:
@@ -316,9 +318,9 @@ def rehearse(args: argparse.Namespace, size: Size, before: Surveyed, folder: Pat
     run = Rehearsal(folder, args.device, 60 * (default if args.minutes is None else args.minutes))
     tokens = prepare(folder, size, numbers, args.workers)
     prepared = time.monotonic() - started
-    parts = parts_of(size, numbers, tokens, "bf16" if before.bf16 else "fp32")
+    parts = parts_of(size, numbers, tokens, before.precision)
     usages, failure = run_all(run, size, numbers)
-    after = in_child(survey, args.device, size.floor)  # other work on the machine may have been in the way
+    after = in_child(survey, args.device, size.floor, size.models.decoder.width)  # other work on the machine may have been in the way
     rates = {kind: max(rate, after.rates[kind]) for kind, rate in before.rates.items()}
     return {
         "machine": before.machine,
@@ -367,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     size = TINY if args.tiny else FULL
     choose(args, size)
-    before = in_child(survey, args.device, size.floor)
+    before = in_child(survey, args.device, size.floor, size.models.decoder.width)
     found = in_folder(args.work, lambda folder: rehearse(args, size, before, folder))
     text = as_text(found)
     print(f"\n{text}")

@@ -93,8 +93,8 @@ def build(setup: Setup) -> Rows:
         facts |= {
             "compute capability": f"{card.major}.{card.minor}, {card.multi_processor_count} multiprocessors",
             "memory": f"{card.total_memory / 1e9:.1f} GB",
-            "bf16": "native" if has_bf16(device) else "none of its own",
         }
+    facts["bf16"] = "native" if has_bf16(device) else "none of its own"
     rates, copying = measure_rates(device, size=256 if setup.quick else None)
     facts |= {f"matrix products in {kind}": f"{rate / 1e12:.3g} TFLOP/s" for kind, rate in rates.items()}
     facts["copying"] = f"{copying / 1e9:.3g} GB/s"

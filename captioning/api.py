@@ -37,7 +37,7 @@ from captioning.maps.explainers import (
 from captioning.models.adapter import load_captioner, read_adapter
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.inference_weights import prepare
-from captioning.models.llava import MAX_NEW_TOKENS, PROMPTS, Llava, check_prompt, load_llava, pick_dtype
+from captioning.models.llava import MAX_NEW_TOKENS, PROMPTS, Llava, check_prompt, load_llava
 from captioning.profiles import PROFILES
 from captioning.scoring.chair import Chair
 from captioning.scoring.clipscore import ClipScorer
@@ -158,7 +158,7 @@ class TunedCaptioner(Model):
         self._read, self.tokenizer, self.precision = read, tokenizer, precision
         self.captioner = read()
         check_vocabulary(tokenizer, self.captioner.decoder)
-        prepare(self.captioner, precision)
+        self.precision = prepare(self.captioner, precision)
 
     @functools.cached_property
     def _unprepared(self) -> Captioner:
@@ -242,7 +242,7 @@ def load_zero_shot(
 ) -> LlavaCaptioner:
     """Load LLaVA; ``source`` and ``device`` as for :func:`load`, the others as flags of p1_llava_caption.py."""
     where, name = pick_device(device), PROFILES[str(source)].llava if source in PROFILES else os.fspath(source)
-    return LlavaCaptioner(load_llava(name, where, pick_dtype(dtype, where), revision, load_in_4bit), prompt)
+    return LlavaCaptioner(load_llava(name, where, dtype, revision, load_in_4bit), prompt)
 
 
 def adapter_file(source: str | os.PathLike) -> Path:

@@ -9,14 +9,17 @@ import os
 import random
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("auto", "fp32", "bf16")  # auto is bf16 where a GPU has it and where accelerate asks for it, else fp32
+# Auto is bf16 where a GPU has it, where a processor has it and the model is wide, and where accelerate asks for it.
+PRECISIONS = ("auto", "fp32", "bf16")
+FULL_WIDTH = 768  # of GPT-2 small: from here on bf16 was measured to be faster on processors (docs/full_size.md)
 
 # What torch.OutOfMemoryError does not cover: cuBLAS, cuDNN and their like, allocations beside torch's pool, MPS, CPUs.
 OUT_OF_MEMORY = ("ALLOC_FAILED", "ALLOCATION_FAILED", "out of memory", "DefaultCPUAllocator")
@@ -61,7 +64,8 @@ def pick_device(name: str | None = "auto", announce: bool = True) -> torch.devic
 @functools.cache  # once for a device, however often it is picked
 def _announce(device: torch.device) -> None:
     if device.type != "cuda":
-        log.info("device: %s", device)
+        own = "; it has bf16: --precision auto is bf16 at full size, else fp32" if has_bf16(device) else ""
+        log.info("device: %s%s", device, own)
         return
     card = torch.cuda.get_device_properties(device)
     notes = "".join(f"; {note}" for note in _notes(device))
@@ -201,11 +205,24 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def product_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Return the type that matrix products have under ``autocast(device, precision)``."""
+    """Return the type that matrix products have under ``autocast(device, precision)``; on a CPU auto is float32."""
     asked = precision == "bf16" or (precision == "auto" and launched_precision() == "bf16")
     if asked:
         warn_of_emulation(device)
-    return torch.bfloat16 if asked or (precision == "auto" and has_bf16(device)) else torch.float32
+    own = precision == "auto" and device.type != "cpu" and has_bf16(device)
+    return torch.bfloat16 if asked or own else torch.float32
+
+
+def settle_precision(device: torch.device, precision: str, width: int) -> str:
+    """Return what one of PRECISIONS means for a model of ``width`` on a device: fp32 or bf16.
+
+    Processors that have bf16 are faster in it at full size, at equal CIDEr; small models stay in float32, whose
+    results do not depend on what else is in a batch.
+    """
+    on_cpu = device.type == "cpu" and width >= FULL_WIDTH and has_bf16(device)
+    if precision == "auto" and on_cpu and launched_precision() is None:
+        return "bf16"
+    return "bf16" if product_dtype(device, precision) == torch.bfloat16 else "fp32"
 
 
 @functools.cache  # once for a device
@@ -217,10 +234,15 @@ def warn_of_emulation(device: torch.device) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a GPU multiplies in bf16 itself, as from compute capability 8.0 on; emulated it is slower than fp32.
+    """Whether a device multiplies in bf16 itself: a GPU from compute capability 8.0 on, a CPU with AMX or AVX512-bf16.
 
-    It is what ``torch.cuda.is_bf16_supported(including_emulation=False)`` says, for any GPU and not the current one.
+    Emulated it is slower than fp32. Of GPUs it is what ``torch.cuda.is_bf16_supported(including_emulation=False)``
+    says, for any and not the current one only.
     """
+    if device.type == "cpu":
+        query: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # older torch has none
+        known = query()
+        return torch.backends.mkldnn.is_available() and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
     if device.type != "cuda":
         return False
     return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from captioning.device import has_bf16
 from captioning.profiles import PROFILES, ROOT
 from captioning.training.config import SETTINGS
 
@@ -78,14 +79,13 @@ def quick() -> dict[str, object]:
 
     No scene is seen often, so dropout costs more than it brings. bf16 where the processor multiplies in it.
     """
-    can = torch.cpu.get_capabilities()
     return scaled("best") | {
         "epochs": 6,
         "lora_dropout": 0,
         "lr": 1e-3,
         "lora_plus": 8,
         "projector_lr": 1e-3,
-        "precision": "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32",
+        "precision": "bf16" if has_bf16(torch.device("cpu")) else "fp32",
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from captioning import device
-from captioning.device import autocast, pick_device, product_dtype, seed_everything
+from captioning.device import autocast, pick_device, product_dtype, seed_everything, settle_precision
 from captioning.distributed import ALONE, join
 from captioning.models.llava import pick_dtype
 
@@ -313,6 +313,51 @@ def test_auto_is_bf16_only_where_a_gpu_has_it(card, capability, dtype):
     card(capability)
     assert product_dtype(torch.device("cuda:1"), "auto") == dtype
     assert product_dtype(torch.device("cuda:1"), "bf16") == torch.bfloat16
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Let torch describe the processor: ``processor(avx512_bf16=True)``."""
+
+    def describe(**capabilities):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+    return describe
+
+
+@pytest.mark.parametrize("own", ["avx512_bf16", "amx_bf16"])
+def test_auto_is_bf16_on_a_processor_that_has_it_at_full_size_only(processor, monkeypatch, said, own):
+    """Small models stay in float32: the demo's figures, and captions that do not depend on the batch."""
+    cpu = torch.device("cpu")
+    processor(avx512_f=True, **{own: True})
+    assert settle_precision(cpu, "auto", 768) == settle_precision(cpu, "auto", 1024) == "bf16"
+    assert settle_precision(cpu, "auto", 256) == settle_precision(cpu, "fp32", 1024) == "fp32"
+    assert settle_precision(cpu, "bf16", 256) == "bf16"
+    assert product_dtype(cpu, "auto") == torch.float32
+    assert [pick_dtype("auto", cpu, width) for width in (256, 4096)] == [torch.float32, torch.bfloat16]
+    assert pick_dtype("float32", cpu, 4096) == torch.float32
+    pick_device("cpu")
+    assert said.messages == ["device: cpu; it has bf16: --precision auto is bf16 at full size, else fp32"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # not followed, and warned of elsewhere
+    assert settle_precision(cpu, "auto", 768) == "fp32"
+
+
+@pytest.mark.parametrize("found", [{}, {"avx512_f": True, "avx512_bf16": False, "amx_tile": True}])
+def test_a_processor_without_bf16_stays_in_float32(processor, monkeypatch, said, found):
+    processor(**found)
+    assert settle_precision(torch.device("cpu"), "auto", 768) == "fp32"
+    assert pick_dtype("auto", torch.device("cpu"), 4096) == torch.float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in older torch
+    assert settle_precision(torch.device("cpu"), "auto", 768) == "fp32"
+    pick_device("cpu")
+    assert said.messages == ["device: cpu"]
+
+
+@pytest.mark.parametrize(("capability", "settled"), [((7, 5), "fp32"), ((8, 0), "bf16")])
+def test_on_a_gpu_the_width_does_not_matter(card, capability, settled):
+    card(capability)
+    assert {settle_precision(torch.device("cuda"), "auto", width) for width in (64, 768)} == {settled}
 
 
 def test_seed_everything_repeats_every_generator():

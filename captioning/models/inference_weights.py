@@ -5,20 +5,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from captioning.device import product_dtype
+from captioning.device import product_dtype, settle_precision
 from captioning.kernels.onednn import ReorderedLinear, can_reorder
 from captioning.models.captioner import Captioner
 from decoder import Decoder
 
 
-def prepare(captioner: Captioner, precision: str, reorder: bool = True) -> None:
+def prepare(captioner: Captioner, precision: str, reorder: bool = True) -> str:
     """Make the weights of a merged captioner ready for inference under ``autocast``, irreversibly and in place.
 
-    Without ``reorder`` the decoder's stay what ``torch.compile`` can read.
+    Without ``reorder`` the decoder's stay what ``torch.compile`` can read. Returns the precision for ``autocast``:
+    what ``auto`` is for this captioner.
     """
+    precision = settle_precision(captioner.device, precision, captioner.decoder.config.n_embd)
     dtype = product_dtype(captioner.device, precision)
     prepare_linears(captioner.encoder, dtype)
     prepare_decoder(captioner.decoder, dtype, reorder)
+    return precision
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
-from captioning.device import launched_precision, ran_out_of_memory, warn_of_emulation
+from captioning.device import launched_precision, ran_out_of_memory, settle_precision, warn_of_emulation
 from captioning.imports import import_guarded
 from captioning.messages import first_sentence
 from captioning.profiles import is_hub_id
@@ -44,12 +44,15 @@ ARCHITECTURE = "LlavaForConditionalGeneration"
 Past = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values (1, nh, length, hs) of each layer
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype for ``auto``, ``float16``, ``bfloat16`` or ``float32``.
+def pick_dtype(name: str, device: torch.device, width: int = 0) -> torch.dtype:
+    """Return the dtype for ``auto``, ``float16``, ``bfloat16`` or ``float32``, for a language model of ``width``.
 
-    Auto is what accelerate's ``mixed_precision`` asks for, or else float16 on an accelerator and float32 on a CPU.
+    Auto is what accelerate's ``mixed_precision`` asks for, or else float16 on an accelerator; on a CPU float32, or
+    bfloat16 as ``device.settle_precision`` has it.
     """
-    own = "float32" if device.type == "cpu" else "float16"
+    own = "float16"
+    if device.type == "cpu":
+        own = LAUNCHED_DTYPES.get(settle_precision(device, "auto", width), "float32")
     dtype = DTYPES[LAUNCHED_DTYPES.get(launched_precision() or "", own) if name == "auto" else name]
     if dtype == torch.bfloat16:
         warn_of_emulation(device)
@@ -273,14 +276,18 @@ def check_prompt(prompt: str) -> str:
 
 
 def load_llava(
-    model: str, device: torch.device, dtype: torch.dtype, revision: str | None = None, load_in_4bit: bool = False
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    load_in_4bit: bool = False,
 ) -> Llava:
     """Load a LLaVA from a hub id or a folder that ``save_pretrained`` wrote.
 
     Args:
         model: folder, or a hub id such as ``llava-hf/llava-1.5-7b-hf``, as ``profiles.is_hub_id`` knows one.
         device: where it runs.
-        dtype: of the weights, and with 4 bits of the computation.
+        dtype: of the weights, and with 4 bits of the computation; a name is ``pick_dtype``'s.
         revision: branch, tag or commit of a hub id.
         load_in_4bit: quantise the linear layers by bitsandbytes.
 
@@ -293,6 +300,8 @@ def load_llava(
     with quiet(transformers):
         config = _check_architecture(transformers, model, source)
     backend = {"backend": "pil"} if config.text_config.model_type == CAPTIONER else {}  # as in its training
+    if isinstance(dtype, str):
+        dtype = pick_dtype(dtype, device, getattr(config.text_config, "hidden_size", 0))
     options: dict[str, Any] = {"dtype": dtype, **source}
     if load_in_4bit:
         options["quantization_config"] = _four_bits(transformers, dtype)

@@ -137,13 +137,13 @@ class ScstTrainer(Trainer):
             for group, row, captions in zip(samples, weights, loaded.captions, strict=True):
                 group += [[*caption, eos] for caption in captions]
                 row += [weight] * len(captions)
-        with autocast(self.device, self.config.precision):
+        with autocast(self.device, self.precision):
             return weighted_loss(self.captioner, features, samples, weights, eos)
 
     def search(self, features: torch.Tensor) -> list[list[list[int]]]:
         """Return captions ``[image][caption]`` of the images with these encoder tokens (B, N, D)."""
         config = self.config
-        with autocast(self.device, config.precision):
+        with autocast(self.device, self.precision):
             return beams(self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens)
 
     def score(self, indices: Sequence[int], samples: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:

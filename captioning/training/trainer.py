@@ -23,7 +23,7 @@ from captioning.data.batches import (
     packed_length,
 )
 from captioning.data.tokenizer import Tokenizer
-from captioning.device import autocast, product_dtype, ran_out_of_memory
+from captioning.device import autocast, product_dtype, ran_out_of_memory, settle_precision
 from captioning.distributed import ALONE, Processes
 from captioning.inference.captions import caption_features
 from captioning.models.captioner import Captioner
@@ -128,7 +128,8 @@ class Trainer:
             Loader(split, tokenizer.eos_id, self.device, processes) for split in (train, val)
         )
         self.optimizer = make_optimizer(captioner, config)
-        cast_frozen(captioner.decoder, product_dtype(self.device, config.precision))
+        self.precision = settle_precision(self.device, config.precision, captioner.decoder.config.n_embd)
+        cast_frozen(captioner.decoder, product_dtype(self.device, self.precision))
         self.steps_per_epoch = steps_per_epoch(config, train.captions)
         self.steps = self.steps_per_epoch * config.epochs
         self.progress = Progress()
@@ -309,7 +310,7 @@ class Trainer:
         """Return what this process's images add to the batch's mean over all tokens of its captions."""
         if not loaded.own:
             return torch.zeros((), device=self.device)
-        with autocast(self.device, self.config.precision):
+        with autocast(self.device, self.precision):
             loss = self.captioner.loss(*loaded.on(self.device), label_smoothing, predict_bos)
         share = count_targets(loaded.captions, predict_bos) / count_targets(loaded.batch.captions, predict_bos)
         return loss * share
@@ -332,7 +333,7 @@ class Trainer:
             if not indices:
                 continue
             features, beams = self.val_split.tokens(indices, self.device), beam_size or self.config.beam_size
-            with autocast(self.device, self.config.precision):
+            with autocast(self.device, self.precision):
                 texts = caption_features(self.captioner, self.tokenizer, features, beams, self.config.max_new_tokens)
             predictions |= dict(zip(indices, texts, strict=True))
         for others in self.processes.gather(predictions):

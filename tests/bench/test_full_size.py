@@ -62,8 +62,8 @@ def test_the_process_that_starts_the_parts_leaves_the_device_to_them(monkeypatch
 
     for name in ("pick_device", "machine", "has_bf16", "measure_rates"):
         monkeypatch.setattr(bench, name, touched)
-    before = bench.in_child(bench.survey, "cpu", 64)
-    assert (before.kind, before.bf16, list(before.rates)) == ("cpu", False, ["fp32"])
+    before = bench.in_child(bench.survey, "cpu", 64, 128)
+    assert (before.kind, before.precision, next(iter(before.rates))) == ("cpu", "fp32", "fp32")
     monkeypatch.setattr(bench, "prepare", lambda *args: 12.0)
     monkeypatch.setattr(bench, "run_all", lambda *args: ({}, "stopped"))
     args = bench.build_parser().parse_args(["--tiny", "--device", "cpu"])
