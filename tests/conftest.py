@@ -111,3 +111,10 @@ def browser():
         pytest.skip(chromium.ABSENT)
     with chromium.started() as shown:
         yield shown
+
+
+@pytest.fixture
+def bf16_processor(monkeypatch):
+    """A processor with bf16 products of its own, and models so wide as to take them by themselves: the tiny ones."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(device, "FULL_WIDTH", 1)

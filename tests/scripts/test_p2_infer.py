@@ -55,6 +55,20 @@ def test_inference_captions_every_picture_and_is_scored(run, tiny_data, tmp_path
     assert "CIDEr:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("flags", "expected"), [((), True), (("--precision", "fp32"), False)])
+def test_auto_searches_in_bf16_at_full_size_on_a_processor_that_has_it(
+    run, tiny_data, tmp_path, monkeypatch, bf16_processor, flags, expected
+):
+    """Encoder and decoder alike: their weights are cast, and what multiplies them runs under autocast."""
+    seen, search = [], jobs.caption_features
+    on = functools.partial(torch.is_autocast_enabled, "cpu")
+    monkeypatch.setattr(jobs, "caption_features", lambda model, *how: seen.append((model, on())) or search(model, *how))
+    assert infer(tiny_data / "images" / "val", tmp_path / "p.json", run / "best.safetensors", *flags) == 0
+    types = {module.dtype for model, _ in seen for module in model.modules() if hasattr(module, "dtype")}
+    assert types == {torch.bfloat16 if expected else torch.float32}
+    assert {autocast for _, autocast in seen} == {expected}
+
+
 def test_captions_in_a_run_folder_are_that_runs(run, tiny_data, tmp_path, monkeypatch, capsys):
     """Without --adapter, runs/1/val.json was captioned by runs/best."""
     loaded, load = [], p2_infer.load_captioner

@@ -34,6 +34,25 @@ def scores(monkeypatch):
 # ------------------------------------------------------------------------------------------------- what is learned
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [((), True), (("--precision", "fp32"), False), (("--setting", "1", "--report-faithful"), False)],
+)
+def test_auto_trains_in_bf16_at_full_size_on_a_processor_that_has_it(
+    tmp_path, monkeypatch, bf16_processor, flags, expected
+):
+    """The report's code was in float32, and to its letter that stays."""
+    seen, loss = [], Captioner.loss
+
+    def looked_at(captioner, *args):
+        seen.append((torch.is_autocast_enabled("cpu"), captioner.decoder.h[0].mlp.c_fc.cast_weight is not None))
+        return loss(captioner, *args)
+
+    monkeypatch.setattr(Captioner, "loss", looked_at)
+    assert train(tmp_path / "run", "--epochs", 1, *flags) == 0
+    assert set(seen) == {(expected, expected)}
+
+
 def test_first_only_the_projector_learns_and_lora_then_begins_without_momentum(tmp_path):
     out = tmp_path / "run"
     assert train(out, "--epochs", 1, "--projector-epochs", 1) == 0
