@@ -320,7 +320,9 @@ def rehearse(args: argparse.Namespace, size: Size, before: Surveyed, folder: Pat
     prepared = time.monotonic() - started
     parts = parts_of(size, numbers, tokens, before.precision)
     usages, failure = run_all(run, size, numbers)
-    after = in_child(survey, args.device, size.floor, size.models.decoder.width)  # other work on the machine may have been in the way
+    after = in_child(
+        survey, args.device, size.floor, size.models.decoder.width
+    )  # other work on the machine may have been in the way
     rates = {kind: max(rate, after.rates[kind]) for kind, rate in before.rates.items()}
     return {
         "machine": before.machine,

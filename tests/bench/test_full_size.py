@@ -60,7 +60,7 @@ def test_the_process_that_starts_the_parts_leaves_the_device_to_them(monkeypatch
     def touched(*args):
         raise AssertionError("the device is looked at in this process")
 
-    for name in ("pick_device", "machine", "has_bf16", "measure_rates"):
+    for name in ("pick_device", "machine", "settle_precision", "measure_rates"):
         monkeypatch.setattr(bench, name, touched)
     before = bench.in_child(bench.survey, "cpu", 64, 128)
     assert (before.kind, before.precision, next(iter(before.rates))) == ("cpu", "fp32", "fp32")
