@@ -1,32 +1,42 @@
 """Rehearse the CUDA paths on a CPU build of torch, and print what they would cost beside what budgets.json says.
 
-python tests/cuda_rehearsal                       # all cases
-python tests/cuda_rehearsal "train best" --why    # one, with the lines that wait and the kernels by operator
-python tests/cuda_rehearsal --write               # put the counts into budgets.json
+python -m tests.cuda_rehearsal                       # all cases
+python -m tests.cuda_rehearsal "train best" --why    # one, with the lines that wait and the kernels by operator
+python -m tests.cuda_rehearsal --write               # put the counts into budgets.json
 """
 
 import argparse
-import importlib.metadata
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = HERE / "budgets.json"
 COUNTED_WITH = ("torch", "timm", "open_clip_torch", "transformers")  # whose other versions have other kernels
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 
-def main(argv=None):
-    """Run the command line."""
-    import cases  # loads torch with the hooks
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of: {'; '.join(cases.CASES)} (default: all)")
+def build_parser():
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.cuda_rehearsal",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="its name, as the table has it (default: all)")
     parser.add_argument("--why", action="store_true", help="show where the host waits and which operators are counted")
     parser.add_argument("--json", action="store_true", help="print all that is known of the cases as JSON")
     parser.add_argument("--write", action="store_true", help="write the counts to budgets.json")
+    return parser
+
+
+def main(argv=None):
+    """Run the command line; return 0, or 1 where a case found something wrong."""
+    parser = build_parser()
     args = parser.parse_args(argv)
+    sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+    import cases  # with it torch, and before torch the hooks
+
     if unknown := set(args.cases) - cases.CASES.keys():
         parser.error(f"no such case: {', '.join(sorted(unknown))}; choose from {'; '.join(cases.CASES)}")
     found = {name: cases.run(name) for name in args.cases or cases.CASES}
@@ -38,7 +48,7 @@ def main(argv=None):
         show(name, facts, table["budgets"].get(name, {}), args.why)
     if args.write:
         budgets = table["budgets"] | {name: facts["counts"] for name, facts in found.items() if not facts["wrong"]}
-        table["versions"] = {name: importlib.metadata.version(name).split("+")[0] for name in COUNTED_WITH}
+        table["versions"] = {name: metadata.version(name).split("+")[0] for name in COUNTED_WITH}
         table["budgets"] = {name: budgets[name] for name in cases.CASES if name in budgets}
         BUDGETS.write_text(json.dumps(table, indent=2) + "\n")
     return int(any(facts["wrong"] for facts in found.values()))

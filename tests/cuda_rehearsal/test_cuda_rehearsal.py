@@ -45,8 +45,8 @@ def test_a_case_runs_without_mismatch_and_costs_what_the_table_says(name):
     if not SAME_VERSIONS:
         pytest.skip(f"no mismatch; the table was counted with {TABLE['versions']}")
     assert facts["counts"] == BUDGETS[name], (
-        f"the cost of {name!r} has changed; if it was meant to, run `python tests/cuda_rehearsal --write` and commit "
-        f"budgets.json; --why shows the operators; the host waits at {facts['waits']}"
+        f"the cost of {name!r} has changed; if it was meant to, run `python -m tests.cuda_rehearsal --write` and "
+        f"commit budgets.json; --why shows the operators; the host waits at {facts['waits']}"
     )
 
 
