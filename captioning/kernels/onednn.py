@@ -22,7 +22,7 @@ class OneDnnLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Map (rows, in) to (rows, out)."""
         ctx.save_for_backward(weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -52,13 +52,13 @@ class ReorderedLinear(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         # A module's parameter cannot have oneDNN's layout, and a buffer would be part of state dicts.
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
+        self._weight = torch.ops.mkldnn._reorder_linear_weight.default(weight.detach().to(dtype).contiguous())
         self._bias = None if bias is None else bias.detach().to(dtype)
         self.dtype = dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self._weight, self._bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x.to(self.dtype), self._weight, self._bias, "none", [], "")
 
 
 def can_reorder(device: torch.device, dtype: torch.dtype) -> bool:
