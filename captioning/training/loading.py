@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +13,6 @@ from captioning.data.feature_cache import FeatureCache
 from captioning.device import moved, page_locked
 from captioning.distributed import Processes
 from captioning.read_ahead import read_ahead
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,7 +29,6 @@ class Split:
         """Return the split of those samples whose images could be read."""
         if (left_out := len(samples) - len(features.readable)) == 0:
             return cls(samples, captions, features)
-        log.error("%d of %d images cannot be read; training goes on without them", left_out, len(samples))
         kept = features.readable
         return cls([samples[i] for i in kept], [captions[i] for i in kept], features.only(kept), left_out)
 

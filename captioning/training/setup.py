@@ -293,7 +293,10 @@ def make_split(
     captions = encode_split(samples, captioner, tokenizer)
     paths = [sample.path for sample in samples]
     features = cached_features(captioner, paths, cache_folder(args), args.cache_gb * 1e9, processes)
-    return Split.of_readable(samples, captions, features)
+    split = Split.of_readable(samples, captions, features)
+    if split.unreadable and processes.first:
+        log.error("%d of %d images cannot be read; training goes on without them", split.unreadable, len(samples))
+    return split
 
 
 def free_encoder(captioner: Captioner, *splits: Split) -> None:

@@ -232,6 +232,19 @@ def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
     assert "exitcode  : 9" in result.stderr
 
 
+def test_a_picture_that_cannot_be_read_is_left_out_by_all(tiny_data, tmp_path):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    picture = sorted((data / "images" / "train").iterdir())[3]
+    picture.write_bytes(picture.read_bytes()[:300])
+    small = "--profile micro --device cpu --epochs 1 --batch-size 4 --val-images 2 --beam-size 1 --max-new-tokens 4"
+    command = ("p2_train.py", *small.split(), "--data", data, "--cache", tmp_path / "cache", "--out", tmp_path / "run")
+    result = launch(2, *command)
+    assert result.stderr.count("left out: ") == result.stderr.count("1 of 12 images cannot be read") == 1
+    assert result.returncode != 0 and (tmp_path / "run" / "best.safetensors").is_file()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["processes"], config["unreadable_images"]) == (2, {"train": 1, "val": 0})
+
+
 def test_a_bad_flag_is_refused_in_one_line(tiny_data, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "training_state.safetensors").write_bytes(b"a run")
