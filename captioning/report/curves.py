@@ -14,7 +14,7 @@ RC: dict[Any, Any] = {  # a "$" in a run's name is a "$". (Any: matplotlib's stu
     "font.size": FONT,
     "axes.titlesize": FONT,
     "text.parse_math": False,
-    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.07,
     "figure.constrained_layout.w_pad": 0.1,
 }
 LEGEND_ROW, COLUMNS = 0.22, 3  # inches; labels beside each other
@@ -74,7 +74,7 @@ def _drawn(runs: Sequence[Run], draw: Callable[[Any, dict[str, Style]], None]) -
         axis = canvas.subplots()
         draw(axis, styles)
         axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#dddddd", lw=0.6)
         lines = [Line2D([], [], label=name, **styles[name] | SOLID) for name in labels]

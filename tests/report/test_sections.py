@@ -90,3 +90,15 @@ def test_runs_without_cider_have_no_figure_of_it(tmp_path):
     metrics.write_text(metrics.read_text().replace('"val_cider"', '"another"'))
     (row,) = sections.curves("c", "the runs", find_runs(tmp_path)[0])
     assert [figure.name for figure in row.figures] == ["c_loss"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 13])
+def test_epochs_are_whole_numbers_on_the_axis(epochs, tmp_path, drawn):
+    """One epoch alone stood between 0.945 and 1.050."""
+    write_run(tmp_path / "1", epochs=epochs, done=epochs)
+    sections.curves("c", "the runs", find_runs(tmp_path)[0])
+    for (axis,) in (canvas.axes for canvas in drawn):
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
+        assert ticks and all(tick == round(tick) for tick in ticks)
+        assert 1 in ticks or epochs > 8
