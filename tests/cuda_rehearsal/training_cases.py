@@ -21,11 +21,12 @@ from captioning.data.annotations import Sample
 from captioning.data.batches import IGNORED, PackedBatch
 from captioning.device import product_dtype
 from captioning.inference.encode import cached_features
+from captioning.inference.search import Step
 from captioning.models.captioner import Captioner
+from captioning.training import scst
 from captioning.training.config import SCST_NUMBERS, SETTINGS, TrainConfig
 from captioning.training.loading import Split
 from captioning.training.run_folder import RunFolder
-from captioning.training.scst import ScstTrainer
 from captioning.training.setup import free_encoder
 from captioning.training.trainer import Trainer
 
@@ -82,9 +83,23 @@ def count_targets(gpu: FakeGpu) -> None:
 
 
 def train_rewarded(gpu: FakeGpu) -> Facts:
-    """Take steps of self-critical training, whose captions are searched for first."""
+    """Take steps of self-critical training, whose captions are searched for first, and count a step of that search."""
     config = replace(SETTINGS["best"], **SCST_NUMBERS, objective="scst", max_new_tokens=8)
-    return train(gpu, config, kind=ScstTrainer)
+    starts: list[int] = []
+    plain = scst.within_vocabulary
+
+    def booked(step: Step, size: int) -> Step:
+        def decode(*args: torch.Tensor) -> torch.Tensor:
+            starts.append(gpu.ledger.kernels.total())
+            return inner(*args)
+
+        inner = plain(step, size)
+        return decode
+
+    gpu.replace(scst, "within_vocabulary", booked)
+    facts = train(gpu, config, kind=scst.ScstTrainer)
+    facts["counts"]["kernels of a search's step"] = starts[-2] - starts[-3]
+    return facts
 
 
 def cache(gpu: FakeGpu, images: int = 32) -> Facts:
