@@ -52,7 +52,7 @@ def attention_route(
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return MASK  # nothing may be tried out while a graph is recorded
         _decided[key] = _decide(device, dtype, size, packing, heads)
-        log.info("attention in training: %s (heads of %d in %s on %s)", _decided[key], size, dtype, device)
+        log.info("captions after one image attend: %s (heads of %d in %s on %s)", _decided[key], size, dtype, device)
     return _decided[key]
 
 
