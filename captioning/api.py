@@ -194,8 +194,8 @@ def load(source: str | os.PathLike, model: str = "captioner", device: str = "aut
 
     Args:
         source: of the captioner: an adapter file, the folder of a run or of p2_export.py, or the name of a profile:
-            ``micro`` (drawings; its adapter is in the repository) or ``full``. Of LLaVA: a folder, a hub id, or a
-            profile.
+            ``micro`` (drawings; its adapter is in the repository) or ``full``. Of LLaVA: a folder, that of
+            p2_export.py too, a hub id, or a profile.
         model: ``captioner`` or ``llava``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         options: further arguments of :func:`load_tuned` or of :func:`load_zero_shot`.
@@ -242,6 +242,8 @@ def load_zero_shot(
 ) -> LlavaCaptioner:
     """Load LLaVA; ``source`` and ``device`` as for :func:`load`, the others as flags of p1_llava_caption.py."""
     where, name = pick_device(device), PROFILES[str(source)].llava if source in PROFILES else os.fspath(source)
+    if (Path(name) / "llava" / "config.json").is_file():  # a folder of p2_export.py
+        name = str(Path(name) / "llava")
     return LlavaCaptioner(load_llava(name, where, dtype, revision, load_in_4bit), prompt)
 
 

@@ -1,6 +1,7 @@
 """The Python call: equal to the scripts, quick to import, and clear about what it cannot take."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -148,6 +149,12 @@ def test_a_photograph_is_turned_as_its_file_is(tmp_path):
     assert api.open_picture(Image.open(tmp_path / "a.jpg")).size == load_image(tmp_path / "a.jpg").size == (20, 40)
 
 
+def llava_folder(out):
+    """A folder as p2_export.py writes one, with the micro LLaVA in it: the tiny encoder has no exact export."""
+    shutil.copytree(PROFILES["micro"].llava, out / "llava", dirs_exist_ok=True)
+    return out
+
+
 # --- what it loads --------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +166,7 @@ def test_it_takes_a_run_an_adapter_an_exported_folder_and_a_profile(run, caption
     expected = captioner.caption(images[:2], max_new_tokens=8)
     for source in (run / "best.safetensors", str(run), out, out / "adapter", "micro"):
         assert captioning.load(source, device="cpu").caption(images[:2], max_new_tokens=8) == expected
+    assert isinstance(captioning.load(llava_folder(out), model="llava", device="cpu"), api.LlavaCaptioner)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,8 @@ async function compare(what) {
 
 function tableOf(found) {
   const thumbs = Object.fromEntries(scenes.scenes.map((scene) => [scene.picture, scene.shown]));
-  const heads = found.means.map((mean) => make("th", {textContent: `${mean.adapter}: CIDEr ${mean.CIDEr.toFixed(3)}`}));
+  const heads = found.means.map((mean) => make("th", {}, mean.adapter, make("div", {className: "soft",
+    textContent: Object.entries(mean.scores).map(([name, value]) => `${name} ${digits(value)}`).join(" · ")})));
   const rows = found.rows.map((row) => make("tr", {}, make("td", {}, make("img", {src: thumbs[row.picture] ?? "", alt: row.name, width: 64})),
     ...row.captions.map((said) => make("td", {}, said.caption, make("div", {className: "soft", textContent: said.cider.toFixed(3)})))));
   return make("table", {}, make("thead", {}, make("tr", {}, make("th", {}), ...heads)), make("tbody", {}, ...rows));

@@ -37,6 +37,11 @@ class SceneSet:
         """Scores captions of these scenes as evaluate.py does."""
         return Evaluator(self.annotations, chair=self.chair)
 
+    @property
+    def metrics(self) -> list[str]:
+        """What captions of these scenes are compared by."""
+        return ["cider"] if self.chair is None else ["cider", "chair"]
+
     def cider(self, key: str, caption: str) -> float:
         """Return one caption's CIDEr, as ``evaluate.py --per-image`` has it for all captions of these scenes."""
         side, tokens = self.evaluator.reference_side, self.evaluator.tokenize({key: caption})

@@ -235,15 +235,15 @@ class Studio:
     def compare_scenes(
         self, name: object, first: object, second: object, settings: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the captions of a whole set of scenes by two adapters, each with its CIDEr, and their means."""
+        """Return the captions of a whole set of scenes by two adapters, each with its CIDEr, and their scores."""
         with self._lock:
             scenes = self.sets.find(name, "set of scenes")
             rows: list[dict[str, Any]] = [{"picture": f"{scenes.name}/{key}", "name": key} for key in scenes.paths]
             means = []
             for adapter in (str(first), str(second)):
                 captions = self.model(adapter).caption(list(scenes.paths.values()), **checked(settings, "captioner"))
-                found = scenes.evaluator.evaluate(dict(zip(scenes.paths, captions, strict=True)), ("cider",))
-                means.append({"adapter": adapter, **found.means})
+                found = scenes.evaluator.evaluate(dict(zip(scenes.paths, captions, strict=True)), scenes.metrics)
+                means.append({"adapter": adapter, "scores": found.means})
                 for row, key, caption in zip(rows, scenes.paths, captions, strict=True):
                     row.setdefault("captions", []).append({"caption": caption, "cider": found.per_image["CIDEr"][key]})
         return {"means": means, "rows": rows}
