@@ -28,6 +28,7 @@ from captioning.inference.encode import cached_features, prepare_encoder, read_p
 from captioning.models.captioner import Captioner, CaptionerConfig
 from decoder import Decoder, DecoderConfig, LoraConfig
 
+READING = "reading alone"
 TOLERANCE = 2e-3  # relative: float16 has 11 digits in base 2
 
 
@@ -60,7 +61,7 @@ def rivals(
     return {
         "ours": lambda: cached_features(ours, paths, new_folder()),
         "one batch after another": lambda: in_batches(plain, paths, new_folder()),
-        "reading alone": lambda: read_pixels(plain.transform, paths),
+        READING: lambda: read_pixels(plain.transform, paths),
     }
 
 
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace, folder: Path, device: torch.device) -> int:
         difference = largest_difference(runs, len(paths))
         print(f"largest relative difference of a feature: {difference:.1e}")
         return int(difference > TOLERANCE)
-    in_turn({name: run for name, run in runs.items() if name != "reading alone"}, 1, device)  # warm-up
+    in_turn({name: run for name, run in runs.items() if name != READING}, 1, device)  # warm-up
     seconds = in_turn(runs, args.repeats, device)
     rows = [
         {

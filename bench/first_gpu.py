@@ -21,9 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.common import machine, make_parser, markdown
+from bench.full_size import in_child
 from bench.gpu_parts import PARTS
 from captioning.cli import PARTIAL, FlagParser, command, setup_logging
 from captioning.device import pick_device
@@ -75,9 +74,16 @@ def run_part(part: str, args: argparse.Namespace) -> dict[str, Any]:
         return {"error": f"its process ended with exit code {code}", "seconds": time.monotonic() - started}
 
 
-def run_all(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def survey(name: str) -> tuple[str, str]:
+    """Return the kind of the device that ``--device name`` is, and the machine in words."""
+    setup_logging()
+    device = pick_device(name)
+    return device.type, machine(device)
+
+
+def run_all(args: argparse.Namespace, where: str) -> dict[str, Any]:
     """Run the parts one after another; what is there is written after each, and returned."""
-    found: dict[str, Any] = {"machine": machine(device), "quick": args.quick, "parts": {}}
+    found: dict[str, Any] = {"machine": where, "quick": args.quick, "parts": {}}
     for part in args.parts:
         log.info("%s …", part)
         found["parts"][part] = result = run_part(part, args)
@@ -131,7 +137,7 @@ def _llava(rows: list[dict[str, Any]]) -> str:
 FIGURES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {  # of the README, by part
     "train": ("training step, 16 images", _training),
     "decode": ("captions/s", lambda rows: ", ".join(f"{row['search']} {row['captions/s']:.3g}" for row in rows)),
-    "cache": ("feature cache", lambda rows: f"{rows[-1]['images/s']:.3g} images/s"),
+    "cache": ("feature cache", lambda rows: f"{rows[0]['images/s']:.3g} images/s"),
     "scst": ("self-critical step", lambda rows: f"{rows[0]['s a step']:.3g} s"),
     "llava": ("LLaVA, 4 layers", _llava),
 }
@@ -164,15 +170,13 @@ def fill(text: str, found: dict[str, Any] | None, name: object) -> str:
     return f"{before}{BEGIN}\n{table(found).rstrip()}\n{END}{after}"
 
 
-def check(args: argparse.Namespace, device: torch.device) -> None:
-    """Refuse wrong flags before anything slow starts."""
+def check(args: argparse.Namespace, kind: str) -> None:
+    """Refuse wrong flags before anything slow starts, on a device of that kind."""
     if not args.minutes > 0:
         raise ValueError(f"--minutes {args.minutes}: must be more than 0")
     if args.readme:
-        if args.quick or device.type != "cuda":
-            raise ValueError(
-                f"--readme: its figures are a GPU's at full size; leave it out on {device} or with --quick"
-            )
+        if args.quick or kind != "cuda":
+            raise ValueError(f"--readme: its figures are a GPU's at full size; leave it out on {kind} or with --quick")
         fill(args.readme.read_text(encoding="utf-8"), None, args.readme)
 
 
@@ -181,9 +185,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the parts; return 3 (``PARTIAL``) where one failed."""
     args = build_parser().parse_args(argv)
     setup_logging()
-    device = pick_device(args.device)
-    check(args, device)
-    found = run_all(args, device)
+    kind, where = in_child(survey, args.device)  # this process takes no memory of the GPU
+    check(args, kind)
+    found = run_all(args, where)
     if args.readme:
         write_text(args.readme, fill(args.readme.read_text(encoding="utf-8"), found, args.readme))
     return PARTIAL if any("error" in result for result in found["parts"].values()) else 0

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench import decode, llava, photographs, scst, train
+from bench import decode, features, llava, photographs, scst, train
 from bench.arithmetic import CaptionerShape
 from bench.common import draw_scenes, in_turn, machine, make_parser, measure_rates, timed
 from bench.measured import Peaks
@@ -33,7 +33,6 @@ from captioning.cli import PARTIAL, FlagParser, command, setup_logging
 from captioning.data.batches import pack_captions
 from captioning.device import autocast, has_bf16, pick_device
 from captioning.files import write_json
-from captioning.inference.encode import cached_features, read_pixels
 from captioning.kernels.attention_route import Trial
 from captioning.kernels.packed_attention import can_attend_packed
 from captioning.kernels.packing import Packing
@@ -200,30 +199,17 @@ def training(setup: Setup) -> Rows:
 
 
 def caching(setup: Setup) -> Rows:
-    """Reading photographs, encoding them, and both as training caches their features."""
-    count, (_, encoder, kwargs) = (4, train.TINY) if setup.quick else (256, train.FULL)
+    """Caching the features of photographs, beside one batch after another, and reading them alone."""
+    count, size, stand_in = (4, train.TINY, TINY) if setup.quick else (128, train.FULL, FULL)
     paths = draw_scenes(setup.folder, count)
-    photographs.convert(paths, 1 if setup.quick else os.cpu_count() or 1, (TINY if setup.quick else FULL).photograph)
-    captioner = scst.make_captioner(encoder, kwargs, train.TINY[0]).to(setup.device).eval()  # its decoder has no work
-    some = paths[: min(count, 32)]
-    pixels = read_pixels(captioner.transform, some).to(setup.device)
-
-    def encode() -> None:
-        with torch.no_grad():
-            captioner.encode(pixels)
-
-    timed(encode, setup.device)  # warm-up
-    seconds = {
-        "reading, one thread": timed(lambda: read_pixels(captioner.transform, some)) / len(some),
-        "encoding, float32": timed(encode, setup.device) / len(some),
-        "feature cache": timed(lambda: cached_features(captioner, paths, setup.folder / "c"), setup.device) / count,
-    }
-    work = 0 if setup.quick else CaptionerShape().encoder.operations
-    return [
-        {"what": name, "images/s": 1 / taken}
-        | ({"TFLOP/s": "-" if "reading" in name else work / taken / 1e12} if work else {})
-        for name, taken in seconds.items()
-    ]
+    photographs.convert(paths, 1 if setup.quick else os.cpu_count() or 1, stand_in.photograph)
+    runs = features.rivals(size, paths, setup.folder, setup.device)
+    in_turn(runs, 1, setup.device)  # warm-up
+    seconds, work = in_turn(runs, setup.repeats, setup.device), CaptionerShape().encoder.operations
+    rows: Rows = [{"how": how, "images/s": count / taken} for how, taken in seconds.items()]
+    for row in [] if setup.quick else rows:
+        row["TFLOP/s"] = row["images/s"] * work / 1e12 if row["how"] != features.READING else "-"
+    return rows
 
 
 def rewarding(setup: Setup) -> Rows:

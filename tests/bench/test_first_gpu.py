@@ -41,7 +41,7 @@ def test_the_parts_measure_what_they_say(found):
     assert [row["cuDNN"] for row in rows["cudnn"]] == ["off", "allowed"]
     assert [(row["search"], row["as eager"]) for row in rows["decode"]] == [("eager", "2 of 2"), ("compiled", "2 of 2")]
     assert [row["precision"] for row in rows["train"] if row["who"] == "ours"] == ["fp32", "bf16"]
-    assert [row["what"] for row in rows["cache"]] == ["reading, one thread", "encoding, float32", "feature cache"]
+    assert [row["how"] for row in rows["cache"]] == ["ours", "one batch after another", "reading alone"]
     assert rows["scst"][0]["s a step"] == pytest.approx(sum(rows["scst"][0][f"{part}, s"] for part in SCST))
     assert rows["llava"][0]["answers that differ"] == 0
 
@@ -126,8 +126,7 @@ def test_the_readme_is_filled_from_a_gpu_only(tmp_path, monkeypatch, found, caps
     for more in (["--device", "cpu"], ["--device", "cpu", "--quick"]):
         assert bench.main([*words, *more]) == BAD_INPUT
     assert "old" in readme.read_text()
-    monkeypatch.setattr(bench, "pick_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(bench, "machine", lambda device: "H100")
+    monkeypatch.setattr(bench, "in_child", lambda survey, name: ("cuda", "H100"))
     monkeypatch.setattr(bench, "run_part", lambda part, args: found["parts"][part])
     assert bench.main(words) == 0
     text = readme.read_text()
