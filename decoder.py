@@ -16,6 +16,7 @@ Shapes in comments: B batch, T new tokens, S tokens attended to, C width, nh hea
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -516,7 +517,7 @@ def merge_lora(decoder: Decoder) -> None:
     for layer in _lora_layers(decoder):
         if layer.merged:
             continue
-        merged = (layer.weight.float() + _full_update(layer)).to(layer.weight.dtype)
+        merged = _merged_weight(layer).to(layer.weight.dtype)
         if layer.weight is decoder.wte.weight:  # the output layer stops being tied, the embeddings stay as they are
             layer.weight = nn.Parameter(merged, requires_grad=False)
         else:
@@ -524,15 +525,33 @@ def merge_lora(decoder: Decoder) -> None:
         layer.merged = True
 
 
-def _full_update(layer: LoraLinear | MergedLinear) -> Tensor:
-    """(alpha / rank) B A as one float32 matrix (out, in)."""
+@contextlib.contextmanager
+def merged_copies(decoder: Decoder) -> Iterator[None]:
+    """Within, the decoder reads as if LoRA were merged, with copies of its weights in the type that products have.
+
+    They are made now, so nothing is trained within. For searches during training: half the kernels a decode step.
+    """
+    layers = [layer for layer in _lora_layers(decoder) if not layer.merged]
+    before, dtype = [getattr(layer, "cast_weight", None) for layer in layers], product_dtype_of(decoder.wte.weight)
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.cast_weight, layer.merged = _merged_weight(layer).to(dtype), True
+        yield
+    finally:
+        for layer, copy in zip(layers, before, strict=True):
+            layer.cast_weight, layer.merged = copy, False
+
+
+def _merged_weight(layer: LoraLinear | MergedLinear) -> Tensor:
+    """W + (alpha / rank) B A as a new float32 matrix (out, in)."""
     rows = layer.enabled_rows() if isinstance(layer, MergedLinear) else [slice(None)]
-    update = torch.zeros_like(layer.weight, dtype=torch.float32)
-    with torch.autocast(update.device.type, enabled=False):  # which would round the product to bfloat16
+    merged = layer.weight.detach().to(torch.float32, copy=True)
+    with torch.autocast(merged.device.type, enabled=False):  # which would round the product to bfloat16
         a, b = layer.lora_A.float().chunk(len(rows)), layer.lora_B.float().chunk(len(rows))
         for i, group in enumerate(rows):
-            update[group] = (b[i] @ a[i]) * layer.scaling
-    return update
+            merged[group] += (b[i] @ a[i]) * layer.scaling
+    return merged
 
 
 def refuse_merged(decoder: Decoder, what: str) -> None:

@@ -26,6 +26,7 @@ from decoder import (
     lora_state_dict,
     mark_trainable,
     merge_lora,
+    merged_copies,
 )
 
 
@@ -135,6 +136,33 @@ def test_casts_made_beforehand_change_no_number_and_nothing_that_is_kept(lora):
     merge_lora(decoder)
     with torch.autocast("cpu", torch.bfloat16):
         assert frozen_weight(decoder.h[0].attn.c_proj) is decoder.h[0].attn.c_proj.weight  # no copy of what it was
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", LAYOUTS.values(), ids=LAYOUTS)
+def test_merged_copies_read_as_a_merged_decoder_does_and_leave_no_trace(lora, dtype):
+    decoder = lora_decoder(lora).eval()
+    mark_trainable(decoder)
+    cast_frozen(decoder, dtype)
+    merged, ids = copy.deepcopy(decoder), torch.randint(TINY.vocab_size, (2, 8))
+    merge_lora(merged)
+
+    def logits(decoder):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32), torch.no_grad():
+            return decoder.logits(decoder(decoder.embed(ids), torch.arange(8)))
+
+    before, state = logits(decoder), copy.deepcopy(decoder.state_dict())
+    with (
+        pytest.raises(ZeroDivisionError),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32),
+        merged_copies(decoder),
+    ):
+        assert torch.equal(logits(decoder), logits(merged))
+        assert not torch.equal(logits(decoder), before)
+        1 / 0  # noqa: B018
+    assert torch.equal(logits(decoder), before)
+    assert not decoder.merged and all(p.requires_grad == ("lora_" in n) for n, p in decoder.named_parameters())
+    assert all(torch.equal(state[name], tensor) for name, tensor in decoder.state_dict().items())
 
 
 def test_what_was_cast_together_and_not_used_has_no_gradient():

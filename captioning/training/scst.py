@@ -143,7 +143,7 @@ class ScstTrainer(Trainer):
     def search(self, features: torch.Tensor) -> list[list[list[int]]]:
         """Return captions ``[image][caption]`` of the images with these encoder tokens (B, N, D)."""
         config = self.config
-        with autocast(self.device, self.precision):
+        with self.searching():
             return beams(self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens)
 
     def score(self, indices: Sequence[int], samples: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:

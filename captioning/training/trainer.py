@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -32,7 +33,7 @@ from captioning.timing import Timer
 from captioning.training.config import TrainConfig
 from captioning.training.loading import LoadedBatch, Loader, Split
 from captioning.training.run_folder import Progress, RunFolder, State
-from decoder import cast_frozen
+from decoder import cast_frozen, merged_copies
 
 log = logging.getLogger(__name__)
 
@@ -325,17 +326,25 @@ class Trainer:
             losses.append(self.part_of_loss(self.val_loader.load(batch)).item() * len(images))
         return self.processes.total(sum(losses))[0] / count
 
+    @contextlib.contextmanager
+    def searching(self) -> Iterator[None]:
+        """Be the context of searches: LoRA is merged, but on a CPU, where that may take longer than it saves."""
+        merged = contextlib.nullcontext() if self.device.type == "cpu" else merged_copies(self.captioner.decoder)
+        with autocast(self.device, self.precision), merged:
+            yield
+
     def captions(self, count: int, beam_size: int | None = None) -> dict[str, str]:
         """Caption the first ``count`` validation images, with the config's beams or as many as given."""
         predictions: dict[int, str] = {}
-        for start in range(0, count, self.config.batch_size):
-            indices = self.processes.share(list(range(start, min(start + self.config.batch_size, count))))
-            if not indices:
-                continue
-            features, beams = self.val_split.tokens(indices, self.device), beam_size or self.config.beam_size
-            with autocast(self.device, self.precision):
-                texts = caption_features(self.captioner, self.tokenizer, features, beams, self.config.max_new_tokens)
-            predictions |= dict(zip(indices, texts, strict=True))
+        beams, longest = beam_size or self.config.beam_size, self.config.max_new_tokens
+        with self.searching():
+            for start in range(0, count, self.config.batch_size):
+                indices = self.processes.share(list(range(start, min(start + self.config.batch_size, count))))
+                if not indices:
+                    continue
+                features = self.val_split.tokens(indices, self.device)
+                texts = caption_features(self.captioner, self.tokenizer, features, beams, longest)
+                predictions |= dict(zip(indices, texts, strict=True))
         for others in self.processes.gather(predictions):
             predictions |= others
         return {str(self.val_split.samples[i].path): predictions[i] for i in range(count)}
