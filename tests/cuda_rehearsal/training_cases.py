@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from stage import CAPTIONS, FULL, Facts, Ids, build, captions, described
 
+import decoder as decoder_module
 from captioning.data.annotations import Sample
 from captioning.data.batches import IGNORED, PackedBatch
 from captioning.device import product_dtype
@@ -137,6 +138,15 @@ class Books:
             self.ledger.phase = "between"
 
         gpu.replace(torch.Tensor, "backward", backward)
+        merged = decoder_module._merged_weight
+
+        def merging(layer: Any) -> torch.Tensor:
+            phase, self.ledger.phase = self.ledger.phase, "merging"
+            weight = merged(layer)
+            self.ledger.phase = phase
+            return weight
+
+        gpu.replace(decoder_module, "_merged_weight", merging)
 
     def before_update(self, *args: Any) -> None:
         """Check every gradient."""
@@ -157,7 +167,8 @@ class Books:
         (kernels, waits), (kernels_before, waits_before) = self.ends[-1], self.ends[-2]
         step = kernels - kernels_before
         wanted = name_of(product_dtype(self.trainer.device, self.trainer.config.precision))
-        linear = {dtype for phase, name, dtype in self.ledger.products if phase and name in ("mm", "addmm", "addmm_")}
+        booked = [(name, dtype) for phase, name, dtype in self.ledger.products if phase not in ("", "merging")]
+        linear = {dtype for name, dtype in booked if name in ("mm", "addmm", "addmm_")}  # the sum is merged in float32
         self.wrong += [f"products in {dtype}, not {wanted}" for dtype in linear - {wanted}]
         self.wrong += [] if self.loss.dtype == torch.float32 else [f"a loss in {self.loss.dtype}"]
         return described(step, waits - waits_before, self.wrong)
