@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from captioning.data.ranked import Ranked
 from captioning.distributed import ALONE, Processes
-from captioning.files import write_json
+from captioning.files import check_writable, write_json
 from captioning.inference.append_log import AppendLog, as_read_back, other_run, read_log
 from captioning.inference.batches import Entry, Job, caption_entries
 from captioning.inference.text_files import TextFiles
@@ -63,6 +63,7 @@ class PredictionLog:
         self._header = as_read_back({"run": run})
         if out.is_dir():
             raise ValueError(f"{out}: is a folder; name a file for the captions")
+        check_writable(out.parent, "OUT")
         out.parent.mkdir(parents=True, exist_ok=True)
         self._side: AppendLog | None = None
         self._stale: list[Path] = []  # side files of another run, or without a caption

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from captioning.files import write_text
+from captioning.files import check_writable, write_text
 from captioning.inference.batches import Entry
 from captioning.messages import some
 
@@ -42,8 +41,7 @@ class TextFiles:
                 names = some([str(file) for file in kept])
                 raise ValueError(f"--txt: there already: {names}; give --overwrite to replace them, or a folder")
         for folder in {file.parent for file in files}:
-            if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
-                raise ValueError(f"--txt: {folder} cannot be written; give a folder that can: --txt FOLDER")
+            check_writable(folder, "--txt")
 
     def write(self, images: Sequence[Entry], captions: Mapping[str, str]) -> None:
         """Write the captions that there are."""

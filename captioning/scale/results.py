@@ -18,7 +18,7 @@ import numpy as np
 
 from captioning.data.part_files import parquet, read_part, write_part
 from captioning.data.ranked import Ranked
-from captioning.files import atomic_path, lock, read_json, sha256_of, write_json
+from captioning.files import atomic_path, check_writable, lock, read_json, sha256_of, write_json
 from captioning.inference.append_log import as_read_back, other_run
 from captioning.inference.folder import scores_file
 from captioning.messages import some
@@ -47,6 +47,7 @@ class Results:
     def __init__(self, out: Path, form: str, run: dict[str, Any], overwrite: bool = False, keep: bool = False) -> None:
         if form == "parquet":
             parquet()  # fails now rather than after the first shard
+        check_writable(out.parent, "OUT")
         self.out, self.form, self.overwrite, self.keep = out, form, overwrite, keep
         self._run = as_read_back({"run": run | {"form": form}})
         one = form == "json"

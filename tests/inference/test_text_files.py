@@ -106,5 +106,5 @@ def test_a_run_killed_among_its_text_files_goes_on(tmp_path, images, monkeypatch
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path, images):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(ValueError, match=r"--txt: .*taken cannot be written; give a folder"):
+    with pytest.raises(ValueError, match=r"--txt .*taken: cannot be written \(.*\); name another with --txt"):
         TextFiles(tmp_path / "taken").check([Entry.of(images[0])], {})

@@ -145,6 +145,21 @@ def test_an_existing_out_is_replaced_unless_it_is_to_be_kept(script, source, com
     assert out.read_text() == "precious"  # until there is something to replace it
 
 
+@pytest.mark.parametrize("source", ["folder", "list"])
+@pytest.mark.parametrize("script", [p1_llava_caption, p2_infer], ids=["p1", "p2"])
+def test_captions_are_not_made_where_they_cannot_be_written(script, source, commands, taken, capsys, monkeypatch):
+    """Text files in a folder that could not be made were missed when all captions were there."""
+    monkeypatch.setattr(p2_infer, "describe_models", lambda args: {})
+    monkeypatch.setattr(p2_infer, "settle_search", lambda args: None)
+    images, _, *others = commands(script, source)
+    assert script.main([images, str(taken / "deep" / "out.json"), *others]) == BAD_INPUT
+    assert f"error: OUT {taken / 'deep'}: cannot be written (Not a directory)" in capsys.readouterr().err
+    if source == "folder":
+        out = str(taken.parent / "out.json")
+        assert script.main([images, out, *others, f"--txt={taken / 'texts'}"]) == BAD_INPUT
+        assert f"error: --txt {taken / 'texts'}: cannot be written (Not a directory)" in capsys.readouterr().err
+
+
 def test_a_table_of_both_settings_is_kept_too(tiny_data, tmp_path, capsys):
     (tmp_path / "out.json").write_text("precious")
     words = (tiny_data / "images" / "val", tmp_path / "out.json", "--compare")
