@@ -27,7 +27,7 @@ from captioning.profiles import PROFILES, ROOT
 from captioning.scoring.clipscore import ClipScorer, clipscore
 
 T = TypeVar("T")
-PICTURES, SETS, PAGES = 200, 8, 64  # how many are kept; the oldest go
+PICTURES, SETS, PAGES = 400, 8, 64  # how many are kept; the oldest go
 THUMBNAIL, SHOWN = 160, 640  # pixels of a picture's longer side on the page
 LIMITS = {"beam_size": 20, "max_new_tokens": 200, "min_new_tokens": 200, "no_repeat_ngram": 20}
 
