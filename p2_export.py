@@ -13,10 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-
 from captioning.cli import FlagParser, add_allow_other_decoder, add_common_flags, command, positive_int, setup_logging
 from captioning.data.tokenizer import END_OF_TEXT, Tokenizer, for_transformers, tokenizer_files
+from captioning.device import pick_device
 from captioning.files import atomic_path, check_writable, write_text
 from captioning.models.adapter import load_captioner, read_adapter
 from captioning.models.export import load_decoder, make_cards, push, write_gpt2
@@ -55,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 def write_whole(args: argparse.Namespace, decoder: str, tokenizer: Tokenizer, card: str) -> None:
     """Write OUT/llava."""
     fallback = PROFILES[args.profile].encoder_weights
-    sources = (args.adapter, Path(decoder), args.encoder_weights, torch.device("cpu"), fallback)
+    sources = (args.adapter, Path(decoder), args.encoder_weights, pick_device("cpu", announce=False), fallback)
     captioner = load_captioner(*sources, args.allow_other_decoder)
     if captioner.config.search_rule != "beam":
         log.warning("OUT/llava searches by beams: transformers has no rule %r", captioner.config.search_rule)
