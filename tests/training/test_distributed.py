@@ -6,6 +6,7 @@ Starting processes takes seconds, so one launch of three and one of two make all
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import launched
 import pytest
@@ -202,6 +203,30 @@ def test_alone_nothing_is_exchanged_and_nothing_joined(monkeypatch):
         processes.check_same("captions", 1)
         processes.wait()
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "by_nccl"), [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False), ("cpu", 0, False)]
+)
+def test_nccl_is_for_gradients_of_processes_with_a_gpu_each_and_never_for_waiting(device, gpus, by_nccl, monkeypatch):
+    """A GPU that waits in NCCL is busy waiting, two processes on one GPU cannot use it, and CPUs need not."""
+    joined = {}
+
+    def partial_state(cpu, timeout):
+        joined["nccl"] = not cpu
+        return SimpleNamespace(num_processes=2, process_index=0)
+
+    def new_group(backend, timeout):
+        joined["exchanges"] = backend
+        return "the group"
+
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(distributed, "import_guarded", lambda name: SimpleNamespace(PartialState=partial_state))
+    monkeypatch.setattr(distributed.dist, "new_group", new_group)
+    assert distributed.join(torch.device(device)).count == 2
+    assert joined == {"nccl": by_nccl, "exchanges": "gloo"}
 
 
 ENDED = """
