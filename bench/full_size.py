@@ -224,13 +224,16 @@ class Part:
     kind: str
 
 
-def parts_of(size: Size, numbers: dict[str, int], caption_tokens: float, product: str) -> list[Part]:
+def parts_of(
+    size: Size, numbers: dict[str, int], caption_tokens: float, product: str, searched: str | None = None
+) -> list[Part]:
     """Return the parts that the arithmetic knows.
 
     Args:
         size, numbers: models, and how many of what.
         caption_tokens: of all captions of an image.
-        product: type of matrix products where the scripts choose it.
+        product: type of matrix products where the scripts choose it, in training.
+        searched: the same in inference, where that is another one.
     """
     models, batch, tokens = size.models, numbers["batch_size"], round(caption_tokens)
     train, reward = batch * models.train(tokens), batch * models.scst(SAMPLES, TOKENS, tokens)
@@ -240,7 +243,7 @@ def parts_of(size: Size, numbers: dict[str, int], caption_tokens: float, product
         Part("feature cache", "train", "cache", "images", cached, encode, "fp32"),
         Part("training", "train", "train", "steps", numbers["steps"], train, product),
         Part("self-critical training", "scst", "train", "steps", numbers["scst_steps"], reward, product),
-        Part("inference", "inference", "caption", "images", numbers["images"], search, product),
+        Part("inference", "inference", "caption", "images", numbers["images"], search, searched or product),
         Part("attention maps", "maps", "explain", "images", numbers["maps"], models.explain(BEAMS, TOKENS), "fp32"),
     ]
 
@@ -283,7 +286,7 @@ def row(name: str, work: dict[str, Any], unit: str, teraflops: float | str, shar
 
 @dataclass(frozen=True)
 class Surveyed:
-    """What is known of the device that everything runs on, rates as ``measure_rates`` returns them; what auto is."""
+    """What is known of the device that everything runs on: rates of ``measure_rates``, and what captions' auto is."""
 
     kind: str
     machine: str
@@ -318,7 +321,8 @@ def rehearse(args: argparse.Namespace, size: Size, before: Surveyed, folder: Pat
     run = Rehearsal(folder, args.device, 60 * (default if args.minutes is None else args.minutes))
     tokens = prepare(folder, size, numbers, args.workers)
     prepared = time.monotonic() - started
-    parts = parts_of(size, numbers, tokens, before.precision)
+    trained = "fp32" if before.kind == "cpu" else before.precision
+    parts = parts_of(size, numbers, tokens, trained, before.precision)
     usages, failure = run_all(run, size, numbers)
     after = in_child(
         survey, args.device, size.floor, size.models.decoder.width

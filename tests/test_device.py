@@ -338,7 +338,7 @@ def test_auto_is_bf16_on_a_processor_that_has_it_at_full_size_only(processor, mo
     assert [pick_dtype("auto", cpu, width) for width in (256, 4096)] == [torch.float32, torch.bfloat16]
     assert pick_dtype("float32", cpu, 4096) == torch.float32
     pick_device("cpu")
-    assert said.messages == ["device: cpu; it has bf16: --precision auto is bf16 at full size, else fp32"]
+    assert said.messages == ["device: cpu; it has bf16, which auto takes for captions at full size; training if asked"]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # not followed, and warned of elsewhere
     assert settle_precision(cpu, "auto", 768) == "fp32"
 

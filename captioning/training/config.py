@@ -75,9 +75,7 @@ class TrainConfig:
         None, "captions of an image that an epoch shows (default: all)", parse=int, at_least=1
     )
     seed: int = option(0, "of weights, order and dropout", at_least=0)
-    precision: str = option(
-        "auto", "fp32, bf16, or auto: bf16 on a GPU, or at full size a CPU, that has it", choices=PRECISIONS
-    )
+    precision: str = option("auto", "fp32, bf16, or auto: bf16 on a GPU that has it", choices=PRECISIONS)
     attention: str = option(
         "auto",
         "how captions after one image attend: packed, by fused kernels; mask, by torch's own; auto: packed where a "

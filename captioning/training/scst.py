@@ -137,7 +137,7 @@ class ScstTrainer(Trainer):
             for group, row, captions in zip(samples, weights, loaded.captions, strict=True):
                 group += [[*caption, eos] for caption in captions]
                 row += [weight] * len(captions)
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.config.precision):
             return weighted_loss(self.captioner, features, samples, weights, eos)
 
     def search(self, features: torch.Tensor) -> list[list[list[int]]]:

@@ -327,7 +327,7 @@ def check_processes(trainer: Trainer) -> None:
 def find_attention(trainer: Trainer, resumed: bool) -> str:
     """Return how captions after one image attend in this run; a resumed one goes on as it was, where that is right."""
     captioner, config = trainer.captioner, trainer.config
-    dtype = product_dtype(trainer.device, trainer.precision)
+    dtype = product_dtype(trainer.device, config.precision)
     before = read_json(trainer.folder.config).get("attention") if resumed and config.attention == "auto" else None
     if before is not None:
         return captioner.attention_route("auto" if before == "packed" else before, dtype)

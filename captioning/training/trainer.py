@@ -24,7 +24,7 @@ from captioning.data.batches import (
     packed_length,
 )
 from captioning.data.tokenizer import Tokenizer
-from captioning.device import autocast, product_dtype, ran_out_of_memory, settle_precision
+from captioning.device import autocast, product_dtype, ran_out_of_memory
 from captioning.distributed import ALONE, Processes
 from captioning.inference.captions import caption_features
 from captioning.models.captioner import Captioner
@@ -129,8 +129,7 @@ class Trainer:
             Loader(split, tokenizer.eos_id, self.device, processes) for split in (train, val)
         )
         self.optimizer = make_optimizer(captioner, config)
-        self.precision = settle_precision(self.device, config.precision, captioner.decoder.config.n_embd)
-        cast_frozen(captioner.decoder, product_dtype(self.device, self.precision))
+        cast_frozen(captioner.decoder, product_dtype(self.device, config.precision))
         self.steps_per_epoch = steps_per_epoch(config, train.captions)
         self.steps = self.steps_per_epoch * config.epochs
         self.progress = Progress()
@@ -311,7 +310,7 @@ class Trainer:
         """Return what this process's images add to the batch's mean over all tokens of its captions."""
         if not loaded.own:
             return torch.zeros((), device=self.device)
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.config.precision):
             loss = self.captioner.loss(*loaded.on(self.device), label_smoothing, predict_bos)
         share = count_targets(loaded.captions, predict_bos) / count_targets(loaded.batch.captions, predict_bos)
         return loss * share
@@ -330,7 +329,7 @@ class Trainer:
     def searching(self) -> Iterator[None]:
         """Be the context of searches: LoRA is merged, but on a CPU, where that may take longer than it saves."""
         merged = contextlib.nullcontext() if self.device.type == "cpu" else merged_copies(self.captioner.decoder)
-        with autocast(self.device, self.precision), merged:
+        with autocast(self.device, self.config.precision), merged:
             yield
 
     def captions(self, count: int, beam_size: int | None = None) -> dict[str, str]:

@@ -36,12 +36,10 @@ def scores(monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [((), True), (("--precision", "fp32"), False), (("--setting", "1", "--report-faithful"), False)],
+    [((), False), (("--precision", "bf16"), True), (("--setting", "1", "--report-faithful"), False)],
 )
-def test_auto_trains_in_bf16_at_full_size_on_a_processor_that_has_it(
-    tmp_path, monkeypatch, bf16_processor, flags, expected
-):
-    """The report's code was in float32, and to its letter that stays."""
+def test_on_a_processor_bf16_trains_where_it_is_asked_for(tmp_path, monkeypatch, bf16_processor, flags, expected):
+    """It is faster; that it ends at the same CIDEr two seeds have not shown."""
     seen, loss = [], Captioner.loss
 
     def looked_at(captioner, *args):
