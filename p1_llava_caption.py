@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="of the weights; auto: float16; on a CPU float32, or bfloat16 at full size where the CPU has it",
+        help="of the weights; auto: float16, on a CPU float32",
     )
     add("--load-in-4bit", action="store_true", help="quantise the weights (needs bitsandbytes)")
     add_annotation_file(parser, "references, for --compare")

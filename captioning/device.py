@@ -64,7 +64,7 @@ def pick_device(name: str | None = "auto", announce: bool = True) -> torch.devic
 @functools.cache  # once for a device, however often it is picked
 def _announce(device: torch.device) -> None:
     if device.type != "cuda":
-        own = "; it has bf16, which auto takes for captions at full size; training if asked" if has_bf16(device) else ""
+        own = "; it has bf16, which p2_infer.py's auto takes at full size; others if asked" if has_bf16(device) else ""
         log.info("device: %s%s", device, own)
         return
     card = torch.cuda.get_device_properties(device)
@@ -214,10 +214,10 @@ def product_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 
 def settle_precision(device: torch.device, precision: str, width: int) -> str:
-    """Return what one of PRECISIONS means for inference by a model of ``width`` on a device: fp32 or bf16.
+    """Return what one of PRECISIONS means for captions by a decoder of ``width`` on a device: fp32 or bf16.
 
     Processors that have bf16 are faster in it at full size, at equal CIDEr; small models stay in float32, whose
-    results do not depend on what else is in a batch. Training on them is in float32 unless bf16 is asked for.
+    results do not depend on what else is in a batch. Training and LLaVA are in float32 there unless bf16 is asked for.
     """
     on_cpu = device.type == "cpu" and width >= FULL_WIDTH and has_bf16(device)
     if precision == "auto" and on_cpu and launched_precision() is None:

@@ -335,10 +335,9 @@ def test_auto_is_bf16_on_a_processor_that_has_it_at_full_size_only(processor, mo
     assert settle_precision(cpu, "auto", 256) == settle_precision(cpu, "fp32", 1024) == "fp32"
     assert settle_precision(cpu, "bf16", 256) == "bf16"
     assert product_dtype(cpu, "auto") == torch.float32
-    assert [pick_dtype("auto", cpu, width) for width in (256, 4096)] == [torch.float32, torch.bfloat16]
-    assert pick_dtype("float32", cpu, 4096) == torch.float32
+    assert pick_dtype("auto", cpu) == torch.float32  # bf16 cost LLaVA's captions CIDEr
     pick_device("cpu")
-    assert said.messages == ["device: cpu; it has bf16, which auto takes for captions at full size; training if asked"]
+    assert said.messages == ["device: cpu; it has bf16, which p2_infer.py's auto takes at full size; others if asked"]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # not followed, and warned of elsewhere
     assert settle_precision(cpu, "auto", 768) == "fp32"
 
@@ -347,7 +346,6 @@ def test_auto_is_bf16_on_a_processor_that_has_it_at_full_size_only(processor, mo
 def test_a_processor_without_bf16_stays_in_float32(processor, monkeypatch, said, found):
     processor(**found)
     assert settle_precision(torch.device("cpu"), "auto", 768) == "fp32"
-    assert pick_dtype("auto", torch.device("cpu"), 4096) == torch.float32
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in older torch
     assert settle_precision(torch.device("cpu"), "auto", 768) == "fp32"
     pick_device("cpu")

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
-from captioning.device import launched_precision, ran_out_of_memory, settle_precision, warn_of_emulation
+from captioning.device import launched_precision, ran_out_of_memory, warn_of_emulation
 from captioning.imports import import_guarded
 from captioning.messages import first_sentence
 from captioning.profiles import is_hub_id
@@ -44,15 +44,12 @@ ARCHITECTURE = "LlavaForConditionalGeneration"
 Past = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values (1, nh, length, hs) of each layer
 
 
-def pick_dtype(name: str, device: torch.device, width: int = 0) -> torch.dtype:
-    """Return the dtype for ``auto``, ``float16``, ``bfloat16`` or ``float32``, for a language model of ``width``.
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype for ``auto``, ``float16``, ``bfloat16`` or ``float32``.
 
-    Auto is what accelerate's ``mixed_precision`` asks for, or else float16 on an accelerator; on a CPU float32, or
-    bfloat16 as ``device.settle_precision`` has it.
+    Auto is what accelerate's ``mixed_precision`` asks for, or else float16 on an accelerator and float32 on a CPU.
     """
-    own = "float16"
-    if device.type == "cpu":
-        own = LAUNCHED_DTYPES.get(settle_precision(device, "auto", width), "float32")
+    own = "float32" if device.type == "cpu" else "float16"
     dtype = DTYPES[LAUNCHED_DTYPES.get(launched_precision() or "", own) if name == "auto" else name]
     if dtype == torch.bfloat16:
         warn_of_emulation(device)
@@ -301,7 +298,7 @@ def load_llava(
         config = _check_architecture(transformers, model, source)
     backend = {"backend": "pil"} if config.text_config.model_type == CAPTIONER else {}  # as in its training
     if isinstance(dtype, str):
-        dtype = pick_dtype(dtype, device, getattr(config.text_config, "hidden_size", 0))
+        dtype = pick_dtype(dtype, device)
     options: dict[str, Any] = {"dtype": dtype, **source}
     if load_in_4bit:
         options["quantization_config"] = _four_bits(transformers, dtype)
