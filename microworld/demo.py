@@ -17,7 +17,7 @@ from captioning.data.annotations import load_split
 from captioning.data.images import load_image
 from captioning.files import atomic_path, read_json, write_json
 from captioning.imports import import_guarded
-from microworld.steps import Runner, caption, draw, quick, score, train
+from microworld.steps import QUICK_SCENES, Runner, caption, draw, quick, score, train
 
 SPLITS = ("val", "val_novel")
 SAMPLES = 9  # scenes on the contact sheet
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo."""
     parser = FlagParser(prog="python -m microworld.demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for data, run and results")
-    parser.add_argument("--train", type=int, default=2800, help="training scenes")
+    parser.add_argument("--train", type=int, default=QUICK_SCENES, help="training scenes")
     parser.add_argument("--val", type=int, default=300, help="validation scenes; half as many with novel pairs")
     parser.add_argument("--epochs", type=int, help="epochs instead of the demo's")
     parser.add_argument("--blind", action="store_true", help="train the blind baseline (shuffled captions) too")

@@ -14,7 +14,7 @@ from captioning.profiles import PROFILES, ROOT
 from captioning.tensors import write_tensors
 from captioning.training.run_folder import read_run
 from microworld.recipes import Run, Training, save_record
-from microworld.steps import Runner, caption, draw, scaled, score, train
+from microworld.steps import Runner, caption, draw, quick, score, train
 
 SPLITS = {"val": 300, "val_novel": 150}  # scenes that the shipped adapter is scored on: the demo's
 SEED = 0  # of the drawings, as in the demo
@@ -27,7 +27,7 @@ def train_adapter(run: Run) -> None:
         draw(runner, work / "data", "train", run.recipe.scenes, SEED)
         for split, count in SPLITS.items():
             draw(runner, work / "data", split, min(count, run.recipe.scenes), SEED)
-        recipe = scaled("best") | {"epochs": run.recipe.epochs, "batch_size": run.recipe.batch_size}
+        recipe = quick() | {"epochs": run.recipe.epochs, "batch_size": run.recipe.batch_size}
         train(runner, work / "lora", work / "data", work / "cache", device=str(run.device), **recipe)
         ship(run, runner, work)
 
@@ -48,7 +48,7 @@ def ship(run: Run, runner: Runner, work: Path) -> None:
         metrics |= {f"{split} {metric}": scores[metric] for metric in ("CIDEr", "CLIPScore")}
     trained = read_run(folder)
     training = Training(int(trained.epochs[-1]["step"]), trained.seconds or 0.0, float(trained.steps[-1]["loss"]))
-    settings: dict[str, Any] = {key: trained.config["train"][key] for key in scaled("best") if key != "setting"}
+    settings: dict[str, Any] = {key: trained.config["train"][key] for key in quick() if key != "setting"}
     data = {"world": "micro", "split": "train", "seed": SEED, "scenes": run.recipe.scenes}
     count = sum(tensor.numel() for tensor in state.values())
     save_record(run, training, metrics, count, data, {"setting": trained.config["setting"], **settings})

@@ -21,7 +21,7 @@ from captioning.profiles import PROFILES
 from decoder import DecoderConfig
 from microworld.scene import SIZE, Scene
 from microworld.scenes import make_image, spread
-from microworld.steps import scaled
+from microworld.steps import QUICK_SCENES, quick
 from microworld.things import COLOURS, KINDS
 
 log = logging.getLogger(__name__)
@@ -70,15 +70,13 @@ class Recipe:
     seed: int = 0
 
 
-BEST: dict[str, Any] = scaled("best")
+DEMO: dict[str, Any] = quick()
 RECIPES = {
     "encoder": Recipe(scenes=20000, epochs=7, batch_size=128, lr=1e-3, patch_loss=1.0),
     "scorer": Recipe(scenes=12000, epochs=5, batch_size=128, lr=1e-3),
     "decoder": Recipe(scenes=24000, epochs=3, batch_size=16, lr=1.5e-3, weight_decay=0.05),
     "llava": Recipe(scenes=14000, epochs=4, batch_size=24, lr=1.5e-3, weight_decay=0.05, warmup=100),
-    "adapter": Recipe(
-        scenes=1700, epochs=int(BEST["epochs"]), batch_size=int(BEST["batch_size"]), lr=float(BEST["lr"])
-    ),
+    "adapter": Recipe(scenes=QUICK_SCENES, epochs=DEMO["epochs"], batch_size=DEMO["batch_size"], lr=DEMO["lr"]),
 }
 
 

@@ -74,6 +74,9 @@ def scaled(setting: str) -> dict[str, object]:
     }
 
 
+QUICK_SCENES = 2800  # that the demo trains on
+
+
 def quick() -> dict[str, object]:
     """Return the demo's training: what captions best in the time that a newcomer waits (docs/micro_world.md).
 
