@@ -112,4 +112,7 @@ def test_nothing_in_the_suite_unpickles_by_itself():
             )
         )
     ]
-    assert calls == [("checkpoints.py", 'content = torch.load(file, map_location="cpu", weights_only=True)')]
+    assert calls == [
+        ("checkpoints.py", 'content = torch.load(file, map_location="cpu", weights_only=True)'),
+        ("saved.py", "with np.load(file, allow_pickle=False) as found:"),
+    ]

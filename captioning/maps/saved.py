@@ -59,7 +59,7 @@ def load_maps(file: Path) -> Explanation:
         ValueError: it is damaged, or of something else.
     """
     try:
-        with np.load(file) as found:
+        with np.load(file, allow_pickle=False) as found:
             first, last = found["layers"][[0, -1]]
             layers = str(first) if first == last else f"{first}-{last}"
             spec = MapSpec(str(found["method"]), layers, str(found["heads"]), str(found["row"]))

@@ -191,10 +191,16 @@ def test_a_port_in_use_is_one_line(served, server, capsys):
     assert f"--port {server.server_port}: Address already in use; name another, or --port 0" in capsys.readouterr().err
 
 
-def test_the_command_starts_serves_and_ends(tmp_path):
+def heed_interrupts():
+    """As in a terminal: what a shell starts in the background ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_the_command_starts_serves_and_ends():
     """As a user has it. Its start takes less than ten seconds of one core, which other programs do not change."""
     command, environment = [sys.executable, "app.py", "--port", "0"], {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as running:
+    piped = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": heed_interrupts}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **piped) as running:
         line = running.stdout.readline()
         times = Path(f"/proc/{running.pid}/stat")
         if times.is_file():

@@ -151,7 +151,7 @@ def test_p2_infer_captions_with_full_size_files(tmp_path, monkeypatch):
     monkeypatch.setattr(p2_infer, "load_captioner", lambda *given: loaded.append(load_captioner(*given)) or loaded[0])
     files = [tmp_path / "scenes/images/val", tmp_path / "out.json", decoder_file]
     flags = ["--adapter", adapter, "--tokenizer", PROFILES["micro"].tokenizer]
-    small = ["--beam-size", 2, "--max-new-tokens", 3, "--device", "cpu"]
+    small = ["--beam-size", 2, "--max-new-tokens", 3, "--device", "cpu", "--precision", "fp32"]
     assert p2_infer.main([*map(str, [*files, *flags, *small])]) == 0
     assert len(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))) == 1
     (captioner,) = loaded
