@@ -176,7 +176,7 @@ def decoding(setup: Setup) -> Rows:
                 step = CompiledStepFunction(plain, *shape, backend=backend, graphs=graphs)
 
             def run(name: str = name, step: CompiledStepFunction | None = step) -> None:
-                """Search, its cache filled anew."""
+                """Search, its cache filled again."""
                 begun: Any = step.begin(rivals.prefix) if step else None
                 begun = begun or StepFunction(rivals.prepared, rivals.prefix, decode.BEAMS, size.tokens)
                 rivals.captions[name] = rivals.find(begun, count, None if step else begun.keep)
@@ -257,7 +257,7 @@ def measure(part: str, setup: Setup) -> dict[str, Any]:
     peaks.look()
     try:
         found: dict[str, Any] = {"rows": PARTS[part](setup)}
-    except Exception as error:  # whatever a machine that nobody tried does: the other parts are still worth having
+    except Exception as error:  # on an untested machine it can be any: the other parts are still worth having
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {first_sentence(error)}"}
     return found | {"seconds": time.perf_counter() - started, **peaks.look()}

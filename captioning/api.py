@@ -146,7 +146,7 @@ class TunedCaptioner(Model):
     """The trained captioner.
 
     Args:
-        read: reads it anew, LoRA merged. Weights for captions are prepared irreversibly (``inference_weights``), so
+        read: reads it again, LoRA merged. Weights for captions are prepared irreversibly (``inference_weights``), so
             those for maps are read once more when the first map is asked for.
         tokenizer: the decoder's.
         precision: of captions: ``auto``, ``fp32`` or ``bf16``.
@@ -172,7 +172,7 @@ class TunedCaptioner(Model):
 
 
 class LlavaCaptioner(Model):
-    """LLaVA, asked by ``prompt``, which may be set anew at any time."""
+    """LLaVA, asked by ``prompt``, which may be changed at any time."""
 
     name, beam_size, max_new_tokens = "p1", 1, MAX_NEW_TOKENS
 

@@ -155,7 +155,7 @@ def _reader_is_gone() -> bool:
 def flush_output() -> None:
     """Write out what was printed, before Python does at its end and has a message and an exit code of its own.
 
-    What nobody reads, as after ``… | head -1``, is dropped in silence.
+    What is not read, as after ``… | head -1``, is dropped in silence.
 
     Raises:
         OSError: it cannot be written for another reason, such as a full disk.

@@ -42,7 +42,7 @@ def pick_device(name: str | None = "auto", announce: bool = True) -> torch.devic
     """Return the device for ``name``: ``auto`` prefers CUDA, then Apple's MPS, then CPU.
 
     Under a launcher ``auto`` and ``cuda`` are this process's own GPU; where there are fewer GPUs than processes, the
-    processes share them in turn. None, where nobody asked for a device, is ``auto``, but never the CPU beside a GPU.
+    processes share them in turn. None, where no device was asked for, is ``auto``, but never the CPU beside a GPU.
     The device is logged, unless ``announce`` is False.
 
     Raises:

@@ -127,7 +127,7 @@ def test_casts_made_beforehand_change_no_number_and_nothing_that_is_kept(lora):
     with torch.autocast("cpu", torch.bfloat16):
         assert frozen_weight(decoder.wte).dtype == torch.bfloat16
     count, after = numbers(lambda: cast_lora(decoder))
-    assert count == 0 < many  # once every use of a bias, of a plain layer and of LoRA's tensors cast them anew
+    assert count == 0 < many  # once every use of a bias, of a plain layer and of LoRA's tensors cast them again
     for mine, wanted in zip(after, before, strict=True):
         assert torch.equal(mine, wanted)
     assert torch.equal(full_logits(decoder, ids), exact)

@@ -1,7 +1,7 @@
 """The web page to play with, served by app.py to this machine's browser.
 
 studio   what the page can do, as functions: captions and maps of pictures, scenes, two adapters side by side
-scenes   pictures whose references are known: drawn anew, or of the validation data
+scenes   pictures whose references are known: newly drawn, or of the validation data
 server   HTTP around them: addresses, limits, errors as one line
 page.*   markup, style and script of the page; it loads nothing from elsewhere
 

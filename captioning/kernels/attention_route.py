@@ -1,6 +1,6 @@
 """Which way packed captions attend: by the fused kernels of `packed_attention`, or by torch's own with a mask.
 
-The fused kernels are called by private names, and what they do on a card that nobody tried is not known. So before
+The fused kernels are called by private names, and what they do on an untested card is not known. So before
 they are used by themselves they must show, on a small case and once for each device, type and size of head, that they
 are about as exact as the mask; on CUDA they must be faster too.
 """

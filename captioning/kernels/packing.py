@@ -47,7 +47,7 @@ class Packing:
         return self._additive[dtype]
 
     def begins(self, captions_only: bool) -> Tensor:
-        """Where the prefix and the captions of all rows begin, one row behind the other, and the end: int32.
+        """Where the prefix and the captions of all rows begin, one row after the other, and the end: int32.
 
         Without the prefixes if ``captions_only``. Padding counts as the end of the caption before it, which does not
         see it; a caption that a row lacks is empty.

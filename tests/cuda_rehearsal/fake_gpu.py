@@ -291,7 +291,7 @@ class FakeStream:
         FakeGpu.now.ledger.wait("synchronize")
 
     def elapsed_time(self, event: Any) -> float:
-        """Return milliseconds, which nobody knows."""
+        """Return milliseconds, which are unknown."""
         return 1.0
 
 

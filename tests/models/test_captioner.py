@@ -96,7 +96,7 @@ def test_label_smoothing_reaches_the_loss(captioner):
 
 @pytest.mark.parametrize("predict_bos", [False, True])
 def test_nothing_is_read_from_the_device_before_the_loss(predict_bos, monkeypatch):
-    """On a device whose numbers nobody can read: positions and targets are looked at on the CPU, when packed."""
+    """On a device whose numbers cannot be read: positions and targets are looked at on the CPU, when packed."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # which torch refuses to say of it
     model, batch = make_captioner().to("meta"), pack_captions(ragged_captions((2, 3)), EOS, pad_to_multiple=8)
     features = random_features(model, 2).to("meta")

@@ -1,4 +1,4 @@
-"""The page of a full-size folder: plain runs are the settings, and nobody is sent to the micro world."""
+"""The page of a full-size folder: plain runs are the settings, and no reader is sent to the micro world."""
 
 import csv
 import html

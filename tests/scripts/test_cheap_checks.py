@@ -25,8 +25,8 @@ def built(*args, **kwargs):
 
 
 @pytest.fixture(autouse=True)
-def dear(monkeypatch, tiny_profile):
-    """Every model is too dear to be built."""
+def expensive(monkeypatch, tiny_profile):
+    """Every model is too expensive to be built."""
     monkeypatch.setitem(PROFILES, "micro", tiny_profile)
     for module, name in [
         (p1_llava_caption, "load_llava"),
@@ -42,7 +42,7 @@ def dear(monkeypatch, tiny_profile):
 
 @pytest.fixture
 def taken(tmp_path):
-    """A file where a folder is wanted, so that nobody can write into it: root may write where permissions forbid."""
+    """A file where a folder is wanted, so that nothing can be written into it: root may write where permissions forbid."""
     (tmp_path / "taken").write_text("mine")
     return tmp_path / "taken"
 

@@ -107,7 +107,7 @@ def test_training_goes_on_without_pictures_that_cannot_be_read(broken, tiny_data
 
 @pytest.mark.parametrize("flags", [[], ["--cache-gb", "0"]])
 def test_training_without_some_pictures_is_stopped_and_resumed_as_any(flags, broken, tmp_path, monkeypatch):
-    """Also where images are encoded anew in every epoch."""
+    """Also where images are encoded again in every epoch."""
     common = ["--data", broken[0], *flags]
     with monkeypatch.context() as patch:
         signal_at(patch, 2, signal.SIGTERM)
