@@ -42,7 +42,7 @@ def expensive(monkeypatch, tiny_profile):
 
 @pytest.fixture
 def taken(tmp_path):
-    """A file where a folder is wanted, so that nothing can be written into it: root may write where permissions forbid."""
+    """A file where a folder is wanted, into which nothing can be written; permissions do not stop root."""
     (tmp_path / "taken").write_text("mine")
     return tmp_path / "taken"
 
