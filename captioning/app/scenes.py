@@ -52,8 +52,8 @@ class SceneSet:
         """Return the objects that a caption names and its scene lacks, as CHAIR counts them; None without boxes."""
         if self.chair is None:
             return None
-        there = self.evaluator.objects[key]
-        return [name for _, name in self.chair.words.find(caption) if name not in there]
+        _, details = self.chair.score({key: caption}, self.evaluator.objects)
+        return details[key]["objects not there"]
 
 
 def check_scenes(split: object, seed: object) -> None:
