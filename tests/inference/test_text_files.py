@@ -32,7 +32,8 @@ def test_scores_are_in_a_file_of_their_own(tmp_path, images):
     assert scores["4"] == [{"caption": "level 4", "score": -0.5}, {"caption": "a level", "score": -9.0}]
 
 
-def test_a_run_that_is_resumed_has_all_scores(tmp_path, images):
+def run_until_the_second_batch(out, images):
+    """Leave what a run leaves that is interrupted there."""
     calls = []
 
     def breaking(levels):
@@ -42,23 +43,18 @@ def test_a_run_that_is_resumed_has_all_scores(tmp_path, images):
         return say_ranked(levels)
 
     with pytest.raises(Interrupted):
-        run(tmp_path / "out.json", images, breaking)
+        run(out, images, breaking)
+
+
+def test_a_run_that_is_resumed_has_all_scores(tmp_path, images):
+    run_until_the_second_batch(tmp_path / "out.json", images)
     run(tmp_path / "out.json", images)
     run(tmp_path / "whole.json", images)
     assert (tmp_path / "out.scores.json").read_bytes() == (tmp_path / "whole.scores.json").read_bytes()
 
 
 def test_a_damaged_score_is_made_again(tmp_path, images):
-    calls = []
-
-    def breaking(levels):
-        calls.append(levels)
-        if len(calls) == 2:
-            raise Interrupted
-        return say_ranked(levels)
-
-    with pytest.raises(Interrupted):
-        run(tmp_path / "out.json", images, breaking)
+    run_until_the_second_batch(tmp_path / "out.json", images)
     part = tmp_path / "out.json.part.jsonl"
     part.write_text(part.read_text().replace("-0.125", "-0.625"))
     seen = []
