@@ -73,13 +73,14 @@ def chosen_spec(args: argparse.Namespace) -> MapSpec:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = FlagParser(description=__doc__.split("\n\n")[0])
+    methods = "\n".join(f"  {name:<12}{method.about}" for name, method in METHODS.items())
+    parser = FlagParser(description=__doc__.split("\n\n")[0], epilog=f"methods, with what a word's map is:\n{methods}")
     add = parser.add_argument
     add("--model", choices=("p1", "p2"), required=True, help="p1: LLaVA; p2: the tuned captioner")
     add("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_FILE", help="images to explain")
     add("--recursive", action="store_true", help="take the subfolders of folders too, with results in such folders")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
-    add("--method", choices=METHODS, help=f"how attention becomes maps {_defaults('method')}")
+    add("--method", choices=METHODS, help=f"how maps are made; see below {_defaults('method')}")
     add("--layers", help=f"all, last, a number, or a range such as 2-5 {_defaults('layers')}")
     add("--heads", help=f"max, mean, a head's number, or topK {_defaults('heads')}")
     add("--row", choices=ROWS, help=f"position that predicts a token (as grad always), or its own {_defaults('row')}")

@@ -28,7 +28,29 @@ import torch
 if TYPE_CHECKING:
     from PIL import Image
 
-METHODS = ("raw", "rollout", "grad", "relative")
+
+@dataclass(frozen=True)
+class Method:
+    """A map method as help texts, pages and docs have it, and which choices of a :class:`MapSpec` its maps depend on.
+
+    Attributes:
+        about: what the map of a word is, in a line.
+        layers, heads: whether they can be chosen.
+        slow: it takes many passes over the model: made when asked for, never among all of a page's maps.
+    """
+
+    about: str
+    layers: bool = True
+    heads: bool = True
+    slow: bool = False
+
+
+METHODS = {
+    "raw": Method("the word's attention"),
+    "rollout": Method("attention followed back through the layers (Abnar and Zuidema 2020)"),
+    "grad": Method("attention times the gradient of the word's own logit (after Chefer et al. 2021)"),
+    "relative": Method("attention divided by what every word gets: removes patches that light up for all of them"),
+}
 ROWS = ("predict", "own")
 Window = tuple[float, float, float, float]
 
@@ -38,7 +60,7 @@ class MapSpec:
     """What to compute.
 
     Attributes:
-        method: ``raw``, ``rollout``, ``grad`` or ``relative``; see :func:`token_maps`.
+        method: one of ``METHODS``; see :func:`token_maps`.
         layers: as :func:`parse_layers` reads them: ``"all"``, ``"last"``, ``"3"``, ``"2-5"``.
         heads: as :meth:`Heads.parse` reads them: ``"max"``, ``"mean"``, ``"2"``, ``"top3"``.
         row: ``predict`` or ``own``: which row of a token.
@@ -56,7 +78,11 @@ class MapSpec:
             raise ValueError(f"--row {self.row}: use one of {', '.join(ROWS)}")
 
     def __str__(self) -> str:
-        return f"{self.method}, layers {self.layers}, heads {self.heads}"
+        return ", ".join([self.method, *(f"{name} {value}" for name, value in self.choices().items())])
+
+    def choices(self) -> dict[str, str]:
+        """Return the ``layers`` and ``heads``, where the method depends on them."""
+        return {name: getattr(self, name) for name in ("layers", "heads") if getattr(METHODS[self.method], name)}
 
 
 @dataclass(frozen=True)

@@ -250,9 +250,10 @@ def specs_to_compare(n_layer: int, n_head: int) -> list[MapSpec]:
 
 
 def specs_to_show(default: MapSpec, n_layer: int) -> list[MapSpec]:
-    """Return what the viewer offers, the default first."""
+    """Return what the viewer offers, the default first: the methods that are not slow."""
     specs = [default]
-    for method in METHODS:
+    for method, of in METHODS.items():
         layers = layer_choices(n_layer) if method in ("raw", "relative") else ["all"]
-        specs += [MapSpec(method, layer, heads, default.row) for layer in layers for heads in ("mean", "max")]
+        heads = ("mean", "max") if of.heads else ("mean",)
+        specs += [MapSpec(method, layer, head, default.row) for layer in layers for head in heads if not of.slow]
     return list(dict.fromkeys(specs))
