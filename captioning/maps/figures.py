@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from captioning.data.images import load_image
 from captioning.files import atomic_path
-from captioning.maps.attention import Explanation, Window
+from captioning.maps.attention import METHODS, Explanation, Window
 from captioning.maps.grounding import Row
 from captioning.maps.pairs import Pair
 
@@ -139,8 +139,11 @@ def _scaled(window: Window, photo: Image.Image, small: Image.Image) -> Window:
 
 
 @contextlib.contextmanager
-def _figure(width: float, height: float, out: Path) -> Iterator[Any]:
-    """Yield a white figure of ``width`` x ``height`` inches; afterwards write it to ``out`` as PNG, atomically."""
+def _figure(width: float, height: float, out: Path, about: str = "") -> Iterator[Any]:
+    """Yield a white figure of ``width`` x ``height`` inches; afterwards write it to ``out`` as PNG, atomically.
+
+    ``about`` is kept in the file as its description, for whoever finds the picture without its folder.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -150,7 +153,7 @@ def _figure(width: float, height: float, out: Path) -> Iterator[Any]:
         FigureCanvasAgg(figure)
         yield figure
         with atomic_path(out) as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format="png", metadata={"Description": line(about)} if about else None)
 
 
 def _place(figure: Any, left: float, top: float, width: float, height: float) -> Any:
@@ -218,10 +221,10 @@ def word_grid(explanation: Explanation, out: Path) -> None:
     width = max(columns * step[0] - GAP + 2 * MARGIN, MIN_WIDTH)
     caption = _wrapped(explanation.caption, width - 2 * MARGIN, 13)
     head = MARGIN + 0.24 * len(caption) + 0.3
-    height = head + math.ceil(count / columns) * step[1] + 0.72
+    height = head + math.ceil(count / columns) * step[1] + 0.88
     start = (width - columns * step[0] + GAP) / 2
     corners = [(start + n % columns * step[0], head + TITLE + n // columns * step[1]) for n in range(count)]
-    with _figure(width, height, Path(out)) as figure:
+    with _figure(width, height, Path(out), description(explanation)) as figure:
         _heading(figure, caption, explanation)
         end = scale_end(word_maps.maps)
         tiles = _tiles(explanation, photo, (round(across * DPI), round(down * DPI)), end)
@@ -232,7 +235,16 @@ def word_grid(explanation: Explanation, out: Path) -> None:
             if mass is not None and number:
                 share = f"{mass[number - 1]:.0%} on the image"
                 _write(figure, left + across / 2, top + down + 0.04, share, ha="center", fontsize=6.5, color=GREY)
-        _colour_bar(figure, height - 0.55, end, bool(word_maps.maps.max() > end), str(word_maps.spec))
+        _colour_bar(figure, height - 0.71, end, bool(word_maps.maps.max() > end), f"maps: {word_maps.spec}")
+        about = METHODS[word_maps.spec.method].about
+        foot = _write(figure, width / 2, height - 0.09, about, ha="center", va="bottom", fontsize=7, color=GREY)
+        _fit(figure, foot, width - MARGIN)
+
+
+def description(explanation: Explanation) -> str:
+    """Return what a picture of maps is of, in a line: the model, the image, its caption, and how the maps were made."""
+    model, spec = MODELS[explanation.model], explanation.word_maps[0].spec
+    return f"{model}, {explanation.path.name}: {explanation.caption} | maps: {spec}, row {spec.row}"
 
 
 def _heading(figure: Any, caption: list[str], explanation: Explanation) -> None:
@@ -275,7 +287,7 @@ def _colour_bar(figure: Any, top: float, end: float, cut: bool, label: str) -> N
     bar.outline.set_linewidth(0.4)
     axis.tick_params(labelsize=7, length=2, width=0.4, pad=2)
     axis.locator_params(nbins=5)
-    axis.set_xlabel(f"attention: {line(label)}", fontsize=8, labelpad=3)
+    axis.set_xlabel(line(label), fontsize=8, labelpad=3)
 
 
 def best_worst(pairs: Sequence[Pair], out: Path) -> None:

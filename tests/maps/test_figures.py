@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from captioning.maps import figures
-from captioning.maps.attention import Explanation, MapSpec, WordMaps
+from captioning.maps.attention import METHODS, Explanation, MapSpec, WordMaps
 from captioning.maps.grounding import Row
 from captioning.maps.pairs import Pair
 
@@ -163,12 +163,15 @@ def test_word_grids_of_any_shape_cut_nothing_off(tmp_path, texts, size, caption)
     tiles = ["plain image", *words]
     assert sorted(shown) == sorted(tiles + [caption] * (len(words) == 1)), "every word has its title, $ and all"
     assert " ".join(caption.split()) in [" ".join(text.split()) for text in found]
-    assert "attention: raw, layers 2-3, heads mean" in found
+    assert {"maps: raw, layers 2-3, heads mean", METHODS["raw"].about} <= set(found)
     assert any(text.startswith("tuned captioner  ·  namename") for text in found)
     assert sum(text.endswith(" on the image") for text in found) == len(words)
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.info["dpi"][0] >= 150
         assert 800 <= picture.width <= 3600 and picture.height <= 3600
+        about = picture.info["Description"]
+    how = "maps: raw, layers 2-3, heads mean, row predict"
+    assert about == f"tuned captioner, {item.path.name}: {item.caption} | {how}"
 
 
 def test_tiles_keep_the_aspect_ratio_and_show_the_patch(tmp_path, tiles):
