@@ -26,8 +26,8 @@ def random_decoder(lora=LORA, shape=SHAPE, seed=0):
     return decoder
 
 
-def make_captioner(lora=LORA, use_cls=True, shape=SHAPE, **config):
-    config = CaptionerConfig(TINY_ENCODER, TINY_ENCODER_KWARGS, "random", use_cls, lora, **config)
+def make_captioner(lora=LORA, use_cls=True, shape=SHAPE, kwargs=TINY_ENCODER_KWARGS, **config):
+    config = CaptionerConfig(TINY_ENCODER, kwargs, "random", use_cls, lora, **config)
     decoder = random_decoder(lora, shape)
     torch.manual_seed(1)
     return Captioner(config, decoder)

@@ -71,6 +71,8 @@ def cached_features(
     key = {"encoder": config.encoder, "weights": config.encoder_hash, "transform": repr(captioner.transform)}
     if config.encoder_layer != -1:
         key["layer"] = str(config.encoder_layer)
+    if config.pool != 1:  # averages are kept, not what they are of: the folder is that much smaller
+        key["pool"] = str(config.pool)
     spec = CacheSpec(cache, key, captioner.feature_shape, limit=limit)
     return FeatureCache.open(spec, paths, encode, processes, read)
 

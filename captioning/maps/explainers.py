@@ -84,9 +84,8 @@ class CaptionerExplainer:
         """Read a caption after a prepared image and keep its attention; ``whole``: that of all rows."""
         ids = [self.tokenizer.eos_id, *tokens]
         weights, logits = self.captioner.attend(inputs, ids, whole)
-        patch_embed: Any = self.captioner.encoder.patch_embed
         patches = self.captioner.patch_columns.to(logits.device)
-        return Capture(weights, logits, tokens, patches, tuple(patch_embed.grid_size))
+        return Capture(weights, logits, tokens, patches, self.captioner.grid)
 
     def window(self, size: tuple[int, int]) -> Window:
         """Return which part of an image of ``size`` (width, height) the model sees."""

@@ -52,9 +52,10 @@ class CaptionerConfig:
         lora: the decoder's LoRA.
         encoder_hash, decoder_hash: fingerprints of the frozen weights that the adapter was trained on.
         search_rule: one of SEARCH_RULES, by which captions are searched unless another is asked for.
+        pool: the decoder gets averages of so many x so many neighbouring patches; 1 is every patch.
 
     Raises:
-        ValueError: there is no such search rule.
+        ValueError: there is no such search rule, or ``pool`` is below 1.
     """
 
     encoder: str
@@ -66,8 +67,11 @@ class CaptionerConfig:
     decoder_hash: str = ""
     encoder_layer: int = -1
     search_rule: str = "beam"
+    pool: int = 1
 
     def __post_init__(self) -> None:
+        if self.pool < 1:
+            raise ValueError(f"pool {self.pool}: must be at least 1")
         if self.search_rule not in SEARCH_RULES:
             raise ValueError(f"search_rule {self.search_rule!r}: choose from {', '.join(SEARCH_RULES)}")
 
@@ -79,6 +83,24 @@ class CaptionerConfig:
             return cls(lora=LoraConfig(**values.pop("lora")), **values)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the configuration of a captioner: {error}") from error
+
+
+def pooled_grid(grid: Sequence[int], config: CaptionerConfig) -> tuple[int, int]:
+    """Return rows and columns of an encoder's patches after pooling; ValueError where they cannot be divided so."""
+    rows, columns = grid
+    if rows % config.pool or columns % config.pool:
+        fit = [str(n) for n in range(1, min(rows, columns) + 1) if rows % n == columns % n == 0]
+        raise ValueError(
+            f"--pool {config.pool}: does not divide the {rows} x {columns} patches of {config.encoder}; choose from "
+            f"{', '.join(fit)}"
+        )
+    return rows // config.pool, columns // config.pool
+
+
+def average(patches: torch.Tensor, grid: tuple[int, int], pool: int) -> torch.Tensor:
+    """Return means of ``pool`` x ``pool`` neighbours: (B, rows * columns * pool^2, D), row by row, to ``grid``'s."""
+    rows, columns = grid
+    return patches.unflatten(1, (rows, pool, columns, pool)).mean((2, 4)).flatten(1, 2)
 
 
 class Captioner(nn.Module):
@@ -103,14 +125,15 @@ class Captioner(nn.Module):
         depth = len(self.encoder.blocks)
         if not -depth <= config.encoder_layer < 0:
             raise ValueError(f"--encoder-layer {config.encoder_layer}: {config.encoder} has layers -1 to -{depth}")
-        self.n_patches: int = self.encoder.patch_embed.num_patches
+        self.grid = pooled_grid(self.encoder.patch_embed.grid_size, config)  # rows and columns of patches, as pooled
+        self.n_patches = self.grid[0] * self.grid[1]
         self.n_dropped_tokens: int = 0 if config.use_cls else self.encoder.num_prefix_tokens
         self.feature_shape = (self.encoder.num_prefix_tokens + self.n_patches, self.encoder.num_features)  # (N, D)
         self.n_prefix = self.feature_shape[0] - self.n_dropped_tokens
         if self.n_prefix + 2 > decoder.config.n_positions:
             raise ValueError(
                 f"--encoder {config.encoder}: {self.n_prefix} image tokens leave no room for a caption in the "
-                f"decoder's context of {decoder.config.n_positions}"
+                f"decoder's context of {decoder.config.n_positions}; --pool 2 makes a quarter of them"
             )
         self.projector = nn.Linear(self.encoder.num_features, decoder.config.n_embd)
         self.config = self._with_fingerprints(config)
@@ -144,8 +167,16 @@ class Captioner(nn.Module):
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return all tokens of the encoder's last layer, after its norm: (B, 3, H, W) to (B, N, D).
 
-        With another ``encoder_layer`` they are that layer's, as LLaVA takes them: without the final norm.
+        With another ``encoder_layer`` they are that layer's, as LLaVA takes them: without the final norm. With ``pool``
+        patches are averaged here, before anything is stored, as the projector is linear: either order is the same.
         """
+        tokens = self._tokens(pixels)
+        if self.config.pool == 1:
+            return tokens
+        first = self.encoder.num_prefix_tokens
+        return torch.cat([tokens[:, :first], average(tokens[:, first:], self.grid, self.config.pool)], 1)
+
+    def _tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.config.encoder_layer == -1:
             return self.encoder.forward_features(pixels)
         ((patches, prefix),) = self.encoder.forward_intermediates(

@@ -72,7 +72,7 @@ model, tokenizer = GPT2LMHeadModel.from_pretrained(folder).eval(), AutoTokenizer
 projector = load_file(f"{{folder}}/projector.safetensors")
 with torch.inference_mode():
     pixels = transform(image)[None]
-    tokens = {encode}[:, {kept}]
+    tokens = {tokens}
     prefix = tokens @ projector["weight"].T + projector["bias"]
     begin = model.get_input_embeddings()(torch.tensor([[tokenizer.bos_token_id]]))
     embeddings = torch.cat([prefix, begin], 1)
@@ -198,7 +198,7 @@ def make_cards(
     layer = "the last layer" if config.encoder_layer == -1 else f"layer {config.encoder_layer}"
     parts = {
         "config": config,
-        "tokens": f"{'all' if config.use_cls else 'the patch'} tokens of {layer}",
+        "tokens": f"{'all' if config.use_cls else 'the patch'} tokens of {layer}{_averaged(config)}",
         "decoder": f"{shape.n_layer} layers of {shape.n_embd}, {shape.vocab_size:,} tokens",
         "lora": ", ".join(f"{key} {_plain(value)}" for key, value in lora.items() if value is not None),
         "projector": " to ".join(str(size) for size in reversed(projector["weight"].shape)),
@@ -244,7 +244,21 @@ def _gpt2_use(config: CaptionerConfig) -> str:
             'output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)[0][::-1], 1)'
         )
     kept = ":" if config.use_cls else "encoder.num_prefix_tokens :"
-    return GPT2_USE.format(encoder=", ".join(call), kept=kept, encode=encode)
+    return GPT2_USE.format(encoder=", ".join(call), tokens=f"{encode}{_pooling(config.pool)}[:, {kept}]")
+
+
+def _pooling(pool: int) -> str:
+    """The code that averages patches, between that which encodes and the choice of tokens."""
+    if pool == 1:
+        return ""
+    return f"""
+    first, (height, width) = encoder.num_prefix_tokens, encoder.patch_embed.grid_size
+    squares = tokens[:, first:].unflatten(1, (height // {pool}, {pool}, width // {pool}, {pool}))
+    tokens = torch.cat([tokens[:, :first], squares.mean((2, 4)).flatten(1, 2)], 1)"""
+
+
+def _averaged(config: CaptionerConfig) -> str:
+    return "" if config.pool == 1 else f", of patches averages of {config.pool} x {config.pool}"
 
 
 def _plain(value: Any) -> str:

@@ -197,6 +197,11 @@ def write_llava(out: Path, captioner: Captioner, tokenizer: Any, card: str, sear
         ValueError: transformers' CLIP tower cannot be the captioner's encoder.
     """
     transformers = import_guarded("transformers")
+    if captioner.config.pool != 1:
+        raise ValueError(
+            f"--adapter: it was trained with --pool {captioner.config.pool}, and transformers' LLaVA averages no "
+            "patches; --no-llava writes the other two folders"
+        )
     check_tower(captioner.encoder, captioner.config.encoder)
     end = tokenizer.eos_token_id
     model = build_llava(captioner, end, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))

@@ -162,11 +162,12 @@ def captioner_section(runs: Sequence[Run], omitted: Sequence[Omitted], best: Run
 def describe(run: Run) -> str:
     """Say in a sentence or two what a run was."""
     train, captioner = run.config["train"], run.config["captioner"]
-    where = "with" if train.get("lora_lm_head") else "without"
+    where, pool = "with" if train.get("lora_lm_head") else "without", captioner.get("pool", 1)
+    averages = f"averages of {pool} x {pool} patches; " if pool > 1 else ""
     return (
-        f"Best run here: {run.name} (setting {run.config['setting']}): encoder {captioner['encoder']}, frozen; a "
-        f"linear projector; LoRA of rank {train['lora_rank']} and alpha {train['lora_alpha']:g} on c_attn, attention "
-        f"c_proj and both MLP layers, {where} lm_head; {train.get('optimizer', 'adam')} at {train['lr']:g}; "
+        f"Best run here: {run.name} (setting {run.config['setting']}): encoder {captioner['encoder']}, frozen; "
+        f"{averages}a linear projector; LoRA of rank {train['lora_rank']} and alpha {train['lora_alpha']:g} on c_attn, "
+        f"attention c_proj and both MLP layers, {where} lm_head; {train.get('optimizer', 'adam')} at {train['lr']:g}; "
         f"{train['epochs']} epochs; {run.config['trainable_parameters']:,} trained parameters; captions by beam "
         f"search with {train.get('beam_size', UNKNOWN_ORIGIN)} beams in validation."
     )

@@ -115,6 +115,11 @@ class TrainConfig:
     encoder_layer: int = option(
         -1, "layer that feeds the projector, from the end: -1 is the last, -2 the one before", below=0
     )
+    pool: int = option(
+        1,
+        "the decoder gets averages of N x N neighbouring patches, beside CLS; must divide the encoder's grid",
+        at_least=1,
+    )
     projector_epochs: int = option(0, "first epochs, which train the projector only", at_least=0)
     patience: int = option(0, "epochs without a better one after which training stops; 0 never stops", at_least=0)
     objective: str = option(

@@ -51,6 +51,7 @@ ABSENT = {"average_last": 0, "rank_stabilized": False, "draws": "beam"} | {
     "clear_gradients": True,
     "search_rule": "beam",
     "lora_plus": 1.0,
+    "pool": 1,
 }
 
 
@@ -120,6 +121,7 @@ def adopted(stored: CaptionerConfig, given: dict[str, Any], path: Path) -> dict[
         "lora_lm_head": lora.lm_head,
         "cls": stored.use_cls,
         "encoder_layer": stored.encoder_layer,
+        "pool": stored.pool,
         "preprocessing": "imagenet" if stored.encoder_kwargs.keys() >= set(PREPROCESSING) else "own",
     }
     for name, value in numbers.items():
@@ -190,6 +192,7 @@ def make_captioner(args: Any, config: TrainConfig, folder: RunFolder | None, pro
         encoder_layer=config.encoder_layer,
         lora=config.lora(),
         search_rule=config.search_rule,
+        pool=config.pool,
     )
     return Captioner(captioner_config, make_decoder(args, config.lora(), folder, processes))
 
@@ -261,7 +264,7 @@ def check_resumed(folder: RunFolder, now: dict[str, Any]) -> None:
     had, wanted = ABSENT | {"preprocessing": preprocessing} | before["train"], ABSENT | now["train"]
     changed = [f"train.{k}" for k in wanted if k not in FREE and had.get(k) != wanted[k]]
     now["captioner"].pop("encoder_weights")  # a path, which the place of the start decides; the hash says what it holds
-    captioner = {"search_rule": ABSENT["search_rule"]} | before["captioner"]
+    captioner = {name: ABSENT[name] for name in ("search_rule", "pool")} | before["captioner"]
     changed += [f"captioner.{k}" for k, value in now["captioner"].items() if captioner.get(k) != value]
     changed += [k for k in ("shuffled_captions", "data") if before.get(k) != now[k]]
     if changed:

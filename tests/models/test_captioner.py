@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import EOS, LORA, SHAPE, VOCAB, make_captioner, ragged_captions, random_features
+from tiny import EOS, LORA, SHAPE, TINY_ENCODER_KWARGS, VOCAB, make_captioner, ragged_captions, random_features
 
 from captioning.data.batches import caption_batches, pack_captions
 from captioning.inference import search
@@ -163,6 +163,19 @@ def test_trained_parameters_of_the_full_size_settings(setting, count, monkeypatc
     assert trained == count
     assert trained <= config.max_trainable
     assert (trained < 10_000_000) == (setting != "3")  # the report's own setting 3 is above its limit
+
+
+def test_training_and_search_are_exact_after_pooled_patches():
+    model = make_captioner(kwargs=TINY_ENCODER_KWARGS | {"patch_size": 8}, pool=2).eval()
+    features = model.encode(torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(4)))
+    assert features.shape == (2, 10, 32)  # CLS, and 3 x 3 averages of 6 x 6 patches
+    captions = ragged_captions((2, 3))
+    loss = model.loss(features, pack_captions(captions, EOS, pad_to_multiple=8))
+    assert loss.item() == pytest.approx(unpacked_loss(model, features, captions).item(), abs=1e-5)
+    steps = model.step_function(features, 3, 8), plain_step(model, features)
+    found, wanted = (search.beam_search(step, 2, EOS, EOS, 3, 8) for step in steps)
+    assert found.tokens == wanted.tokens
+    assert found.scores == pytest.approx(wanted.scores, abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- encoding

@@ -33,11 +33,17 @@ def micro(tiny_profile):
         yield
 
 
-def make_adapter(path, lora, use_cls=True, layer=-1):
+def make_adapter(path, lora, use_cls=True, layer=-1, pool=1):
     """An adapter file with random LoRA and projector, as if trained."""
     profile = PROFILES["micro"]
     config = CaptionerConfig(
-        profile.encoder, profile.encoder_kwargs, profile.encoder_weights, use_cls, lora, encoder_layer=layer
+        profile.encoder,
+        profile.encoder_kwargs,
+        profile.encoder_weights,
+        use_cls,
+        lora,
+        encoder_layer=layer,
+        pool=pool,
     )
     captioner = Captioner(config, build_decoder(profile.decoder, lora))
     generator = torch.Generator().manual_seed(3)
@@ -48,9 +54,10 @@ def make_adapter(path, lora, use_cls=True, layer=-1):
     return path
 
 
-def export(tmp_path, lora, use_cls=True, layer=-1):
-    adapter = make_adapter(tmp_path / "run" / "best.safetensors", lora, use_cls, layer)
-    assert p2_export.main([str(tmp_path / "out"), "--adapter", str(adapter), "--profile", "micro"]) == 0
+def export(tmp_path, lora, use_cls=True, layer=-1, pool=1):
+    adapter = make_adapter(tmp_path / "run" / "best.safetensors", lora, use_cls, layer, pool)
+    whole = [] if pool == 1 else ["--no-llava"]
+    assert p2_export.main([str(tmp_path / "out"), "--adapter", str(adapter), "--profile", "micro", *whole]) == 0
     return p2_infer.load_captioner(adapter, PROFILES["micro"].decoder, None, torch.device("cpu")), tmp_path / "out"
 
 
@@ -80,17 +87,21 @@ def test_the_tokenizer_is_the_suites(tmp_path):
     assert theirs.bos_token_id == theirs.eos_token_id == ours.eos_id
 
 
-@pytest.mark.parametrize(("use_cls", "layer"), [(True, -1), (False, -1), (True, -2), (False, -2)])
-def test_the_code_on_the_card_captions_like_the_suite(tmp_path, monkeypatch, capsys, tiny_data, use_cls, layer):
+@pytest.mark.parametrize(
+    ("use_cls", "layer", "pool"),
+    [(True, -1, 1), (False, -1, 1), (True, -2, 1), (False, -2, 1), (True, -1, 3), (False, -2, 3)],
+)
+def test_the_code_on_the_card_captions_like_the_suite(tmp_path, monkeypatch, capsys, tiny_data, use_cls, layer, pool):
     """The card's code is run unchanged, but with the encoder's weights passed in, which are on no hub."""
     timm = import_guarded("timm")
-    captioner, out = export(tmp_path, LORAS["best"], use_cls, layer)
+    captioner, out = export(tmp_path, LORAS["best"], use_cls, layer, pool)
     picture = sorted((tiny_data / "images" / "val").iterdir())[0]
     Image.open(picture).save(out / "gpt2" / "image.jpg", quality=100)
     features = captioner.encode(captioner.transform(Image.open(out / "gpt2" / "image.jpg").convert("RGB"))[None])
     tokenizer = Tokenizer(PROFILES["micro"].tokenizer)
     expected = caption_features(captioner, tokenizer, features, beam_size=1, max_new_tokens=30)[0]
     card = (out / "gpt2" / "README.md").read_text(encoding="utf-8")
+    assert ("averages of 3 x 3" in card) == (pool == 3)
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
 
     def create_model(name, pretrained, num_classes, pretrained_cfg_overlay, **kwargs):
@@ -103,6 +114,14 @@ def test_the_code_on_the_card_captions_like_the_suite(tmp_path, monkeypatch, cap
     capsys.readouterr()
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == expected != ""
+
+
+def test_averaged_patches_have_no_place_in_a_llava(tmp_path, capsys):
+    adapter = make_adapter(tmp_path / "best.safetensors", LORAS["1"], pool=3)
+    assert p2_export.main([str(tmp_path / "out"), "--adapter", str(adapter), "--profile", "micro"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "trained with --pool 3" in line and "--no-llava" in line
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_the_card_describes_training_and_validation(tmp_path):
