@@ -9,7 +9,7 @@ DEV := $(VENV)/.dev
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: try demo blind settings ablation rewards letter test faults lint clean
+.PHONY: try demo blind settings variants rewards letter test faults lint clean
 
 # What the scripts need.
 $(INSTALLED): requirements.txt
@@ -42,7 +42,7 @@ blind: $(INSTALLED)
 
 # On the demo's scenes: all settings; what each part of the recipe is worth; what rewards add; what each point of the
 # report's code is worth. Each resumes where it was stopped.
-settings ablation rewards letter: $(INSTALLED)
+settings variants rewards letter: $(INSTALLED)
 	$(PY) -m microworld.studies $@ --out demo
 
 # Two processes of one thread each: tests may run side by side and in any order.

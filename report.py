@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         sections.captioner_section(runs, omitted, best),
         study_sections.settings_section(runs, size),
         study_sections.letter_section(args.runs, size),
-        study_sections.ablation_section(runs, size),
-        study_sections.reward_section(runs, size, best),
+        study_sections.variants_section(args.runs, size),
+        study_sections.reward_section(args.runs, runs, size, best),
         sections.attention_section(args.runs, size, best),
         sections.environment_section(args.runs, runs, args.bench, size),
     ]

@@ -103,14 +103,19 @@ def train(run: Runner, folder: Path, data: Path, cache: Path, **options: object)
     run(f"train {folder.name}", "p2_train.py", profile="micro", data=data, cache=cache, out=folder, **options)
 
 
-def caption(
-    run: Runner, folder: Path, data: Path, split: str, adapter: Path | None = None, search_rule: str | None = None
-) -> None:
-    """Caption the scenes of a split with the captioner of a run folder, or with another adapter."""
-    out, options = folder / f"{split}.json", {"adapter": adapter or folder / "best.safetensors"}
-    title, images = f"caption {split} ({folder.name})", data / "images" / split
-    decoder = PROFILES["micro"].decoder
-    run(title, "p2_infer.py", images, out, decoder, profile="micro", **options, search_rule=search_rule)
+def caption(run: Runner, folder: Path, data: Path, split: str, **options: object) -> None:
+    """Caption the scenes of a split with the captioner of a run folder, or by other options of p2_infer.py."""
+    out, images = folder / f"{split}.json", data / "images" / split
+    options = {"adapter": folder / "best.safetensors"} | options
+    run(
+        f"caption {split} ({folder.name})",
+        "p2_infer.py",
+        images,
+        out,
+        PROFILES["micro"].decoder,
+        profile="micro",
+        **options,
+    )
 
 
 def score(run: Runner, folder: Path, data: Path, split: str) -> None:

@@ -1,8 +1,8 @@
 """Studies on the micro world: all settings, what parts of our recipe and of the report's are worth, what rewards add.
 
     python -m microworld.studies settings --out demo      every --setting by one scaling rule, scored on unseen scenes
-    python -m microworld.studies ablation --out demo      variants of the demo's recipe, on scenes of another seed
-    python -m microworld.studies rewards --out demo       self-critical training from the setting best, scored alike
+    python -m microworld.studies variants --out demo      variants of the setting best, on scenes of another seed
+    python -m microworld.studies rewards --out demo       self-critical training against more cross-entropy
     python -m microworld.studies letter --out demo        the report's setting 1 to the letter, point by point
 
 A study that was stopped continues: finished runs are skipped, a started one is resumed. report.py shows them all.
@@ -11,9 +11,11 @@ A study that was stopped continues: finished runs are skipped, a started one is 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,41 +25,15 @@ from captioning.device import PRECISIONS
 from captioning.files import read_json, write_json
 from captioning.scoring.significance import compare
 from captioning.training.config import SCST_NUMBERS, SETTINGS
-from captioning.training.run_folder import RunFolder, read_run
+from captioning.training.run_folder import LAST, RunFolder, read_run
 from microworld.steps import WIDTH_RATIO, Runner, caption, draw, scaled, score, train
+from microworld.variants import BASE, FURTHER, LEVEL, REWARDS, VARIANTS
 
 MEASURES = ("CIDEr", "CLIPScore")
+STYLE = ("mean_length", "repeated_2")  # of captions: words, and the share that repeats a bigram
+SPLITS = ("val", "val_novel")
+LOSS_IMAGES = 150  # that tell whether cross-entropy has levelled off
 DEVELOPMENT_SEED = 1  # of scenes that no reported number is measured on; the demo's have seed 0
-
-
-def rate(factor: float) -> str:
-    """Return the recipe's learning rate on the micro world, times ``factor``."""
-    return f"{SETTINGS['best'].lr * WIDTH_RATIO * factor:.3g}"
-
-
-VARIANTS: dict[str, dict[str, object]] = {
-    "start": {},  # the setting best as it is
-    "rate x 0.5": {"lr": rate(0.5), "projector_lr": rate(0.5)},
-    "rate x 2": {"lr": rate(2), "projector_lr": rate(2)},
-    "projector rate x 3": {"projector_lr": rate(3)},
-    "projector first": {"projector_epochs": 1},
-    "constant rate": {"schedule": "constant"},
-    "rank 16": {"lora_rank": 16, "lora_alpha": 16},
-    "alpha 1": {"lora_alpha": 1},
-    "no lm_head": {"lora_lm_head": False},
-    "no dropout": {"lora_dropout": 0},
-    "label smoothing 0.1": {"label_smoothing": 0.1},
-    "layer before the last": {"encoder_layer": -2},
-    "no CLS": {"cls": False},
-}
-
-# The brevity penalty multiplies CLIPScore too and so weighs more with it: a smaller exponent. As many further epochs of
-# cross-entropy show how much of a gain is due to the reward.
-REWARDS: dict[str, dict[str, object]] = {
-    "cider": {"objective": "scst"},
-    "cider+clip": {"objective": "scst", "clip_reward": 1, "brevity": 1.2},
-    "more cross-entropy": {"objective": "xe", "epochs": SCST_NUMBERS["epochs"], "warmup": 0, "weight_decay": 0},
-}
 
 
 LETTER = "-letter"  # after a setting's name: as the report's code ran it
@@ -83,9 +59,11 @@ class Study:
     def __init__(self, run: Runner, args: argparse.Namespace) -> None:
         self.run, self.args = run, args
 
-    def draw(self, data: Path, seed: int = 0) -> Path:
-        """Draw training and validation scenes."""
-        for split, count in (("train", self.args.train), ("val", self.args.val)):
+    def draw(self, data: Path, scenes: int, seed: int = 0, novel: bool = False) -> Path:
+        """Draw training scenes and, unless --scenes says otherwise, ``scenes`` unseen ones; half as many novel ones."""
+        unseen = self.args.scenes or scenes
+        counts = {"train": self.args.train, "val": unseen} | ({"val_novel": max(1, unseen // 2)} if novel else {})
+        for split, count in counts.items():
             if not (data / f"{split}.json").exists():
                 draw(self.run, data, split, count, seed)
         return data
@@ -97,11 +75,16 @@ class Study:
             options |= {"precision": precision, "resume": RunFolder(folder).has_state or None}
             train(self.run, folder, data, self.args.out / "cache", **options)
 
-    def score(self, folder: Path, data: Path, **search: Any) -> None:
-        """Caption and score the validation scenes."""
-        if not (folder / "val_scores.json").exists():
-            caption(self.run, folder, data, "val", **search)
-            score(self.run, folder, data, "val")
+    def score(self, folder: Path, data: Path, splits: Sequence[str] = ("val",), **search: Any) -> None:
+        """Caption and score the scenes of each split."""
+        for split in splits:
+            if not (folder / f"{split}_scores.json").exists():
+                caption(self.run, folder, data, split, **search)
+                score(self.run, folder, data, split)
+
+    def seeds(self, default: int = 3) -> list[int]:
+        """Return the seeds that --seeds asks for."""
+        return self.args.seeds or list(range(default))
 
     def chosen(self, names: Iterable[str]) -> list[str]:
         """Return the names that --only asks for, or all; ValueError where there is none of that name."""
@@ -113,13 +96,13 @@ class Study:
     def settings(self) -> None:
         """Train and score every setting on the demo's scenes, the report's to the letter too, with one seed or more."""
         names = self.chosen([*SETTINGS, *(name + LETTER for name in SETTINGS if name != "best")])
-        for seed in range(self.args.seeds or 1):
+        for seed in self.seeds(1):
             for name in names:
                 self.setting(name, seed)
 
     def setting(self, name: str, seed: int) -> Path:
         """Train and score one setting with one seed; return its run folder."""
-        data = self.draw(self.args.out / "data")
+        data = self.draw(self.args.out / "data", 300)
         folder = self.args.out / "settings" / (name if seed == 0 else f"{name}-seed{seed}")
         self.train(folder, data, **recipe(name), seed=seed)
         self.score(folder, data)
@@ -128,19 +111,20 @@ class Study:
     def letter(self) -> None:
         """Turn each point of the report's code alone to sound practice, in its setting 1, with every seed."""
         names, found = self.chosen([*SOUND, ALL_SOUND]), defaultdict(list)
-        for seed in range(self.args.seeds or 3):
+        for seed in self.seeds():
             literal = self.setting("1" + LETTER, seed)
             for name in names:
                 found[name].append((literal, self.sound(name, seed, literal)))
         for name, pairs in found.items():
-            folder = self.args.out / "letter" / name.replace(" ", "_")
-            write_json(folder / "comparison.json", {"what": name, "profile": "micro", **compared(pairs)})
+            folder = self.args.out / "letter" / slug(name)
+            study = {"what": name, "profile": "micro", "seeds": self.seeds(), **compared(pairs, ("literal", "sound"))}
+            write_json(folder / "comparison.json", study)
 
     def sound(self, name: str, seed: int, literal: Path) -> Path:
         """Train, where that is needed, and score one row of the study ``letter``; return its folder."""
         if name == ALL_SOUND:
             return self.setting("1", seed)
-        folder, data = self.args.out / "letter" / name.replace(" ", "_") / str(seed), self.args.out / "data"
+        folder, data = self.args.out / "letter" / slug(name) / str(seed), self.args.out / "data"
         if "search_rule" in SOUND[name]:
             self.score(folder, data, adapter=literal / "best.safetensors", **SOUND[name])
         else:
@@ -148,29 +132,89 @@ class Study:
             self.score(folder, data)
         return folder
 
-    def rewards(self) -> None:
-        """Tune the setting ``best`` of every seed by each reward, and score the result on the demo's scenes."""
-        names, data = self.chosen(REWARDS), self.args.out / "data"
-        rate: Any = SCST_NUMBERS["lr"]
-        common = {"lr": f"{rate * WIDTH_RATIO:.3g}", "batch_size": scaled("best")["batch_size"], "val_images": 150}
-        for seed in range(self.args.seeds or 3):
-            base = self.setting("best", seed)
+    def variants(self) -> None:
+        """Train every variant of the setting best with every seed; hold each against it, on scenes of another seed."""
+        names, found = self.chosen(VARIANTS), defaultdict(list)
+        data = self.draw(self.args.out / "variants" / "data", 500, DEVELOPMENT_SEED, novel=True)
+        for seed in self.seeds():
+            base = self.variant(BASE, seed, data)
             for name in names:
-                folder = self.args.out / "rewards" / name.replace(" ", "_") / str(seed)
-                start = base / "best.safetensors"
-                self.train(folder, data, init_adapter=start, **REWARDS[name], **common, seed=seed)
-                self.score(folder, data)
+                found[name].append((base, self.variant(name, seed, data)))
+        self.compare("variants", BASE, found)
 
-    def ablation(self) -> None:
-        """Train every variant of the setting best with every seed; its CIDEr is its best epoch's on other scenes."""
-        names, folder = self.chosen(VARIANTS), self.args.out / "ablation"
-        data = self.draw(folder / "data", DEVELOPMENT_SEED)
-        common = scaled("best") | {"val_images": self.args.val}
-        if self.args.epochs:
-            common["epochs"] = self.args.epochs
-        for seed in range(self.args.seeds or 3):
+    def variant(self, name: str, seed: int, data: Path) -> Path:
+        """Train, where that is needed, and score one variant with one seed; return its folder.
+
+        The last epoch's adapter captions: the best one's would be chosen on scenes that are scored.
+        """
+        variant, folder = VARIANTS[name], self.args.out / "variants" / slug(name) / str(seed)
+        trained = self.variant(variant.adapter_of, seed, data) if variant.adapter_of else folder
+        if trained == folder:
+            common = scaled("best") | {"val_images": 32} | ({"epochs": self.args.epochs} if self.args.epochs else {})
+            self.train(folder, data, **common | dict(variant.train), seed=seed)
+        self.score(folder, data, SPLITS, adapter=trained / LAST, **variant.search)
+        return folder
+
+    def rewards(self) -> None:
+        """Tune a captioner that cross-entropy teaches no more by each reward; hold each against more cross-entropy."""
+        names, found = self.chosen(REWARDS), defaultdict(list)
+        data = self.draw(self.args.out / "rewards" / "data", 500, novel=True)
+        for seed in self.seeds():
+            start = self.levelled(seed, data)
+            self.score(start, data, SPLITS, adapter=start / LAST)
+            further = self.tuned(FURTHER, seed, data, start)
+            found["start"].append((further, start))
             for name in names:
-                self.train(folder / name.replace(" ", "_") / str(seed), data, **common | VARIANTS[name], seed=seed)
+                found[name].append((further, self.tuned(name, seed, data, start)))
+        self.compare("rewards", FURTHER, found)
+
+    def levelled(self, seed: int, data: Path) -> Path:
+        """Train by cross-entropy until another run of it lowers the validation loss by less than ``LEVEL``.
+
+        Those runs are like the row ``FURTHER``. From ``--start`` there is one chain of them for all seeds.
+        """
+        folder, chain, loss = self.args.out / "rewards" / "start" / str(seed), str(seed), math.inf
+        if self.args.start:
+            adapter, chain = self.args.start, "start"
+        else:
+            self.train(folder, data, **scaled("best") | {"val_images": LOSS_IMAGES}, seed=seed)
+            adapter, loss = folder / LAST, last_loss(folder)
+        for number in itertools.count(1):
+            folder = self.args.out / "rewards" / f"level_{number}" / chain
+            order = number * 1000 + (0 if self.args.start else seed)  # else each would show the scenes in one order
+            self.train(folder, data, init_adapter=adapter, **REWARDS[FURTHER], **self.tuning(), seed=order)
+            before, loss = loss, last_loss(folder)
+            if loss > before * (1 - LEVEL):
+                break
+            adapter = folder / LAST
+        return folder
+
+    def tuning(self) -> dict[str, object]:
+        """Return what all rows of the study ``rewards`` have in common."""
+        epochs = self.args.epochs or math.ceil(SCST_NUMBERS["epochs"] / 2)
+        lr, size = f"{SCST_NUMBERS['lr'] * WIDTH_RATIO:.3g}", scaled("best")["batch_size"]
+        return {"lr": lr, "batch_size": size, "val_images": LOSS_IMAGES, "epochs": epochs}
+
+    def tuned(self, name: str, seed: int, data: Path, start: Path) -> Path:
+        """Tune the captioner of ``start`` by one row of the study ``rewards``, and score it; return its folder."""
+        folder = self.args.out / "rewards" / slug(name) / str(seed)
+        self.train(folder, data, init_adapter=start / LAST, **REWARDS[name], **self.tuning(), seed=seed)
+        self.score(folder, data, SPLITS, adapter=folder / LAST)
+        return folder
+
+    def compare(self, study: str, base: str, found: Mapping[str, Sequence[tuple[Path, Path]]]) -> None:
+        """Write how each row of a study differs from its row ``base``: of each row a pair per seed, ``base`` first."""
+        for name, pairs in found.items():
+            if name == base:
+                continue
+            result = {"what": name, "against": base, "profile": "micro", "seeds": self.seeds()}
+            result |= {split: compared(pairs, (base, name), split) for split in SPLITS}
+            write_json(self.args.out / study / slug(name) / "comparison.json", result)
+
+
+def slug(name: str) -> str:
+    """Return the folder of a row."""
+    return name.replace(" ", "_")
 
 
 def recipe(name: str) -> dict[str, object]:
@@ -179,21 +223,32 @@ def recipe(name: str) -> dict[str, object]:
     return scaled(setting) | ({} if setting == name else {"report_faithful": True})
 
 
-def compared(pairs: Sequence[tuple[Path, Path]]) -> dict[str, Any]:
-    """Return the scores of literal and sound runs, a pair per seed, and how sound differs by image, over all seeds."""
-    sides = dict(zip(("literal", "sound"), zip(*pairs, strict=True), strict=True))
-    scores = {side: [read_json(folder / "val_scores.json") for folder in folders] for side, folders in sides.items()}
-    images = {side: [read_json(folder / "val_per_image.json") for folder in folders] for side, folders in sides.items()}
-    result: dict[str, Any] = {"seeds": list(range(len(pairs))), "device": scores["literal"][0]["device"], "paired": {}}
-    for side in sides:
-        result[side] = {metric: [score[metric] for score in scores[side]] for metric in MEASURES}
+def compared(pairs: Sequence[tuple[Path, Path]], names: tuple[str, str], split: str = "val") -> dict[str, Any]:
+    """Return the scores of two rows of a study, a pair per seed, and how the second differs by image.
+
+    What is compared is an image's mean over seeds.
+    """
+    result: dict[str, Any] = {"paired": {}}
+    images = []
+    for name, folders in zip(names, zip(*pairs, strict=True), strict=True):
+        scores = [read_json(folder / f"{split}_scores.json") for folder in folders]
+        images.append([read_json(folder / f"{split}_per_image.json") for folder in folders])
+        result[name] = {metric: [score[metric] for score in scores] for metric in MEASURES}
+        if all("captions" in score for score in scores):
+            result[name] |= {measure: [score["captions"][measure] for score in scores] for measure in STYLE}
+            result["references"] = {measure: scores[0]["references"][measure] for measure in STYLE}
+        if all(map(finished, folders)):
+            result[name]["val_loss"] = [last_loss(folder) for folder in folders]
+        result |= {"device": scores[0]["device"], "images": len(images[-1][0])}
     for metric in MEASURES:
-        means = {
-            side: {image: mean(rows[image][metric] for rows in found) for image in found[0]}
-            for side, found in images.items()
-        }
-        result["paired"][metric] = compare(means["sound"], means["literal"]).summary()
+        base, other = ({image: mean(rows[image][metric] for rows in found) for image in found[0]} for found in images)
+        result["paired"][metric] = compare(other, base).summary()
     return result
+
+
+def last_loss(folder: Path) -> float:
+    """Return the validation loss after a run's last epoch."""
+    return read_run(folder).epochs[-1]["val_loss"]
 
 
 def finished(folder: Path) -> bool:
@@ -205,7 +260,7 @@ def finished(folder: Path) -> bool:
     return True
 
 
-STUDIES = {"settings": Study.settings, "ablation": Study.ablation, "rewards": Study.rewards, "letter": Study.letter}
+STUDIES = {"settings": Study.settings, "variants": Study.variants, "rewards": Study.rewards, "letter": Study.letter}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -214,10 +269,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("study", choices=list(STUDIES), help="which one")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the demo; runs go below it")
     parser.add_argument("--train", type=positive_int, default=1700, help="training scenes, where they must be drawn")
-    parser.add_argument("--val", type=positive_int, default=300, help="validation scenes, where they must be drawn")
+    parser.add_argument(
+        "--scenes",
+        type=positive_int,
+        help="unseen scenes, where they must be drawn (default: 300, or of "
+        "variants and rewards 500 and half as many with novel pairs)",
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings, variants or rewards (default: all)")
-    parser.add_argument("--seeds", type=positive_int, help="seeds of each (default: 1 of settings, 3 of others)")
-    parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's (ablation)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="SEED", help="seeds of each (default: 0 of settings, 0 1 2 of others)"
+    )
+    parser.add_argument("--epochs", type=positive_int, help="epochs instead of the recipe's (variants, rewards)")
+    parser.add_argument("--start", type=Path, help="adapter to begin with instead of training one a seed (rewards)")
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -232,6 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a study."""
     args = build_parser().parse_args(argv)
     args.out = args.out.absolute()
+    args.start = args.start and args.start.absolute()
     run = Runner()
     STUDIES[args.study](Study(run, args))
     run("report", "report.py", runs=args.out, out=args.out / "report.html")

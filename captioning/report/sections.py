@@ -28,7 +28,8 @@ REPORTED_P2 = {
 }
 CHAIR = ("CHAIRs", "CHAIRi", "CHAIR recall")  # as evaluate.py names them
 REPORTED_PAIRS = {"best": 1.002197265625, "worst": 0.32196044921875}
-STUDIES = ("settings", "ablation", "rewards", "letter")  # folders of runs with tables of their own
+# Folders of runs with tables of their own; "ablation" is of an earlier version.
+STUDIES = ("settings", "variants", "rewards", "letter", "ablation")
 WORLDS = {"micro": "micro", "full": "full size"}
 MODELS = {"p1": "LLaVA", "p2": "The captioner"}
 LLAVA = "llava/val.json"  # where p1_llava_caption.py --compare writes, below the folder of runs

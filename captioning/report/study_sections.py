@@ -1,4 +1,4 @@
-"""The report's sections on studies: all settings, the ablation of the recipe, and CIDEr as a reward."""
+"""The report's sections on studies: all settings, the report's to the letter, variants of ours, CIDEr as a reward."""
 
 from __future__ import annotations
 
@@ -153,68 +153,73 @@ def compare_settings(scored: Mapping[str, list[Run]]) -> str:
     )
 
 
-# --- to the letter ----------------------------------------------------------------------------------------------------
+# --- rows held against one row: to the letter, variants -------------------------------------------------------------
+
+
+SPLITS = {"val": "unseen scenes", "val_novel": "scenes with colour-thing pairs that no training showed"}
+PAIRED = (
+    "mean ± standard deviation over seeds; differences by image, each image's score a mean over seeds, with their 95 % "
+    "bootstrap intervals and p of a paired randomisation test"
+)
+
+
+def comparisons(root: Path, name: str) -> list[dict[str, Any]]:
+    """Return what a study's rows are held against and how they differ, the row with the most CIDEr first."""
+    found = [read_object(path) or {} for path in sorted((root / name).glob("*/comparison.json"))]
+    return sorted(found, key=lambda study: -study.get("val", study)["paired"]["CIDEr"]["difference"])
+
+
+def _few_seeds(found: Sequence[Mapping[str, Any]], remedy: str) -> list[Block]:
+    few = min(len(study["seeds"]) for study in found)
+    return [] if few >= 3 else [Missing(f"seeds: some rows have {few}, and 3 are wanted", remedy)]
+
+
+def _compared_row(what: str, study: Mapping[str, Any], part: Mapping[str, Any], own: str, base: str) -> dict[str, Cell]:
+    """Return a row of a table of comparisons; of the row that others are held against, where ``own`` is ``base``."""
+    row: dict[str, Cell] = {"what": what, "seeds": len(study["seeds"])}
+    for metric in SCORES:
+        paired = part["paired"][metric] if own != base else {}
+        by_seed = [value - other for value, other in zip(part[own][metric], part[base][metric], strict=True)]
+        row |= {
+            metric: spread(part[own][metric]),
+            f"{metric}: difference": paired.get("difference"),
+            f"{metric}: 95% interval": f"[{paired['low']:+.3f}, {paired['high']:+.3f}]" if paired else None,
+            f"{metric}: p": paired.get("p_value"),
+            f"{metric}: by seed": " ".join(f"{value:+.3f}" for value in by_seed) if paired else None,
+        }
+    return row | {"world": world(study["profile"]), "device": part["device"]}
 
 
 def letter_section(root: Path, size: str) -> Section:
     """What each point of the report's code was worth: turned alone to sound practice, against all of them."""
     section, remedy = Section("P2: the report's code, point by point"), "make letter"
-    found = [read_object(path) or {} for path in sorted((root / "letter").glob("*/comparison.json"))]
+    found = comparisons(root, "letter")
     if not found:
         section.blocks += _unless_full(size, "the study of the report's setting 1 to the letter", remedy)
         return section
-    found.sort(key=lambda study: -study["paired"]["CIDEr"]["difference"])
-    rows = [_letter_row("setting 1 to the letter", max(found, key=lambda study: len(study["seeds"])), "literal")]
-    rows += [_letter_row(study["what"], study, "sound") for study in found]
-    caption = (
-        "Setting 1 to the letter, and with one point of it turned to sound practice; mean ± standard deviation over "
-        "seeds; differences and p of a paired test by image, each image's score a mean over seeds"
-    )
-    section.blocks.append(Table("p2_letter", caption, rows))
-    few = min(len(study["seeds"]) for study in found)
-    if few < 3:
-        section.blocks.append(Missing(f"seeds: some rows have {few}, and 3 are wanted", remedy))
+    most = max(found, key=lambda study: len(study["seeds"]))
+    rows = [_compared_row("setting 1 to the letter", most, most, "literal", "literal")]
+    rows += [_compared_row(study["what"], study, study, "sound", "literal") for study in found]
+    caption = f"Setting 1 to the letter, and with one point of it turned to sound practice; {PAIRED}"
+    section.blocks += [Table("p2_letter", caption, rows), *_few_seeds(found, remedy)]
     return section
 
 
-def _letter_row(what: str, study: Mapping[str, Any], side: str) -> dict[str, Cell]:
-    row: dict[str, Cell] = {"what": what, "seeds": len(study["seeds"])}
-    for metric in SCORES:
-        paired = study["paired"][metric] if side == "sound" else {}
-        row |= {
-            metric: spread(study[side][metric]),
-            f"{metric}: difference": paired.get("difference"),
-            f"{metric}: p": paired.get("p_value"),
-        }
-    return row | {"world": world(study["profile"]), "device": study["device"]}
-
-
-# --- ablation -------------------------------------------------------------------------------------------------------
-
-
-def ablation_section(runs: Sequence[Run], size: str) -> Section:
-    """What each part of the recipe is worth, over seeds."""
-    section = Section("P2: ablation of the recipe")
-    chosen = [run for run in study(runs, "ablation") if run.name.count("/") == 2 and run.best_cider is not None]
-    groups = grouped(chosen, lambda run: run.name.split("/")[1])
-    if not groups:
-        section.blocks += _unless_full(size, "the ablation", "make ablation")
+def variants_section(root: Path, size: str) -> Section:
+    """What each part of the recipe is worth: every variant against the setting best."""
+    section, remedy = Section("P2: variants of the recipe"), "make variants"
+    found = comparisons(root, "variants")
+    if not found:
+        section.blocks += _unless_full(size, "the study of variants", remedy)
         return section
-    ciders = {name: [(seed(run), run.best_cider or 0.0) for run in group] for name, group in groups.items()}
-    start = dict(ciders.get("start", []))
-    rows: list[dict[str, Cell]] = []
-    for name, found in sorted(ciders.items(), key=lambda item: -mean(cider for _, cider in item[1])):
-        gains = [cider - start[number] for number, cider in found if name != "start" and number in start]
-        scores = {"CIDEr": spread([cider for _, cider in found]), "difference": spread(gains)}
-        rows.append({"variant": name, "seeds": len(found), **scores, **origin(groups[name][0])})
-    caption = (
-        "CIDEr by variant, and its difference to the start of the same seed; mean ± standard deviation over seeds "
-        "(development images, not the reported ones)"
-    )
-    section.blocks.append(Table("p2_ablation", caption, rows))
-    few = min(len(group) for group in groups.values())
-    if few < 3:
-        section.blocks.append(Missing(f"seeds: some variants have {few}, and 3 are wanted", "make ablation"))
+    most = max(found, key=lambda study: len(study["seeds"]))
+    for split, scenes in SPLITS.items():
+        base = most["against"]
+        rows = [_compared_row(base, most, most[split], base, base)]
+        rows += [_compared_row(study["what"], study, study[split], study["what"], base) for study in found]
+        caption = f"Variants of the setting best on {most[split]['images']} {scenes} (development); {PAIRED}"
+        section.blocks.append(Table(f"p2_variants_{split}", caption, rows))
+    section.blocks += _few_seeds(found, remedy)
     return section
 
 
@@ -230,13 +235,12 @@ REWARD_MEASURES = {
 }
 
 
-def reward_section(runs: Sequence[Run], size: str, best: Run | None) -> Section:
-    """Self-critical training: over seeds against the runs that it started from, and each run before and after."""
+def reward_section(root: Path, runs: Sequence[Run], size: str, best: Run | None) -> Section:
+    """Self-critical training: over seeds against further cross-entropy, and each run before and after."""
     section = Section("P2: CIDEr as a reward (SCST)")
     tuned = [r for r in runs if r.objective == "scst"]
-    if not study(tuned, "rewards"):
-        section.blocks += _unless_full(size, "the study of rewards over seeds", "make rewards")
-    section.blocks += _rewards_blocks(runs)
+    found = comparisons(root, "rewards")
+    section.blocks += _rewards_blocks(found) or _unless_full(size, "the study of rewards over seeds", "make rewards")
     if not tuned:
         start = f"RUNS/{best.name if best else 'best'}/best.safetensors"
         remedy = f"python p2_train.py --objective scst --init-adapter {start} --out RUNS/scst"
@@ -267,72 +271,62 @@ def _before_and_after(run: Run) -> list[dict[str, Cell]]:
     ]
 
 
-def _rewards_blocks(runs: Sequence[Run]) -> list[Block]:
-    """All validation images by beam search: cross-entropy alone, each reward of the study, and people's captions."""
-    tuned = [run for run in study(runs, "rewards") if run.name.count("/") == 2 and "val" in run.scores]
-    if not tuned:
+def _rewards_blocks(found: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """Each reward, and the captioner that it began with, against equally long further cross-entropy."""
+    if not found:
         return []
-    before = [run for run in study(runs, "settings") if run.config["setting"] == "best" and "val" in run.scores]
-    people = next((run.scores["val"]["references"] for run in tuned if "references" in run.scores["val"]), None)
-    groups = grouped(tuned, lambda run: run.name.split("/")[1])
-    rows = [_reward_row("cross-entropy", before, [])] if before else []
-    rows += [_reward_row(name, group, before) for name, group in groups.items()]
-    if people:
-        words, repeated = (f"{people[key]:.3f}" for key in ("mean_length", "repeated_2"))
-        rows.append(
-            dict.fromkeys(rows[0])
-            | {"trained by": "references", "words per caption": words, "share that repeats a bigram": repeated}
-            | {"world": origin(tuned[0])["world"]}
-        )
-    caption = "What rewards add to cross-entropy, on all validation images; mean ± standard deviation over seeds"
-    texts = [compare_reward(name, group, before, people) for name, group in groups.items()]
-    return [Table("p2_rewards", caption, rows), *(Text(text) for text in texts if text)]
+    blocks: list[Block] = []
+    most, base = max(found, key=lambda study: len(study["seeds"])), found[0]["against"]
+    for split, scenes in SPLITS.items():
+        sides = [(base, most), *((study["what"], study) for study in found)]
+        rows = [
+            _compared_row(name, study, study[split], name, base) | _style(study[split][name]) for name, study in sides
+        ]
+        caption = f"Further training of a captioner, on {most[split]['images']} {scenes}; {PAIRED}"
+        blocks.append(Table(f"p2_rewards_{split}", caption, rows))
+    texts = [levelled_off(study) for study in found if study["what"] == "start"]
+    texts += [compare_reward(study) for study in found if study["what"] != "start"]
+    return [*blocks, *(Text(text) for text in texts if text), *_few_seeds(found, "make rewards")]
 
 
-def _reward_row(name: str, group: Sequence[Run], before: Sequence[Run]) -> dict[str, Cell]:
+def _style(side: Mapping[str, Any]) -> dict[str, Cell]:
     return {
-        "trained by": name,
-        "seeds": len(group),
-        "CIDEr": spread(_scored(group, "CIDEr")),
-        "CIDEr's gain, %": spread(_gains(group, before), 1),
-        "CLIPScore": spread(_scored(group, "CLIPScore")),
-        "words per caption": spread(_scored(group, "captions", "mean_length")),
-        "share that repeats a bigram": spread(_scored(group, "captions", "repeated_2")),
-        **origin(group[0]),
+        "words per caption": spread(side.get("mean_length", [])),
+        "share that repeats a bigram": spread(side.get("repeated_2", [])),
+        "validation loss": spread(side.get("val_loss", [])),
     }
 
 
-def compare_reward(name: str, group: Sequence[Run], before: Sequence[Run], people: dict[str, float] | None) -> str:
-    """Compare captions by a reward with those before it and with people's; nothing where something is unknown."""
-    gains, lengths = _gains(group, before), _scored(group, "captions", "mean_length")
-    seeds = {seed(run) for run in group}
-    same = [run for run in before if seed(run) in seeds]
-    clip, old_clip = _scored(group, "CLIPScore"), _scored(same, "CLIPScore")
-    if not (gains and lengths and clip and old_clip and people):
+def levelled_off(study: Mapping[str, Any]) -> str:
+    """Say what further cross-entropy still brings to the captioner that all rows began with."""
+    base, start = study["val"][study["against"]], study["val"]["start"]
+    before, after = (mean(side["val_loss"]) if side.get("val_loss") else 0.0 for side in (start, base))
+    if not before:
         return ""
-    words = mean(lengths) / people["mean_length"]
-    repeating = mean(_scored(group, "captions", "repeated_2"))
+    cider = mean(base["CIDEr"]) / mean(start["CIDEr"]) - 1
     return (
-        f"Against cross-entropy alone, {name} has {mean(gains):+.1f} % CIDEr and "
-        f"{mean(clip) - mean(old_clip):+.3f} CLIPScore; its captions have {words:.0%} as many words as people's, "
-        f"and {repeating:.0%} of them repeat a bigram ({people['repeated_2']:.0%} of people's)."
+        f"Further cross-entropy changes the validation loss of what all rows began with by {after / before - 1:+.1%} "
+        f"({before:.3f} nats per token before), and its CIDEr by {cider:+.1%}."
     )
 
 
-def _scored(group: Sequence[Run], *path: str) -> list[float]:
-    """Return what every run of a group has on val under these keys; empty where one lacks it."""
-    found: list[Any] = [run.scores["val"] for run in group]
-    for key in path:
-        if not all(key in value for value in found):
-            return []
-        found = [value[key] for value in found]
-    return found
-
-
-def _gains(group: Sequence[Run], before: Sequence[Run]) -> list[float]:
-    """Return by how many percent each run's CIDEr is above that of the run with the same seed in ``before``."""
-    start = {seed(run): run.scores["val"]["CIDEr"] for run in before}
-    return [100 * (run.scores["val"]["CIDEr"] / start[seed(run)] - 1) for run in group if seed(run) in start]
+def compare_reward(study: Mapping[str, Any]) -> str:
+    """Compare captions by a reward with those of equally long cross-entropy and with people's."""
+    val, base = study["val"], study["val"][study["against"]]
+    own, people, cider, clip = val[study["what"]], val.get("references"), *(val["paired"][m] for m in SCORES)
+    scale = 100 / mean(base["CIDEr"])
+    gain, low, high = (cider[key] * scale for key in ("difference", "low", "high"))
+    text = (
+        f"Against equally long further cross-entropy, {study['what']} has {gain:+.1f} % CIDEr [{low:+.1f}, "
+        f"{high:+.1f}] and {clip['difference']:+.3f} CLIPScore [{clip['low']:+.3f}, {clip['high']:+.3f}]"
+    )
+    if not people:
+        return text + "."
+    words, repeating = mean(own["mean_length"]) / people["mean_length"], mean(own["repeated_2"])
+    return text + (
+        f"; its captions have {words:.0%} as many words as people's, and {repeating:.0%} of them repeat a bigram "
+        f"({people['repeated_2']:.0%} of people's)."
+    )
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str | None:

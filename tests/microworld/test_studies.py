@@ -7,11 +7,13 @@ from statistics import mean
 
 import pytest
 
+from captioning.models.captioner import CaptionerConfig
 from captioning.training.config import SCST_NUMBERS, SETTINGS, TrainConfig
 from captioning.training.run_folder import NEWEST
 from captioning.training.setup import resolve_config
 from microworld import studies
 from microworld.steps import Runner, flags, scaled
+from microworld.variants import REWARDS, VARIANTS, Variant
 from p2_train import build_parser
 
 
@@ -42,6 +44,9 @@ class Recorder:
     def scripts(self):
         return [words[0] for words in self.commands]
 
+    def trained(self):
+        return [words for words in self.commands if words[0] == "p2_train.py"]
+
 
 def leave_run(folder):
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +61,7 @@ def leave_run(folder):
         "versions": {},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "metrics.jsonl").write_text('{"kind": "epoch", "epoch": 1, "step": 1}\n')
+    (folder / "metrics.jsonl").write_text('{"kind": "epoch", "epoch": 1, "step": 1, "val_loss": 0.5}\n')
     (folder / "best.safetensors").touch()
 
 
@@ -87,14 +92,14 @@ def test_one_rule_scales_every_setting(setting):
     assert all(getattr(config, name) == getattr(full, name) for name in kept)
 
 
-@pytest.mark.parametrize("variant", studies.VARIANTS)
-def test_every_variant_differs_from_the_start_in_what_it_names(variant):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_differs_from_best_in_what_it_names(variant):
     configs = [
-        resolve_config(build_parser().parse_args(flags(**scaled("best") | options)))
-        for options in ({}, studies.VARIANTS[variant])
+        resolve_config(build_parser().parse_args(flags(**scaled("best") | dict(options))))
+        for options in ({}, VARIANTS[variant].train)
     ]
-    different = [name for name in TrainConfig.__dataclass_fields__ if len({getattr(c, name) for c in configs}) > 1]
-    assert len(different) == len(studies.VARIANTS[variant])
+    different = {name for name in TrainConfig.__dataclass_fields__ if len({getattr(c, name) for c in configs}) > 1}
+    assert different == VARIANTS[variant].train.keys()
 
 
 @pytest.mark.parametrize("name", studies.SOUND)
@@ -111,8 +116,8 @@ def test_every_row_of_the_letter_differs_from_it_in_one_point(name):
 def test_the_letter_is_held_against_each_point_with_every_seed(tmp_path, monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(studies, "Runner", lambda: recorder)
-    assert studies.main(["letter", "--out", str(tmp_path), "--seeds", "2"]) == 0
-    trained = [words for words in recorder.commands if words[0] == "p2_train.py"]
+    assert studies.main(["letter", "--out", str(tmp_path), "--seeds", "0", "1"]) == 0
+    trained = recorder.trained()
     assert len(trained) == 2 * 6  # to the letter, four points, all of them; beams need no training
     assert ["--report-faithful" in words for words in trained] == [True] * 5 + [False] + [True] * 5 + [False]
     assert not any("--precision" in words for words in trained)  # that is the letter's
@@ -138,7 +143,7 @@ def test_settings_to_the_letter_are_run_beside_those_with_sound_practice(tmp_pat
     monkeypatch.setattr(studies, "Runner", lambda: recorder)
     flags = ["settings", "--out", str(tmp_path), "--only", "2-letter", "2", "--precision", "bf16"]
     assert studies.main(flags) == 0
-    trained = [words for words in recorder.commands if words[0] == "p2_train.py"]
+    trained = recorder.trained()
     assert [studies.Path(words[words.index("--out") + 1]).name for words in trained] == ["2-letter", "2"]
     assert ["--report-faithful" in words for words in trained] == [True, False]
     assert all(words[words.index("--precision") + 1] == "bf16" for words in trained)
@@ -152,7 +157,7 @@ def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     second = Recorder()
     monkeypatch.setattr(studies, "Runner", lambda: second)
     assert studies.main(flags) == 0
-    trained = [words for words in second.commands if words[0] == "p2_train.py"]
+    trained = second.trained()
     assert len(trained) == 1
     assert trained[0][trained[0].index("--setting") + 1] == "2"
     assert "--resume" in trained[0]
@@ -166,38 +171,111 @@ def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
 def test_further_seeds_of_a_setting_have_their_own_folders(tmp_path, monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(studies, "Runner", lambda: recorder)
-    assert studies.main(["settings", "--out", str(tmp_path), "--only", "3", "--seeds", "2"]) == 0
-    trained = [words for words in recorder.commands if words[0] == "p2_train.py"]
+    assert studies.main(["settings", "--out", str(tmp_path), "--only", "3", "--seeds", "0", "1"]) == 0
+    trained = recorder.trained()
     assert [studies.Path(words[words.index("--out") + 1]).name for words in trained] == ["3", "3-seed1"]
     assert [words[words.index("--seed") + 1] for words in trained] == ["0", "1"]
 
 
-def test_the_ablation_trains_every_seed_on_scenes_that_are_not_the_reported_ones(tmp_path, monkeypatch):
+def study(monkeypatch, *words):
+    """Run a study by a recorder, and return that."""
     recorder = Recorder()
     monkeypatch.setattr(studies, "Runner", lambda: recorder)
-    assert studies.main(["ablation", "--out", str(tmp_path), "--only", "no CLS", "--seeds", "2"]) == 0
+    assert studies.main([*map(str, words)]) == 0
+    return recorder
+
+
+def value(words, flag):
+    return words[words.index(flag) + 1]
+
+
+def test_variants_are_held_against_best_with_every_seed_on_both_splits(tmp_path, monkeypatch):
+    command = ("variants", "--out", tmp_path, "--only", "no CLS", "rank 16", "--seeds", 0, 2, "--scenes", 20)
+    recorder = study(monkeypatch, *command)
+    trained = recorder.trained()
     drawn = [words for words in recorder.commands if words[:2] == ["-m", "microworld.scenes"]]
-    assert {words[words.index("--seed") + 1] for words in drawn} == {"1"}
-    trained = [words for words in recorder.commands if words[0] == "p2_train.py"]
-    assert [words[words.index("--seed") + 1] for words in trained] == ["0", "1"]
-    assert (tmp_path / "ablation" / "no_CLS" / "1" / "config.json").is_file()
+    assert {value(words, "--seed") for words in drawn} == {"1"}  # scenes that no reported number is measured on
+    assert {value(w, "--split"): value(w, "--count") for w in drawn} == {
+        "train": "1700",
+        "val": "20",
+        "val_novel": "10",
+    }
+    assert [(studies.Path(value(w, "--out")).parent.name, value(w, "--seed")) for w in trained] == [
+        (name, seed) for seed in ("0", "2") for name in ("best", "no_CLS", "rank_16")
+    ]
+    captioned = [words for words in recorder.commands if words[0] == "p2_infer.py"]
+    assert len(captioned) == 2 * len(trained)
+    assert {studies.Path(value(words, "--adapter")).name for words in captioned} == {"last.safetensors"}
+    found = json.loads((tmp_path / "variants" / "rank_16" / "comparison.json").read_text())
+    assert (found["what"], found["against"], found["seeds"]) == ("rank 16", "best", [0, 2])
+    for split in ("val", "val_novel"):
+        difference = mean(found[split]["rank 16"]["CIDEr"]) - mean(found[split]["best"]["CIDEr"])
+        assert found[split]["paired"]["CIDEr"]["difference"] == pytest.approx(difference)
+        assert found[split]["rank 16"]["val_loss"] == [0.5, 0.5]
+    assert not (tmp_path / "variants" / "best" / "comparison.json").exists()
 
 
-def test_rewards_tune_the_setting_best_of_the_same_seed_by_the_same_rule(tmp_path, monkeypatch):
-    recorder = Recorder()
-    monkeypatch.setattr(studies, "Runner", lambda: recorder)
-    assert studies.main(["rewards", "--out", str(tmp_path), "--seeds", "2", "--precision", "bf16"]) == 0
-    trained = [words for words in recorder.commands if words[0] == "p2_train.py"]
-    tuned = [words for words in trained if "--init-adapter" in words]
-    assert len(trained) - len(tuned) == 2  # the setting best of both seeds
-    assert [words[words.index("--objective") + 1] for words in tuned] == ["scst", "scst", "xe"] * 2
-    assert ["--clip-reward" in words for words in tuned] == [False, True, False] * 2
-    bases = [studies.Path(words[words.index("--init-adapter") + 1]).parent.name for words in tuned]
-    assert bases == ["best"] * 3 + ["best-seed1"] * 3
-    rates = [float(words[words.index("--lr") + 1]) for words in tuned]
-    assert rates == pytest.approx([3 * SCST_NUMBERS["lr"]] * 6, rel=0.01)
-    assert all(words[words.index("--precision") + 1] == "bf16" for words in trained)
-    assert recorder.scripts().count("evaluate.py") == 8
+def test_a_variant_of_the_search_alone_needs_no_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "greedy", Variant(search={"beam_size": 1}, adapter_of="no CLS"))
+    recorder = study(monkeypatch, "variants", "--out", tmp_path, "--only", "greedy", "--seeds", 1)
+    assert [studies.Path(value(words, "--out")).parent.name for words in recorder.trained()] == ["best", "no_CLS"]
+    greedy = [words for words in recorder.commands if "--beam-size" in words]
+    assert [studies.Path(value(words, "--adapter")).parents[1].name for words in greedy] == ["no_CLS"] * 2
+    assert (tmp_path / "variants" / "greedy" / "comparison.json").is_file()
+
+
+def test_a_study_of_variants_that_is_done_runs_nothing_again(tmp_path, monkeypatch):
+    command = ("variants", "--out", tmp_path, "--only", "no CLS", "--seeds", 0)
+    study(monkeypatch, *command)
+    again = study(monkeypatch, *command)
+    assert not {"p2_train.py", "p2_infer.py", "evaluate.py"} & set(again.scripts())
+
+
+def test_rewards_begin_where_cross_entropy_has_levelled_off(tmp_path, monkeypatch):
+    losses = iter([2.0, 1.5, 1.2, 1.1999])  # best; two runs that still bring something; one that does not
+    monkeypatch.setattr(studies, "last_loss", lambda folder: next(losses, 1.0))
+    trained = study(monkeypatch, "rewards", "--out", tmp_path, "--seeds", 4, "--precision", "bf16").trained()
+    names = [studies.Path(value(words, "--out")).parent.name for words in trained]
+    levels = ["level_1", "level_2", "level_3"]
+    assert names == ["start", *levels, "more_cross-entropy", "cider", "cider+clip"]
+    tuned = trained[-3:]
+    assert {studies.Path(value(words, "--init-adapter")).parent.parent.name for words in tuned} == {"level_3"}
+    assert [value(words, "--objective") for words in tuned] == ["xe", "scst", "scst"]
+    assert ["--clip-reward" in words for words in tuned] == [False, False, True]
+    same = ("--lr", "--batch-size", "--epochs", "--val-images", "--seed", "--precision")
+    assert len({tuple(value(words, flag) for flag in same) for words in tuned}) == 1
+    assert value(tuned[0], "--seed") == "4"
+    assert float(value(tuned[0], "--lr")) == pytest.approx(3 * SCST_NUMBERS["lr"])
+    assert len({value(words, "--seed") for words in trained[1:]}) == 4  # each of the levels has an order of its own
+    assert {path.parent.name for path in (tmp_path / "rewards").glob("*/comparison.json")} == {
+        "start",
+        "cider",
+        "cider+clip",
+    }
+
+
+def test_rewards_from_an_adapter_share_one_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "last_loss", lambda folder: 1.0)
+    command = ("rewards", "--out", tmp_path, "--seeds", 0, 1, "--only", "cider", "--start", tmp_path / "a.safetensors")
+    trained = study(monkeypatch, *command, "--epochs", 1).trained()
+    names = [studies.Path(value(words, "--out")).parent.name for words in trained]
+    assert names == ["level_1", "level_2", *["more_cross-entropy", "cider"] * 2]
+    assert value(trained[0], "--init-adapter") == str(tmp_path / "a.safetensors")
+    assert {value(words, "--epochs") for words in trained} == {"1"}
+
+
+@pytest.mark.parametrize("row", REWARDS)
+def test_further_cross_entropy_is_as_long_as_each_reward_and_by_the_same_schedule(row, tmp_path, monkeypatch):
+    study_of = studies.Study(None, studies.build_parser().parse_args(["rewards"]))
+    monkeypatch.setattr("captioning.training.setup.read_adapter", lambda path: (CaptionerConfig("vit"), {}))
+    adapter = {"init_adapter": tmp_path}
+    further, config = (
+        resolve_config(build_parser().parse_args(flags(**adapter, **REWARDS[name], **study_of.tuning())))
+        for name in ("more cross-entropy", row)
+    )
+    same = ("epochs", "lr", "projector_lr", "schedule", "warmup", "weight_decay", "optimizer", "batch_size", "batch_by")
+    assert all(getattr(config, name) == getattr(further, name) for name in same)
+    assert config.epochs == 2
 
 
 @pytest.mark.parametrize(
@@ -205,8 +283,8 @@ def test_rewards_tune_the_setting_best_of_the_same_seed_by_the_same_rule(tmp_pat
     [
         ("rewards", "--only", "bleu"),
         ("settings", "--only", "9"),
-        ("ablation", "--seeds", "0"),
-        ("ablation", "--only", "x"),
+        ("variants", "--only", "x"),
+        ("variants", "--scenes", "0"),
     ],
 )
 def test_names_and_numbers_that_do_not_exist_are_refused(flags, tmp_path, monkeypatch, capsys):

@@ -26,7 +26,7 @@ def test_nobody_is_sent_to_the_micro_world(scored, full, make):
         (full / "best" / "val_scores.json").unlink()
     page = make(full)
     assert [text for text in commands(page) if "make " in text or "micro" in text or "lora" in text] == []
-    for what in ("make ablation", "make letter", "P2: ablation", "point by point", "times of the steps"):
+    for what in ("make variants", "make letter", "P2: variants", "point by point", "times of the steps"):
         assert what not in page
     assert "<li>settings 1, 2, 3, 4, 5 (optional)<br>" in page
     assert "bash p2_train.sh --setting 1 --report-faithful --out RUNS/1-letter" in page
@@ -88,4 +88,4 @@ def test_llavas_scores_alone_say_which_size_it_is(profile, tmp_path, make):
     (tmp_path / "runs" / "llava" / "val.json").write_text(json.dumps({"1": scores, "2": scores}))
     page = make(tmp_path / "runs")
     assert ("Full size: photographs" in page) == (profile == "full")
-    assert ("make ablation" in page) == (profile == "micro")
+    assert ("make variants" in page) == (profile == "micro")

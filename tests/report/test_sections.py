@@ -16,7 +16,7 @@ def test_missing_parts_are_named_with_the_command_that_makes_them(root, make):
         "--grounding",
         "make settings",
         "--objective scst",
-        "make ablation",
+        "make variants",
     ):
         assert what in page, what
 

@@ -43,31 +43,56 @@ def test_the_reports_own_numbers_stand_beside_ours_to_the_letter_and_without_by_
     assert "setting 1 to the letter" in page  # a group of its own in the other tables
 
 
+def write_comparison(root, study, name, gain, seeds=3, base="base", own="own", splits=("val", "val_novel"), **more):
+    """What a study leaves of one row: the base's CIDEr is 0.25, 0.5, 0.75 by seed, the row's is ``gain`` above."""
+    before = [0.25, 0.5, 0.75][:seeds]
+    paired = {"difference": gain, "low": -1, "high": 1, "p_value": 0.0625, "wins": 1, "ties": 2, "losses": 3}
+    part = {
+        "device": "cpu",
+        "images": 500,
+        base: {"CIDEr": before, "CLIPScore": [1.0] * seeds, **more},
+        own: {"CIDEr": [value + gain for value in before], "CLIPScore": [1.0] * seeds, **more},
+        "paired": {"CIDEr": paired, "CLIPScore": paired | {"difference": 0.0, "p_value": 1.0}},
+    }
+    study_of = {"what": name, "against": base, "profile": "micro", "seeds": list(range(seeds))}
+    folder = root / study / name.replace(" ", "_")
+    folder.mkdir(parents=True)
+    content = study_of | (dict.fromkeys(splits, part) if splits else part)
+    (folder / "comparison.json").write_text(json.dumps(content))
+    return content
+
+
+def rows_of(tmp_path, table):
+    with (tmp_path / "report_files" / f"{table}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_points_of_the_reports_code_are_compared_with_all_of_them(root, tmp_path, make):
     assert "make letter" in make(root)
     for name, gain, seeds in (("gradients cleared", 0.25, 3), ("beams replaced", -0.125, 2)):
-        literal = [0.25, 0.5, 0.75][:seeds]
-        paired = {"difference": gain, "low": -1, "high": 1, "p_value": 0.0625, "wins": 1, "ties": 2, "losses": 3}
-        study = {
-            "what": name,
-            "profile": "micro",
-            "device": "cpu",
-            "seeds": list(range(seeds)),
-            "literal": {"CIDEr": literal, "CLIPScore": [1.0] * seeds},
-            "sound": {"CIDEr": [value + gain for value in literal], "CLIPScore": [1.0] * seeds},
-            "paired": {"CIDEr": paired, "CLIPScore": paired | {"difference": 0.0, "p_value": 1.0}},
-        }
-        folder = root / "letter" / name.replace(" ", "_")
-        folder.mkdir(parents=True)
-        (folder / "comparison.json").write_text(json.dumps(study))
+        write_comparison(root, "letter", name, gain, seeds, "literal", "sound", splits=())
     page = make(root)
-    with (tmp_path / "report_files" / "p2_letter.csv").open() as file:
-        first, better, worse = csv.DictReader(file)
+    first, better, worse = rows_of(tmp_path, "p2_letter")
     assert (first["what"], first["CIDEr"]) == ("setting 1 to the letter", "0.500 ± 0.250")
-    assert first["CIDEr: difference"] == first["CIDEr: p"] == ""
+    assert first["CIDEr: difference"] == first["CIDEr: p"] == first["CIDEr: 95% interval"] == ""
     assert (better["what"], better["CIDEr"], better["CIDEr: p"]) == ("gradients cleared", "0.750 ± 0.250", "0.0625")
+    assert better["CIDEr: 95% interval"] == "[-1.000, +1.000]"
     assert (worse["what"], worse["seeds"], worse["CIDEr: difference"]) == ("beams replaced", "2", "-0.125")
+    assert worse["CIDEr: by seed"] == "-0.125 -0.125"
     assert "some rows have 2, and 3 are wanted" in page
+
+
+def test_variants_stand_below_best_by_what_they_gain_on_both_splits(root, tmp_path, make):
+    assert "make variants" in make(root)
+    for name, gain in (("no dropout", -0.1), ("LoRA+ 8", 0.2)):
+        write_comparison(root, "variants", name, gain, base="best", own=name)
+    page = make(root)
+    assert "make variants" not in page
+    for table in ("p2_variants_val", "p2_variants_val_novel"):
+        rows = rows_of(tmp_path, table)
+        assert [row["what"] for row in rows] == ["best", "LoRA+ 8", "no dropout"]
+        assert (rows[0]["CIDEr"], rows[1]["CIDEr"]) == ("0.500 ± 0.250", "0.700 ± 0.250")
+        assert rows[1]["CIDEr: difference"] == "0.2"
 
 
 def test_settings_of_several_seeds_are_averaged(root, make):
@@ -84,44 +109,21 @@ def test_best_is_held_against_the_better_of_the_reports_settings(root, make):
     assert "best, has 0.600 (+20%)" in page
 
 
-def test_ablation_runs_are_averaged_over_seeds(root, make):
-    for seed, done in ((0, 2), (1, 4)):
-        write_run(root / "ablation" / "start" / str(seed), epochs=2, done=done, seed=seed)
-    page = make(root)
-    assert "0.300 ± 0.141" in page  # of 0.2 and 0.4
-    assert "some variants have 2" in page
-
-
-def test_a_variants_difference_is_to_the_start_of_the_same_seed(root, tmp_path, make):
-    for name, seed, done in (("start", 0, 2), ("start", 1, 4), ("other", 1, 5), ("other", 0, 4)):
-        write_run(root / "ablation" / name / str(seed), epochs=2, done=done, seed=seed)
-    make(root)
-    with (tmp_path / "report_files" / "p2_ablation.csv").open() as file:
-        rows = {row["variant"]: row for row in csv.DictReader(file)}
-    assert rows["other"]["difference"] == "0.150 ± 0.071"  # of 0.4 - 0.2 and 0.5 - 0.4
-    assert rows["start"]["difference"] == ""
-    assert list(rows) == ["other", "start"]  # the better first
-
-
-def test_rewards_stand_beside_what_they_began_with_and_people(root, tmp_path, make):
-    for seed, before, after in ((0, 1.0, 1.1), (1, 1.2, 1.5)):
-        name = "best" if seed == 0 else f"best-seed{seed}"
-        write_run(root / "settings" / name, setting="best", cider=before, seed=seed)
-        tuned = write_run(root / "rewards" / "cider" / str(seed), cider=after, seed=seed, objective="scst")
-        scores = json.loads((tuned / "val_scores.json").read_text())
-        scores |= {
-            "captions": {"mean_length": 9.0, "repeated_2": 0.25},
-            "references": {"mean_length": 9.5, "repeated_2": 0.05},
-        }
-        (tuned / "val_scores.json").write_text(json.dumps(scores))
-    page = make(root)
-    with (tmp_path / "report_files" / "p2_rewards.csv").open() as file:
-        rows = {row["trained by"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["cross-entropy", "cider", "references"]
-    assert rows["cross-entropy"]["CIDEr"] == "1.100 ± 0.141"
-    assert rows["cider"]["CIDEr's gain, %"] == "17.5 ± 10.6"
-    assert rows["cider"]["words per caption"] == "9.000 ± 0.000"
-    assert rows["references"]["share that repeats a bigram"] == "0.050"
-    assert "cider has +17.5 % CIDEr" in page
-    assert "have 95% as many words as people's, and 25% of them repeat a bigram (5% of people's)" in html.unescape(page)
+def test_rewards_stand_beside_equally_long_cross_entropy_and_people(root, tmp_path, make):
+    assert "make rewards" in make(root)
+    style = {"mean_length": [9.0] * 3, "repeated_2": [0.25] * 3}
+    for name, gain, loss in (("start", -0.1, 0.8), ("cider", 0.2, 0.9)):
+        written = write_comparison(root, "rewards", name, gain, base="more cross-entropy", own=name, **style)
+        for split in ("val", "val_novel"):
+            written[split] |= {"references": {"mean_length": 9.5, "repeated_2": 0.05}}
+            for side, value in ((name, loss), ("more cross-entropy", 0.798)):
+                written[split][side] |= {"val_loss": [value] * 3}
+        (root / "rewards" / name / "comparison.json").write_text(json.dumps(written))
+    page = html.unescape(make(root))
+    rows = rows_of(tmp_path, "p2_rewards_val")
+    assert [row["what"] for row in rows] == ["more cross-entropy", "cider", "start"]
+    assert (rows[1]["words per caption"], rows[1]["validation loss"]) == ("9.000 ± 0.000", "0.900 ± 0.000")
+    assert "what all rows began with by -0.2% (0.800 nats per token before), and its CIDEr by +25.0%" in page
+    assert "cider has +40.0 % CIDEr [-200.0, +200.0] and +0.000 CLIPScore" in page
+    assert "have 95% as many words as people's, and 25% of them repeat a bigram (5% of people's)" in page
     assert "make rewards" not in page
