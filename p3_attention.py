@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +36,7 @@ from captioning.maps.explainers import (
     CaptionerExplainer,
     Explainer,
     LlavaExplainer,
+    choose_spec,
     explain,
     specs_to_compare,
     specs_to_show,
@@ -67,8 +67,7 @@ def _defaults(name: str) -> str:
 
 def chosen_spec(args: argparse.Namespace) -> MapSpec:
     """Return the model's default spec with what the flags change."""
-    flags = {name: getattr(args, name) for name in ("method", "layers", "heads", "row")}
-    return replace(DEFAULTS[args.model], **{name: value for name, value in flags.items() if value is not None})
+    return choose_spec(args.model, method=args.method, layers=args.layers, heads=args.heads, row=args.row)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,13 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--method", choices=METHODS, help=f"how maps are made; see below {_defaults('method')}")
     add("--layers", help=f"all, last, a number, or a range such as 2-5 {_defaults('layers')}")
     add("--heads", help=f"max, mean, a head's number, or topK {_defaults('heads')}")
-    add("--row", choices=ROWS, help=f"position that predicts a token (as grad always), or its own {_defaults('row')}")
-    add(
-        "--relative-to",
-        choices=("words", "generic"),
-        default="words",
-        help="what the method relative divides by: the mean over words, or a generic caption",
-    )
+    add("--row", choices=ROWS, help=f"position that predicts a token, or its own: of attention {_defaults('row')}")
     add("--caption", help="explain this caption of one image instead of the model's own")
     add("--html", action="store_true", help="write viewer.html too, with every method and many layers and heads")
     add(
@@ -157,7 +150,7 @@ def run_images(explainer: Explainer, paths: dict[str, Path], args: argparse.Name
     items, timer = [], Timer("explain")
     for key, path in tqdm(paths.items(), "explain", disable=None):
         try:
-            explanation, attention = explain(explainer, path, specs, args.caption, args.relative_to)
+            explanation, attention = explain(explainer, path, specs, args.caption)
         except Exception as error:  # of any type: one image must not end the run
             not_explained(path, error)
             continue
@@ -192,7 +185,7 @@ def run_best_worst(explainer: Explainer, pairs: list[Pair], args: argparse.Names
         try:
             load_image(pair.path)
             if pair.caption.strip():  # an empty caption has no maps; the pair is drawn all the same
-                explanation, _ = explain(explainer, pair.path, [spec], pair.caption, args.relative_to, notes)
+                explanation, _ = explain(explainer, pair.path, [spec], pair.caption, notes)
                 figures.word_grid(explanation, args.out / f"{pair.title.lower()}.png")
         except Exception as error:  # as above
             not_explained(pair.path, error)
@@ -215,7 +208,7 @@ def run_grounding(explainer: Explainer, samples: list[grounding.GroundedCaption]
     notes = {REPORTED[explainer.name]: "report"} | {chosen_spec(args): "default"}
     compared = specs_to_compare(explainer.n_layer, explainer.n_head)
     specs = list(dict.fromkeys([chosen_spec(args), REPORTED[explainer.name], *compared]))
-    scores, baselines, measured = grounding.measure(explainer, samples, specs, args.relative_to)
+    scores, baselines, measured = grounding.measure(explainer, samples, specs)
     rows = grounding.table(scores, baselines, notes)
     write_csv(args.out / "grounding.csv", grounding.Row._fields, rows)
     figures.grounding_chart(rows, args.out / "grounding.png")

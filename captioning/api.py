@@ -27,10 +27,10 @@ from captioning.inference.jobs import Search, captioner_job, llava_job
 from captioning.inference.wording import Wording
 from captioning.maps.attention import Explanation
 from captioning.maps.explainers import (
-    DEFAULTS,
     CaptionerExplainer,
     Explainer,
     LlavaExplainer,
+    choose_spec,
     explain,
     specs_to_show,
 )
@@ -107,7 +107,6 @@ class Model(ABC):
         all_maps: bool = False,
         beam_size: int | None = None,
         max_new_tokens: int | None = None,
-        relative_to: str = "words",
         **spec: str,
     ) -> Explanation:
         """Return the words of an image's caption and which pixels each looked at.
@@ -121,7 +120,6 @@ class Model(ABC):
             caption: what to explain; None: the model's own caption.
             all_maps: add the maps by every method and many layers and heads, as ``explanation.word_maps``.
             beam_size, max_new_tokens: of the model's own caption, as for :meth:`caption`.
-            relative_to: ``words`` or ``generic``: what the method ``relative`` divides by.
             spec: ``method``, ``layers``, ``heads``, ``row``, as p3_attention.py's; None or left out: its defaults.
 
         Raises:
@@ -129,11 +127,10 @@ class Model(ABC):
                 layers or heads.
         """
         explainer = self._explainer(beam_size or self.beam_size, max_new_tokens or self.max_new_tokens)
-        chosen: Any = {name: value for name, value in spec.items() if value is not None}
-        default = replace(DEFAULTS[self.name], **chosen)
+        default = choose_spec(self.name, **spec)
         specs = specs_to_show(default, explainer.n_layer) if all_maps else [default]
         source = as_rgb(image) if isinstance(image, Image.Image) else Path(image)
-        return explain(explainer, source, specs, caption, relative_to)[0]
+        return explain(explainer, source, specs, caption)[0]
 
     @abstractmethod
     def _job(self, search: Search) -> Job: ...

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from captioning.maps.attention import (
     crop_window,
     words_of,
 )
+from captioning.maps.capture import Probe
 from captioning.models.captioner import Captioner
 from captioning.models.llava import Llava
 
@@ -80,12 +84,22 @@ class CaptionerExplainer:
         """Return the text of ids, white space kept."""
         return self.tokenizer.decode(list(tokens))
 
-    def capture(self, inputs: torch.Tensor, tokens: list[int], whole: bool = False) -> Capture:
-        """Read a caption after a prepared image and keep its attention; ``whole``: that of all rows."""
-        ids = [self.tokenizer.eos_id, *tokens]
-        weights, logits = self.captioner.attend(inputs, ids, whole)
-        patches = self.captioner.patch_columns.to(logits.device)
-        return Capture(weights, logits, tokens, patches, self.captioner.grid)
+    def capture(self, inputs: torch.Tensor, tokens: list[int], whole: bool = False, hidden: bool = False) -> Capture:
+        """Read a caption after a prepared image and keep its attention.
+
+        ``whole``: that of all rows; ``hidden``: all positions' hidden states too, (S, C) of every layer.
+        """
+        captioner, ids = self.captioner, [self.tokenizer.eos_id, *tokens]
+        with kept_outputs(captioner.decoder.h if hidden else ()) as states:
+            weights, logits = captioner.attend(inputs, ids, whole)
+        patches = captioner.patch_columns.to(logits.device)
+        capture = Capture(weights, logits, tokens, patches, captioner.grid)
+        capture.hidden = [torch.cat(parts, 1)[0] for parts in states] if hidden else None
+        capture.read_out = functools.partial(captioner.read_out, tokens=tokens)
+        capture.probe = functools.cache(
+            lambda: Probe(captioner.prefix(inputs)[0].detach(), patches, tokens, lambda x: captioner.ask(x, ids))
+        )
+        return capture
 
     def window(self, size: tuple[int, int]) -> Window:
         """Return which part of an image of ``size`` (width, height) the model sees."""
@@ -133,17 +147,33 @@ class LlavaExplainer:
         """Return the text of ids, white space kept."""
         return self.llava.processor.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
-    def capture(self, inputs: Any, tokens: list[int], whole: bool = False) -> Capture:
-        """Read an answer after a prepared image and prompt and keep its attention; ``whole``: that of all rows."""
-        weights, logits = self.llava.attend(inputs, tokens, whole)
-        patches = (inputs.input_ids == self.llava.image_token_id).nonzero()[:, 0].to(logits.device)
-        vision = self.llava.model.config.vision_config
+    def capture(self, inputs: Any, tokens: list[int], whole: bool = False, hidden: bool = False) -> Capture:
+        """Read an answer after a prepared image and prompt and keep its attention.
+
+        ``whole``: that of all rows; ``hidden``: all positions' hidden states too, (S, C) of every layer: image and
+        prompt are read once more for them, and they take 170 MB at LLaVA-7B's size in float16.
+        """
+        llava = self.llava
+        if hidden and not whole:
+            inputs = replace(inputs, past=None)
+        with kept_outputs(llava.layers if hidden else ()) as states:
+            weights, logits = llava.attend(inputs, tokens, whole)
+        patches = (inputs.input_ids == llava.image_token_id).nonzero()[:, 0].to(logits.device)
+        vision = llava.model.config.vision_config
         side = vision.image_size // vision.patch_size
-        if self.llava.model.config.vision_feature_select_strategy == "full":
-            patches = patches[1:]  # CLS comes first
+        full = llava.model.config.vision_feature_select_strategy == "full"
+        patches = patches[full:]  # CLS comes first
         if side * side != len(patches):
             raise ValueError(f"the prompt holds {len(patches)} image tokens, the vision tower has {side} x {side}")
-        return Capture(weights, logits, tokens, patches, (side, side))
+        capture = Capture(weights, logits, tokens, patches, (side, side))
+        capture.hidden = [torch.cat(parts, 1)[0] for parts in states] if hidden else None
+        capture.read_out = functools.partial(llava.read_out, tokens=tokens)
+        capture.probe = functools.cache(
+            lambda: Probe(
+                llava.image_tokens(inputs), patches - patches[0] + full, tokens, lambda x: llava.ask(inputs, x, tokens)
+            )
+        )
+        return capture
 
     def window(self, size: tuple[int, int]) -> Window:
         """Return which part of an image of ``size`` (width, height) the model sees."""
@@ -153,9 +183,26 @@ class LlavaExplainer:
 Explainer = LlavaExplainer | CaptionerExplainer
 
 
-def read(
-    explainer: Explainer, inputs: Any, tokens: list[int], specs: Sequence[MapSpec], relative_to: str = "words"
-) -> CaptionAttention:
+@contextlib.contextmanager
+def kept_outputs(layers: Iterable[torch.nn.Module]) -> Iterator[list[list[torch.Tensor]]]:
+    """Within, keep what each layer returns at every call, (1, length, C), detached: image and caption may be two."""
+    kept: list[list[torch.Tensor]] = []
+    hooks = []
+
+    def keep(output: Any, place: list[torch.Tensor]) -> None:
+        place.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    for layer in layers:
+        kept.append([])
+        hooks.append(layer.register_forward_hook(lambda _, __, output, place=kept[-1]: keep(output, place)))
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def read(explainer: Explainer, inputs: Any, tokens: list[int], specs: Sequence[MapSpec]) -> CaptionAttention:
     """Read ``tokens`` once after a prepared image, keeping what ``specs`` need.
 
     Args:
@@ -163,7 +210,6 @@ def read(
         inputs: what ``explainer.prepare`` made of the image.
         tokens: the caption.
         specs: which maps will be asked for.
-        relative_to: ``words`` or ``generic``: what the method ``relative`` divides by.
 
     Raises:
         ValueError: the caption has no word.
@@ -171,14 +217,13 @@ def read(
     words = words_of(tokens, explainer.text)
     if not words:
         raise ValueError("the caption has no word to explain")
-    methods = {spec.method for spec in specs}
-    with torch.set_grad_enabled("grad" in methods):
-        capture = explainer.capture(inputs, tokens, whole="rollout" in methods)
-    generic = None
-    if relative_to == "generic":
+    needs = {need for spec in specs for need in METHODS[spec.method].needs}
+    with torch.set_grad_enabled("gradient" in needs):
+        capture = explainer.capture(inputs, tokens, whole="whole" in needs, hidden="hidden" in needs)
+    if "generic" in needs:
         with torch.no_grad():
-            generic = explainer.capture(inputs, explainer.tokens(GENERIC))
-    return CaptionAttention(capture, words, generic)
+            capture.generic = explainer.capture(inputs, explainer.tokens(GENERIC))
+    return CaptionAttention(capture, words)
 
 
 def explain(
@@ -186,7 +231,6 @@ def explain(
     picture: Path | Image.Image,
     specs: Sequence[MapSpec],
     caption: str | None = None,
-    relative_to: str = "words",
     notes: dict[str, str] | None = None,
 ) -> tuple[Explanation, CaptionAttention]:
     """Return the maps of every spec for an image, and the attention that they were made from.
@@ -196,7 +240,6 @@ def explain(
         picture: the image file, or the image itself, upright RGB.
         specs: which maps; the first is the default.
         caption: what to explain; None for the model's own caption.
-        relative_to: ``words`` or ``generic``: what the method ``relative`` divides by.
         notes: further facts to show.
 
     Raises:
@@ -210,7 +253,7 @@ def explain(
     text = explainer.text(tokens).strip()
     if not text:
         raise ValueError(f"{path}: the caption is empty")
-    attention = read(explainer, inputs, tokens, specs, relative_to)
+    attention = read(explainer, inputs, tokens, specs)
     return Explanation(
         path=path,
         caption=text,
@@ -227,17 +270,34 @@ def explain(
 # --- which specs to offer ---
 
 
+def choose_spec(model: str, **choices: str | None) -> MapSpec:
+    """Return what a model's maps are by default, with what ``choices`` change: method, layers, heads, row.
+
+    Another method than the default's begins with its own layers.
+
+    Raises:
+        ValueError: layers or heads are chosen for a method that has none.
+    """
+    given: Any = {name: value for name, value in choices.items() if value is not None}
+    spec = MapSpec(**{"method": DEFAULTS[model].method, **given})
+    useless = [name for name in ("layers", "heads") if name in given and name not in spec.choices()]
+    if useless:
+        raise ValueError(f"--{useless[0]} makes no difference to --method {spec.method}; leave it out")
+    start = DEFAULTS[model] if spec.method == DEFAULTS[model].method else MapSpec(layers=METHODS[spec.method].layers)
+    return replace(start, **{"method": spec.method, **given})
+
+
 def layer_choices(count: int) -> list[str]:
     """Return layers to choose from: single ones, evenly spread; the upper half; all."""
     singles = sorted({round(n) for n in np.linspace(0, count - 1, min(count, MANY_LAYERS))})
     return [*map(str, singles), f"{count // 2}-{count - 1}", "all"]
 
 
-def specs_to_compare(n_layer: int, n_head: int) -> list[MapSpec]:
-    """Return what the grounding table compares: every method over layers, rules for heads, and rows."""
+def specs_to_compare(n_layer: int, n_head: int, slow: bool = False) -> list[MapSpec]:
+    """Return what the grounding table compares: every method over layers, rules for heads, and rows; ``slow``: all."""
     specs = [
         MapSpec(method, layers, heads, row)
-        for method in ("raw", "relative")
+        for method in ("raw", "relative", "generic")
         for layers in layer_choices(n_layer)
         for heads in ("mean", "max", "top3")
         for row in ROWS
@@ -245,6 +305,7 @@ def specs_to_compare(n_layer: int, n_head: int) -> list[MapSpec]:
     specs += [MapSpec("raw", str(n_layer - 1), str(head)) for head in range(n_head)]
     specs += [MapSpec("rollout", layers, "mean", row) for layers in layer_choices(n_layer)[-2:] for row in ROWS]
     specs += [MapSpec("grad", layers, heads) for layers in layer_choices(n_layer)[-3:] for heads in ("mean", "max")]
+    specs += [MapSpec(name) for name, method in METHODS.items() if method.slow and slow]
     return specs
 
 
@@ -252,7 +313,7 @@ def specs_to_show(default: MapSpec, n_layer: int) -> list[MapSpec]:
     """Return what the viewer offers, the default first: the methods that are not slow."""
     specs = [default]
     for method, of in METHODS.items():
-        layers = layer_choices(n_layer) if method in ("raw", "relative") else ["all"]
+        layers = layer_choices(n_layer) if method in ("raw", "relative", "generic") else [of.layers]
         heads = ("mean", "max") if of.heads else ("mean",)
         specs += [MapSpec(method, layer, head, default.row) for layer in layers for head in heads if not of.slow]
     return list(dict.fromkeys(specs))

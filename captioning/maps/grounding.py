@@ -207,7 +207,7 @@ def baselines(mentions: Sequence[tuple[Sequence[Box], Window]], grid: tuple[int,
 
 
 def measure(
-    explainer: Explainer, samples: Sequence[GroundedCaption], specs: Sequence[MapSpec], relative_to: str
+    explainer: Explainer, samples: Sequence[GroundedCaption], specs: Sequence[MapSpec]
 ) -> tuple[dict[MapSpec, Score], dict[str, float], int]:
     """Score every spec on the mentions of ``samples``; an image that cannot be read is named and left out.
 
@@ -227,7 +227,7 @@ def measure(
             continue
         count += 1
         window = explainer.window(image.size)
-        attention = read(explainer, explainer.prepare(image), explainer.tokens(sample.caption), specs, relative_to)
+        attention = read(explainer, explainer.prepare(image), explainer.tokens(sample.caption), specs)
         grid = attention.capture.grid
         covered = [coverage(mention.boxes, window, grid) for mention in sample.mentions]
         mentions += [(mention.boxes, window) for mention in sample.mentions]

@@ -319,6 +319,23 @@ class Captioner(nn.Module):
             )
         return attentions, self.decoder.logits(hidden)[0]
 
+    def read_out(self, hidden: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+        """Return what hidden states (n, C) of any layer say of ``tokens``: logits (n, T), from their vocabulary's mean.
+
+        LoRA on the output layer must be merged.
+        """
+        weight = (self.decoder.lm_head or self.decoder.wte).weight
+        return self.decoder.ln_f(hidden) @ (weight[list(tokens)] - weight.mean(0)).T
+
+    def ask(self, prefix: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+        """Read a caption after each of several prefixes (B, P, C); return the logits (B, T, V) that predict it.
+
+        ``tokens`` are BOS and the T ids. Gradients flow from every row to the prefix.
+        """
+        ids = torch.tensor([list(tokens[:-1])], device=prefix.device)
+        x = torch.cat([prefix, self.decoder.embed(ids).to(prefix.dtype).expand(len(prefix), -1, -1)], 1)
+        return self.decoder.logits(self.decoder(x, torch.arange(x.shape[1]), last=ids.shape[1]))
+
     def merge(self) -> Captioner:
         """Fold LoRA into the decoder for inference; there is no way back."""
         merge_lora(self.decoder)

@@ -210,6 +210,57 @@ class Llava:
             )
         return attentions, output.logits[0]
 
+    @property
+    def layers(self) -> Any:
+        """The language model's layers, each of which hands hidden states on.
+
+        Raises:
+            ValueError: they are not where Llama and GPT-2 have them.
+        """
+        return self._part("layers", "h")
+
+    def read_out(self, hidden: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+        """Return what hidden states (n, C) of any layer say of ``tokens``: logits (n, T), from their vocabulary's mean.
+
+        Raises:
+            ValueError: the last norm is not where Llama and GPT-2 have it.
+        """
+        weight = self.model.get_output_embeddings().weight
+        return self._part("norm", "ln_f")(hidden) @ (weight[list(tokens)] - weight.mean(0)).T
+
+    def _part(self, *names: str) -> Any:
+        language_model = self.model.model.language_model
+        found = next((part for name in names if (part := getattr(language_model, name, None)) is not None), None)
+        if found is None:
+            raise ValueError(
+                f"the language model, a {type(language_model).__name__}, hands out no hidden states: it has no "
+                f"{' or '.join(names)}; use a method that reads attention"
+            )
+        return found
+
+    @torch.no_grad()
+    def image_tokens(self, row: Row) -> torch.Tensor:
+        """Return the projected tokens of the row's image, (N, C)."""
+        config = self.model.config
+        found = self.model.model.get_image_features(
+            pixel_values=row.pixel_values.to(self.device, self.model.dtype),
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            output_hidden_states=True,
+        )
+        return torch.cat(list(getattr(found, "pooler_output", found)))
+
+    def ask(self, row: Row, image: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+        """Read an answer after the prompt and each of several images, given as projected tokens (B, N, C).
+
+        Returns the logits (B, T, V) that predict the T tokens. Gradients flow from every row to the image.
+        """
+        ids = torch.cat([row.input_ids, torch.tensor(list(tokens[:-1]), dtype=torch.long)]).to(self.device)
+        embedded = self.model.get_input_embeddings()(ids).detach()
+        x = embedded.repeat(len(image), 1, 1)
+        x[:, ids == self.image_token_id] = image.to(x.dtype)
+        return self.model(inputs_embeds=x, use_cache=False, logits_to_keep=len(tokens)).logits
+
     @torch.no_grad()
     def _read_prompt(self, row: Row) -> Past:
         """Return keys and values of all but the last id of ``row``, computed once."""

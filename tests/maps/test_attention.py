@@ -155,18 +155,13 @@ def test_relative_takes_away_what_every_word_gets():
     assert found == {"raw": 0, "relative": 7}
 
 
-def test_relative_to_a_given_map(random_capture):
-    spec = MapSpec("relative", "1", "mean")
-    raw = token_maps(random_capture, MapSpec("raw", "1", "mean"))
-    generic = torch.rand(P)
-    assert torch.allclose(token_maps(random_capture, spec, generic), raw / (generic + generic.mean()))
-
-
-def test_relative_to_a_generic_caption(random_capture):
-    spec, other = MapSpec("relative", "1", "mean"), capture([w.roll(1, 1) ** 2 for w in random_capture.weights])
-    maps = CaptionAttention(random_capture, [("all", list(range(T)))], other).maps(spec)
-    expected = token_maps(random_capture, spec, token_maps(other, MapSpec("raw", "1", "mean")).mean(0)).mean(0)
-    assert np.allclose(maps.ravel(), expected)
+def test_generic_takes_away_what_a_generic_caption_gets(random_capture):
+    spec, raw = MapSpec("generic", "1", "mean"), MapSpec("raw", "1", "mean")
+    with pytest.raises(ValueError, match="needs a capture of a generic caption"):
+        token_maps(random_capture, spec)
+    random_capture.generic = capture([w.roll(1, 1) ** 2 for w in random_capture.weights])
+    common = token_maps(random_capture.generic, raw).mean(0)
+    assert torch.allclose(token_maps(random_capture, spec), token_maps(random_capture, raw) / (common + common.mean()))
 
 
 def test_rollout_follows_attention_through_layers():

@@ -9,7 +9,7 @@ from PIL import Image
 from captioning.data.tokenizer import Tokenizer
 from captioning.inference import captions
 from captioning.inference.search import SearchResult
-from captioning.maps.attention import MapSpec, cell_centres, token_maps
+from captioning.maps.attention import METHODS, MapSpec, cell_centres, token_maps
 from captioning.maps.explainers import (
     CaptionerExplainer,
     LlavaExplainer,
@@ -132,6 +132,33 @@ def test_a_tokens_gradient_is_its_own(explainer):
         assert torch.allclose(together[t], expected, rtol=1e-3, atol=1e-7)
 
 
+def test_hidden_states_read_out_to_the_logits(explainer):
+    """The caption's rows of the last layer say what the model says, counted from the vocabulary's mean."""
+    inputs, tokens = explainer.prepare(image()), explainer.tokens(CAPTION)
+    explainer.caption(inputs)  # leaves the prompt's keys and values in LLaVA's row
+    with torch.no_grad():
+        part, whole = (explainer.capture(inputs, tokens, w, hidden=True) for w in (False, True))
+    assert len(part.hidden) == len(whole.hidden) == explainer.n_layer
+    for few, many in zip(part.hidden, whole.hidden, strict=True):
+        assert few.shape[0] == part.weights[0].shape[-1]
+        assert torch.allclose(few, many, atol=1e-3)
+    expected = (part.logits - part.logits.mean(1, keepdim=True))[:, tokens]
+    assert torch.allclose(part.read_out(part.hidden[-1][-len(tokens) - 1 :]), expected, atol=1e-3)
+
+
+def test_asking_again_with_the_same_image_says_the_same(explainer):
+    inputs, tokens = explainer.prepare(image()), explainer.tokens(CAPTION)
+    with torch.no_grad():
+        capture = explainer.capture(inputs, tokens)
+        probe = capture.probe()
+        twice = torch.stack([probe.image, probe.image])
+        expected = capture.logits[:-1].log_softmax(-1)[range(len(tokens)), tokens]
+        assert torch.allclose(probe.log_probs(twice), expected.expand(2, -1), atol=1e-3)
+        twice[1, probe.patches] = 0
+        assert not torch.allclose(probe.log_probs(twice)[1], expected, atol=1e-2)
+    assert len(probe.patches) == len(capture.patches)
+
+
 def test_the_cls_token_is_no_patch(p2):
     """Off by one would shift every map by a cell."""
     with_cls, without = p2(), p2(use_cls=False)
@@ -177,10 +204,10 @@ def test_a_planted_patch_lands_on_its_pixels(size, model, p1, p2):
 def test_an_explanation_holds_what_pictures_need(explainer, tmp_path):
     image().save(tmp_path / "x.png")
     specs = specs_to_show(MapSpec("grad", "all", "mean"), explainer.n_layer)
-    explanation, attention = explain(explainer, tmp_path / "x.png", specs, CAPTION, "generic")
+    explanation, attention = explain(explainer, tmp_path / "x.png", specs, CAPTION)
     assert explanation.words == CAPTION.split()
     assert explanation.caption == CAPTION
-    assert {found.spec.method for found in explanation.word_maps} == {"raw", "rollout", "grad", "relative"}
+    assert {found.spec.method for found in explanation.word_maps} == {n for n, m in METHODS.items() if not m.slow}
     assert explanation.word_maps[0].spec.method == "grad"
     for found in explanation.word_maps:
         assert found.maps.shape == (7, *attention.capture.grid)
@@ -190,9 +217,10 @@ def test_an_explanation_holds_what_pictures_need(explainer, tmp_path):
 
 
 def test_tables_have_every_method_once(explainer):
-    specs = specs_to_compare(explainer.n_layer, explainer.n_head)
-    assert len(specs) == len(set(specs))
-    assert {spec.method for spec in specs} == {"raw", "rollout", "grad", "relative"}
+    for slow in (False, True):
+        specs = specs_to_compare(explainer.n_layer, explainer.n_head, slow)
+        assert len(specs) == len(set(specs))
+        assert {spec.method for spec in specs} == {name for name, m in METHODS.items() if slow or not m.slow}
 
 
 def test_an_empty_caption_has_nothing_to_explain(explainer):
