@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from captioning.maps import by_attention
+from captioning.maps import by_activation, by_attention
 from captioning.maps.capture import Capture, Heads, parse_layers
 
 if TYPE_CHECKING:
@@ -75,6 +75,13 @@ METHODS = {
         "attention divided by that of a generic caption (after Zhang et al. 2025)",
         by_attention.generic,
         frozenset({"generic"}),
+    ),
+    "tam": Method(
+        "what the image's positions say of the word, less what earlier words explain (Li et al. 2025)",
+        by_activation.tam,
+        frozenset({"hidden"}),
+        layers="last",
+        heads=False,
     ),
 }
 ROWS = ("predict", "own")

@@ -1,0 +1,64 @@
+"""Map methods that read hidden states: what the image's own positions would say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from captioning.maps.capture import Capture, parse_layers
+
+if TYPE_CHECKING:
+    from captioning.maps.attention import MapSpec
+
+
+def tam(capture: Capture, spec: MapSpec) -> torch.Tensor:
+    """Return token activation maps (Li et al., ICCV 2025, arXiv 2506.23270): (T, P) on the CPU.
+
+    The hidden state of each patch's position, after the last norm, is read by the output layer at the token's id. From
+    that is subtracted what earlier tokens explain: their maps, weighted by what their own positions say of this token,
+    and scaled by least squares. A rank-based Gaussian filter removes what is left of single patches. Logits are counted
+    from their mean over the vocabulary, for a softmax knows no offset and GPT-2's are all negative. An earlier layer is
+    read through the same norm and output layer.
+
+    Raises:
+        ValueError: the capture has no hidden states.
+    """
+    if capture.hidden is None or capture.read_out is None:
+        raise ValueError("tam needs a capture with hidden states")
+    chosen = parse_layers(spec.layers, capture.n_layer)
+    logits = torch.stack([capture.read_out(capture.hidden[layer]) for layer in chosen]).mean(0)
+    count = len(capture.tokens)
+    says = torch.cat([logits[capture.patches], logits[-count:]]).float().clamp(min=0).cpu().T  # (T, P + T)
+    image, text = says[:, :-count], says[:, -count:]
+    return rank_gaussian(unexplained(image, text, torch.tensor(capture.tokens)), capture.grid)
+
+
+def unexplained(image: torch.Tensor, text: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return what of each token's map earlier tokens do not explain: the estimated causal inference of TAM.
+
+    Args:
+        image: (T, P): the token's activation at every patch, not negative.
+        text: (T, T): the token's (row) activation at the position of each token (column), not negative.
+        tokens: (T,) ids; an earlier occurrence of the same token explains nothing.
+    """
+    earlier = torch.ones_like(text).tril(-1).bool() & (tokens[:, None] != tokens)
+    weights = F.normalize(text * earlier, p=1, dim=1)
+    explained = weights @ image  # (T, P)
+    scale = (image * explained).sum(1, keepdim=True) / explained.square().sum(1, keepdim=True).clamp(min=1e-12)
+    return (image - scale * explained).clamp(min=0)
+
+
+def rank_gaussian(maps: torch.Tensor, grid: tuple[int, int], side: int = 3) -> torch.Tensor:
+    """Filter maps (T, P) by the sorted values of each window of ``side`` x ``side`` patches.
+
+    The middle ranks count most; how much less the others do follows from the window's coefficient of variation: an even
+    window is averaged over its middle, one with an outlier over more ranks.
+    """
+    padded = F.pad(maps.reshape(-1, 1, *grid), [side // 2] * 4, mode="reflect")
+    windows = F.unfold(padded, side).sort(1).values  # (T, side * side, P)
+    ranks = torch.arange(side * side, dtype=maps.dtype) - side * side // 2
+    spread = windows.std(1, correction=0) / windows.mean(1).clamp(min=1e-12)  # (T, P)
+    kernel = (-ranks.square()[:, None] / (2 * spread[:, None].square()).clamp(min=1e-12)).exp()
+    return (windows * kernel).sum(1) / kernel.sum(1)
