@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from captioning.maps import by_activation, by_attention
+from captioning.maps import by_activation, by_attention, by_probing
 from captioning.maps.capture import Capture, Heads, parse_layers
 
 if TYPE_CHECKING:
@@ -82,6 +82,13 @@ METHODS = {
         frozenset({"hidden"}),
         layers="last",
         heads=False,
+    ),
+    "occlusion": Method(
+        "how far the word's log-probability falls where patches are masked (Zeiler and Fergus 2014)",
+        by_probing.occlusion,
+        layers="",
+        heads=False,
+        slow=True,
     ),
 }
 ROWS = ("predict", "own")

@@ -172,6 +172,13 @@ def test_one_bad_picture_spares_the_grounding_table(tiny_data, tmp_path, adapter
     assert "none of the 2 images" in fails(capsys, "p2", [tmp_path / "val"], tmp_path / "out", adapter, *flags)
 
 
+def test_a_choice_that_a_method_does_not_read_is_refused(images, tmp_path, adapter, capsys):
+    for name, value in (("--heads", "max"), ("--layers", "all")):
+        flags = ("--method", "occlusion", name, value)
+        message = f"{name} makes no difference to --method occlusion"
+        assert message in fails(capsys, "p2", [images], tmp_path / "out", adapter, *flags)
+
+
 def fails(capsys, *arguments):
     assert explain(*arguments) == BAD_INPUT
     line = capsys.readouterr().err.strip().splitlines()[-1]
