@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from captioning.maps import by_activation, by_attention, by_probing
-from captioning.maps.capture import Capture, Heads, parse_layers
+from captioning.maps.by_activation import tam
+from captioning.maps.by_attention import generic, grad, raw, relative, rollout
+from captioning.maps.by_probing import occlusion
+from captioning.maps.capture import Capture, Choices, Heads, parse_layers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,36 +58,36 @@ class Method:
 
 
 METHODS = {
-    "raw": Method("the word's attention", by_attention.raw),
+    "raw": Method("the word's attention", raw),
     "rollout": Method(
         "attention followed back through the layers (Abnar and Zuidema 2020)",
-        by_attention.rollout,
+        rollout,
         frozenset({"whole"}),
     ),
     "grad": Method(
         "attention times the gradient of the word's own logit (after Chefer et al. 2021)",
-        by_attention.grad,
+        grad,
         frozenset({"gradient"}),
     ),
     "relative": Method(
         "attention divided by what every word gets: removes patches that light up for all of them",
-        by_attention.relative,
+        relative,
     ),
     "generic": Method(
         "attention divided by that of a generic caption (after Zhang et al. 2025)",
-        by_attention.generic,
+        generic,
         frozenset({"generic"}),
     ),
     "tam": Method(
         "what the image's positions say of the word, less what earlier words explain (Li et al. 2025)",
-        by_activation.tam,
+        tam,
         frozenset({"hidden"}),
         layers="last",
         heads=False,
     ),
     "occlusion": Method(
         "how far the word's log-probability falls where patches are masked (Zeiler and Fergus 2014)",
-        by_probing.occlusion,
+        occlusion,
         layers="",
         heads=False,
         slow=True,
@@ -96,20 +98,8 @@ Window = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class MapSpec:
-    """What to compute.
-
-    Attributes:
-        method: one of ``METHODS``, whose functions say what they do.
-        layers: as :func:`parse_layers` reads them: ``"all"``, ``"last"``, ``"3"``, ``"2-5"``.
-        heads: as :meth:`Heads.parse` reads them: ``"max"``, ``"mean"``, ``"2"``, ``"top3"``.
-        row: ``predict`` or ``own``: which row of a token.
-    """
-
-    method: str = "raw"
-    layers: str = "last"
-    heads: str = "mean"
-    row: str = "predict"
+class MapSpec(Choices):
+    """What to compute: a method, one of ``METHODS``, whose functions say what they do, and what it is told."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

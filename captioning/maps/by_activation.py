@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 
-from captioning.maps.capture import Capture, parse_layers
-
-if TYPE_CHECKING:
-    from captioning.maps.attention import MapSpec
+from captioning.maps.capture import Capture, Choices, parse_layers
 
 
-def tam(capture: Capture, spec: MapSpec) -> torch.Tensor:
+def tam(capture: Capture, spec: Choices) -> torch.Tensor:
     """Return token activation maps (Li et al., ICCV 2025, arXiv 2506.23270): (T, P) on the CPU.
 
     The hidden state of each patch's position, after the last norm, is read by the output layer at the token's id. From

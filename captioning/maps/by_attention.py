@@ -6,30 +6,26 @@ Every function takes a capture and a spec and returns (T, P) on the CPU, not neg
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 
-from captioning.maps.capture import Capture, Chosen, Heads, parse_layers
-
-if TYPE_CHECKING:
-    from captioning.maps.attention import MapSpec
+from captioning.maps.capture import Capture, Choices, Chosen, Heads, parse_layers
 
 
-def raw(capture: Capture, spec: MapSpec) -> torch.Tensor:
+def raw(capture: Capture, spec: Choices) -> torch.Tensor:
     """Return the attention itself, of the chosen heads, mean over the layers."""
     part = capture.image_part(spec.row)
     heads, chosen = _choose(capture, spec, part)
     return torch.stack([heads.reduce(part[layer], which) for layer, which in chosen]).mean(0)
 
 
-def relative(capture: Capture, spec: MapSpec) -> torch.Tensor:
+def relative(capture: Capture, spec: Choices) -> torch.Tensor:
     """Divide attention by its mean over the caption's words: sink patches, which light up for every word, go."""
     maps = raw(capture, spec)
     return _divide(maps, maps.mean(0))
 
 
-def generic(capture: Capture, spec: MapSpec) -> torch.Tensor:
+def generic(capture: Capture, spec: Choices) -> torch.Tensor:
     """Divide attention by that of a caption that fits every image (Zhang et al., ICLR 2025, arXiv 2502.17422).
 
     Raises:
@@ -44,7 +40,7 @@ def _divide(maps: torch.Tensor, common: torch.Tensor) -> torch.Tensor:
     return maps / (common + common.mean())  # the added mean keeps patches that no word looks at from exploding
 
 
-def rollout(capture: Capture, spec: MapSpec) -> torch.Tensor:
+def rollout(capture: Capture, spec: Choices) -> torch.Tensor:
     """Follow attention back through the layers, each of which keeps half of its input, the residual.
 
     Abnar and Zuidema 2020, arXiv 2005.00928.
@@ -64,7 +60,7 @@ def rollout(capture: Capture, spec: MapSpec) -> torch.Tensor:
     return flow[-len(capture.tokens) - 1 :][capture.rows(spec.row)][:, capture.patches].cpu()
 
 
-def grad(capture: Capture, spec: MapSpec) -> torch.Tensor:
+def grad(capture: Capture, spec: Choices) -> torch.Tensor:
     """Multiply attention by the gradient of the token's own logit, keep the positive part, and sum over the layers.
 
     After Chefer et al. 2021, whose rule also passes relevance from token to token; here a token's relevance comes from
@@ -89,6 +85,6 @@ def grad(capture: Capture, spec: MapSpec) -> torch.Tensor:
     return functools.reduce(torch.add, steps).cpu()
 
 
-def _choose(capture: Capture, spec: MapSpec, part: torch.Tensor) -> tuple[Heads, Chosen]:
+def _choose(capture: Capture, spec: Choices, part: torch.Tensor) -> tuple[Heads, Chosen]:
     heads = Heads.parse(spec.heads, capture.n_head)
     return heads, heads.choose(part, parse_layers(spec.layers, capture.n_layer))

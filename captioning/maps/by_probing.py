@@ -8,20 +8,15 @@ encoder pictures with holes, such as it was never trained on.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from captioning.maps.capture import Capture, Probe
-
-if TYPE_CHECKING:
-    from captioning.maps.attention import MapSpec
+from captioning.maps.capture import Capture, Choices, Probe
 
 BATCH = 16  # rows of image and caption at once
 SIDE = 3  # patches of an occluded square's side
 
 
-def occlusion(capture: Capture, spec: MapSpec) -> torch.Tensor:
+def occlusion(capture: Capture, spec: Choices) -> torch.Tensor:
     """Mask a square of patches and see how far each word's log-probability falls (Zeiler and Fergus 2014).
 
     The tokens of ``SIDE`` x ``SIDE`` patches become the mean token of the image; a patch gets the mean fall over the
@@ -57,7 +52,7 @@ def _squares(grid: tuple[int, int], side: int) -> torch.Tensor:
     return (centres[:, None] - cells).abs().amax(-1) <= reach
 
 
-def _probe(capture: Capture, spec: MapSpec) -> Probe:
+def _probe(capture: Capture, spec: Choices) -> Probe:
     if capture.probe is None:
         raise ValueError(f"{spec.method} asks the model again, and the capture has none")
     return capture.probe()

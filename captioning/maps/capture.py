@@ -19,6 +19,23 @@ Chosen = list[tuple[int, list[int]]]  # layers, each with the heads of it that a
 
 
 @dataclass(frozen=True)
+class Choices:
+    """What a method is told.
+
+    Attributes:
+        method: its name.
+        layers: as :func:`parse_layers` reads them: ``"all"``, ``"last"``, ``"3"``, ``"2-5"``.
+        heads: as :meth:`Heads.parse` reads them: ``"max"``, ``"mean"``, ``"2"``, ``"top3"``.
+        row: ``predict`` or ``own``: which row of a token.
+    """
+
+    method: str = "raw"
+    layers: str = "last"
+    heads: str = "mean"
+    row: str = "predict"
+
+
+@dataclass(frozen=True)
 class Probe:
     """A model that is asked again for one caption, with other image tokens: the image is encoded only once.
 
