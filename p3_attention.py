@@ -27,8 +27,8 @@ from captioning.data.annotations import load_references, references_beside
 from captioning.data.images import load_image
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
-from captioning.files import check_writable, write_csv
-from captioning.maps import figures, grounding, viewer
+from captioning.files import check_writable
+from captioning.maps import comparison, figures, grounding, viewer
 from captioning.maps.attention import METHODS, ROWS, Heads, MapSpec, parse_layers
 from captioning.maps.explainers import (
     DEFAULTS,
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("captioning")
 BESIDE = Path()  # the value of --best-worst without a file
-GROUNDING_LINES = 5  # best specs that --grounding prints, beside default, report's and baselines
 
 
 def _defaults(name: str) -> str:
@@ -97,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grounding", type=Path, metavar="CAPTIONS.json", help="measure all methods against boxes")
     add("--boxes", type=Path, metavar="INSTANCES.json", help="COCO instances, for captions without mentions")
     add("--count", type=positive_int, default=500, help="images for --grounding")
+    add("--specs", nargs="+", metavar="SPEC", help="what --grounding compares: methods, or method,layers,heads,row")
     add("--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="p2: what p2_train.py wrote")
     add("--decoder", type=Path, help="p2: GPT-2, a file or folder (default: the profile's)")
     add("--encoder-weights", help="p2: the encoder's weights, a file or folder (default: the one trained with)")
@@ -204,20 +204,19 @@ def read_grounded(args: argparse.Namespace) -> list[grounding.GroundedCaption]:
 
 
 def run_grounding(explainer: Explainer, samples: list[grounding.GroundedCaption], args: argparse.Namespace) -> int:
-    """Write grounding.csv and its chart, and print the best rows, the default, the report's and the baselines."""
-    notes = {REPORTED[explainer.name]: "report"} | {chosen_spec(args): "default"}
-    compared = specs_to_compare(explainer.n_layer, explainer.n_head)
-    specs = list(dict.fromkeys([chosen_spec(args), REPORTED[explainer.name], *compared]))
-    scores, baselines, measured = grounding.measure(explainer, samples, specs)
-    rows = grounding.table(scores, baselines, notes)
-    write_csv(args.out / "grounding.csv", grounding.Row._fields, rows)
+    """Write --grounding's tables and chart; print each method's best row, the default, the report's and baselines."""
+    default, report = chosen_spec(args), REPORTED[explainer.name]
+    sizes = explainer.n_layer, explainer.n_head
+    chosen = comparison.parse_specs(args.specs, default, *sizes) if args.specs else specs_to_compare(*sizes)
+    specs, notes = list(dict.fromkeys([default, report, *chosen])), {report: "report"} | {default: "default"}
+    found = comparison.measure(explainer, samples, specs)
+    rows, *others = (comparison.table(found, notes, default, kind) for kind in found.kinds())
+    comparison.write_tables(found, rows, [row for kind in others for row in kind], args.out)
     figures.grounding_chart(rows, args.out / "grounding.png")
-    words = scores[specs[0]].count
-    print(f"{explainer.name}: {measured} images, {words} words; pointing, attention in box / area, IoU")
-    for number, row in enumerate(rows):
-        if number < GROUNDING_LINES or row.note:
-            print(row)
-    return PARTIAL if measured < len(samples) else 0
+    print(f"{explainer.name}: {found.images} images, {rows[0].words} words; {comparison.MEASURES}")
+    for row in comparison.best_of_each_method(rows):
+        print(row)
+    return PARTIAL if found.images < len(samples) else 0
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -229,8 +228,9 @@ def check_args(args: argparse.Namespace) -> None:
     if args.best_worst:
         args.best_worst = args.adapter.with_name("val_per_image.json") if args.best_worst == BESIDE else args.best_worst
         args.annotation_file = args.annotation_file or references_beside(args.images[0])
-    if args.boxes and not args.grounding:
-        raise ValueError("--boxes belongs to --grounding")
+    for flag in ("boxes", "specs"):
+        if getattr(args, flag) and not args.grounding:
+            raise ValueError(f"--{flag} belongs to --grounding")
     if args.caption is not None and not args.caption.strip():
         raise ValueError("--caption is empty; give the words to explain")
 

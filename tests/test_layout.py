@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "inference": {"models", "decoder", "data"},
     "scoring": {"data"},
     "training": {"inference", "data", "models", "scoring", "decoder"},
-    "maps": {"inference", "data", "models"},
+    "maps": {"inference", "data", "models", "scoring.significance"},
     "scale": {"inference", "data"},
     "report": {"training.run_folder", "models.llava", "maps.attention", "maps.figures", "maps.saved"},
     "app": {"api", "data", "maps", "models", "scoring"},

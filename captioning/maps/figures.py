@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from captioning.data.images import load_image
 from captioning.files import atomic_path
 from captioning.maps.attention import METHODS, Explanation, Window
-from captioning.maps.grounding import Row
+from captioning.maps.comparison import Row
 from captioning.maps.pairs import Pair
 
 DPI = 160
@@ -331,7 +331,7 @@ def grounding_chart(rows: Sequence[Row], out: Path) -> None:
     """Write a PNG of pointing accuracy: the best dozen specs and, below them in grey, every baseline.
 
     Args:
-        rows: as ``grounding.table`` makes them, in any order.
+        rows: as ``comparison.table`` makes them, in any order.
         out: the picture's path.
 
     Raises:
@@ -339,7 +339,7 @@ def grounding_chart(rows: Sequence[Row], out: Path) -> None:
     """
     ranked = sorted(rows, key=lambda row: -row.pointing)
     best = [row for row in ranked if row.layers is not None][:CHART_ROWS]
-    baselines = [row for row in ranked if row.layers is None]
+    baselines = [row for row in ranked if row.note == "baseline"]
     if not best:
         raise ValueError("nothing to chart but baselines; give rows with layers and heads")
     shown = best + baselines

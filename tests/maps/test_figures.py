@@ -9,7 +9,7 @@ from PIL import Image
 
 from captioning.maps import figures
 from captioning.maps.attention import METHODS, Explanation, MapSpec, WordMaps
-from captioning.maps.grounding import Row
+from captioning.maps.comparison import Row
 from captioning.maps.pairs import Pair
 
 LONG = " ".join(["a", "remarkably", "well-lit", "$5", "photograph", "of"] * 5)
@@ -240,11 +240,11 @@ def test_best_and_worst_show_caption_references_and_score(tmp_path, texts):
 
 
 def row(pointing, layers="3"):
-    return Row("raw", layers, "mean", "predict", pointing, 1.5, 0.2, "")
+    return Row("raw", layers, "mean", "predict", pointing, mass_ratio=1.5, iou=0.2)
 
 
 def baseline(name, pointing):
-    return Row(name, None, None, None, pointing, None, None, "baseline")
+    return Row(name, pointing=pointing, note="baseline")
 
 
 @pytest.mark.parametrize("count", [1, 40])

@@ -1,96 +1,11 @@
-"""grounding.py: boxes and words from annotations, and measures on maps whose scores are known."""
+"""grounding.py: boxes and words from annotations."""
 
 import copy
 import json
 
-import numpy as np
 import pytest
 
-from captioning.maps.attention import MapSpec
-from captioning.maps.grounding import Score, baselines, coverage, inside, load_grounded_captions, table
-
-WINDOW, GRID = (0.0, 0.0, 80.0, 60.0), (6, 8)  # cells of 10 pixels
-
-
-def planted(row, column):
-    grid = np.full(GRID, 0.01)
-    grid[row, column] = 1.0
-    return grid
-
-
-def test_coverage_is_the_share_of_each_cell():
-    covered = coverage([(10, 20, 20, 10)], WINDOW, GRID)
-    assert covered.sum() == 2
-    assert covered[2, 1] == covered[2, 2] == 1
-    assert coverage([(10, 20, 5, 10)], WINDOW, GRID)[2, 1] == 0.5
-    twice = coverage([(10, 20, 20, 10), (10, 20, 20, 10)], WINDOW, GRID)
-    assert np.array_equal(twice, covered)
-
-
-def test_boxes_outside_the_crop_do_not_count():
-    assert coverage([(0, 0, 10, 10)], (40, 30, 80, 60), GRID).sum() == 0
-
-
-def test_pointing_needs_the_peak_inside_a_box_of_the_right_orientation():
-    boxes = [(10, 20, 20, 10)]
-    right, turned = Score(), Score()
-    right.add(planted(2, 1), boxes, coverage(boxes, WINDOW, GRID), WINDOW)
-    turned.add(planted(1, 2), boxes, coverage(boxes, WINDOW, GRID), WINDOW)
-    assert (right.pointing, turned.pointing) == (1, 0)
-
-
-def test_points_on_the_border_of_a_box_are_inside():
-    found = inside([(10, 20, 20, 10), (0, 0, 1, 1)], np.array([0, 10, 30, 31]), np.array([1, 30]))
-    assert found.tolist() == [[True, False, False, False], [False, True, True, False]]
-
-
-def test_measures_of_a_perfect_and_of_a_flat_map():
-    boxes = [(10, 20, 20, 10)]
-    covered = coverage(boxes, WINDOW, GRID)
-    perfect, flat, wrong = Score(), Score(), Score()
-    perfect.add(covered, boxes, covered, WINDOW)
-    flat.add(np.ones(GRID), boxes, covered, WINDOW)
-    wrong.add(planted(5, 7), boxes, covered, WINDOW)
-    assert (perfect.pointing, perfect.iou) == (1.0, 1.0)
-    assert perfect.mass_ratio == pytest.approx(48 / 2)
-    assert flat.mass_ratio == pytest.approx(1.0)
-    assert flat.iou == pytest.approx(2 / 48)
-    assert (wrong.pointing, wrong.iou) == (0.0, 0.0)
-
-
-def test_scores_are_means_over_words():
-    boxes = [(10, 20, 10, 10)]
-    covered = coverage(boxes, WINDOW, GRID)
-    score = Score()
-    for place in ((2, 1), (0, 0), (2, 1), (5, 5)):
-        score.add(planted(*place), boxes, covered, WINDOW)
-    assert score.pointing == 0.5
-
-
-def test_baselines_know_nothing_of_the_word():
-    one, two = [(30, 20, 20, 20)], [(35, 25, 10, 10)]
-    found = baselines([(boxes, WINDOW) for boxes in (one, two)], GRID)
-    assert found["centre"] == 1.0
-    assert found["mean image"] >= 0.5
-    assert found["random"] == pytest.approx((4 + 4) / 48 / 2)  # borders count: 4 centres each
-
-
-def test_the_table_has_the_best_spec_first_and_the_baselines_last():
-    boxes, specs = [(10, 20, 10, 10)], [MapSpec("raw"), MapSpec("grad")]
-    covered = coverage(boxes, WINDOW, GRID)
-    scores = {spec: Score() for spec in specs}
-    scores[specs[0]].add(planted(0, 0), boxes, covered, WINDOW)
-    scores[specs[1]].add(planted(2, 1), boxes, covered, WINDOW)
-    rows = table(scores, {"centre": 0.25}, {specs[0]: "default"})
-    assert [(row.method, row.pointing, row.note) for row in rows] == [
-        ("grad", 1.0, ""),
-        ("raw", 0.0, "default"),
-        ("centre", 0.25, "baseline"),
-    ]
-    assert rows[0].mass_ratio == scores[specs[1]].mass_ratio and rows[2].iou is None
-
-
-# -------------------------------------------------------------------------------------------------------- annotations
+from captioning.maps.grounding import load_grounded_captions
 
 
 def write(path, content):
@@ -184,3 +99,49 @@ def test_annotations_of_another_form_are_refused_by_place(tmp_path, place, value
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         load_grounded_captions(file, tmp_path)
+
+
+def test_other_kinds_of_words_keep_their_boxes_and_may_have_none(tmp_path):
+    content = copy.deepcopy(MENTIONED)
+    content["annotations"][0]["mentions"] += [
+        {"word": 1, "role": "colour", "objects": [7]},
+        {"word": 0, "role": "place", "objects": []},
+    ]
+    (sample,) = load_grounded_captions(write(tmp_path / "a.json", content), tmp_path)
+    assert [(m.word, m.kind, len(m.boxes)) for m in sample.mentions] == [
+        (2, "thing", 1),
+        (1, "colour", 1),
+        (0, "place", 0),
+    ]
+    content["annotations"][0]["mentions"][1]["role"] = None
+    with pytest.raises(ValueError, match="each needs word, role and objects"):
+        load_grounded_captions(write(tmp_path / "b.json", content), tmp_path)
+
+
+def test_the_caption_that_names_the_most_things_is_measured(tmp_path):
+    content = copy.deepcopy(MENTIONED)
+    colours = [{"word": n, "role": "colour", "objects": [7]} for n in range(2)]
+    content["annotations"].append({"id": 2, "image_id": 1, "caption": "red and blue", "mentions": colours})
+    (sample,) = load_grounded_captions(write(tmp_path / "a.json", content), tmp_path)
+    assert sample.caption == "a red bike"
+
+
+def instances(image_id):
+    box = {"image_id": image_id, "category_id": 18, "bbox": [0, 0, 10, 10]}
+    return {"images": [], "categories": [{"id": 18, "name": "dog"}], "annotations": [box]}
+
+
+def test_boxes_of_other_images_are_named_as_such(tmp_path):
+    """They read as captions that name nothing."""
+    text, boxes = write(tmp_path / "c.json", captions("A dog.")), write(tmp_path / "i.json", instances(42))
+    with pytest.raises(ValueError, match=r"--boxes .*i\.json: its boxes are of other images, first 42; give those of"):
+        load_grounded_captions(text, tmp_path, boxes)
+
+
+def test_images_without_a_word_that_has_a_box_are_counted(tmp_path, caplog):
+    content = captions("A dog.")
+    content["images"].append({"id": 2, "file_name": "2.jpg"})
+    content["annotations"].append({"id": 9, "image_id": 2, "caption": "A cat."})
+    text, boxes = write(tmp_path / "c.json", content), write(tmp_path / "i.json", instances(1))
+    assert len(load_grounded_captions(text, tmp_path, boxes)) == 1
+    assert "1 of 2 images have no word with a box: 2.jpg" in caplog.text

@@ -129,13 +129,19 @@ def test_the_grounding_table(model, tiny_data, tmp_path, adapter, capsys):
     assert explain(model, [tiny_data / "images" / "val"], out, adapter, *flags) == 0
     rows = list(csv.DictReader((out / "grounding.csv").open()))
     methods = {row["method"] for row in rows}
-    assert {n for n, m in METHODS.items() if not m.slow} | {"centre", "random", "mean image"} == methods
+    assert {n for n, m in METHODS.items() if not m.slow} | {"the boxes", "centre", "random", "mean image"} == methods
     notes = [row["note"] for row in rows]
     assert notes.count("default") == notes.count("report") == 1
     assert notes.count("baseline") == 3
     assert all(0 <= float(row["pointing"]) <= 1 for row in rows)
     assert (out / "grounding.png").stat().st_size > 10_000
     assert "baseline" in capsys.readouterr().out
+    kinds = {row["kind"] for row in csv.DictReader((out / "grounding_kinds.csv").open())}
+    assert "colour" in kinds and "thing" not in kinds
+    flags = (*flags, "--specs", "rollout", "raw,0")
+    assert explain(model, [tiny_data / "images" / "val"], tmp_path / "few", adapter, *flags) == 0
+    few = [row for row in csv.DictReader((tmp_path / "few" / "grounding.csv").open()) if row["layers"]]
+    assert len(few) == 4 + 1 + 2  # of rollout, the one asked for, the default and the report's
 
 
 def test_globs_and_subfolders_are_explained_and_one_bad_picture_spares_the_others(
@@ -206,6 +212,7 @@ def test_bad_input(images, tmp_path, adapter, tiny_data, capsys):
     flags = ("--best-worst", bad, "--annotation-file", tiny_data / "val.json")
     assert "needs CLIPScore" in fails(capsys, "p2", [images], out, adapter, *flags)
     assert "one folder" in fails(capsys, "p2", one, out, adapter, "--grounding", tiny_data / "val.json")
+    assert "--specs belongs to --grounding" in fails(capsys, "p2", one, out, adapter, "--specs", "raw")
     assert "no such file" in fails(capsys, "p2", one, out, tmp_path / "no.safetensors")
     assert not out.exists()
 

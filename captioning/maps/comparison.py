@@ -1,0 +1,245 @@
+"""Do the maps point at what the words name? Every spec on the same captions, against boxes, with intervals and tests.
+
+A caption that people wrote is read after its image, and the map of each word is compared with the boxes of what the
+word is about. ``measure`` keeps what every word got; all tables are made of that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from captioning.data.images import load_image
+from captioning.files import atomic_path, write_csv
+from captioning.maps.attention import Heads, MapSpec, parse_layers
+from captioning.maps.explainers import Explainer, read, specs_to_compare
+from captioning.maps.grounding import THING, GroundedCaption
+from captioning.maps.measures import (
+    THRESHOLDS,
+    MapMeasures,
+    MeasuredMaps,
+    baselines,
+    coverage,
+    interval,
+    measure_map,
+    p_value,
+    value,
+)
+
+log = logging.getLogger(__name__)
+MEASURES = "pointing, map in box / area, IoU at its best threshold and at half of the maximum, average precision"
+INTERVALS = ("pointing", "iou")  # the measures that get intervals and tests
+CEILING = "the boxes"  # the map that is the boxes' share of each cell: what no map on this grid can exceed by much
+
+
+class Word(NamedTuple):
+    """A word that was measured: its image's key, its number in the caption, its kind, and its boxes' share (0..1)."""
+
+    image: str
+    number: int
+    text: str
+    kind: str
+    area: float
+
+
+@dataclass
+class Measured:
+    """What every word got by every spec.
+
+    Attributes:
+        words: the W words that have boxes.
+        maps: of each spec the W measures.
+        ceiling: the W measures of the boxes themselves, taken as a map of the grid.
+        floor: pointing accuracy of what knows nothing of the word.
+        images: how many images were measured.
+    """
+
+    words: list[Word] = field(default_factory=list)
+    maps: dict[MapSpec, list[MapMeasures]] = field(default_factory=dict)
+    ceiling: list[MapMeasures] = field(default_factory=list)
+    floor: Mapping[str, float] = field(default_factory=dict)
+    images: int = 0
+
+    def stack(self, spec: MapSpec | None, kind: str = THING) -> MeasuredMaps:
+        """Return the measures of a spec, or with None of the ceiling, on the words of a kind."""
+        area = np.array([word.area for word in self.words])
+        return MeasuredMaps.stack(self.ceiling if spec is None else self.maps[spec], area).of(self.of_kind(kind))
+
+    def of_kind(self, kind: str) -> np.ndarray:
+        """Return (W,): which words are of a kind."""
+        return np.array([word.kind == kind for word in self.words])
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of words that there are, things first."""
+        return list(dict.fromkeys([THING, *(word.kind for word in self.words)]))
+
+    def image_of(self, kind: str) -> list[str]:
+        """Return the image of every word of a kind."""
+        return [word.image for word in self.words if word.kind == kind]
+
+
+def measure(explainer: Explainer, samples: Sequence[GroundedCaption], specs: Sequence[MapSpec]) -> Measured:
+    """Measure every spec on the words of ``samples``; an image that cannot be read is named and left out.
+
+    A word whose boxes lie outside of what the model sees of the image has none.
+
+    Raises:
+        ValueError: no image or no word could be measured.
+    """
+    found, mentions, unseen = Measured(maps={spec: [] for spec in specs}), [], 0
+    for sample in tqdm(samples, "grounding", disable=None):
+        try:
+            image = load_image(sample.path)
+        except (ValueError, OSError) as error:
+            log.error("not measured: %s", error)
+            continue
+        found.images += 1
+        window, words = explainer.window(image.size), sample.caption.split()
+        attention = read(explainer, explainer.prepare(image), explainer.tokens(sample.caption), specs)
+        grid = attention.capture.grid
+        covered = {m: coverage(m.boxes, window, grid) for m in sample.mentions if m.boxes}
+        seen = [m for m, share in covered.items() if share.any()]
+        unseen += len(covered) - len(seen)
+        mentions += [(m.boxes, window) for m in seen if m.kind == THING]
+        found.words += [Word(str(sample.path), m.word, words[m.word], m.kind, float(covered[m].mean())) for m in seen]
+        found.ceiling += [measure_map(covered[m], m.boxes, covered[m], window) for m in seen]
+        for spec in specs:
+            maps = attention.maps(spec)
+            found.maps[spec] += [measure_map(maps[m.word], m.boxes, covered[m], window) for m in seen]
+    if not found.images:
+        raise ValueError(f"none of the {len(samples)} images could be measured")
+    if not mentions:
+        raise ValueError("no word could be measured: all boxes lie outside of what the model sees of the images")
+    if unseen:
+        log.warning("%d words not measured: their boxes lie outside of what the model sees of the images", unseen)
+    found.floor = baselines(mentions, grid)
+    return found
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A row of grounding.csv: a spec on the words of a kind, or a baseline, which has a name and few measures.
+
+    ``pointing`` to ``precision`` are those of ``MeasuredMaps.ratios``, ``threshold`` is that of ``iou``; ``low`` and
+    ``high`` end 95% intervals over images, and ``p_pointing`` and ``p_iou`` are the paired tests' against the default.
+    """
+
+    method: str
+    layers: str | None = None
+    heads: str | None = None
+    row: str | None = None
+    pointing: float = float("nan")
+    pointing_low: float | None = None
+    pointing_high: float | None = None
+    mass_ratio: float | None = None
+    iou: float | None = None
+    iou_low: float | None = None
+    iou_high: float | None = None
+    threshold: float | None = None
+    iou_fixed: float | None = None
+    precision: float | None = None
+    p_pointing: float | None = None
+    p_iou: float | None = None
+    kind: str | None = None
+    words: int | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        name = f"{self.method} layers {self.layers} heads {self.heads} {self.row}" if self.layers else self.method
+        line = f"{name:<44}{self.pointing:>7.3f}"
+        cells = ((self.mass_ratio, 2), (self.iou, 3), (self.iou_fixed, 3), (self.precision, 3))
+        return line + "".join(f"{'' if v is None else f'{v:.{n}f}':>7}" for v, n in cells) + f"  {self.note}"
+
+
+def table(found: Measured, notes: Mapping[MapSpec, str], default: MapSpec, kind: str = THING) -> list[Row]:
+    """Return a row per spec for the words of a kind, the best pointing accuracy first.
+
+    For things the baselines follow, and what a perfect map of this grid would get.
+
+    Args:
+        found: what was measured.
+        notes: what to say of a spec.
+        default: the spec that the others are tested against.
+        kind: of the words.
+    """
+    images, base = found.image_of(kind), found.stack(default, kind).ratios()
+    rows = []
+    for spec in found.maps:
+        ratios = found.stack(spec, kind).ratios()
+        tests = {f"p_{name}": p_value(ratios[name], base[name], images) for name in INTERVALS if spec != default}
+        names = {name: getattr(spec, name) for name in ("method", "layers", "heads", "row")}
+        cells = names | _cells(found, spec, kind) | tests
+        rows.append(Row(**cells, note=notes.get(spec, "")))
+    rows.sort(key=lambda row: -row.pointing)
+    if kind != THING:
+        return rows
+    ceiling = Row(CEILING, **_cells(found, None, kind), note="ceiling")
+    return [*rows, ceiling, *(Row(name, pointing=hits, note="baseline") for name, hits in found.floor.items())]
+
+
+def _cells(found: Measured, spec: MapSpec | None, kind: str) -> dict[str, Any]:
+    """Return what :class:`Row` has of a spec, or of the ceiling, on the words of a kind."""
+    stack, images = found.stack(spec, kind), found.image_of(kind)
+    ratios = stack.ratios()
+    cells: dict[str, Any] = {name: value(ratio) for name, ratio in ratios.items()}
+    for name in INTERVALS:
+        cells[f"{name}_low"], cells[f"{name}_high"] = interval(ratios[name], images)
+    return cells | {"threshold": float(THRESHOLDS[stack.threshold]), "kind": kind, "words": len(images)}
+
+
+def best_of_each_method(rows: Sequence[Row]) -> list[Row]:
+    """Return each method's row with the best pointing accuracy, and all rows with a note; ``rows`` as ``table``."""
+    first = {row.method: row for row in reversed(rows)}
+    return [row for row in rows if row.note or first[row.method] is row]
+
+
+def write_tables(found: Measured, rows: Sequence[Row], kinds: Sequence[Row], out: Path) -> None:
+    """Write grounding.csv, grounding_kinds.csv (words of other kinds) and grounding_words.npz (every word) to ``out``.
+
+    The npz holds ``image``, ``number``, ``text``, ``kind`` and ``area`` (W,) of the words, the ``specs`` (S,) in words,
+    and of each spec and word ``hit``, ``mass``, ``precision`` (S, W), ``overlap`` and ``union`` (S, W, T) at the
+    ``thresholds`` (T,).
+    """
+    write_csv(out / "grounding.csv", Row._fields, rows)
+    write_csv(out / "grounding_kinds.csv", Row._fields, kinds)
+    columns = {
+        name: np.array(column) for name, column in zip(Word._fields, zip(*found.words, strict=True), strict=True)
+    }
+    by_spec = [list(zip(*maps, strict=True)) for maps in found.maps.values()]
+    columns |= {
+        name: np.array([spec[n] for spec in by_spec], bool if name == "hit" else np.float32)
+        for n, name in enumerate(MapMeasures._fields)
+    }
+    specs = np.array([f"{spec}, {spec.row}" for spec in found.maps])
+    with atomic_path(out / "grounding_words.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, specs=specs, thresholds=THRESHOLDS, **columns)
+
+
+# --- which specs ----------------------------------------------------------------------------------------------------
+
+
+def parse_specs(texts: Sequence[str], default: MapSpec, n_layer: int, n_head: int) -> list[MapSpec]:
+    """Return the specs that ``texts`` name: ``grad`` for all of that method that are usually compared, or one spec as
+    ``method,layers``, ``method,layers,heads`` or ``method,layers,heads,row``, what is left out being the default's.
+
+    Raises:
+        ValueError: there is no such method, row, layer or head, or the text is of another form.
+    """
+    usual, specs = specs_to_compare(n_layer, n_head, slow=True), []
+    for text in texts:
+        method, *rest = (part.strip() for part in text.split(","))
+        if len(rest) > 3 or not all((method, *rest)):
+            raise ValueError(f"--specs {text}: give a method, or method,layers,heads,row such as grad,all,mean")
+        one = replace(default, method=method, **dict(zip(("layers", "heads", "row"), rest, strict=False)))
+        parse_layers(one.layers, n_layer)  # refuse what the model lacks before any work
+        Heads.parse(one.heads, n_head)
+        specs += [one] if rest else [spec for spec in usual if spec.method == method] or [one]
+    return specs
