@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Download what the full size needs: models into weights/, GPT-2 and data into hw3_data/.
 #
-#   bash hw3_download.sh [all|p1|p2|data]       download (default: all); run it again to resume
-#   bash hw3_download.sh check [all|p1|p2|data] verify the checksum of every file and read every image
+#   bash hw3_download.sh [PART]        download p1, p2 and data, or a part; run it again to resume
+#   bash hw3_download.sh check [PART]  verify the checksum of every file and read every image
 #
 #   p1    LLaVA-1.5-7B and the CLIP that scores      p2    GPT-2, the encoders and the CLIP that scores
 #   data  the course's hw3_data.zip if HW3_DATA_ID names it on Google Drive (gdown), else a stand-in from COCO 2017
+#   best-336, best-h, best-g  the larger encoder of that setting of p2_train.py (docs/training.md)
 #
 # curl fetches every file of the manifest from a URL with its revision into FILE.part, which is verified and renamed:
 # a file under its own name is complete. The Hugging Face hub's own client would need the hub's API; curl needs only
@@ -59,10 +60,10 @@ sha256_of() {
   if command -v sha256sum >/dev/null; then sha256sum <"$1"; else shasum -a 256 <"$1"; fi | cut -d ' ' -f 1
 }
 
-# The manifest's lines for a part (all, p1, p2, data): path, source, revision, bytes, sha256.
+# The manifest's lines for a part, or for all but larger encoders: path, source, revision, bytes, sha256.
 rows() {
-  awk -F '\t' -v part="$1" '!/^#/ && NF { if (part == "all" || ("," $1 ",") ~ ("," part ",")) print }' "$manifest" |
-    cut -f 2-
+  awk -F '\t' -v part="$1" '
+    !/^#/ && NF && (part == "all" ? $1 !~ /^best-/ : ("," $1 ",") ~ ("," part ",")) { print }' "$manifest" | cut -f 2-
 }
 
 # --- one file, one URL ----------------------------------------------------------------------------------------------
@@ -347,22 +348,18 @@ summarise() {
 }
 
 usage() {
-  sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 }
 
 main() {
-  local action=${1:-all} part
+  local action=${1:-all} part=${1:-all}
   have=0 got=0
   [[ $# -le 2 ]] || usage
   [[ -f $manifest ]] || fail "$manifest: no such file; take it from the repository"
-  case $action in
-    all | p1 | p2 | data) [[ $# -le 1 ]] || usage ;;
-    check) part=${2:-all} ;;
-    *) usage ;;
-  esac
-  again="bash hw3_download.sh ${part:-$action}"
-  case ${part:-all} in all | p1 | p2 | data) ;; *) usage ;; esac
+  if [[ $action == check ]]; then part=${2:-all}; elif [[ $# -gt 1 ]]; then usage; fi
+  again="bash hw3_download.sh $part"
+  case $part in all | p1 | p2 | data | best-336 | best-h | best-g) ;; *) usage ;; esac
   if [[ $action == check ]]; then
     check_part "$part"
     return

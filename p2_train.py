@@ -32,15 +32,20 @@ def _gigabytes(text: str) -> float:
 def build_parser() -> FlagParser:
     """Return the command line; numbers default to the setting's, so their flags default to None here."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--setting", choices=list(SETTINGS), default="best", help="whose numbers the flags change")
+    parser.add_argument(
+        "--setting",
+        choices=list(SETTINGS),
+        default="best",
+        help="whose numbers the flags change; best-336, best-h and best-g are best with a larger encoder",
+    )
     parser.add_argument(
         "--data", type=Path, help="folder with train.json, val.json, images/train, images/val; see docs/training.md"
     )
     parser.add_argument("--out", type=Path, help="run folder (default: runs/SETTING)")
     parser.add_argument("--resume", action="store_true", help="continue from the last state in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="check the flags and files, count the steps, and end")
-    parser.add_argument("--encoder", help="timm ViT (default: the profile's)")
-    parser.add_argument("--encoder-weights", help="its weights, a file or folder (default: the profile's)")
+    parser.add_argument("--encoder", help="timm ViT (default: the setting's, or the profile's)")
+    parser.add_argument("--encoder-weights", help="its weights, a file or folder (default: what was downloaded for it)")
     parser.add_argument("--decoder", help="GPT-2, a file or folder (default: the profile's)")
     parser.add_argument("--tokenizer", help="folder of GPT-2's tokenizer files (default: the profile's)")
     parser.add_argument("--cache", type=Path, help="folder of cached encoder tokens (default: the profile's)")

@@ -6,7 +6,7 @@ part of them, as ``torch.utils.flop_counter`` counts; norms, activations and sof
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BF16 = 2  # bytes a number
 BEAMS, TOKENS = 5, 30  # of a search, wherever its costs are given
@@ -20,11 +20,22 @@ class Vit:
     width: int
     depth: int
     patch_numbers: int  # 3 colours x patch x patch
+    hidden: int = 0  # width of the MLP; 0: four times the width
+
+    @property
+    def block(self) -> int:
+        """Weights of one block."""
+        return 4 * self.width**2 + 2 * self.width * (self.hidden or 4 * self.width)
+
+    @property
+    def weights(self) -> int:
+        """Weights of the blocks, of the patches and of the positions."""
+        return self.depth * self.block + (self.patch_numbers + self.tokens) * self.width
 
     @property
     def operations(self) -> float:
-        """Of one image; the MLP is four times as wide."""
-        linear = 2 * self.tokens * 12 * self.width**2
+        """Of one image."""
+        linear = 2 * self.tokens * self.block
         return self.depth * (linear + attention(self.tokens, self.tokens, self.width)) + (
             2 * (self.tokens - 1) * self.patch_numbers * self.width
         )
@@ -70,30 +81,58 @@ def gpt2(layers: int, width: int, vocabulary: int) -> Decoder:
 
 VIT_L14 = Vit(257, 1024, 24, 588)
 GPT2_SMALL = gpt2(12, 768, 50257)
-VIT_L14_336 = Vit(577, 1024, 23, 588)  # LLaVA takes the second to last layer of 24
+VIT_L14_336 = Vit(577, 1024, 24, 588)
+PRESETS = {  # encoders of p2_train.py's settings
+    "best-336": VIT_L14_336,
+    "best-h": Vit(257, 1280, 32, 588),
+    "best-g": Vit(257, 1664, 48, 588, 8192),
+}
+LLAVA_TOWER = replace(VIT_L14_336, depth=23)  # LLaVA takes the second to last layer
 LLAMA_7B = Decoder(32, 4096, 32064, 4 * 4096**2 + 3 * 4096 * 11008)
 
 
 @dataclass(frozen=True)
 class CaptionerShape:
-    """Encoder, linear projector, decoder; LoRA of ``rank`` on every linear layer and, with ``head``, on the output."""
+    """Encoder, linear projector, decoder; LoRA of ``rank`` on every linear layer and, with ``head``, on the output.
+
+    The decoder gets averages of ``pool`` x ``pool`` patches, beside CLS.
+    """
 
     encoder: Vit = VIT_L14
     decoder: Decoder = GPT2_SMALL
     rank: int = 32
     head: bool = True
+    pool: int = 1
+
+    @property
+    def prefix(self) -> int:
+        """Image tokens that the decoder gets."""
+        return 1 + (self.encoder.tokens - 1) // self.pool**2
+
+    @property
+    def feature_bytes(self) -> int:
+        """Of one image in the feature cache."""
+        return self.prefix * self.encoder.width * BF16
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters of a GPT-2: LoRA of every linear layer and the output, and the projector with its bias."""
+        d = self.decoder
+        lora = d.layers * self.rank * d.width * ((1 + 3) + (1 + 1) + (1 + 4) + (4 + 1))  # in and out
+        head = self.rank * (d.width + d.vocabulary) if self.head else 0
+        return lora + head + (self.encoder.width + 1) * d.width
 
     @property
     def project(self) -> float:
         """Operations of the projector."""
-        return 2 * self.encoder.tokens * self.encoder.width * self.decoder.width
+        return 2 * self.prefix * self.encoder.width * self.decoder.width
 
     def attended(self, caption_tokens: int, captions: int = 5) -> float:
         """Operations of attention in the packed sequence: all rows to the prefix, each caption's to its own.
 
         In the last layer the prefix's rows are left out: nothing reads them.
         """
-        d, prefix, own = self.decoder, self.encoder.tokens, caption_tokens / captions
+        d, prefix, own = self.decoder, self.prefix, caption_tokens / captions
         rows = d.layers * attention(prefix + caption_tokens, prefix, d.width) - attention(prefix, prefix, d.width)
         return rows + d.layers * captions * attention(own, own, d.width)
 
@@ -103,7 +142,7 @@ class CaptionerShape:
         Frozen weights get no gradient, so their layers cost once more backward; LoRA and attention twice more. Past its
         keys and values the last layer has the captions' rows only.
         """
-        d, prefix = self.decoder, self.encoder.tokens
+        d, prefix = self.decoder, self.prefix
         first = d.layers * (prefix + caption_tokens)  # rows of c_attn, in all layers together
         others = first - prefix  # rows of c_proj, c_fc and the MLP's c_proj
         c_attn = 3 * d.width**2
@@ -116,13 +155,13 @@ class CaptionerShape:
 
     def search(self, beams: int, tokens: int) -> float:
         """Operations of captioning an encoded image: prefix read once, then ``tokens`` steps of ``beams`` beams."""
-        d, prefix = self.decoder, self.encoder.tokens
+        d, prefix = self.decoder, self.prefix
         steps = sum(d.read(beams, prefix + beams * t) for t in range(1, tokens + 1))
         return self.project + d.read(prefix, prefix) + steps + tokens * d.logits(beams)
 
     def search_bytes(self, beams: int, tokens: int, batch: int) -> float:
         """Bytes that searching moves an image, in batches of ``batch``: weights and cache once a step, and no more."""
-        d, prefix = self.decoder, self.encoder.tokens
+        d, prefix = self.decoder, self.prefix
         cache = sum(d.cache_bytes * (prefix + beams * t) for t in range(1, tokens + 1))
         return cache + (tokens + 1) * d.weights * BF16 / batch
 
@@ -132,7 +171,7 @@ class CaptionerShape:
 
     def explain(self, beams: int, tokens: int) -> float:
         """Operations of captioning an image and feeding the caption again for its maps."""
-        d, prefix = self.decoder, self.encoder.tokens
+        d, prefix = self.decoder, self.prefix
         again = d.read(prefix, prefix) + d.read(tokens + 1, prefix + tokens + 1) + d.logits(tokens + 1)
         return self.encoder.operations + self.search(beams, tokens) + self.project + again
 
@@ -142,7 +181,7 @@ def llava_operations(prompt: int, tokens: int) -> tuple[float, float, float]:
     projector = 2 * 576 * (1024 * 4096 + 4096**2)
     read = LLAMA_7B.read(576 + prompt, 576 + prompt) + LLAMA_7B.logits(1)
     steps = sum(LLAMA_7B.read(1, 576 + prompt + t) for t in range(1, tokens)) + (tokens - 1) * LLAMA_7B.logits(1)
-    return VIT_L14_336.operations + projector, read, steps
+    return LLAVA_TOWER.operations + projector, read, steps
 
 
 def llava_bytes(prompt: int, tokens: int, batch: int) -> float:

@@ -3,6 +3,7 @@
     bash bench/full_size.sh                       random ViT-L/14 and GPT-2 small, generated photographs; a CUDA machine
     bash bench/full_size.sh --tiny                the same steps in small on a CPU: does every one run?
     bash bench/full_size.sh --steps 2 --scst-steps 1 --images 2 --maps 1 --batch-size 1      full size, few images
+    bash bench/full_size.sh --setting best-h        a larger encoder; --pool 2 for averages of its patches
 
 Every part is one of the suite's own command lines, printed before it runs. Weights are random: throughput and memory
 are those of a real job, captions are nonsense. The tokenizer has GPT-2's 50257 entries and splits words as the micro
@@ -23,12 +24,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bench import photographs
-from bench.arithmetic import BEAMS, TOKENS
+from bench.arithmetic import BEAMS, PRESETS, TOKENS
 from bench.common import machine, make_parser, markdown, measure_rates
 from bench.stand_ins import FULL, NUMBERS, SAMPLES, TINY, Size, write_decoder, write_tokenizer
 from captioning.cli import FlagParser, command, positive_int, setup_logging
@@ -49,6 +50,8 @@ def build_parser() -> FlagParser:
     parser = make_parser("full_size", __doc__, repeats=0)
     add = parser.add_argument
     add("--tiny", action="store_true", help="small models, few images")
+    add("--setting", choices=["best", *PRESETS], default="best", help="of p2_train.py: which encoder")
+    add("--pool", type=positive_int, default=1, help="as p2_train.py's", metavar="N")
     for name, what in NUMBERS.items():
         text = f"{what} (default: {FULL.numbers[name]}; tiny {TINY.numbers[name]})"
         add("--" + name.replace("_", "-"), type=positive_int, help=text, metavar="N")
@@ -56,6 +59,15 @@ def build_parser() -> FlagParser:
     add("--workers", type=positive_int, default=os.cpu_count() or 1, help="processes that draw images")
     add("--work", type=Path, help="new folder for images, cache and runs, kept (default: a temporary one)")
     return parser
+
+
+def size_of(args: argparse.Namespace) -> Size:
+    """Return the size that the flags ask for; ValueError where they do not go together."""
+    size = TINY if args.tiny else FULL
+    if args.tiny and args.setting in PRESETS:
+        raise ValueError(f"--setting {args.setting}: is of the full size; leave out --tiny")
+    models = replace(size.models, encoder=PRESETS.get(args.setting, size.models.encoder), pool=args.pool)
+    return replace(size, models=models, setting=args.setting)
 
 
 def choose(args: argparse.Namespace, size: Size) -> dict[str, int]:
@@ -151,12 +163,14 @@ def commands(
 ) -> Iterator[tuple[str, list[object], dict[str, object]]]:
     """Yield title, words and options of each script, in order."""
     decoder = None
-    if size is TINY:  # smaller than --random-weights makes it
+    if size.tiny:  # smaller than --random-weights makes it
         decoder = folder / "decoder_model.safetensors"
         write_decoder(decoder, size.decoder)
     common = {"profile": size.profile, "tokenizer": folder / "tokenizer"}
     training = common | {
         "random_weights": True,
+        "setting": size.setting,
+        "pool": size.models.pool,
         "cache": folder / "cache",
         "epochs": 1,
         "batch_size": numbers["batch_size"],
@@ -331,7 +345,9 @@ def rehearse(args: argparse.Namespace, size: Size, before: Surveyed, folder: Pat
     return {
         "machine": before.machine,
         "failure": failure,
-        "tiny": size is TINY,
+        "tiny": size.tiny,
+        "setting": size.setting,
+        "pool": size.models.pool,
         "numbers": numbers,
         "caption_tokens": tokens,
         "matrix_rates": rates,
@@ -347,7 +363,9 @@ def as_text(found: dict[str, Any]) -> str:
     """Return the results as one Markdown table with a title and what it was measured against."""
     rates = ", ".join(f"{kind} {rate / 1e12:.3g} TFLOP/s" for kind, rate in found["matrix_rates"].items())
     processes = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found["seconds"].items())
-    title = "Rehearsal in small" if found["tiny"] else "Rehearsal at full size: random ViT-L/14 and GPT-2 small"
+    models = "random ViT-L/14 and GPT-2 small" if found["setting"] == "best" else f"random weights, {found['setting']}"
+    title = "Rehearsal in small" if found["tiny"] else f"Rehearsal at full size: {models}"
+    title += f", patches averaged {found['pool']} x {found['pool']}" if found["pool"] > 1 else ""
     reserved = ", ".join(f"{name} {gb:.1f} GB" for name, gb in found["reserved_gb"].items())
     reserved = f" Taken from the GPU by its allocator: {reserved}." if reserved else ""
     rows = markdown(found["rows"]) if found["rows"] else "No part was finished."
@@ -373,7 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     """Rehearse; return 0, or 2 where a part failed or the time was over."""
     args = build_parser().parse_args(argv)
     setup_logging()
-    size = TINY if args.tiny else FULL
+    size = size_of(args)
     choose(args, size)
     before = in_child(survey, args.device, size.floor, size.models.decoder.width)
     found = in_folder(args.work, lambda folder: rehearse(args, size, before, folder))

@@ -31,6 +31,7 @@ class Size:
         photograph: width and height in pixels.
         floor: rows of the matrices whose product is timed.
         numbers: how much of what, by the name of the flag that changes it.
+        setting: of p2_train.py, which decides the encoder.
     """
 
     models: CaptionerShape
@@ -39,6 +40,12 @@ class Size:
     photograph: tuple[int, int]
     floor: int
     numbers: dict[str, int]
+    setting: str = "best"
+
+    @property
+    def tiny(self) -> bool:
+        """Whether it is the small one."""
+        return self.profile == "micro"
 
 
 NUMBERS = {

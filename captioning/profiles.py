@@ -9,6 +9,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 MICRO_WEIGHTS = ROOT / "microworld" / "weights"
+# Encoders above a profile's own, by the setting that takes one; hw3_download.sh has a part of the setting's name.
+PRESETS = {
+    "best-336": "vit_large_patch14_clip_336.laion2b_ft_in12k_in1k",
+    "best-h": "vit_huge_patch14_clip_224.laion2b_ft_in12k_in1k",
+    "best-g": "vit_gigantic_patch14_clip_224.laion2b",
+}
 FOLDERS = {"weights", "hw3_data", "cache", "demo", "runs", "microworld"}  # where the suite's own paths begin
 
 
@@ -38,6 +44,7 @@ class Profile:
     chair_words: str = "weights/chair_synonyms.txt"  # words for objects, for CHAIR: COCO's
     encoder_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
     adapter: str = "runs/best/best.safetensors"  # what the Python call and the page caption with
+    presets: dict[str, str] = field(default_factory=dict)  # timm models in place of ``encoder``, by setting
 
     @property
     def decoder(self) -> str:
@@ -63,10 +70,16 @@ class Profiles(dict[str, Profile]):
 def downloaded_encoder(name: str) -> str | None:
     """Return hw3_download.sh's file of the timm encoder ``name`` (tag included), or None if it does not exist.
 
-    A QuickGELU name has the weights of its twin without it.
+    That of a preset is named all the same, so that nothing is fetched without the user's knowledge. A QuickGELU name
+    has the weights of its twin without it.
     """
     file = find(f"weights/{name.replace('_quickgelu_', '_')}.safetensors")
-    return file if Path(file).is_file() else None
+    return file if Path(file).is_file() or name in PRESETS.values() else None
+
+
+def download_part(file: str) -> str:
+    """Return which part of hw3_download.sh fetches an encoder's weights, by their file."""
+    return next((setting for setting, name in PRESETS.items() if Path(file).stem == name), "p2")
 
 
 def is_hub_id(name: str) -> bool:
@@ -93,6 +106,7 @@ PROFILES = Profiles(
         clip_weights="weights/ViT-B-32-quickgelu.openai.safetensors",
         llava="weights/llava-1.5-7b-hf",
         cache="cache",
+        presets=PRESETS,
     ),
     micro=Profile(
         data="demo/data",

@@ -23,6 +23,7 @@ from typing import Any
 from captioning.cli import FlagParser, command, positive_int
 from captioning.device import PRECISIONS
 from captioning.files import read_json, write_json
+from captioning.profiles import PRESETS
 from captioning.scoring.significance import compare
 from captioning.training.config import SCST_NUMBERS, SETTINGS
 from captioning.training.run_folder import LAST, RunFolder, read_run
@@ -95,7 +96,8 @@ class Study:
 
     def settings(self) -> None:
         """Train and score every setting on the demo's scenes, the report's to the letter too, with one seed or more."""
-        names = self.chosen([*SETTINGS, *(name + LETTER for name in SETTINGS if name != "best")])
+        recipes = [name for name in SETTINGS if name not in PRESETS]  # which here have the same encoder
+        names = self.chosen([*recipes, *(name + LETTER for name in recipes if name != "best")])
         for seed in self.seeds(1):
             for name in names:
                 self.setting(name, seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from captioning import profiles
-from captioning.profiles import PROFILES, downloaded_encoder, find, is_hub_id
+from captioning.profiles import PRESETS, PROFILES, download_part, downloaded_encoder, find, is_hub_id
 
 
 @pytest.fixture
@@ -73,6 +73,18 @@ def test_a_downloaded_encoder_is_found_by_its_name_whatever_its_activation(clone
     assert [downloaded_encoder(name) for name in names] == [str(clone / file)] * 2
     make(file)
     assert [downloaded_encoder(name) for name in names] == [file] * 2
+
+
+def test_a_presets_weights_are_named_before_they_are_there_with_the_part_that_fetches_them(clone):
+    """Otherwise timm would fetch gigabytes without the user's knowledge, and a message would name another part."""
+    for setting, name in PRESETS.items():
+        file = downloaded_encoder(name)
+        assert file == f"weights/{name}.safetensors"
+        assert download_part(file) == download_part(str(clone / file)) == setting
+        make(clone / file)
+        assert downloaded_encoder(name) == str(clone / file)
+    assert download_part(PROFILES["full"].encoder_weights) == download_part("mine.pt") == "p2"
+    assert set(PROFILES["full"].presets) == set(PRESETS) and not PROFILES["micro"].presets
 
 
 def test_the_profiles_own_folders_are_known(clone):

@@ -12,7 +12,7 @@ import torch
 
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.encoder import RANDOM
-from captioning.profiles import find
+from captioning.profiles import downloaded_encoder, find
 from captioning.tensors import difference, read_tensors
 from decoder import Decoder, build_decoder, gpt2_state_dict
 
@@ -61,7 +61,8 @@ def load_captioner(
     """Rebuild a captioner from its adapter file, LoRA merged, ready to caption.
 
     The encoder's weights are ``encoder_weights``, or the file that the adapter names, or where that is missing (an
-    adapter from another machine) ``fallback``; the adapter's fingerprint says whether they are the right ones.
+    adapter from another machine) what was downloaded for its encoder, or else ``fallback``; the adapter's fingerprint
+    says whether they are the right ones.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or adapter and decoder do not fit.
@@ -69,7 +70,9 @@ def load_captioner(
     config, state = read_adapter(adapter)
     stored = config.encoder_weights
     if not encoder_weights and stored not in (None, RANDOM):
-        encoder_weights = find(stored) if Path(find(stored)).exists() else fallback
+        encoder_weights = (
+            find(stored) if Path(find(stored)).exists() else downloaded_encoder(config.encoder) or fallback
+        )
     if encoder_weights:
         config = replace(config, encoder_weights=encoder_weights)
     try:

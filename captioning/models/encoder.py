@@ -15,6 +15,7 @@ from captioning.checkpoints import read_state_dict
 from captioning.clip_names import openai_names, trained_with_quick_gelu
 from captioning.imports import import_guarded
 from captioning.messages import first_line, some
+from captioning.profiles import download_part
 from captioning.tensors import copy_exactly
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def build_encoder(name: str, weights: str | None, kwargs: Mapping[str, Any] | No
     file = None if weights in (None, RANDOM) else weights
     if file is not None and not Path(file).exists():
         raise FileNotFoundError(
-            f"--encoder-weights {file}: no such file; run `bash hw3_download.sh p2`, or name another"
+            f"--encoder-weights {file}: no such file; run `bash hw3_download.sh {download_part(file)}`, or name another"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_ENCODER_SEED)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from captioning.device import PRECISIONS
 from captioning.models.captioner import ATTENTION, SEARCH_RULES
+from captioning.profiles import PRESETS
 from decoder import LoraConfig
 
 T = TypeVar("T")
@@ -199,6 +200,7 @@ SETTINGS = {
     "3": replace(_REPORT, epochs=3, lora_rank=64, max_trainable=11_000_000),  # the report's own is above 10 M
     "4": replace(_REPORT, epochs=7, lora_enable=(True, False, True), lora_dropout=0.2, lora_lm_head=True, cls=False),
     "5": replace(_REPORT, epochs=13),
+    **dict.fromkeys(PRESETS, TrainConfig()),  # best with another encoder
 }
 # What --report-faithful changes of a setting: all that the report's code did, sound or not.
 REPORT_FAITHFUL: dict[str, Any] = _STEPS | {

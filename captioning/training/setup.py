@@ -27,7 +27,7 @@ from captioning.inference.encode import cached_features, prepare_encoder
 from captioning.models.adapter import read_adapter, start_from
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.encoder import PREPROCESSING, RANDOM, preprocessing_by_name
-from captioning.profiles import PROFILES, ROOT, downloaded_encoder
+from captioning.profiles import PRESETS, PROFILES, ROOT, downloaded_encoder
 from captioning.scoring.clipscore import ClipScorer
 from captioning.tensors import fingerprint
 from captioning.training.config import REPORT_FAITHFUL, SCST_NUMBERS, SETTINGS, TrainConfig, flag
@@ -178,11 +178,11 @@ def make_models(
 def make_captioner(args: Any, config: TrainConfig, folder: RunFolder | None, processes: Processes) -> Captioner:
     """Build encoder, projector and decoder from the flags, or from the profile where a flag is not given."""
     profile = PROFILES[args.profile]
-    own = args.encoder is None or args.encoder == profile.encoder
-    default = profile.encoder_weights if own else downloaded_encoder(args.encoder)
+    name = args.encoder or encoder_of(args.setting, args.profile)
+    own = args.encoder in (None, profile.encoder)
+    default = profile.encoder_weights if name == profile.encoder else downloaded_encoder(name)
     weights = RANDOM if args.random_weights else args.encoder_weights or default
     log.info("encoder weights: %s", weights or "timm's own, from its cache or the hub")
-    name = args.encoder or profile.encoder
     captioner_config = CaptionerConfig(
         encoder=name,
         encoder_kwargs=(profile.encoder_kwargs if own else {})
@@ -195,6 +195,16 @@ def make_captioner(args: Any, config: TrainConfig, folder: RunFolder | None, pro
         pool=config.pool,
     )
     return Captioner(captioner_config, make_decoder(args, config.lora(), folder, processes))
+
+
+def encoder_of(setting: str, profile: str) -> str:
+    """Return the timm model of a setting: that of the profile, but for presets; ValueError where it has none of it."""
+    found = PROFILES[profile].presets.get(setting)
+    if setting in PRESETS and found is None:
+        raise ValueError(
+            f"--setting {setting}: an encoder of --profile full, of which {profile} has none; take --setting best"
+        )
+    return found or PROFILES[profile].encoder
 
 
 def make_decoder(args: Any, lora: LoraConfig, folder: RunFolder | None, processes: Processes) -> Decoder:

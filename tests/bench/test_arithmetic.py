@@ -12,19 +12,20 @@ from bench.arithmetic import Vit, gpt2
 from captioning.data.batches import pack_captions
 from captioning.imports import import_guarded
 from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.profiles import PRESETS, PROFILES
 from decoder import Decoder, DecoderConfig, LoraConfig
 
 RANK, VOCAB, EOS = 4, 61, 60
+LORA = LoraConfig(rank=RANK, alpha=4.0, lm_head=True)
+KWARGS = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16, "img_size": 48}
 SHAPES = arithmetic.CaptionerShape(Vit(10, 32, 2, 768), gpt2(3, 64, VOCAB), RANK, head=True)
 
 
 @pytest.fixture(scope="module")
 def captioner():
     torch.manual_seed(0)
-    lora = LoraConfig(rank=RANK, alpha=4.0, lm_head=True)
-    kwargs = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16, "img_size": 48}
-    decoder = Decoder(DecoderConfig(VOCAB, 64, 64, 3, 2), lora)
-    return Captioner(CaptionerConfig(TINY_ENCODER, kwargs, "random", lora=lora), decoder)
+    decoder = Decoder(DecoderConfig(VOCAB, 64, 64, 3, 2), LORA)
+    return Captioner(CaptionerConfig(TINY_ENCODER, KWARGS, "random", lora=LORA), decoder)
 
 
 def count(function):
@@ -101,3 +102,26 @@ def test_bytes_of_a_search_fall_with_the_batch_to_those_of_the_cache():
     cache = sum(2 * 12 * 768 * 2 * (257 + 5 * t) for t in range(1, 31))
     assert models.search_bytes(5, 30, 10**9) == pytest.approx(cache, rel=0.001)
     assert models.search_bytes(5, 30, 1) - cache == pytest.approx(31 * 2 * models.decoder.weights)
+
+
+@pytest.mark.parametrize("setting", ["best", *arithmetic.PRESETS])
+def test_the_settings_encoders_are_timms(setting):
+    """Built without memory; norms, biases and CLS are left out of the arithmetic."""
+    ours = arithmetic.PRESETS.get(setting, arithmetic.VIT_L14)
+    with torch.device("meta"):
+        theirs = import_guarded("timm").create_model(PRESETS.get(setting, PROFILES["full"].encoder), num_classes=0)
+    assert ours.weights == pytest.approx(sum(p.numel() for p in theirs.parameters()), rel=0.002)
+    assert (ours.tokens, ours.width, ours.depth) == (theirs.pos_embed.shape[1], theirs.embed_dim, len(theirs.blocks))
+    assert arithmetic.PRESETS.keys() == PRESETS.keys()
+
+
+def test_pooled_patches_shorten_the_prefix():
+    captioner = Captioner(
+        CaptionerConfig(TINY_ENCODER, KWARGS | {"patch_size": 8}, "random", lora=LORA, pool=2),
+        Decoder(DecoderConfig(VOCAB, 64, 64, 3, 2), LORA),
+    )
+    shapes = arithmetic.CaptionerShape(Vit(37, 32, 2, 192), SHAPES.decoder, RANK, pool=2)
+    assert (shapes.prefix, shapes.feature_bytes) == (captioner.n_prefix, 2 * 10 * 32)
+    assert shapes.trained == sum(p.numel() for p in captioner.trainable().values())
+    assert shapes.train(9, 2) == SHAPES.train(9, 2)  # as many tokens as 3 x 3 patches without
+    assert count(lambda: captioner.encode(torch.randn(1, 3, 48, 48))) == shapes.encoder.operations

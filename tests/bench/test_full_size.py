@@ -104,6 +104,8 @@ def test_the_small_decoder_has_the_whole_vocabulary(tmp_path):
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--workers", "0"], "--workers 0"),
         (["--images", "2", "--maps", "3"], "--maps 3: more than --images 2"),
+        (["--setting", "best-h"], "--setting best-h: is of the full size"),
+        (["--pool", "0"], "--pool 0"),
         (["--minutes", "0"], "--minutes 0.0: must be more than 0"),
         (["--work", str(ROOT / "bench")], "exists already"),
     ],

@@ -21,13 +21,14 @@ from captioning.data.annotations import load_split
 from captioning.data.listing import list_images
 from captioning.imports import import_guarded
 from captioning.models.encoder import build_encoder
-from captioning.profiles import PROFILES
+from captioning.profiles import PRESETS, PROFILES, downloaded_encoder
 from p2_train import main
 
 SCRIPT = ROOT / "hw3_download.sh"
 HUB = {target: served_path(source, rev) for _, target, source, rev, *_ in manifest_rows() if source.startswith("hf:")}
 GITHUB = {served_path(row[2], row[3]): row[1] for row in manifest_rows() if row[2].startswith("github:")}
 HUB_TARGET = {path: target for target, path in HUB.items()}
+LARGER = {f"weights/{encoder}.safetensors": setting for setting, encoder in PRESETS.items()}
 DECODER = "hw3_data/p2_data/decoder_model.safetensors"  # has a checksum in the manifest
 UNPINNED = "weights/vit_large_patch14_clip_224.laion2b_ft_in12k_in1k.safetensors"  # has none
 TOOLS = [tool for tool in ("bash", "curl") if shutil.which(tool) is None]
@@ -92,7 +93,7 @@ def leftovers(root):
 def test_the_manifest_is_pinned_or_says_that_it_is_not():
     """A checksum of the wrong length or a branch as a revision would go unnoticed until someone downloads."""
     for parts, target, source, revision, size, sha256 in manifest_rows():
-        assert set(parts.split(",")) <= {"p1", "p2", "data"}
+        assert set(parts.split(",")) <= {"p1", "p2", "data"} or parts in PRESETS
         assert not Path(target).is_absolute() and ".." not in Path(target).parts
         assert source.startswith(("hf:", "github:", "coco:")) and int(size.removeprefix("~")) > 0
         assert len(revision) == 40 or revision == ("-" if source.startswith("coco:") else "main")
@@ -116,6 +117,8 @@ def test_the_manifest_names_the_files_that_the_libraries_themselves_would_fetch(
     sources = {target: source for _, target, source, *_ in manifest_rows()}
     hub_id = timm.get_pretrained_cfg(PROFILES["full"].encoder).hf_hub_id
     assert sources[PROFILES["full"].encoder_weights] == f"hf:{hub_id}/model.safetensors"
+    for target, setting in LARGER.items():
+        assert sources[target] == f"hf:{timm.get_pretrained_cfg(PRESETS[setting]).hf_hub_id}/model.safetensors"
     clip = open_clip.get_pretrained_cfg("ViT-B-32-quickgelu", "openai")["hf_hub"]
     assert sources[PROFILES["full"].clip_weights] == f"hf:{clip}open_clip_model.safetensors"
 
@@ -126,7 +129,7 @@ def test_the_manifest_names_the_files_that_the_libraries_themselves_would_fetch(
 def test_p2_is_fetched_once_and_only_once(download, mirror):
     first = download("p2")
     assert first.returncode == 0, first.stderr
-    wanted = [target for target in HUB if "llava" not in target]
+    wanted = [target for target in HUB if "llava" not in target and target not in LARGER]
     assert all(same(download.root, target, mirror) for target in wanted) and not leftovers(download.root)
     assert "to download into" in first.stdout and "are free" in first.stdout
     assert all(f"  {download.root}/{target}\n" in first.stdout for target in wanted), "says where everything went"
@@ -144,6 +147,21 @@ def test_p1_is_the_folder_of_llava_and_the_scorer(download, mirror):
         "weights/ViT-B-32-quickgelu.openai.safetensors",
         "weights/fetched.sha256",
     }
+
+
+@pytest.mark.parametrize("setting", PRESETS)
+def test_a_larger_encoder_is_a_part_of_its_own_and_goes_where_its_setting_looks(download, mirror, setting):
+    result = download(setting)
+    assert result.returncode == 0, result.stderr
+    target = downloaded_encoder(PRESETS[setting])
+    assert same(download.root, target, mirror) and LARGER[target] == setting
+    assert {path.suffix for path in download.root.rglob("*") if path.is_file()} == {".safetensors", ".sha256"}
+    assert len(list(download.root.rglob("*.safetensors"))) == 1
+    assert ("no revision on record" in result.stdout) == (setting == "best-g")
+    assert download("check", setting).returncode == 0
+    damage = download.root / target
+    damage.write_bytes(damage.read_bytes()[:-1])
+    assert f"DAMAGED  {target}" in download("check", setting).stdout
 
 
 def test_a_file_without_a_checksum_is_named_and_verified_against_the_hubs(download, mirror):
@@ -390,6 +408,7 @@ def test_all_makes_everything_that_training_and_inference_take_by_default(
     result = runner(server, tmp_path / "manifest.tsv", tmp_path / "clone")("all")
     server.close()
     assert result.returncode == 0, result.stdout + result.stderr
+    assert not any((tmp_path / "clone" / target).exists() for target in LARGER), "11 GB that nothing takes by default"
     monkeypatch.chdir(tmp_path / "clone")
     monkeypatch.setitem(PROFILES, "full", replace(PROFILES["full"], encoder_kwargs=TINY))
     numbers = ["--epochs", "1", "--batch-size", "2", "--val-images", "2", "--beam-size", "2", "--max-new-tokens", "4"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from captioning.profiles import PROFILES, ROOT
+from captioning.profiles import PRESETS, PROFILES, ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
@@ -159,7 +159,7 @@ def test_every_command_parses(command, parsers):
         targets = set(re.search(r"\.PHONY: (.*)", MAKEFILE).group(1).split())
         assert {word for word in rest if "=" not in word} <= targets
     elif first == "bash":
-        assert rest[0] == "hw3_download.sh" and set(rest[1:]) <= {"all", "p1", "p2", "data", "check"}
+        assert rest[0] == "hw3_download.sh" and set(rest[1:]) <= {"all", "p1", "p2", "data", "check", *PRESETS}
     elif rest[:2] == ["install", "-e"]:
         extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", rest[2]).group(1)
         assert set(extras.split(",") if extras else []) <= set(PYPROJECT["project"]["optional-dependencies"])

@@ -11,6 +11,7 @@ from captioning.data.batches import caption_batches, pack_captions
 from captioning.inference import search
 from captioning.models import captioner as captioner_module
 from captioning.models.captioner import Captioner, CaptionerConfig
+from captioning.profiles import PRESETS
 from captioning.training.config import SETTINGS
 from captioning.training.trainer import make_optimizer
 from decoder import Decoder, DecoderConfig, LoraConfig
@@ -146,19 +147,23 @@ def test_a_step_of_every_setting_moves_what_is_trained_and_nothing_else(setting)
 
 @pytest.mark.parametrize(
     ("setting", "count"),
-    [("1", 5_505_792), ("2", 5_505_792), ("3", 10_224_384), ("4", 7_138_592), ("5", 5_505_792), ("best", 7_138_592)],
+    [
+        *[("1", 5_505_792), ("2", 5_505_792), ("3", 10_224_384), ("4", 7_138_592), ("5", 5_505_792)],
+        *[("best", 7_138_592), ("best-336", 7_138_592), ("best-h", 7_335_200), ("best-g", 7_630_112)],
+    ],
 )
 def test_trained_parameters_of_the_full_size_settings(setting, count, monkeypatch):
-    """GPT-2 small after ViT-L/14, built without memory; only fingerprints need values."""
+    """GPT-2 small after each setting's encoder, built without memory; only fingerprints need values."""
     monkeypatch.setattr(captioner_module, "fingerprint", lambda state: "none")
     config = SETTINGS[setting]
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig(), config.lora())
-        model = Captioner(
-            CaptionerConfig("vit_large_patch14_clip_224", {}, "random", config.cls, config.lora()), decoder
-        )
-    assert model.feature_shape == (257, 1024)
-    assert model.n_prefix == (257 if config.cls else 256)
+        encoder = PRESETS.get(setting, "vit_large_patch14_clip_224")
+        model = Captioner(CaptionerConfig(encoder, {}, "random", config.cls, config.lora()), decoder)
+    patches, width = {"best-336": (24, 1024), "best-h": (16, 1280), "best-g": (16, 1664)}.get(setting, (16, 1024))
+    assert (model.feature_shape, model.grid) == ((patches**2 + 1, width), (patches, patches))
+    assert model.n_prefix == patches**2 + config.cls
+    assert model.n_prefix + 1 + config.max_new_tokens <= 1024  # after 577 tokens too
     trained = sum(p.numel() for p in model.trainable().values())
     assert trained == count
     assert trained <= config.max_trainable

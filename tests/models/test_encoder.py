@@ -9,6 +9,7 @@ from torch import nn
 from captioning.clip_names import openai_names
 from captioning.imports import import_guarded
 from captioning.models.encoder import build_encoder, build_transform
+from captioning.profiles import PRESETS
 from captioning.tensors import fingerprint
 
 
@@ -172,3 +173,18 @@ def test_weights_of_another_encoder_by_the_files_name_are_warned_of(tmp_path, ca
     build_encoder(name, str(path), TINY_ENCODER_KWARGS)
     assert [meant] * len(caplog.records) == [record.getMessage().split(" those of ")[1] for record in caplog.records]
     assert bool(caplog.records) == bool(meant)
+
+
+@pytest.mark.parametrize(
+    ("setting", "resize", "mean"),
+    [("best-336", "size=(336, 336)", 0.5), ("best-h", "size=224", 0.4815), ("best-g", "size=224", 0.4815)],
+)
+def test_the_presets_have_their_own_preprocessing_and_activation(setting, resize, mean):
+    """None has OpenAI's weights, so none wants QuickGELU. At 336 pixels the whole picture is squeezed, not cropped."""
+    timm = import_guarded("timm")
+    assert timm.models.is_model_pretrained(PRESETS[setting])
+    with torch.device("meta"):
+        encoder = timm.create_model(PRESETS[setting], num_classes=0)
+    shown = repr(build_transform(encoder))
+    assert resize in shown and f"{mean:.4f}" in shown and "bicubic" in shown
+    assert type(encoder.blocks[0].mlp.act).__name__ == "GELU"
