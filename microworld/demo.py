@@ -6,7 +6,6 @@ differs in ``--profile`` and sizes only.
 
 from __future__ import annotations
 
-import resource
 import sys
 import textwrap
 from pathlib import Path
@@ -103,16 +102,16 @@ def table(scores: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def summary(out: Path, seconds: dict[str, float], scores: dict[str, Any]) -> None:
+def summary(out: Path, run: Runner, scores: dict[str, Any]) -> None:
     """Print scores, sample captions, times and where everything is."""
     print("\n" + "=" * 78 + "\nMicro world (generated drawings; never to be compared with full-size numbers)\n")
     print(table(scores) + "\n")
     captions = read_json(out / "lora" / "val.json")
     for sample in load_split(out / "data", "val")[:4]:
         print(f"{sample.path.name}  {captions[sample.path.stem]}\n{'':18}e.g. {sample.captions[0]}")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    training = seconds["train lora"]
-    print(f"\n{sum(seconds.values()):.0f} s in all, training {training:.0f} s; peak memory of a step {peak:.1f} GB")
+    total, training = sum(run.seconds.values()), run.seconds["train lora"]
+    step = max(run.memory, key=lambda title: run.memory[title])
+    print(f"\n{total:.0f} s in all, training {training:.0f} s; peak memory {run.memory[step]:.1f} GB ({step})")
     places = {
         "data": "data",
         "run folder": "lora",
@@ -162,10 +161,10 @@ def main(argv: list[str] | None = None) -> int:
     compare_prompts(run, out, data)
     draw_maps(run, out, data)
     scores = read_scores(out, list(captioners))
-    write_json(out / "scores.json", {"scores": scores, "seconds": run.seconds})
+    write_json(out / "scores.json", {"scores": scores, "seconds": run.seconds, "memory": run.memory})
     run("report", "report.py", runs=out, out=out / "report.html")
     contact_sheet(out, out / "samples.png")
-    summary(out, run.seconds, scores)
+    summary(out, run, scores)
     return 0
 
 

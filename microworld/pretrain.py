@@ -2,9 +2,9 @@
 
 ``python -m microworld.pretrain MODEL``, or ``all``, writes into ``microworld/weights/<MODEL>/``:
 
-* ``decoder``: a GPT-2 in the full-size decoder's file format, trained on caption text alone; it never sees an image.
-  Its ``tokenizer`` is trained first.
 * ``encoder``: an open_clip ViT, whose vision tower is P2's encoder, through timm.
+* ``decoder``: a GPT-2 in the full-size decoder's file format, trained on caption text, then behind the encoder's
+  tokens. Its ``tokenizer`` is trained first of all.
 * ``scorer``: an open_clip ResNet with other scenes and another architecture, for scores.
 * ``llava``: a LLaVA with the encoder's vision tower, taught by instructions.
 * ``adapter``: LoRA and projector of the captioner, trained by the suite's own script on the demo's scenes.
@@ -29,8 +29,8 @@ from microworld.recipes import RECIPES, Run
 
 TRAIN = {  # in the order in which they need each other
     "tokenizer": train_tokenizer,
-    "decoder": train_decoder,
     "encoder": train_clip,
+    "decoder": train_decoder,
     "scorer": train_clip,
     "llava": train_llava,
     "adapter": train_adapter,

@@ -74,7 +74,8 @@ DEMO: dict[str, Any] = quick()
 RECIPES = {
     "encoder": Recipe(scenes=20000, epochs=7, batch_size=128, lr=1e-3, patch_loss=1.0),
     "scorer": Recipe(scenes=12000, epochs=5, batch_size=128, lr=1e-3),
-    "decoder": Recipe(scenes=24000, epochs=3, batch_size=16, lr=1.5e-3, weight_decay=0.05),
+    "decoder": Recipe(scenes=24000, epochs=2, batch_size=16, lr=1.5e-3, weight_decay=0.05),
+    "decoder_images": Recipe(scenes=24000, epochs=1, batch_size=8, lr=1e-3, weight_decay=0.05),
     "llava": Recipe(scenes=14000, epochs=4, batch_size=24, lr=1.5e-3, weight_decay=0.05, warmup=100),
     "adapter": Recipe(scenes=QUICK_SCENES, epochs=DEMO["epochs"], batch_size=DEMO["batch_size"], lr=DEMO["lr"]),
 }
@@ -207,11 +208,13 @@ def optimise(
     return Training(steps, time.time() - start, float(np.mean(losses[-50:])))
 
 
-def write_record(run: Run, training: Training, metrics: dict[str, float], model: torch.nn.Module) -> None:
-    """Write the JSON that says how the weights were made."""
+def write_record(
+    run: Run, training: Training, metrics: dict[str, float], model: torch.nn.Module, **more: object
+) -> None:
+    """Write the JSON that says how the weights were made; ``more`` goes into its recipe."""
     recipe = run.recipe
     data = {"world": "micro", "split": "pretrain", "seed": SCENE_SEEDS[run.name], "scenes": recipe.scenes}
-    save_record(run, training, metrics, sum(p.numel() for p in model.parameters()), data, vars(recipe))
+    save_record(run, training, metrics, sum(p.numel() for p in model.parameters()), data, vars(recipe) | more)
 
 
 def save_record(

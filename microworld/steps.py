@@ -36,10 +36,11 @@ def flags(**options: object) -> list[str]:
 
 
 class Runner:
-    """Runs the suite's commands one after another, shows them, and keeps the time of each."""
+    """Runs the suite's commands one after another, shows them, and keeps the time and peak memory (GB) of each."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, float] = {}
         self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
 
     def __call__(self, title: str, *arguments: object, **options: object) -> None:
@@ -51,9 +52,12 @@ class Runner:
         command = [*map(str, arguments), *flags(**options)]
         print(f"\n== {title}\n$ python {shlex.join(command)}", flush=True)
         start = time.time()
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=self.environment, check=False).returncode
-        self.seconds[title] = time.time() - start
-        if code:
+        with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=self.environment) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        self.seconds[title], self.memory[title] = time.time() - start, usage.ru_maxrss / 1e6
+        if process.returncode:
+            code = process.returncode
             raise ValueError(f"the step '{title}' failed with exit code {code}; see its message above")
 
 

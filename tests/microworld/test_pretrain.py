@@ -34,7 +34,7 @@ def check_record(out, name, metrics):
 
 
 def test_the_tokenizer_and_the_decoder(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain_decoder, "HELD_OUT", 60)
+    monkeypatch.setattr(pretrain_decoder, "HELD_OUT", 20)
     words = ["--weights", str(tmp_path), "--scenes", "60"]
     assert pretrain.main(["tokenizer", *words]) == 0
     out = tmp_path / "decoder"
@@ -43,7 +43,7 @@ def test_the_tokenizer_and_the_decoder(tmp_path, monkeypatch):
     shutil.copy(MICRO_WEIGHTS / "decoder" / "vocab.bpe", out)
     pretrain_decoder.train_decoder(make_run("decoder", out, scenes=120))
     assert build_decoder(out / "decoder_model.safetensors").config.vocab_size == 1024
-    check_record(out, "decoder", {"held_out_loss"})
+    check_record(out, "decoder", {"held_out_loss", "held_out_loss_behind_images"})
 
 
 @pytest.mark.parametrize(("name", "patch_loss"), [("encoder", 1.0), ("scorer", 0.0)])
