@@ -30,6 +30,7 @@ from captioning.maps.explainers import (
     CaptionerExplainer,
     Explainer,
     LlavaExplainer,
+    choices,
     choose_spec,
     explain,
     specs_to_show,
@@ -131,6 +132,11 @@ class Model(ABC):
         specs = specs_to_show(default, explainer.n_layer) if all_maps else [default]
         source = as_rgb(image) if isinstance(image, Image.Image) else Path(image)
         return explain(explainer, source, specs, caption)[0]
+
+    def map_choices(self) -> dict[str, dict[str, list[str]]]:
+        """Return what :meth:`explain` takes: by ``method`` its ``layers`` and ``heads``; "" alone where it has none."""
+        explainer = self._explainer(self.beam_size, self.max_new_tokens)
+        return choices(self.name, explainer.n_layer, explainer.n_head)
 
     @abstractmethod
     def _job(self, search: Search) -> Job: ...

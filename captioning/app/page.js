@@ -10,9 +10,8 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Ask the server, and say what it refuses in one line; null then. */
-async function ask(path, body) {
-  at("error").textContent = "";
+/** Ask the server; what it refuses is an Error of one line. */
+async function answerTo(path, body) {
   document.body.classList.toggle("busy", ++waiting > 0);
   try {
     const plain = !(body instanceof Blob);
@@ -21,11 +20,20 @@ async function ask(path, body) {
     if (!answer.ok) throw new Error(value.error);
     return value;
   } catch (error) {
-    const gone = error instanceof TypeError ? "the page's program does not answer; start app.py again" : error.message;
-    at("error").textContent = gone;
-    return null;
+    throw error instanceof TypeError ? new Error("the page's program does not answer; start app.py again") : error;
   } finally {
     document.body.classList.toggle("busy", --waiting > 0);
+  }
+}
+
+/** Ask the server, and say what it refuses on the page; null then. */
+async function ask(path, body) {
+  at("error").textContent = "";
+  try {
+    return await answerTo(path, body);
+  } catch (error) {
+    at("error").textContent = error.message;
+    return null;
   }
 }
 
@@ -56,7 +64,10 @@ function show(answers, cards, maps) {
   cards.replaceChildren(...answers.map(card));
   maps.replaceChildren(...answers.filter((answer) => answer.maps).map((answer) => {
     const frame = make("iframe", {title: `which pixels each word looked at: ${answer.model}`, src: `/maps/${answer.maps}`});
-    frame.addEventListener("load", () => fit(frame));
+    frame.addEventListener("load", () => {
+      frame.contentWindow.supply = ({method, layers, heads}) => answerTo("/map", {maps: answer.maps, method, layers, heads});
+      new ResizeObserver(() => requestAnimationFrame(() => fit(frame))).observe(frame.contentDocument.body);
+    });
     return frame;
   }));
 }

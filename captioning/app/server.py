@@ -141,6 +141,7 @@ class Handler(BaseHTTPRequestHandler):
             "/draw": (studio.draw, ("split", "seed")),
             "/show": (studio.show, ("picture",)),
             "/caption": (studio.caption, ("picture", "adapter", "settings")),
+            "/map": (studio.map, ("maps", "method", "layers", "heads")),
             "/compare": (studio.compare, ("picture", "first", "second", "settings")),
             "/compare-scenes": (studio.compare_scenes, ("set", "first", "second", "settings")),
         }

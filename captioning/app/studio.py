@@ -68,6 +68,17 @@ class Picture:
             self.path.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class MapPage:
+    """A page of maps, and what more maps for it are made of: model (by name), picture, caption and prompt."""
+
+    html: str
+    model: str
+    path: Path
+    caption: str
+    prompt: str
+
+
 class Studio:
     """Models, pictures and scenes behind the page. Its methods may be called from several threads.
 
@@ -93,7 +104,7 @@ class Studio:
         self.adapters = {short_name(path): path for path in adapters}
         self.pictures: Kept[Picture] = Kept(PICTURES, Picture.forget)
         self.sets: Kept[SceneSet] = Kept(SETS)
-        self.pages: Kept[str] = Kept(PAGES)
+        self.pages: Kept[MapPage] = Kept(PAGES)
         self._models: dict[str, api.Model] = {}
         self._scorer: ClipScorer | None = None
         self._numbers = itertools.count(1)
@@ -154,8 +165,11 @@ class Studio:
 
     # --- models
 
-    def model(self, name: str) -> api.Model:
-        """Return LLaVA, by ``llava``, or the captioner of one of ``adapters``; loaded when first asked for."""
+    def model(self, name: str, prompt: str = PROMPTS[1]) -> api.Model:
+        """Return LLaVA, by ``llava``, asked by ``prompt``, or the captioner of one of ``adapters``.
+
+        It is loaded when first asked for.
+        """
         if name not in self._models:
             if name == "llava":
                 source = self.llava or self.profile
@@ -164,7 +178,10 @@ class Studio:
                 self._models[name] = api.load_tuned(self.adapters[name], self.device, profile=self.profile)
             else:
                 raise ValueError(f"adapter {name!r}: not one of those that app.py was started with")
-        return self._models[name]
+        model = self._models[name]
+        if isinstance(model, api.LlavaCaptioner):
+            model.prompt = api.check_prompt(prompt)
+        return model
 
     @property
     def scorer(self) -> ClipScorer:
@@ -210,9 +227,8 @@ class Studio:
 
     def _answer(self, picture: Picture, name: str, title: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return a model's caption of a picture with its scores, and the number of the page of its maps."""
-        model, how = self.model(name), checked(settings, "llava" if name == "llava" else "captioner")
-        if isinstance(model, api.LlavaCaptioner):
-            model.prompt = api.check_prompt(str(settings.get("prompt") or PROMPTS[1]))
+        prompt = str(settings.get("prompt") or PROMPTS[1])
+        model, how = self.model(name, prompt), checked(settings, "llava" if name == "llava" else "captioner")
         caption = model.caption(picture.path, n_best=how["beam_size"], **how)
         assert isinstance(caption, Ranked)
         said: dict[str, Any] = {"caption": str(caption), "ranked": caption.as_json(), "maps": None}
@@ -221,8 +237,8 @@ class Studio:
         said["not there"] = picture.scenes.not_there(picture.key, caption) if picture.scenes else None
         if caption.strip():
             said["maps"] = str(next(self._numbers))
-            explanation = model.explain(picture.path, str(caption), all_maps=True)
-            self.pages.add(said["maps"], viewer.page([explanation], title))
+            html = viewer.page([model.explain(picture.path, str(caption))], title, model.map_choices())
+            self.pages.add(said["maps"], MapPage(html, name, picture.path, str(caption), prompt))
         return said
 
     def _clipscore(self, path: Path, caption: str) -> tuple[float | None, str]:
@@ -251,7 +267,16 @@ class Studio:
     def page(self, number: str) -> str:
         """Return a page of maps."""
         with self._lock:
-            return self.pages.find(number, "page of maps")
+            return self.pages.find(number, "page of maps").html
+
+    def map(self, maps: object, method: object, layers: object, heads: object) -> dict[str, Any]:
+        """Return more maps of the page number ``maps``; ``layers`` and ``heads`` are "" where the method has none."""
+        asked = {"method": method, "layers": layers, "heads": heads}
+        with self._lock:
+            page = self.pages.find(maps, "page of maps")
+            spec: dict[str, Any] = {name: str(value) for name, value in asked.items() if value != ""}
+            found = self.model(page.model, page.prompt).explain(page.path, page.caption, **spec)
+        return viewer.view(found.word_maps[0])
 
 
 _CLASSES: dict[str, type[api.Model]] = {"captioner": api.TunedCaptioner, "llava": api.LlavaCaptioner}

@@ -30,6 +30,7 @@ from captioning.maps.attention import (
     words_of,
 )
 from captioning.maps.capture import Probe
+from captioning.messages import first_line
 from captioning.models.captioner import Captioner
 from captioning.models.llava import Llava
 
@@ -267,6 +268,23 @@ def explain(
     ), attention
 
 
+def explain_each(
+    explainer: Explainer, picture: Path | Image.Image, specs: Sequence[MapSpec], caption: str | None = None, **more: Any
+) -> tuple[Explanation, CaptionAttention, dict[MapSpec, str]]:
+    """As :func:`explain`, with why the specs are left out that the model cannot serve; the first must be served."""
+    try:
+        return *explain(explainer, picture, specs, caption, **more), {}
+    except ValueError:
+        explanation, attention = explain(explainer, picture, specs[:1], caption, **more)
+    absent = {}
+    for spec in specs[1:]:
+        try:
+            explanation.word_maps.extend(explain(explainer, picture, [spec], explanation.caption, **more)[0].word_maps)
+        except ValueError as error:
+            absent[spec] = first_line(error)
+    return explanation, attention, absent
+
+
 # --- which specs to offer ---
 
 
@@ -308,6 +326,24 @@ def specs_to_compare(n_layer: int, n_head: int, slow: bool = False) -> list[MapS
     specs += [MapSpec("tam", layers) for layers in ["last", *layer_choices(n_layer)[1:]]]
     specs += [MapSpec(name) for name, method in METHODS.items() if method.slow and slow]
     return specs
+
+
+def choices(model: str, n_layer: int, n_head: int) -> dict[str, dict[str, list[str]]]:
+    """Return by method its ``layers`` and ``heads`` to choose from, its defaults first; "" alone where it has none."""
+    layers = ["all", f"{n_layer // 2}-{n_layer - 1}", *map(str, range(n_layer))]
+    every = {"layers": layers, "heads": ["mean", "max", "top3", *map(str, range(n_head))]}
+    found = {}
+    for method in METHODS:
+        own = choose_spec(model, method=method).choices()
+        found[method] = {
+            name: list(dict.fromkeys([own[name], *values])) if name in own else [""] for name, values in every.items()
+        }
+    return found
+
+
+def specs_of_methods(model: str, chosen: MapSpec) -> list[MapSpec]:
+    """Return what the contact sheet compares: every method, ``chosen`` for its own, others as they are by default."""
+    return [chosen if method == chosen.method else choose_spec(model, method=method) for method in METHODS]
 
 
 def specs_to_show(default: MapSpec, n_layer: int) -> list[MapSpec]:

@@ -13,7 +13,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,22 @@ import numpy as np
 
 from captioning.files import data_url, write_text
 from captioning.maps import figures
-from captioning.maps.attention import Explanation, WordMaps
+from captioning.maps.attention import METHODS, Explanation, WordMaps
 
 TEMPLATE = Path(__file__).with_name("viewer.html")
 PHOTO_SIDE = 800  # pixels of the longer side, at most
 IN_SCRIPT = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "<>&"})  # so that no text can end its <script>
 
 
-def page(items: Sequence[Explanation], title: str) -> str:
+Offer = Mapping[str, Mapping[str, Sequence[str]]]  # by method its ``layers`` and ``heads``
+
+
+def page(items: Sequence[Explanation], title: str, offer: Offer | None = None) -> str:
     """Return the page of ``items`` as HTML.
+
+    It has the maps that they have. ``offer`` are those that it asks for when they are chosen, of the function
+    ``supply`` that whoever shows the page has set in it: of a method, layers and heads it returns what :func:`view`
+    does.
 
     A set of maps takes one byte (in base64 four thirds) per word and cell, a photograph 50 to 150 kB.
     ``page.html#item=1&word=3`` opens the page at a word; both count from 0.
@@ -42,7 +49,12 @@ def page(items: Sequence[Explanation], title: str) -> str:
         raise ValueError(f"{title}: no explained image to show; give at least one")
     template = TEMPLATE.read_text(encoding="utf-8")
     (script,) = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
-    content = {"palette": _base64(figures.palette().tobytes()), "items": [_item(item) for item in items]}
+    content = {
+        "palette": _base64(figures.palette().tobytes()),
+        "methods": {name: {"about": method.about, "slow": method.slow} for name, method in METHODS.items()},
+        "offer": [{"method": method, **choices} for method, choices in (offer or {}).items()],
+        "items": [_item(item) for item in items],
+    }
     parts = {
         "title": html.escape(figures.line(title)),
         "policy": _policy(script),
@@ -74,19 +86,22 @@ def _item(explanation: Explanation) -> dict[str, Any]:
         "aspect": photo.width / photo.height,
         "window": np.divide(explanation.window, photo.size * 2).clip(0, 1).tolist(),
         "mass": None if mass is None else np.asarray(mass).round(4).tolist(),
-        "views": [_view(word_maps) for word_maps in explanation.word_maps],
+        "views": [view(word_maps) for word_maps in explanation.word_maps],
         "photo": data_url(photo, PHOTO_SIDE),
     }
 
 
-def _view(word_maps: WordMaps) -> dict[str, Any]:
-    """Return the maps by one spec as bytes: 255 is ``peak``, the largest value; the colours end at ``end``."""
+def view(word_maps: WordMaps) -> dict[str, Any]:
+    """Return the maps by one spec as bytes: 255 is ``peak``, the largest value; the colours end at ``end``.
+
+    Layers and heads are empty where the method has none to choose.
+    """
     spec, maps = word_maps.spec, word_maps.maps
+    choices = {"layers": "", "heads": "", **spec.choices()}
     peak = float(maps.max()) or 1.0
     return {
         "method": spec.method,
-        "layers": spec.layers,
-        "heads": spec.heads,
+        **choices,
         "grid": list(maps.shape[1:]),
         "peak": peak,
         "end": figures.scale_end(maps),

@@ -6,6 +6,8 @@ import chromium
 import pytest
 from PIL import Image
 
+from captioning.maps.attention import METHODS, MapSpec
+
 pytestmark = pytest.mark.skipif(bool(chromium.ABSENT), reason=chromium.ABSENT)
 
 SEND = """((name, type, bytes) => {
@@ -84,16 +86,81 @@ def test_a_click_on_a_word_shows_its_map(page):
     assert page.run(f"{frame}.querySelector('.stage').classList.contains('mapped')")
     status = page.run(f"{frame}.querySelector('.status').textContent")
     assert "word 2 of" in status
-    methods = page.run(f"[...{frame}.querySelector('[name=method]').options].map(o => o.value)")
-    assert set(methods) == {"raw", "rollout", "grad", "relative"}
-    page.run(
-        f"(frame => {{ const field = frame.querySelector('[name=method]'); field.value = 'grad';"
-        f" field.dispatchEvent(new Event('change', {{bubbles: true}})); }})({frame})"
-    )
-    assert page.run(f"{frame}.querySelector('.status').textContent") != ""
     heights = page.run(f"{FRAMES}.map(f => [f.clientHeight, f.contentDocument.documentElement.scrollHeight])")
     assert all(shown >= inside for shown, inside in heights), "no scroll bar within the page"
     assert page.browser.log() == []
+
+
+class Frame:
+    """The page of one model's maps."""
+
+    def __init__(self, page, number):
+        self.page, self.document = page, f"{FRAMES}[{number}].contentDocument"
+
+    def run(self, script):
+        """Return the value of a JavaScript expression of the frame's document ``d``."""
+        return self.page.run(f"(d => {script})({self.document})")
+
+    def choose(self, name, value):
+        change = "field.dispatchEvent(new Event('change', {bubbles: true}));"
+        self.run(f"{{ const field = d.querySelector('[name={name}]'); field.value = '{value}'; {change} }}")
+
+    def offered(self, name):
+        """What can be chosen, nothing where the choice is hidden."""
+        field = f"d.querySelector('[name={name}]')"
+        return self.run(f"{field}.offsetParent ? [...{field}.options].map(o => o.value) : []")
+
+    def drawn(self):
+        """Wait until a map is drawn; return its pixels."""
+        self.page.until(f"(d => d.querySelector('.stage').classList.contains('mapped'))({self.document})")
+        return self.run("d.querySelector('.stage canvas').toDataURL()")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_maps_by_every_method_are_made_when_they_are_chosen(page, studio, number):
+    page.click("#strip button", 3)
+    page.captions()
+    frame = Frame(page, number)
+    frame.run("d.querySelectorAll('.words button')[2].click()")
+    assert set(frame.offered("method")) == set(METHODS)
+    found = set()
+    for method in METHODS:
+        frame.choose("method", method)
+        found.add(frame.drawn())
+        assert frame.run("d.querySelector('.about').textContent") == METHODS[method].about
+        choices = MapSpec(method).choices()
+        for name in ("layers", "heads"):
+            assert bool(frame.offered(name)) == (name in choices), "only what makes a difference is offered"
+    assert len(found) == len(METHODS)
+    frame.choose("method", "raw")
+    before = frame.drawn()
+    assert len(frame.offered("layers")) >= 6 and len(frame.offered("heads")) >= 7
+    frame.choose("layers", "1")
+    frame.choose("heads", "2")
+    assert frame.drawn() != before
+    heights = page.run(f"{FRAMES}.map(f => [f.clientHeight, f.contentDocument.documentElement.scrollHeight])")
+    assert all(shown >= inside for shown, inside in heights), "no scroll bar within the page"
+    assert page.browser.log() == [] and page.browser.text("#error") == ""
+
+
+def test_a_method_that_a_model_cannot_serve_is_one_line_and_the_others_go_on(page, studio, monkeypatch):
+    def refuse(*asked):
+        raise ValueError("grad needs gradients, which <this> model does not hand out")
+
+    page.click("#strip button", 3)
+    page.captions()
+    frame = Frame(page, 0)
+    frame.run("d.querySelectorAll('.words button')[2].click()")
+    first = frame.drawn()
+    monkeypatch.setattr(studio, "map", refuse)
+    frame.choose("method", "grad")
+    page.until(f"(d => d.querySelector('.status').textContent.includes('which <this> model'))({frame.document})")
+    assert not frame.run("d.querySelector('.stage').classList.contains('mapped')")
+    monkeypatch.undo()
+    frame.choose("method", "relative")
+    assert frame.drawn() != first
+    frame.choose("method", "grad")
+    frame.drawn()
 
 
 def test_a_picture_is_sent_and_captioned(page, tmp_path, studio):

@@ -16,7 +16,7 @@ from captioning.app.scenes import make_scenes
 from captioning.app.studio import Kept, Studio, adapters_beside, checked, short_name
 from captioning.files import write_json
 from captioning.maps import viewer
-from captioning.maps.explainers import specs_to_show
+from captioning.maps.attention import METHODS, MapSpec
 from captioning.models.llava import PROMPTS
 from captioning.profiles import PROFILES
 
@@ -45,16 +45,78 @@ def test_captions_confidences_and_other_beams_are_the_scripts(chosen, adapters, 
     assert (tuned["model"], llava["model"]) == ("tuned captioner", "LLaVA")
 
 
-@pytest.mark.parametrize(("model", "answer"), [("p2", 0), ("p1", 1)])
-def test_maps_are_the_scripts(model, answer, chosen, studio, adapters, tmp_path, monkeypatch):
-    """The page of maps is, letter by letter, the viewer of what p3_attention.py explains."""
+@pytest.fixture(scope="module")
+def explained(chosen, adapters, tmp_path_factory):
+    """A function of a model and further flags: what p3_attention.py explains of the scene's caption by that model."""
     _, path, answers = chosen
-    written = []
-    monkeypatch.setattr(p3_attention.viewer, "write", lambda items, out, title: written.extend(items))
-    flags = ("--adapter", str(adapters[0]), "--html", "--caption", answers[answer]["caption"])
-    assert p3_attention.main(["--model", model, "--images", str(path), "--out", str(tmp_path), *flags, *SMALL]) == 0
-    assert studio.page(answers[answer]["maps"]) == viewer.page(written, answers[answer]["model"])
-    assert len(written[0].word_maps) == len(specs_to_show(written[0].word_maps[0].spec, 4))
+    loaded, load, out = {}, p3_attention.load_explainer, tmp_path_factory.mktemp("maps")
+
+    def explain(model, *more):
+        answer = answers[("p2", "p1").index(model)]
+        written = []
+        flags = ("--adapter", str(adapters[0]), "--caption", answer["caption"], *more)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                p3_attention, "load_explainer", lambda *of: loaded.get(model) or loaded.setdefault(model, load(*of))
+            )
+            patch.setattr(p3_attention.figures, "word_grid", lambda *drawn: None)
+            patch.setattr(p3_attention, "save_maps", lambda out, explanation, attention: written.append(explanation))
+            assert p3_attention.main(["--model", model, "--images", str(path), "--out", str(out), *flags, *SMALL]) == 0
+        return answer, written[0]
+
+    return explain
+
+
+@pytest.mark.parametrize(("model", "name"), [("p2", None), ("p1", "llava")])
+def test_the_page_of_maps_begins_with_the_scripts(model, name, explained, studio):
+    """It is, letter by letter, the viewer of what p3_attention.py explains, and offers every method."""
+    answer, explanation = explained(model)
+    offer = studio.model(name or next(iter(studio.adapters))).map_choices()
+    assert studio.page(answer["maps"]) == viewer.page([explanation], answer["model"], offer)
+    assert list(offer) == list(METHODS)
+    for method, choices in offer.items():
+        assert choices.keys() == {"layers", "heads"} and all(choices.values())
+        assert {name for name in choices if choices[name] != [""]} == MapSpec(method).choices().keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", ["p2", "p1"])
+def test_maps_that_are_asked_for_are_the_scripts_to_the_byte(model, method, explained, studio):
+    answer, explanation = explained(model, "--method", method)
+    view = viewer.view(explanation.word_maps[0])
+    assert studio.map(answer["maps"], method, view["layers"], view["heads"]) == view
+    chosen = {name: values for name, values in {"layers": "1-2", "heads": "3"}.items() if view[name]}
+    flags = [word for name, value in chosen.items() for word in (f"--{name}", value)]
+    other = viewer.view(explained(model, "--method", method, *flags)[1].word_maps[0])
+    assert studio.map(answer["maps"], method, *({"layers": "", "heads": ""} | chosen).values()) == other
+    assert (other["maps"] == view["maps"]) == (not chosen)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("gone", "raw", "all", "mean"), "this page of maps is not kept any more; choose it again"),
+        (("", "dream", "all", "mean"), "--method dream: use one of raw"),
+        (("", "raw", "7", "mean"), "--layers 7: the model has layers 0 to 3"),
+        (("", "raw", [1], "mean"), r"--layers \[1\]: use all, last, a number"),
+        (("", "raw", "all", "9"), "--heads 9: the model has heads 0 to 3"),
+    ],
+)
+def test_maps_that_there_are_not_are_one_line(asked, message, studio, chosen):
+    maps, *spec = asked
+    with pytest.raises(ValueError, match=message):
+        studio.map(maps or chosen[2][0]["maps"], *spec)
+
+
+def test_maps_of_another_prompt_are_asked_by_it(studio, chosen):
+    """Whatever prompt other pages have had meanwhile."""
+    name, _, _ = chosen
+    adapter, spec = next(iter(studio.adapters)), ("raw", "all", "mean")
+    first, second = (
+        studio.caption(name, adapter, {"prompt": prompt})["answers"][1]["maps"] for prompt in PROMPTS.values()
+    )
+    once = studio.map(first, *spec)
+    assert studio.map(second, *spec) != once and studio.map(first, *spec) == once
 
 
 def test_scores_are_those_of_the_script_on_the_same_scenes(chosen, studio, scenes, tmp_path):

@@ -9,11 +9,13 @@ from PIL import Image
 from captioning.data.tokenizer import Tokenizer
 from captioning.inference import captions
 from captioning.inference.search import SearchResult
+from captioning.maps import explainers
 from captioning.maps.attention import METHODS, MapSpec, cell_centres, token_maps
 from captioning.maps.explainers import (
     CaptionerExplainer,
     LlavaExplainer,
     explain,
+    explain_each,
     read,
     specs_to_compare,
     specs_to_show,
@@ -214,6 +216,28 @@ def test_an_explanation_holds_what_pictures_need(explainer, tmp_path):
         assert (found.maps >= 0).all()
         assert found.maps.max() > 0
     assert ((explanation.image_mass > 0) & (explanation.image_mass < 1)).all()
+
+
+def test_what_a_model_cannot_serve_is_left_out_with_the_reason(explainer, tmp_path, monkeypatch):
+    image().save(tmp_path / "x.png")
+    specs = [MapSpec(method, "all") for method in ("raw", "grad", "relative")]
+    whole, _, absent = explain_each(explainer, tmp_path / "x.png", specs, CAPTION)
+    assert [found.spec for found in whole.word_maps] == specs and absent == {}
+    served = explainers.read
+
+    def without_gradients(explainer, inputs, tokens, specs, *more):
+        if any(spec.method == "grad" for spec in specs):
+            raise ValueError("grad needs gradients, which this model does not hand out\nand more")
+        return served(explainer, inputs, tokens, specs, *more)
+
+    monkeypatch.setattr(explainers, "read", without_gradients)
+    rest, _, absent = explain_each(explainer, tmp_path / "x.png", specs, CAPTION)
+    assert absent == {specs[1]: "grad needs gradients, which this model does not hand out"}
+    assert [found.spec for found in rest.word_maps] == [specs[0], specs[2]]
+    for one, other in zip(whole.word_maps[::2], rest.word_maps, strict=True):
+        assert (one.maps == other.maps).all()
+    with pytest.raises(ValueError, match="grad needs"):
+        explain_each(explainer, tmp_path / "x.png", specs[1:], CAPTION)
 
 
 def test_tables_have_every_method_once(explainer):

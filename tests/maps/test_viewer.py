@@ -4,13 +4,14 @@ import base64
 import contextlib
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from captioning.maps import viewer
-from captioning.maps.attention import Explanation, MapSpec, WordMaps
+from captioning.maps.attention import METHODS, Explanation, MapSpec, WordMaps
 
 EVIL = "<script>window.hacked=1</script>"
 EVIL_FILE = '"><img src=x onerror=window.hacked=2>.png'
@@ -62,6 +63,34 @@ def test_the_maps_keep_their_values_within_half_a_step_of_a_byte(tmp_path):
     levels = np.frombuffer(base64.b64decode(view["maps"]), dtype=np.uint8).reshape(3, *view["grid"])
     assert np.abs(levels / 255 * view["peak"] - maps).max() <= maps.max() / 255 * 0.51
     assert 0.9 * maps.max() < view["end"] <= view["peak"]
+
+
+def test_every_method_has_its_line_and_only_what_it_depends_on_is_offered(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "blind", replace(METHODS["raw"], about="sees nothing", layers="", heads=False))
+    maps = np.ones((3, 4, 6), dtype=np.float32)
+    found = [WordMaps(spec, maps) for spec in (MapSpec("blind"), MapSpec("raw", "2"))]
+    shown = content(viewer.page([explanation(tmp_path / "a.png", found=found)], "t"))
+    assert {name: of["about"] for name, of in shown["methods"].items()} == {n: m.about for n, m in METHODS.items()}
+    assert [[v["method"], v["layers"], v["heads"]] for v in shown["items"][0]["views"]] == [
+        ["blind", "", ""],
+        ["raw", "2", "mean"],
+    ]
+    assert shown["offer"] == []
+
+
+def test_choices_that_make_no_difference_are_hidden(browser, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "blind", replace(METHODS["raw"], about="sees <nothing>", layers="", heads=False))
+    maps = np.ones((3, 4, 6), dtype=np.float32)
+    found = [WordMaps(spec, maps) for spec in (MapSpec("blind"), MapSpec("raw", "2"), MapSpec("raw", "all"))]
+    viewer.write([explanation(tmp_path / "a.png", found=found)], tmp_path / "page.html", "t")
+    browser.open(tmp_path / "page.html", fragment="#item=0&word=1")
+    shown = "['layers', 'heads'].map(n => document.querySelector(`[name=${n}]`).offsetParent !== null)"
+    assert browser.options("method") == ["blind", "raw"] and browser.run(shown) == [False, False]
+    assert browser.text(".about") == "sees <nothing>"
+    browser.choose("method", "raw")
+    assert browser.run(shown) == [True, True] and browser.options("layers") == ["2", "all"]
+    assert browser.text(".about") == METHODS["raw"].about
+    assert browser.log() == []
 
 
 def test_maps_without_any_attention_are_no_division_by_zero(tmp_path):
