@@ -1,6 +1,7 @@
 """Show which pixels each word looked at: captions with one heat map per word, for LLaVA (p1) and the tuned model (p2).
 
 python p3_attention.py --model p2 --images DIR_OR_FILES --out DIR [--html]       maps, as one PNG and one npz per image
+python p3_attention.py --model p2 --images FILE --out DIR --contact-sheet         one picture by all methods
 python p3_attention.py --model p2 --best-worst PER_IMAGE.json --images DIR --annotation-file val.json --out DIR
 python p3_attention.py --model p2 --grounding val.json --images DIR --out DIR     do the maps point at the things?
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,9 +40,12 @@ from captioning.maps.explainers import (
     LlavaExplainer,
     choose_spec,
     explain,
+    explain_each,
+    specs_of_methods,
     specs_to_compare,
     specs_to_show,
 )
+from captioning.maps.measures import Box
 from captioning.maps.pairs import Pair, best_and_worst, read_per_image
 from captioning.maps.saved import save_maps
 from captioning.messages import naming
@@ -48,12 +53,15 @@ from captioning.models.adapter import load_captioner
 from captioning.models.llava import DTYPES, MAX_NEW_TOKENS, PROMPTS, check_prompt, load_llava
 from captioning.profiles import PROFILES
 from captioning.scale.sources import images_at
+from captioning.scoring.chair import ObjectWords, objects_in_boxes
 from captioning.timing import Timer
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("captioning")
+LETTERS = 4  # of the shortest word on a contact sheet without nouns that are known
+Nouns = Callable[[str, Sequence[str]], dict[int, list[Box]]]
 BESIDE = Path()  # the value of --best-worst without a file
 
 
@@ -84,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--row", choices=ROWS, help=f"position that predicts a token, or its own: of attention {_defaults('row')}")
     add("--caption", help="explain this caption of one image instead of the model's own")
     add("--html", action="store_true", help="write viewer.html too, with every method and many layers and heads")
+    add("--contact-sheet", action="store_true", help="draw NAME.methods.png too: the caption's nouns by every method")
     add(
         "--best-worst",
         type=Path,
@@ -94,7 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_annotation_file(parser, "references, shown with --best-worst")
     add("--grounding", type=Path, metavar="CAPTIONS.json", help="measure all methods against boxes")
-    add("--boxes", type=Path, metavar="INSTANCES.json", help="COCO instances, for captions without mentions")
+    add(
+        "--boxes",
+        type=Path,
+        metavar="INSTANCES.json",
+        help="COCO instances: for --grounding captions without mentions, or to draw on --contact-sheet",
+    )
     add("--count", type=positive_int, default=500, help="images for --grounding")
     add("--specs", nargs="+", metavar="SPEC", help="what --grounding compares: methods, or method,layers,heads,row")
     add("--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="p2: what p2_train.py wrote")
@@ -132,6 +146,25 @@ def load_explainer(args: argparse.Namespace, device: torch.device) -> Explainer:
     return CaptionerExplainer(captioner, tokenizer, args.beam_size or 5, args.max_new_tokens or 30)
 
 
+def read_nouns(args: argparse.Namespace, paths: dict[str, Path]) -> Nouns:
+    """Return which words of an image's caption the contact sheet shows, each with its boxes where ``--boxes`` has them.
+
+    They are the words for objects, as CHAIR has them; where a caption has none, or there is no list, the longer words.
+    """
+    file = Path(PROFILES[args.profile].chair_words)
+    if args.boxes and not file.is_file():
+        raise FileNotFoundError(f"--boxes needs {file}, the words for its categories; run: bash hw3_download.sh data")
+    objects = ObjectWords.read(file) if file.is_file() else ObjectWords({})
+    names = {key: key + path.suffix for key, path in paths.items()}
+    boxes = objects_in_boxes(args.boxes, objects, names, {}) if args.boxes else {}
+
+    def find(key: str, words: Sequence[str]) -> dict[int, list[Box]]:
+        named = objects.places(words) or {n: "" for n, word in enumerate(words) if len(word) >= LETTERS}
+        return {n: boxes.get(key, {}).get(name, []) for n, name in (named or {len(words) - 1: ""}).items()}
+
+    return find
+
+
 # --- the three runs -------------------------------------------------------------------------------------------------
 
 
@@ -141,19 +174,25 @@ def not_explained(path: Path, error: Exception) -> None:
     log.debug("%s", path, exc_info=error)
 
 
-def run_images(explainer: Explainer, paths: dict[str, Path], args: argparse.Namespace) -> int:
-    """Write a PNG and an npz per image, and the viewer; an image or caption that fails is named and left out."""
+def run_images(explainer: Explainer, paths: dict[str, Path], nouns: Nouns | None, args: argparse.Namespace) -> int:
+    """Write pictures and an npz per image, and the viewer; an image or caption that fails is named and left out."""
     from tqdm import tqdm
 
     spec = chosen_spec(args)
-    specs = specs_to_show(spec, explainer.n_layer) if args.html else [spec]
+    by_method = specs_of_methods(explainer.name, spec) if nouns else []
+    specs = list(dict.fromkeys([spec, *(specs_to_show(spec, explainer.n_layer) if args.html else []), *by_method]))
     items, timer = [], Timer("explain")
     for key, path in tqdm(paths.items(), "explain", disable=None):
         try:
-            explanation, attention = explain(explainer, path, specs, args.caption)
+            explanation, attention, absent = explain_each(explainer, path, specs, args.caption)
         except Exception as error:  # of any type: one image must not end the run
             not_explained(path, error)
             continue
+        for left_out, why in absent.items():
+            log.warning("%s: no maps by %s: %s", path, left_out, why)
+        if nouns:
+            rows = nouns(key, explanation.words)
+            figures.contact_sheet(explanation, by_method, rows, args.out / f"{key}.methods.png", absent)
         figures.word_grid(explanation, args.out / f"{key}.png")
         save_maps(args.out / f"{key}.npz", explanation, attention)
         print(f"{path.name}  {figures.line(explanation.caption)}")
@@ -228,9 +267,12 @@ def check_args(args: argparse.Namespace) -> None:
     if args.best_worst:
         args.best_worst = args.adapter.with_name("val_per_image.json") if args.best_worst == BESIDE else args.best_worst
         args.annotation_file = args.annotation_file or references_beside(args.images[0])
-    for flag in ("boxes", "specs"):
-        if getattr(args, flag) and not args.grounding:
-            raise ValueError(f"--{flag} belongs to --grounding")
+    if args.specs and not args.grounding:
+        raise ValueError("--specs belongs to --grounding")
+    if args.contact_sheet and (args.best_worst or args.grounding):
+        raise ValueError("--contact-sheet is of --images; leave out --best-worst and --grounding")
+    if args.boxes and not (args.grounding or args.contact_sheet):
+        raise ValueError("--boxes belongs to --grounding and --contact-sheet")
     if args.caption is not None and not args.caption.strip():
         raise ValueError("--caption is empty; give the words to explain")
 
@@ -248,6 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     check_writable(args.out, "--out")
     samples = read_grounded(args) if args.grounding else []
     pairs = read_pairs(paths, args) if args.best_worst else []
+    nouns = read_nouns(args, paths) if args.contact_sheet else None
     explainer = load_explainer(args, device)
     parse_layers(chosen_spec(args).layers, explainer.n_layer)  # refuse what the model lacks before any work
     Heads.parse(chosen_spec(args).heads, explainer.n_head)
@@ -255,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_grounding(explainer, samples, args)
     if args.best_worst:
         return run_best_worst(explainer, pairs, args)
-    return run_images(explainer, paths, args)
+    return run_images(explainer, paths, nouns, args)
 
 
 if __name__ == "__main__":

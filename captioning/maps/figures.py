@@ -10,17 +10,18 @@ import contextlib
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from captioning.data.images import load_image
 from captioning.files import atomic_path
-from captioning.maps.attention import METHODS, Explanation, Window
+from captioning.maps.attention import METHODS, Explanation, MapSpec, Window
 from captioning.maps.comparison import Row
+from captioning.maps.measures import Box
 from captioning.maps.pairs import Pair
 
 DPI = 160
@@ -31,6 +32,8 @@ OUTSIDE = 0.4  # brightness of the part of the image that the model never saw
 TILE_AREA = 3.2  # square inches
 TILE_SIDE = 5.0  # inches at most, for panoramas
 GAP, TITLE, FOOT, MARGIN = 0.14, 0.27, 0.17, 0.2  # inches: between tiles, above a tile, below it, around all
+SHEET_AREA = 1.3  # square inches of a tile of the contact sheet
+SHEET_GAP, SHEET_TITLE, SHEET_WORD = 0.06, 0.5, 0.95  # inches: between tiles, above the columns, of a row's word
 MIN_WIDTH = 5.6  # inches of a figure: its caption and colour bar need room
 GREY = "#5b6470"
 PLAIN = "plain image"  # title of the tile without a map
@@ -190,10 +193,10 @@ def _wrapped(text: object, width: float, size: float) -> list[str]:
     return textwrap.wrap(line(text), max(int(width * 72 / (size * 0.55)), 8), break_on_hyphens=False) or [""]
 
 
-def _tile_size(width: int, height: int) -> tuple[float, float]:
+def _tile_size(width: int, height: int, area: float = TILE_AREA) -> tuple[float, float]:
     """Return inches of a tile for an image of ``width`` x ``height`` pixels: equal areas, whatever the aspect ratio."""
     ratio = math.sqrt(width / height)
-    across, down = math.sqrt(TILE_AREA) * ratio, math.sqrt(TILE_AREA) / ratio
+    across, down = math.sqrt(area) * ratio, math.sqrt(area) / ratio
     shrink = min(1.0, TILE_SIDE / across, TILE_SIDE / down)
     return across * shrink, down * shrink
 
@@ -224,7 +227,8 @@ def word_grid(explanation: Explanation, out: Path) -> None:
     height = head + math.ceil(count / columns) * step[1] + 0.88
     start = (width - columns * step[0] + GAP) / 2
     corners = [(start + n % columns * step[0], head + TITLE + n // columns * step[1]) for n in range(count)]
-    with _figure(width, height, Path(out), description(explanation)) as figure:
+    spec = word_maps.spec
+    with _figure(width, height, Path(out), f"{_origin(explanation)} | maps: {spec}, row {spec.row}") as figure:
         _heading(figure, caption, explanation)
         end = scale_end(word_maps.maps)
         tiles = _tiles(explanation, photo, (round(across * DPI), round(down * DPI)), end)
@@ -235,16 +239,15 @@ def word_grid(explanation: Explanation, out: Path) -> None:
             if mass is not None and number:
                 share = f"{mass[number - 1]:.0%} on the image"
                 _write(figure, left + across / 2, top + down + 0.04, share, ha="center", fontsize=6.5, color=GREY)
-        _colour_bar(figure, height - 0.71, end, bool(word_maps.maps.max() > end), f"maps: {word_maps.spec}")
-        about = METHODS[word_maps.spec.method].about
+        _colour_bar(figure, height - 0.71, end, bool(word_maps.maps.max() > end), f"maps: {spec}")
+        about = METHODS[spec.method].about
         foot = _write(figure, width / 2, height - 0.09, about, ha="center", va="bottom", fontsize=7, color=GREY)
         _fit(figure, foot, width - MARGIN)
 
 
-def description(explanation: Explanation) -> str:
-    """Return what a picture of maps is of, in a line: the model, the image, its caption, and how the maps were made."""
-    model, spec = MODELS[explanation.model], explanation.word_maps[0].spec
-    return f"{model}, {explanation.path.name}: {explanation.caption} | maps: {spec}, row {spec.row}"
+def _origin(explanation: Explanation) -> str:
+    """Return the model, the image and its caption in a line."""
+    return f"{MODELS[explanation.model]}, {explanation.path.name}: {explanation.caption}"
 
 
 def _heading(figure: Any, caption: list[str], explanation: Explanation) -> None:
@@ -288,6 +291,92 @@ def _colour_bar(figure: Any, top: float, end: float, cut: bool, label: str) -> N
     axis.tick_params(labelsize=7, length=2, width=0.4, pad=2)
     axis.locator_params(nbins=5)
     axis.set_xlabel(line(label), fontsize=8, labelpad=3)
+
+
+def contact_sheet(
+    explanation: Explanation,
+    specs: Sequence[MapSpec],
+    rows: Mapping[int, Sequence[Box]],
+    out: Path,
+    absent: Mapping[MapSpec, str] | None = None,
+) -> None:
+    """Write a PNG of one image by several methods: a row per word, and in it the plain image and a map by each method.
+
+    Args:
+        explanation: the image with its maps.
+        specs: the columns.
+        rows: the words to show, by place, each with the boxes (x, y, width, height in pixels) of what it names.
+        out: the picture's path.
+        absent: the specs that the explanation has no maps of, each with the reason, which their columns say instead.
+
+    Raises:
+        OSError, ValueError: as :func:`checked_photo`; there is no row.
+    """
+    photo, made = checked_photo(explanation), {found.spec: found.maps for found in explanation.word_maps}
+    if not rows:
+        raise ValueError(f"{explanation.path}: no word of {explanation.caption!r} to show; give at least one")
+    across, down = _tile_size(*photo.size, area=SHEET_AREA)
+    step, size = (across + SHEET_GAP, down + SHEET_GAP), (round(across * DPI), round(down * DPI))
+    left = MARGIN + SHEET_WORD + SHEET_GAP
+    width = max(left + (len(specs) + 1) * step[0] - SHEET_GAP + MARGIN, MIN_WIDTH)
+    caption = _wrapped(explanation.caption, width - 2 * MARGIN, 13)
+    top = MARGIN + 0.24 * len(caption) + 0.3 + SHEET_TITLE
+    height = top + len(rows) * step[1] + 0.32
+    about = f"{_origin(explanation)} | maps: {'; '.join(str(spec) for spec in specs if spec in made)}"
+    with _figure(width, height, Path(out), about) as figure:
+        _heading(figure, caption, explanation)
+        for number, spec in enumerate(specs, 1):
+            at = left + number * step[0] + across / 2
+            _column_title(figure, at, top, across, spec)
+            if spec not in made:
+                reason = "\n".join(_wrapped((absent or {}).get(spec, "not made"), across, 6.5))
+                _write(figure, at, top, reason, ha="center", fontsize=6.5, color=GREY)
+        for number, (place, boxes) in enumerate(rows.items()):
+            word = _write(
+                figure,
+                MARGIN + SHEET_WORD,
+                top + number * step[1] + down / 2,
+                line(explanation.words[place]),
+                fontsize=11,
+                ha="right",
+                va="center",
+            )
+            _fit(figure, word, SHEET_WORD)
+            grids = {n: made[spec][place] for n, spec in enumerate(specs, 1) if spec in made}
+            for column, tile in _sheet_row(explanation, photo, grids, boxes, size):
+                x, y = left + column * step[0], height - top - number * step[1]  # y from below
+                figure.figimage(tile, round(x * DPI), round(y * DPI) - len(tile))
+        foot = "each map on its own colours, from nothing to its largest value; a frame: the box of what the word names"
+        foot = _write(figure, width / 2, height - 0.12, foot, ha="center", va="bottom", fontsize=7, color=GREY)
+        _fit(figure, foot, width - MARGIN)
+
+
+def _column_title(figure: Any, at: float, bottom: float, width: float, spec: MapSpec) -> None:
+    """Write a method's name above its column, whose middle is at ``at`` inches, and below it layers and heads."""
+    small = "\n".join(f"{name} {value}" for name, value in spec.choices().items())
+    style = {"ha": "center", "va": "bottom"}
+    _fit(figure, _write(figure, at, bottom - 0.27, spec.method, fontsize=10, **style), width)
+    _write(figure, at, bottom - 0.05, small, fontsize=6, color=GREY, linespacing=1.2, **style)
+
+
+def _sheet_row(
+    explanation: Explanation,
+    photo: Image.Image,
+    grids: Mapping[int, np.ndarray],
+    boxes: Sequence[Box],
+    size: tuple[int, int],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield column and pixels of a word's tiles, each of ``size`` (width, height): the plain image as 0, and maps."""
+    small = photo.resize(size, Image.Resampling.LANCZOS)
+    window, scale = _scaled(explanation.window, photo, small), np.tile(np.divide(size, photo.size), 2)
+    lit = {n: _coloured(small, spread(grid, size, window), scale_end(grid)) for n, grid in grids.items()}
+    for column, pixels in {0: np.asarray(small) / 255, **lit}.items():
+        tile = Image.fromarray((pixels * 255).round().astype(np.uint8))
+        draw = ImageDraw.Draw(tile)
+        for x, y, w, h in (np.multiply(box, scale).round().tolist() for box in boxes):
+            for reach, colour in ((1, "black"), (0, "white")):  # seen on light and on dark ground
+                draw.rectangle((x - reach, y - reach, x + w + reach, y + h + reach), outline=colour)
+        yield column, np.asarray(tile) / 255
 
 
 def best_worst(pairs: Sequence[Pair], out: Path) -> None:

@@ -94,6 +94,15 @@ class ObjectWords:
             words = [word for word in words if word != "seat"]
         return [(word, self.names[word]) for word in words if word in self.names]
 
+    def places(self, words: Sequence[str]) -> dict[int, str]:
+        """Return the objects that a caption names, each by the place of its (last) word among the ``words``."""
+        so_far = [self.find(" ".join(words[: n + 1])) for n in range(len(words))]
+        named = so_far[-1] if so_far else []
+        found = {}
+        for count, (_, name) in enumerate(named, 1):
+            found[next(n for n, names in enumerate(so_far) if names[:count] == named[:count])] = name
+        return found
+
     def _paired(self, words: Sequence[str]) -> Iterator[str]:
         position = 0
         while position < len(words):
@@ -124,8 +133,10 @@ def _singulars(word: str) -> Iterator[str]:
 
 def objects_in_boxes(
     file: str | os.PathLike, words: ObjectWords, file_names: Mapping[str, str], ids: Mapping[str, int]
-) -> dict[str, set[str]]:
+) -> dict[str, dict[str, list[Any]]]:
     """Return the objects of every image by key, from COCO instances (or the micro world's captions with ``objects``).
+
+    Each object has its boxes: x, y, width and height, or None where a record lacks them.
 
     Args:
         file: images, categories and boxes.
@@ -150,13 +161,14 @@ def objects_in_boxes(
             f"{file}: has the boxes of other images: {len(missing)} of the {len(file_names)} to score are not among "
             f"its {len(images)}: {some(missing)}"
         )
-    found: dict[str, set[str]] = {key: set() for key in file_names}
+    found: dict[str, dict[str, list[Any]]] = {key: {} for key in file_names}
     boxes = "objects" if "objects" in content else "annotations"
     for record in read_records(file, content, boxes, "image_id", "category_id", optional=True):
         if record["category_id"] not in categories:
             raise ValueError(f"{file}: a box has the category {record['category_id']!r}, which is not among its own")
         if record["image_id"] in by_id:
-            found[by_id[record["image_id"]]].add(words.names[categories[record["category_id"]]])
+            name = words.names[categories[record["category_id"]]]
+            found[by_id[record["image_id"]]].setdefault(name, []).append(record.get("bbox"))
     return found
 
 
@@ -182,7 +194,8 @@ class Chair:
             )
         list_ = ObjectWords.read(words)
         alone = boxes == FROM_REFERENCES
-        boxed = {} if alone else objects_in_boxes(boxes, list_, file_names, ids or {})
+        found = {} if alone else objects_in_boxes(boxes, list_, file_names, ids or {})
+        boxed = {image: set(objects) for image, objects in found.items()}
         there = "those that the references name" + ("" if alone else f" and those with boxes in {boxes}")
         return cls(list_, boxed, {"chair_words": words, "chair_objects": there})
 

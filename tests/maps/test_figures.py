@@ -174,6 +174,66 @@ def test_word_grids_of_any_shape_cut_nothing_off(tmp_path, texts, size, caption)
     assert about == f"tuned captioner, {item.path.name}: {item.caption} | {how}"
 
 
+SPECS = [MapSpec("raw", "all"), MapSpec("grad", "2-3", "max"), MapSpec("rollout", "all"), MapSpec("relative", "all")]
+BOX = (60, 20, 40, 40)
+
+
+def sheet(path, size=(120, 80), words=("a", "dog", "and", "dog"), absent=(), **more):
+    """An explanation with maps by the specs that are not ``absent``; the last word's hot cell is in ``BOX``."""
+    found = [WordMaps(spec, planted((1, 4), len(words))) for spec in SPECS if spec not in absent]
+    return broken(explanation(path, size, words=words, **more), word_maps=found)
+
+
+@pytest.mark.parametrize("size", [(120, 80), (60, 200), (640, 90)])
+def test_a_contact_sheet_has_a_row_per_word_and_a_column_per_method(tmp_path, texts, tiles, monkeypatch, size):
+    from matplotlib.figure import Figure
+
+    cells, draw = [], Figure.figimage
+    monkeypatch.setattr(Figure, "figimage", lambda self, *args: cells.append(args) or draw(self, *args))
+    item = sheet(tmp_path / "a.png", size, notes={"CLIPScore": "0.81"})
+    figures.contact_sheet(item, SPECS, {1: [], 3: [BOX]}, tmp_path / "out.png")
+    assert len(tiles) == 2 * 4 and len(cells) == 2 * (1 + 4), "the plain image comes first"
+    places = {(x, y) for _, x, y in cells}
+    assert len({x for x, _ in places}) == 5 and len({y for _, y in places}) == 2 and len(places) == 10
+    assert_nothing_is_cut_off_or_run_together(texts)
+    (found,) = ([text for text, _ in found] for found in texts.values())
+    assert [text for text in found if text in METHODS] == ["raw", "grad", "rollout", "relative"]
+    assert found.count("dog") == 2 and "a" not in found and "layers 2-3\nheads max" in found
+    with Image.open(tmp_path / "out.png") as picture:
+        about = picture.info["Description"]
+    assert about.endswith("| maps: " + "; ".join(map(str, SPECS)))
+
+
+def test_a_contact_sheet_frames_what_the_word_names_where_it_is_known(tmp_path, monkeypatch):
+    """On the original's pixels, whatever the tile's size, in the plain image too."""
+    made, row = [], figures._sheet_row
+    monkeypatch.setattr(figures, "_sheet_row", lambda *args: iter(made.append(list(row(*args))) or made[-1]))
+    item = sheet(tmp_path / "a.png")
+    for boxes in ([], [BOX]):
+        figures.contact_sheet(item, SPECS, {3: boxes}, tmp_path / "out.png")
+    bare, framed = (dict(tiles) for tiles in made)
+    assert bare.keys() == framed.keys() == {0, 1, 2, 3, 4}
+    scale = framed[0].shape[1] / 120
+    left, middle = round(BOX[0] * scale), round((BOX[1] + BOX[3] / 2) * scale)
+    for column, tile in framed.items():
+        assert tile[middle, left].min() == 1 and tile[middle, left - 1].max() == 0, "white on black"
+        assert (tile != bare[column]).any(-1).mean() < 0.1, "the frame hides nothing"
+        y, x = np.unravel_index(bare[column].sum(-1).argmax(), tile.shape[:2])
+        assert column == 0 or (BOX[0] < x / scale < BOX[0] + BOX[2] and BOX[1] < y / scale < BOX[1] + BOX[3])
+
+
+def test_a_method_that_a_model_cannot_serve_has_the_reason_in_its_column(tmp_path, texts, tiles):
+    absent = {SPECS[2]: "rollout needs the attention of the image's own rows; capture all rows"}
+    item = sheet(tmp_path / "a.png", absent=absent)
+    figures.contact_sheet(item, SPECS, {1: [BOX]}, tmp_path / "out.png", absent)
+    assert len(tiles) == 3
+    assert_nothing_is_cut_off_or_run_together(texts)
+    (found,) = ([text for text, _ in found] for found in texts.values())
+    assert "rollout" in found and any(" ".join(text.split()) == absent[SPECS[2]] for text in found)
+    with pytest.raises(ValueError, match=r"a\.png: no word of 'a dog and dog' to show"):
+        figures.contact_sheet(item, SPECS, {}, tmp_path / "none.png")
+
+
 def test_tiles_keep_the_aspect_ratio_and_show_the_patch(tmp_path, tiles):
     item = explanation(tmp_path / "a.png", (320, 160), (80, 0, 240, 160), hot=(0, 0))
     figures.word_grid(item, tmp_path / "out.png")

@@ -132,6 +132,22 @@ def test_objects_that_a_caption_names(words, caption, objects):
     assert [name for _, name in ObjectWords.read(words).find(caption)] == objects
 
 
+@pytest.mark.parametrize(("caption", "objects"), NAMED)
+def test_each_object_has_the_place_of_its_word(words, caption, objects):
+    list_, text = ObjectWords.read(words), caption.split()
+    places = list_.places(text)
+    assert list(places) == sorted(places) and len(places) == len(set(places))
+    assert set(places.values()) <= set(objects) and len(places) <= len(objects)
+
+
+def test_the_place_of_a_name_of_two_words_is_that_of_the_second(tmp_path):
+    (tmp_path / "words.txt").write_text("hot dog\ndog, puppy\nbear\nperson, baby\n")
+    list_ = ObjectWords.read(tmp_path / "words.txt")
+    text = "Two puppies, a hot dog and a baby bear with a dog."
+    assert list_.places(text.split()) == {1: "dog", 4: "hot dog", 8: "bear", 11: "dog"}
+    assert list_.places([]) == list_.places(["nothing"]) == {}
+
+
 def test_scores_counted_by_hand(words, boxes):
     file_names = {image: f"{image}.jpg" for image, *_ in CASES}
     chair = Chair.of_files(str(words), str(boxes), file_names)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import p3_attention
 from captioning.cli import BAD_INPUT, PARTIAL
+from captioning.maps import figures
 from captioning.maps.attention import METHODS
 from captioning.maps.saved import load_maps
 from captioning.profiles import PROFILES
@@ -87,6 +88,43 @@ def test_flags_choose_layers_heads_and_method(images, tmp_path, adapter):
     assert (str(b["method"]), str(b["heads"]), str(b["row"])) == ("generic", "max", "own")
     words = [a["attention"][1, 0][a["word_of_token"] == n].mean(0) for n in range(3)]
     assert np.allclose(a["maps"], words, atol=1e-3)
+
+
+@pytest.mark.parametrize("model", ["p1", "p2"])
+def test_one_picture_by_all_methods(model, tiny_data, tmp_path, adapter, monkeypatch):
+    content = json.loads((tiny_data / "val.json").read_text())
+    image, names = content["images"][0], {category["id"]: category["name"] for category in content["categories"]}
+    mine = [record for record in content["objects"] if record["image_id"] == image["id"]]
+    name = names[mine[0]["category_id"]]
+    drawn, draw = [], figures.contact_sheet
+    monkeypatch.setattr(figures, "contact_sheet", lambda *args: drawn.append(args) or draw(*args))
+    out, path = tmp_path / "out", tiny_data / "images" / "val" / image["file_name"]
+    flags = ("--contact-sheet", "--html", "--boxes", tiny_data / "val.json", "--caption", f"A {name} and a thing.")
+    assert explain(model, [path], out, adapter, *flags) == 0
+    ((item, specs, rows, file, absent),) = drawn
+    assert [spec.method for spec in specs] == list(METHODS) and not absent
+    assert rows == {1: [record["bbox"] for record in mine if names[record["category_id"]] == name]}
+    assert file == out / f"{path.stem}.methods.png" and file.stat().st_size > 10_000
+    assert {found.spec for found in item.word_maps} >= set(specs)
+    page = (out / "viewer.html").read_text(encoding="utf-8")
+    assert all(f'"method":"{method}"' in page for method in METHODS)
+
+
+def test_rows_of_a_contact_sheet_without_nouns_that_are_known(images, tmp_path, adapter, monkeypatch, capsys):
+    rows = []
+    monkeypatch.setattr(figures, "contact_sheet", lambda item, specs, *args: rows.append(args[0]))
+    one, out = sorted(images.iterdir())[:1], tmp_path / "out"
+    for caption in ("A thing on the gadget.", "Up."):
+        assert explain("p2", one, out, adapter, "--contact-sheet", "--caption", caption) == 0
+    assert rows == [{1: [], 4: []}, {0: []}]
+    wide, boxes = [images / "wide.png"], tmp_path / "boxes.json"
+    boxes.write_text(json.dumps({"images": [{"id": 1, "file_name": "other.jpg"}], "categories": [], "annotations": []}))
+    for flags, message in [
+        (("--contact-sheet", "--boxes", tmp_path / "no.json"), "no.json"),
+        (("--boxes", boxes), "--boxes belongs to --grounding and --contact-sheet"),
+        (("--contact-sheet", "--best-worst", boxes), "leave out --best-worst and --grounding"),
+    ]:
+        assert message in fails(capsys, "p2", wide, tmp_path / "bad", adapter, *flags)
 
 
 @pytest.mark.parametrize("worst_is_empty", [False, True])
