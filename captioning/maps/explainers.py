@@ -301,7 +301,8 @@ def choose_spec(model: str, **choices: str | None) -> MapSpec:
     useless = [name for name in ("layers", "heads") if name in given and name not in spec.choices()]
     if useless:
         raise ValueError(f"--{useless[0]} makes no difference to --method {spec.method}; leave it out")
-    start = DEFAULTS[model] if spec.method == DEFAULTS[model].method else MapSpec(layers=METHODS[spec.method].layers)
+    own = METHODS[spec.method].layers or "all"
+    start = DEFAULTS[model] if spec.method == DEFAULTS[model].method else MapSpec(layers=own)
     return replace(start, **{"method": spec.method, **given})
 
 
@@ -350,7 +351,7 @@ def specs_to_show(default: MapSpec, n_layer: int) -> list[MapSpec]:
     """Return what the viewer offers, the default first: the methods that are not slow."""
     specs = [default]
     for method, of in METHODS.items():
-        layers = layer_choices(n_layer) if method in ("raw", "relative", "generic") else [of.layers]
+        layers = layer_choices(n_layer) if method in ("raw", "relative", "generic") else [of.layers or "all"]
         heads = ("mean", "max") if of.heads else ("mean",)
         specs += [MapSpec(method, layer, head, default.row) for layer in layers for head in heads if not of.slow]
     return list(dict.fromkeys(specs))
