@@ -260,8 +260,10 @@ def run_grounding(explainer: Explainer, samples: list[grounding.GroundedCaption]
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse flags that make no sense together before anything is loaded."""
-    if args.best_worst and args.grounding:
-        raise ValueError("--best-worst and --grounding are two runs; give one of them")
+    runs = [name for name in ("best_worst", "grounding", "contact_sheet") if getattr(args, name)]
+    if len(runs) > 1:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in runs)
+        raise ValueError(f"{names} are {len(runs)} runs; give one of them")
     if (args.best_worst or args.grounding) and (len(args.images) != 1 or not args.images[0].is_dir()):
         raise ValueError("--images must be the one folder of the images for --best-worst and --grounding")
     if args.best_worst:
@@ -269,8 +271,6 @@ def check_args(args: argparse.Namespace) -> None:
         args.annotation_file = args.annotation_file or references_beside(args.images[0])
     if args.specs and not args.grounding:
         raise ValueError("--specs belongs to --grounding")
-    if args.contact_sheet and (args.best_worst or args.grounding):
-        raise ValueError("--contact-sheet is of --images; leave out --best-worst and --grounding")
     if args.boxes and not (args.grounding or args.contact_sheet):
         raise ValueError("--boxes belongs to --grounding and --contact-sheet")
     if args.caption is not None and not args.caption.strip():

@@ -118,11 +118,13 @@ def test_rows_of_a_contact_sheet_without_nouns_that_are_known(images, tmp_path, 
         assert explain("p2", one, out, adapter, "--contact-sheet", "--caption", caption) == 0
     assert rows == [{1: [], 4: []}, {0: []}]
     wide, boxes = [images / "wide.png"], tmp_path / "boxes.json"
-    boxes.write_text(json.dumps({"images": [{"id": 1, "file_name": "other.jpg"}], "categories": [], "annotations": []}))
+    other, ball = [{"id": 1, "file_name": "other.jpg"}], [{"id": 1, "name": "ball"}]
+    boxes.write_text(json.dumps({"images": other, "categories": ball, "annotations": []}))
     for flags, message in [
         (("--contact-sheet", "--boxes", tmp_path / "no.json"), "no.json"),
         (("--boxes", boxes), "--boxes belongs to --grounding and --contact-sheet"),
-        (("--contact-sheet", "--best-worst", boxes), "leave out --best-worst and --grounding"),
+        (("--contact-sheet", "--boxes", boxes), "has the boxes of other images: 1 of the 1"),
+        (("--contact-sheet", "--best-worst", boxes), "--best-worst and --contact-sheet are 2 runs"),
     ]:
         assert message in fails(capsys, "p2", wide, tmp_path / "bad", adapter, *flags)
 
