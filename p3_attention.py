@@ -110,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="COCO instances: for --grounding captions without mentions, or to draw on --contact-sheet",
     )
     add("--count", type=positive_int, default=500, help="images for --grounding")
+    add("--ask", type=positive_int, nargs="?", const=50, metavar="N", help="are the maps of N images faithful? slow")
     add("--specs", nargs="+", metavar="SPEC", help="what --grounding compares: methods, or method,layers,heads,row")
     add("--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="p2: what p2_train.py wrote")
     add("--decoder", type=Path, help="p2: GPT-2, a file or folder (default: the profile's)")
@@ -248,9 +249,7 @@ def run_grounding(explainer: Explainer, samples: list[grounding.GroundedCaption]
     sizes = explainer.n_layer, explainer.n_head
     chosen = comparison.parse_specs(args.specs, default, *sizes) if args.specs else specs_to_compare(*sizes)
     specs, notes = list(dict.fromkeys([default, report, *chosen])), {report: "report"} | {default: "default"}
-    found = comparison.measure(explainer, samples, specs)
-    rows, *others = (comparison.table(found, notes, default, kind) for kind in found.kinds())
-    comparison.write_tables(found, rows, [row for kind in others for row in kind], args.out)
+    found, rows = comparison.compare(explainer, samples, specs, notes, args.ask or 0, args.out)
     figures.grounding_chart(rows, args.out / "grounding.png")
     print(f"{explainer.name}: {found.images} images, {rows[0].words} words; {comparison.MEASURES}")
     for row in comparison.best_of_each_method(rows):
@@ -269,8 +268,9 @@ def check_args(args: argparse.Namespace) -> None:
     if args.best_worst:
         args.best_worst = args.adapter.with_name("val_per_image.json") if args.best_worst == BESIDE else args.best_worst
         args.annotation_file = args.annotation_file or references_beside(args.images[0])
-    if args.specs and not args.grounding:
-        raise ValueError("--specs belongs to --grounding")
+    for flag in ("specs", "ask"):
+        if getattr(args, flag) and not args.grounding:
+            raise ValueError(f"--{flag} belongs to --grounding")
     if args.boxes and not (args.grounding or args.contact_sheet):
         raise ValueError("--boxes belongs to --grounding and --contact-sheet")
     if args.caption is not None and not args.caption.strip():

@@ -19,6 +19,7 @@ from captioning.data.images import load_image
 from captioning.files import atomic_path, write_csv
 from captioning.maps.attention import Heads, MapSpec, parse_layers
 from captioning.maps.explainers import Explainer, read, specs_to_compare
+from captioning.maps.faithfulness import Asked, Faithfulness, ask
 from captioning.maps.grounding import THING, GroundedCaption
 from captioning.maps.measures import (
     THRESHOLDS,
@@ -122,14 +123,38 @@ def measure(explainer: Explainer, samples: Sequence[GroundedCaption], specs: Seq
     return found
 
 
+def compare(
+    explainer: Explainer,
+    samples: Sequence[GroundedCaption],
+    specs: Sequence[MapSpec],
+    notes: Mapping[MapSpec, str],
+    asked_images: int,
+    out: Path,
+) -> tuple[Measured, list[Row]]:
+    """Measure ``specs``, the default first, and write all tables to ``out``; return the measures and the things' rows.
+
+    On the first ``asked_images`` the model is also asked how faithful the maps are, of each method by its best spec and
+    of the specs that ``notes`` have something to say of.
+    """
+    default, found = specs[0], measure(explainer, samples, specs)
+    rows, *others = (table(found, notes, default, kind) for kind in found.kinds())
+    best = [spec for spec in specs if any(row[:4] == _names(spec) for row in best_of_each_method(rows))]
+    asked = ask(explainer, samples[:asked_images], best) if asked_images else []
+    rows = with_answers(rows, asked, default)
+    kinds = with_answers([row for kind in others for row in kind], asked, default)
+    write_tables(found, rows, kinds, asked, out)
+    return found, rows
+
+
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
     """A row of grounding.csv: a spec on the words of a kind, or a baseline, which has a name and few measures.
 
-    ``pointing`` to ``precision`` are those of ``MeasuredMaps.ratios``, ``threshold`` is that of ``iou``; ``low`` and
-    ``high`` end 95% intervals over images, and ``p_pointing`` and ``p_iou`` are the paired tests' against the default.
+    ``pointing`` to ``precision`` are those of ``MeasuredMaps.ratios``, ``threshold`` is that of ``iou``, and from
+    ``deletion`` to ``occlusion`` they are means of ``Faithfulness`` over the ``asked`` words. ``low`` and ``high`` end
+    95% intervals over images, and ``p_`` are the paired tests' against the default.
     """
 
     method: str
@@ -148,6 +173,14 @@ class Row(NamedTuple):
     precision: float | None = None
     p_pointing: float | None = None
     p_iou: float | None = None
+    deletion: float | None = None
+    deletion_low: float | None = None
+    deletion_high: float | None = None
+    p_deletion: float | None = None
+    insertion: float | None = None
+    random_layers: float | None = None
+    occlusion: float | None = None
+    asked: int | None = None
     kind: str | None = None
     words: int | None = None
     note: str = ""
@@ -175,9 +208,8 @@ def table(found: Measured, notes: Mapping[MapSpec, str], default: MapSpec, kind:
     for spec in found.maps:
         ratios = found.stack(spec, kind).ratios()
         tests = {f"p_{name}": p_value(ratios[name], base[name], images) for name in INTERVALS if spec != default}
-        names = {name: getattr(spec, name) for name in ("method", "layers", "heads", "row")}
-        cells = names | _cells(found, spec, kind) | tests
-        rows.append(Row(**cells, note=notes.get(spec, "")))
+        cells = _cells(found, spec, kind) | tests
+        rows.append(Row(spec.method, spec.layers, spec.heads, spec.row, **cells, note=notes.get(spec, "")))
     rows.sort(key=lambda row: -row.pointing)
     if kind != THING:
         return rows
@@ -195,14 +227,47 @@ def _cells(found: Measured, spec: MapSpec | None, kind: str) -> dict[str, Any]:
     return cells | {"threshold": float(THRESHOLDS[stack.threshold]), "kind": kind, "words": len(images)}
 
 
+def with_answers(rows: Sequence[Row], asked: Sequence[Asked], default: MapSpec) -> list[Row]:
+    """Return rows of one or more kinds of words with what the model said of their words' maps."""
+    by_row: dict[tuple[Any, ...], list[Asked]] = {}
+    for answer in asked:
+        by_row.setdefault((_names(answer.spec), answer.kind), []).append(answer)
+    found = []
+    for row in rows:
+        kind = row.kind or THING  # random values' row has none
+        mine = by_row.get((tuple(row[:4]), kind), [])
+        base = by_row.get((_names(default), kind), [])
+        found.append(row._replace(**_answers(mine, base)) if mine else row)
+    return found
+
+
+def _names(spec: MapSpec | None) -> tuple[str | None, ...]:
+    return (spec.method, spec.layers, spec.heads, spec.row) if spec else ("random", None, None, None)
+
+
+def _answers(mine: Sequence[Asked], base: Sequence[Asked]) -> dict[str, Any]:
+    images, one = [answer.image for answer in mine], np.ones(len(mine))
+    cells: dict[str, Any] = {
+        name: value((np.array([getattr(answer.faithful, name) for answer in mine]), one))
+        for name in Faithfulness._fields
+    }
+    deletion, theirs = ((np.array([a.faithful.deletion for a in answers]), one) for answers in (mine, base))
+    cells["deletion_low"], cells["deletion_high"] = interval(deletion, images)
+    if mine is not base:
+        cells["p_deletion"] = p_value(deletion, theirs, images)
+    return {name: None if cell != cell else cell for name, cell in cells.items()} | {"asked": len(mine)}
+
+
 def best_of_each_method(rows: Sequence[Row]) -> list[Row]:
     """Return each method's row with the best pointing accuracy, and all rows with a note; ``rows`` as ``table``."""
     first = {row.method: row for row in reversed(rows)}
     return [row for row in rows if row.note or first[row.method] is row]
 
 
-def write_tables(found: Measured, rows: Sequence[Row], kinds: Sequence[Row], out: Path) -> None:
-    """Write grounding.csv, grounding_kinds.csv (words of other kinds) and grounding_words.npz (every word) to ``out``.
+def write_tables(found: Measured, rows: Sequence[Row], kinds: Sequence[Row], asked: Sequence[Asked], out: Path) -> None:
+    """Write grounding.csv, grounding_kinds.csv (words of other kinds), grounding_words.npz and grounding_asked.csv.
+
+    The last has a row for every word and spec, or ``random``, of which the model was asked.
 
     The npz holds ``image``, ``number``, ``text``, ``kind`` and ``area`` (W,) of the words, the ``specs`` (S,) in words,
     and of each spec and word ``hit``, ``mass``, ``precision`` (S, W), ``overlap`` and ``union`` (S, W, T) at the
@@ -210,9 +275,13 @@ def write_tables(found: Measured, rows: Sequence[Row], kinds: Sequence[Row], out
     """
     write_csv(out / "grounding.csv", Row._fields, rows)
     write_csv(out / "grounding_kinds.csv", Row._fields, kinds)
-    columns = {
-        name: np.array(column) for name, column in zip(Word._fields, zip(*found.words, strict=True), strict=True)
-    }
+    about = [name for name in Asked._fields if name not in ("spec", "faithful")]
+    write_csv(
+        out / "grounding_asked.csv",
+        [*about, *Row._fields[:4], *Faithfulness._fields],
+        [[*(getattr(a, name) for name in about), *_names(a.spec), *a.faithful] for a in asked],
+    )
+    columns: dict[str, Any] = {name: np.array([getattr(word, name) for word in found.words]) for name in Word._fields}
     by_spec = [list(zip(*maps, strict=True)) for maps in found.maps.values()]
     columns |= {
         name: np.array([spec[n] for spec in by_spec], bool if name == "hit" else np.float32)

@@ -15,9 +15,11 @@ from captioning.maps.comparison import (
     measure,
     parse_specs,
     table,
+    with_answers,
     write_tables,
 )
 from captioning.maps.explainers import specs_to_compare
+from captioning.maps.faithfulness import Asked, Faithfulness
 from captioning.maps.grounding import GroundedCaption, Mention
 from captioning.maps.measures import coverage, measure_map
 
@@ -71,12 +73,45 @@ def test_one_row_of_each_method_is_printed_and_all_that_have_a_note():
     assert best_of_each_method(rows) == [rows[0], rows[1], rows[3]]
 
 
+def test_answers_are_means_over_words_with_intervals_and_tests_over_images(found):
+    def answers(spec, kind, *deletions):
+        return [
+            Asked(f"{n}.png", 0, "a", kind, spec, Faithfulness(value, 1 - value, np.nan, 0.5))
+            for n, value in enumerate(deletions)
+        ]
+
+    found.floor = {"random": 0.1}
+    asked = [*answers(GRAD, "thing", 0.1, 0.3), *answers(RAW, "thing", 0.2, 0.4), *answers(None, "thing", 0.9, 0.9)]
+    grad, raw, ceiling, random = with_answers(table(found, {}, RAW), asked, RAW)
+    assert (grad.deletion, grad.insertion, grad.random_layers, grad.asked) == (
+        pytest.approx(0.2),
+        pytest.approx(0.8),
+        None,
+        2,
+    )
+    assert (grad.deletion_low, grad.deletion_high) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert grad.p_deletion == pytest.approx(0.5, abs=0.1) and raw.p_deletion is None
+    assert random.deletion == 0.9 and ceiling.deletion is None and grad.pointing == 1
+    assert with_answers([grad], answers(GRAD, "colour", 0.5), RAW) == [grad]
+
+
 def test_the_tables_are_files(found, tmp_path):
     rows, others = table(found, {}, RAW), table(found, {}, RAW, "colour")
-    write_tables(found, rows, others, tmp_path)
+    answers = [
+        Asked("1.png", 2, "bike", "thing", spec, Faithfulness(deletion, 0.9, -0.1, 0.5))
+        for spec, deletion in ((GRAD, 0.1), (RAW, 0.3), (None, 0.4))
+    ]
+    write_tables(found, with_answers(rows, answers, RAW), others, answers, tmp_path)
     written = list(csv.DictReader((tmp_path / "grounding.csv").open()))
     assert [row["method"] for row in written] == ["grad", "raw", "the boxes", "centre"]
+    assert [row["deletion"] for row in written] == ["0.1", "0.3", "", ""]
     assert len(list(csv.DictReader((tmp_path / "grounding_kinds.csv").open()))) == 2
+    each = list(csv.DictReader((tmp_path / "grounding_asked.csv").open()))
+    assert [(row["text"], row["method"], row["deletion"]) for row in each] == [
+        ("bike", "grad", "0.1"),
+        ("bike", "raw", "0.3"),
+        ("bike", "random", "0.4"),
+    ]
     with np.load(tmp_path / "grounding_words.npz") as words:
         assert words["hit"].tolist() == [[False] * 4, [True, False] * 2]
         assert words["kind"].tolist() == ["thing", "colour"] * 2

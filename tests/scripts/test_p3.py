@@ -178,10 +178,13 @@ def test_the_grounding_table(model, tiny_data, tmp_path, adapter, capsys):
     assert "baseline" in capsys.readouterr().out
     kinds = {row["kind"] for row in csv.DictReader((out / "grounding_kinds.csv").open())}
     assert "colour" in kinds and "thing" not in kinds
-    flags = (*flags, "--specs", "rollout", "raw,0")
+    flags = (*flags, "--specs", "rollout", "raw,0", "--ask", 1)
     assert explain(model, [tiny_data / "images" / "val"], tmp_path / "few", adapter, *flags) == 0
     few = [row for row in csv.DictReader((tmp_path / "few" / "grounding.csv").open()) if row["layers"]]
     assert len(few) == 4 + 1 + 2  # of rollout, the one asked for, the default and the report's
+    asked = [row for row in few if row["asked"]]
+    assert {row["method"] for row in asked} == {row["method"] for row in few}
+    assert all(0 <= float(row["deletion"]) <= 1 and -1 <= float(row["random_layers"]) < 0.999 for row in asked)
 
 
 def test_globs_and_subfolders_are_explained_and_one_bad_picture_spares_the_others(
