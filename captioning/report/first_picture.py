@@ -17,6 +17,7 @@ from captioning.report.document import Figure, Row
 from captioning.report.sections import MODELS, world
 
 SIDE = 560  # pixels of the longer side of each picture
+WORDS = "grounding_words.npz"  # of --grounding, in the same folder: no maps
 LETTERS = 4  # of the shortest word to show: "a" and "the" look at nothing of their own
 SAME_WORD = (
     "the first image whose captions share a word of four letters or more, and of such words the one whose maps are "
@@ -37,7 +38,7 @@ def first_picture(root: Path, size: str) -> list[Row]:
     for explanation, place in zip(pair, places or map(_lit_word, pair), strict=True):
         photo, lit = with_map(explanation, place, SIDE)
         name, word = MODELS[explanation.model], _plain(explanation.words[place])
-        caption = f"{name}: “{explanation.caption}” The map is of “{word}”."
+        caption = f"{name}: “{explanation.caption}” The map of “{word}” is by {explanation.word_maps[0].spec}."
         figures.append(Figure(f"first_{explanation.model}", _png(lit), f"Where {name} looked for {word}", caption))
     where = world(size) + " world" * (size == "micro")
     scene = Figure("first_image", _png(photo), "The image without a map", f"{pair[0].path.name} ({where})")
@@ -48,6 +49,8 @@ def _explained(folder: Path) -> Iterator[Pair]:
     """Yield the maps by both models of each image that has both and is where it was."""
     for file in sorted((folder / "p1").glob("*.npz")):
         other = folder / "p2" / file.name
+        if file.name == WORDS:
+            continue
         if other.is_file() and (pair := (load_maps(file), load_maps(other)))[0].path.is_file():
             yield pair
 

@@ -14,7 +14,7 @@ from captioning.report.first_picture import first_picture
 
 def words_lit(root):
     (row,) = first_picture(root, "micro")
-    return [figure.caption.split("The map is of ")[1].strip(".") for figure in row.figures[1:]]
+    return [figure.caption.split("The map of ")[1].split(" is by ")[0] for figure in row.figures[1:]]
 
 
 def test_an_image_its_captions_by_both_models_and_two_maps_stand_before_the_contents(root, tmp_path, make):
@@ -68,6 +68,16 @@ def test_without_the_image_or_one_models_maps_the_page_has_no_such_picture(left,
         elif left == model:
             file.unlink()
     assert "<img " not in make(root).partition("<nav")[0]
+
+
+def test_the_picture_says_how_its_maps_were_made_and_what_grounding_leaves_is_no_map(root):
+    write_maps(root, "1", ("a ball", "a ball"), [])
+    for model in ("p1", "p2"):
+        np.savez(root / "attention" / model / "grounding_words.npz", pointing=np.ones((2, 3)))
+    (row,) = first_picture(root, "micro")
+    assert all(
+        figure.caption.endswith("The map of “ball” is by raw, layers 0-1, heads mean.") for figure in row.figures[1:]
+    )
 
 
 def test_a_damaged_file_of_maps_is_one_line_that_names_it(root, tmp_path, capsys):
