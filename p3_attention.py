@@ -193,7 +193,7 @@ def run_images(explainer: Explainer, paths: dict[str, Path], nouns: Nouns | None
             log.warning("%s: no maps by %s: %s", path, left_out, why)
         if nouns:
             rows = nouns(key, explanation.words)
-            figures.contact_sheet(explanation, by_method, rows, args.out / f"{key}.methods.png", absent)
+            figures.contact_sheet(explanation, by_method, rows, args.out / f"{key}{figures.SHEET}", absent)
         figures.word_grid(explanation, args.out / f"{key}.png")
         save_maps(args.out / f"{key}.npz", explanation, attention)
         print(f"{path.name}  {figures.line(explanation.caption)}")

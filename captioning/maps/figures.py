@@ -32,6 +32,7 @@ OUTSIDE = 0.4  # brightness of the part of the image that the model never saw
 TILE_AREA = 3.2  # square inches
 TILE_SIDE = 5.0  # inches at most, for panoramas
 GAP, TITLE, FOOT, MARGIN = 0.14, 0.27, 0.17, 0.2  # inches: between tiles, above a tile, below it, around all
+SHEET = ".methods.png"  # how the name of a contact sheet ends
 SHEET_AREA = 1.3  # square inches of a tile of the contact sheet
 SHEET_GAP, SHEET_TITLE, SHEET_WORD = 0.06, 0.5, 0.95  # inches: between tiles, above the columns, of a row's word
 MIN_WIDTH = 5.6  # inches of a figure: its caption and colour bar need room

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.files import read_json
+from captioning.maps.figures import SHEET
 from captioning.models.llava import PROMPTS
 from captioning.report.curves import draw_cider, draw_loss
 from captioning.report.document import Block, Cell, Figure, Missing, Row, Section, Table, Text
@@ -282,10 +283,11 @@ def attention_section(root: Path, size: str, best: Run | None) -> Section:
 def _maps(folder: Path, model: str, name: str, where: str) -> list[Block]:
     """Return the pictures of a model's word maps."""
     files = sorted(path for path in folder.glob("*.png") if path.name != "grounding.png")
+    sheets = [path for path in files if path.name.endswith(SHEET)]
     if not files:
-        remedy = f"python p3_attention.py --model {model} --images IMAGES --out RUNS/attention/{model}"
+        remedy = f"python p3_attention.py --model {model} --images IMAGES --out RUNS/attention/{model} --contact-sheet"
         return [Missing(f"maps of {name}", remedy)]
-    return [
+    by_word = [
         Figure(
             f"p3_{model}_{path.stem}",
             path.read_bytes(),
@@ -294,7 +296,18 @@ def _maps(folder: Path, model: str, name: str, where: str) -> list[Block]:
             "on the image.",
         )
         for path in files
+        if path not in sheets
     ]
+    by_method = [
+        Figure(
+            f"p3_{model}_{path.stem}",
+            path.read_bytes(),
+            f"Maps of the caption's nouns by every method, {name}, image {path.name.removesuffix(SHEET)}",
+            f"{name}, image {path.name.removesuffix(SHEET)} {where}: a row per noun, a column per method.",
+        )
+        for path in sheets
+    ]
+    return by_word + by_method
 
 
 def _pairs(folder: Path, where: str, best: Run | None) -> list[Block]:

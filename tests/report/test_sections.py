@@ -24,7 +24,8 @@ def test_missing_parts_are_named_with_the_command_that_makes_them(root, make):
 def test_a_complete_part_is_not_called_missing(root, tmp_path, make):
     folder = root / "attention" / "p2"
     folder.mkdir(parents=True)
-    (folder / "one.png").write_bytes(png())
+    for name in ("one.png", "one.methods.png"):
+        (folder / name).write_bytes(png())
     (folder / "grounding.csv").write_text(
         "method,layers,heads,row,pointing,mass_ratio,iou,note\nraw,all,mean,predict,0.5,2.0,0.3,default\n"
         "centre,,,,0.25,,,baseline\n"
@@ -33,7 +34,9 @@ def test_a_complete_part_is_not_called_missing(root, tmp_path, make):
     page = make(root)
     assert "maps of The captioner" not in page
     assert "--best-worst" not in page
-    assert page.count("<img ") == 4  # the map, the pair, the curves
+    assert page.count("<img ") == 5  # the map, the contact sheet, the pair, the curves
+    assert page.count("image one (micro world): one tile per word") == 1
+    assert page.count("image one (micro world): a row per noun, a column per method.") == 1
     assert (tmp_path / "report_files" / "p3_p2_one.png").read_bytes() == png()
     assert "0.2500" in page
 
