@@ -37,7 +37,7 @@ from captioning.kernels.frozen_linear import frozen_linear
 from captioning.kernels.packed_attention import PackedAttention
 from captioning.kernels.packing import Packing
 from captioning.messages import some
-from captioning.tensors import copy_exactly
+from captioning.tensors import LinkedAttentions, copy_exactly
 
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # the linear layers of a block, for LoRA to adapt
 
@@ -297,10 +297,11 @@ class Attention(nn.Module):
             # A single query sees all that is cached; is_causal would align it with the first key instead of the last.
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and new > 1)
         else:
-            # Keys and values pass no gradient on, so the gradient of a row's weights comes from that row's output only.
-            weights = attention_weights(q, k.detach(), mask)  # (B, nh, T, S)
+            if not isinstance(attentions, LinkedAttentions):
+                k, v = k.detach(), v.detach()  # the gradient of a row's weights comes from that row's output only
+            weights = attention_weights(q, k, mask)  # (B, nh, T, S)
             attentions.append(weights)
-            y = weights.to(v.dtype) @ v.detach()
+            y = weights.to(v.dtype) @ v
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, C)
 
 

@@ -18,6 +18,10 @@ from captioning.messages import some
 DIGEST = "digest"  # name of the checksum among a file's texts
 
 
+class LinkedAttentions(list[torch.Tensor]):
+    """A list for attention weights with which gradients also flow from row to row, through keys and values."""
+
+
 def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
     """Return a short hash of the names, shapes, types and values of a state dict."""
     digest = hashlib.sha256()

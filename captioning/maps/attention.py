@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from captioning.maps.by_activation import tam
-from captioning.maps.by_attention import generic, grad, raw, relative, rollout
-from captioning.maps.by_probing import occlusion
+from captioning.maps.by_attention import chefer, generic, grad, raw, relative, rollout
+from captioning.maps.by_probing import ig, occlusion
 from captioning.maps.capture import Capture, Choices, Heads, parse_layers
 
 if TYPE_CHECKING:
@@ -85,9 +85,21 @@ METHODS = {
         layers="last",
         heads=False,
     ),
+    "chefer": Method(
+        "relevance passed from token to token through attention and its gradients (Chefer et al. 2021)",
+        chefer,
+        slow=True,
+    ),
     "occlusion": Method(
         "how far the word's log-probability falls where patches are masked (Zeiler and Fergus 2014)",
         occlusion,
+        layers="",
+        heads=False,
+        slow=True,
+    ),
+    "ig": Method(
+        "gradients by the image's tokens, integrated from their mean (Sundararajan et al. 2017)",
+        ig,
         layers="",
         heads=False,
         slow=True,

@@ -85,6 +85,34 @@ def grad(capture: Capture, spec: Choices) -> torch.Tensor:
     return functools.reduce(torch.add, steps).cpu()
 
 
+def chefer(capture: Capture, spec: Choices) -> torch.Tensor:
+    """Pass relevance from token to token through all layers (Chefer et al. 2021, arXiv 2103.15679, for decoders).
+
+    From the position that predicts a token downwards, every layer adds what its positions took from others: attention
+    times the gradient of that token's logit, positive part, of the chosen heads. Unlike ``grad`` it knows that a word
+    may have read what other positions had gathered from the image.
+
+    One backward pass for each token, through all rows: by estimate 7 GB beside LLaVA-7B's weights.
+
+    Raises:
+        ValueError: there is no model to read it again.
+    """
+    if capture.linked is None:
+        raise ValueError("chefer reads the caption again with gradients, and the capture has no model")
+    weights, logits = capture.linked()
+    heads, chosen = _choose(capture, spec, capture.image_part(spec.row))
+    count, maps = len(capture.tokens), []
+    for t, token in enumerate(capture.tokens):
+        gradients = torch.autograd.grad(logits[t, token], weights, retain_graph=True)
+        relevance = torch.zeros(weights[0].shape[-1], device=logits.device)
+        relevance[t - count - 1] = 1.0
+        for layer, which in reversed(chosen):
+            step = (weights[layer].detach() * gradients[layer])[0].float().clamp(min=0)  # (nh, S, S)
+            relevance = relevance + relevance @ heads.reduce(step, which)
+        maps.append(relevance[capture.patches])
+    return torch.stack(maps).cpu()
+
+
 def _choose(capture: Capture, spec: Choices, part: torch.Tensor) -> tuple[Heads, Chosen]:
     heads = Heads.parse(spec.heads, capture.n_head)
     return heads, heads.choose(part, parse_layers(spec.layers, capture.n_layer))

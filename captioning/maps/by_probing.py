@@ -13,6 +13,8 @@ import torch
 from captioning.maps.capture import Capture, Choices, Probe
 
 BATCH = 16  # rows of image and caption at once
+BATCH_WITH_GRADIENTS = 4  # likewise
+STEPS = 8  # between the mean token and the image
 SIDE = 3  # patches of an occluded square's side
 
 
@@ -38,6 +40,38 @@ def occlusion(capture: Capture, spec: Choices) -> torch.Tensor:
             image[:, probe.patches] = patches
             falls.append(before - probe.log_probs(image))
     return (torch.cat(falls).cpu().T @ squares.float() / SIDE**2).clamp(min=0)  # (T, Q) by (Q, P)
+
+
+def ig(capture: Capture, spec: Choices) -> torch.Tensor:
+    """Return integrated gradients of each word's log-probability (Sundararajan et al. 2017, arXiv 1703.01365).
+
+    The patches' tokens go from their mean, which shows nothing in particular, to what they are in ``STEPS`` steps; a
+    patch gets its way times the mean gradient along it. The shares of all patches add up to what the image adds to the
+    log-probability. Returns (T, P) on the CPU; what speaks against the word counts as none.
+
+    A gradient for each step and token, ``BATCH_WITH_GRADIENTS`` rows at once: by estimate 11 GB beside the weights of
+    LLaVA-7B in float16.
+
+    Raises:
+        ValueError: there is no model to ask, or it passes no gradients on.
+    """
+    probe = _probe(capture, spec)
+    mean = probe.image[probe.patches].mean(0)
+    way = torch.zeros_like(probe.image)
+    way[probe.patches] = probe.image[probe.patches] - mean  # (N, C)
+    shares = (torch.arange(STEPS) + 0.5) / STEPS - 1  # of the way, counted back from the image
+    pairs = torch.cartesian_prod(shares, torch.arange(len(probe.tokens), dtype=shares.dtype)).to(way.device)
+    found = torch.zeros(len(probe.tokens), len(probe.patches), device=way.device)
+    for some in pairs.split(BATCH_WITH_GRADIENTS):
+        words = some[:, 1].long()  # (B,)
+        with torch.enable_grad():
+            image = (probe.image + some[:, :1, None].to(way.dtype) * way).requires_grad_()  # (B, N, C)
+            total = probe.log_probs(image).gather(1, words[:, None]).sum()
+        if not total.requires_grad:
+            raise ValueError(f"{spec.method} needs gradients, and the model passes none from words to image tokens")
+        (gradient,) = torch.autograd.grad(total, image)
+        found.index_add_(0, words, (gradient * way).sum(-1).float()[:, probe.patches])
+    return (found / STEPS).clamp(min=0).cpu()
 
 
 def _squares(grid: tuple[int, int], side: int) -> torch.Tensor:

@@ -75,6 +75,8 @@ class Capture:
         read_out: hidden states (n, C) to the logits (n, T) of the caption's tokens: last norm and output layer.
         generic: the capture of a caption that fits every image; None unless asked for.
         probe: asks the model again; None where there is no model.
+        linked: reads the caption again for weights of all rows and logits between which gradients flow from row to row,
+            not only within one; None where there is no model.
     """
 
     weights: list[torch.Tensor]
@@ -87,6 +89,7 @@ class Capture:
     read_out: Callable[[torch.Tensor], torch.Tensor] | None = None
     generic: Capture | None = None
     probe: Callable[[], Probe] | None = None
+    linked: Callable[[], tuple[list[torch.Tensor], torch.Tensor]] | None = None
 
     @property
     def has_image_rows(self) -> bool:

@@ -97,6 +97,7 @@ class CaptionerExplainer:
         capture = Capture(weights, logits, tokens, patches, captioner.grid)
         capture.hidden = [torch.cat(parts, 1)[0] for parts in states] if hidden else None
         capture.read_out = functools.partial(captioner.read_out, tokens=tokens)
+        capture.linked = functools.cache(torch.enable_grad()(lambda: captioner.attend(inputs, ids, True, linked=True)))
         capture.probe = functools.cache(
             lambda: Probe(captioner.prefix(inputs)[0].detach(), patches, tokens, lambda x: captioner.ask(x, ids))
         )
@@ -169,6 +170,7 @@ class LlavaExplainer:
         capture = Capture(weights, logits, tokens, patches, (side, side))
         capture.hidden = [torch.cat(parts, 1)[0] for parts in states] if hidden else None
         capture.read_out = functools.partial(llava.read_out, tokens=tokens)
+        capture.linked = functools.cache(torch.enable_grad()(lambda: llava.attend(inputs, tokens, True, linked=True)))
         capture.probe = functools.cache(
             lambda: Probe(
                 llava.image_tokens(inputs), patches - patches[0] + full, tokens, lambda x: llava.ask(inputs, x, tokens)

@@ -24,7 +24,7 @@ from captioning.kernels.packed_attention import can_attend_packed
 from captioning.kernels.packing import Packing
 from captioning.models.encoder import build_encoder, build_transform
 from captioning.models.step_functions import StepFunction
-from captioning.tensors import copy_exactly, difference, fingerprint, write_tensors
+from captioning.tensors import LinkedAttentions, copy_exactly, difference, fingerprint, write_tensors
 from decoder import (
     Decoder,
     LoraConfig,
@@ -288,7 +288,7 @@ class Captioner(nn.Module):
         return torch.arange(self.n_prefix - self.n_patches, self.n_prefix)
 
     def attend(
-        self, features: torch.Tensor, tokens: Sequence[int], all_rows: bool = False
+        self, features: torch.Tensor, tokens: Sequence[int], all_rows: bool = False, linked: bool = False
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Read one finished caption after its image and return where it looked.
 
@@ -299,13 +299,14 @@ class Captioner(nn.Module):
             features: encoder tokens of one image, (1, N, D).
             tokens: BOS and the T ids of the caption.
             all_rows: return the rows of the whole sequence, S = P + T + 1.
+            linked: with all rows, let gradients flow from row to row too.
 
         Returns:
             Attention weights (1, nh, T + 1 or S, S) of every layer, and the logits (T + 1, V) of the caption's rows.
         """
         ids = torch.tensor([list(tokens)], device=features.device)
         count, total = self.n_prefix, self.n_prefix + len(tokens)
-        attentions: list[torch.Tensor] = []
+        attentions: list[torch.Tensor] = LinkedAttentions() if linked else []
         prefix = self.prefix(features)
         if all_rows:
             x = torch.cat([prefix, self.decoder.embed(ids).to(prefix.dtype)], 1)

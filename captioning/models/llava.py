@@ -27,6 +27,7 @@ from captioning.device import launched_precision, ran_out_of_memory, warn_of_emu
 from captioning.imports import import_guarded
 from captioning.messages import first_sentence
 from captioning.profiles import is_hub_id
+from captioning.tensors import LinkedAttentions
 from decoder import attention_weights
 
 TEMPLATE = "USER: <image>\n{} ASSISTANT:"  # LLaVA 1.5's conversation with one turn
@@ -175,7 +176,7 @@ class Llava:
         return output, input_ids.shape[1]
 
     def attend(
-        self, row: Row, tokens: Sequence[int], all_rows: bool = False
+        self, row: Row, tokens: Sequence[int], all_rows: bool = False, linked: bool = False
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Read a finished answer after its image and prompt in one pass and return where it looked.
 
@@ -187,6 +188,7 @@ class Llava:
             row: image and prompt.
             tokens: the T ids of the answer.
             all_rows: return the rows of the whole sequence of S tokens, not only the answer's.
+            linked: with all rows, let gradients flow from row to row too.
 
         Returns:
             Attention weights (1, nh, T + 1 or S, S) of every layer of the language model, the first of the last T + 1
@@ -199,7 +201,7 @@ class Llava:
             read, inputs = 0, {"pixel_values": row.pixel_values.to(self.device, self.model.dtype)}
         else:
             read, inputs = len(row.input_ids) - 1, {"past_key_values": _cache(self._read_prompt(row))}
-        with _capture(self.model) as attentions:
+        with _capture(self.model, LinkedAttentions() if linked else []) as attentions:
             output = self.model(
                 input_ids=ids[:, read:], attention_mask=torch.ones_like(ids), logits_to_keep=len(tokens) + 1, **inputs
             )
@@ -458,13 +460,12 @@ _captured: ContextVar[list[torch.Tensor]] = ContextVar("captured attention weigh
 
 
 @contextlib.contextmanager
-def _capture(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Let the language model's layers append the attention weights of the rows they compute to the list returned.
+def _capture(model: Any, kept: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Let the language model's layers append the attention weights of the rows they compute to ``kept``, and yield it.
 
     transformers' own ``output_attentions`` returns nothing with SDPA.
     """
     _register_attention()
-    kept: list[torch.Tensor] = []
     token = _captured.set(kept)
     config = model.config.text_config
     before = config._attn_implementation
@@ -488,9 +489,12 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers: SDPA's result (1, R, nh, hs), its weights kept (1, nh, R, S)."""
     groups = query.shape[1] // key.shape[1]  # grouped-query attention shares keys among heads
-    key, value = (t.repeat_interleave(groups, 1).detach() for t in (key, value))  # (1, nh, S, hs)
+    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))  # (1, nh, S, hs)
+    kept = _captured.get()
+    if not isinstance(kept, LinkedAttentions):
+        key, value = key.detach(), value.detach()
     weights = attention_weights(query, key, None, scaling)
-    _captured.get().append(weights)
+    kept.append(weights)
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
 
 

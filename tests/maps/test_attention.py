@@ -193,6 +193,33 @@ def test_grad_keeps_what_speaks_for_the_token():
         token_maps(capture([weights.detach()]), MapSpec("grad", "0"))
 
 
+def linked_capture(share):
+    """A capture of two layers: the first lets BOS read patch 3, by ``share``; the second a token BOS and patch 7."""
+    first, second = torch.zeros(2, 1, 1, S, S)
+    bos = BEFORE + P
+    first[0, 0, bos, PATCHES[3]] = share
+    second[0, 0, bos + 1, [bos, PATCHES[7]]] = torch.tensor([0.6, 0.4])
+    weights = [first.requires_grad_(), second.requires_grad_()]
+    read = (second @ first + second)[0, 0, bos + 1]  # by the row of token 0, which predicts token 1
+    logits = torch.zeros(T + 1, 9)
+    logits[1, 1] = read[PATCHES[3]] + read[PATCHES[7]]
+    found = capture([w.detach() for w in weights])
+    found.linked = lambda: (weights, logits)
+    return found
+
+
+def test_chefer_follows_relevance_through_other_positions():
+    """The token's own row never looks at patch 3: it reads it at BOS, which had read it."""
+    maps = token_maps(linked_capture(0.9), MapSpec("chefer", "all", "mean"))
+    assert set(maps[1].topk(2).indices.tolist()) == {3, 7}
+    assert maps[1, 3] == pytest.approx(0.6 * 0.9 * 0.9 * 0.6)  # weight times gradient of either layer
+    assert maps[1, 7] == pytest.approx(0.4)
+    assert maps[[0, 2, 3, 4]].sum() == 0
+    assert token_maps(linked_capture(0.9), MapSpec("chefer", "last", "mean"))[1].argmax() == 7
+    with pytest.raises(ValueError, match="chefer reads the caption again"):
+        token_maps(capture([torch.rand(1, 1, S, S)]), MapSpec("chefer", "0"))
+
+
 def test_unknown_methods_and_rows():
     with pytest.raises(ValueError, match="--method"):
         MapSpec("deep")

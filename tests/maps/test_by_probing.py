@@ -1,14 +1,16 @@
 """by_probing.py: models whose words depend on one patch are asked again, and the maps point there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from captioning.maps.attention import METHODS, MapSpec, token_maps
+from captioning.maps.attention import MapSpec, token_maps
 from captioning.maps.capture import Capture, Probe
 
 GRID, P, C, V = (4, 7), 28, 3, 7
 SEEN = (8, 19)  # the patch that each of the two tokens depends on
-PROBING = [name for name, method in METHODS.items() if method.slow]
+PROBING = ("occlusion", "ig")
 
 
 def planted(sign=1.0):
@@ -52,3 +54,21 @@ def test_without_a_model_to_ask(method):
     capture.probe = None
     with pytest.raises(ValueError, match=f"{method} asks the model again"):
         token_maps(capture, MapSpec(method))
+
+
+def test_integrated_gradients_add_up_to_what_the_image_adds():
+    """The shares of all patches are the difference between the image and its mean token; here every one is positive."""
+    capture, _ = planted()
+    probe = capture.probe()
+    mean = probe.image.clone()
+    mean[probe.patches] = probe.image[probe.patches].mean(0)
+    added = (probe.log_probs(probe.image[None]) - probe.log_probs(mean[None]))[0]
+    assert torch.allclose(token_maps(capture, MapSpec("ig")).sum(1), added, rtol=0.05)
+
+
+def test_a_model_without_gradients_is_named():
+    capture, _ = planted()
+    probe = capture.probe()
+    capture.probe = lambda: replace(probe, logits=lambda x: probe.logits(x).detach())
+    with pytest.raises(ValueError, match="ig needs gradients"):
+        token_maps(capture, MapSpec("ig"))

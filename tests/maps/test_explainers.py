@@ -9,7 +9,7 @@ from PIL import Image
 from captioning.data.tokenizer import Tokenizer
 from captioning.inference import captions
 from captioning.inference.search import SearchResult
-from captioning.maps import explainers
+from captioning.maps import by_probing, explainers
 from captioning.maps.attention import METHODS, MapSpec, cell_centres, token_maps
 from captioning.maps.explainers import (
     CaptionerExplainer,
@@ -159,6 +159,38 @@ def test_asking_again_with_the_same_image_says_the_same(explainer):
         twice[1, probe.patches] = 0
         assert not torch.allclose(probe.log_probs(twice)[1], expected, atol=1e-2)
     assert len(probe.patches) == len(capture.patches)
+
+
+def test_linked_weights_are_the_same_and_pass_gradients_from_row_to_row(explainer):
+    inputs, tokens = explainer.prepare(image()), explainer.tokens(CAPTION)
+    capture = explainer.capture(inputs, tokens, whole=True)
+    weights, logits = capture.linked()
+    for linked, apart in zip(weights, capture.weights, strict=True):
+        assert torch.allclose(linked, apart, atol=1e-5)
+    gradients = torch.autograd.grad(logits[2, tokens[2]], weights, retain_graph=True)
+    rows = gradients[0][0].abs().sum((0, 2))  # of the first layer, by row
+    assert rows[capture.patches].max() > 0 and rows[-len(tokens) + 2 :].max() == 0
+    maps = token_maps(capture, MapSpec("chefer", "all"))
+    assert maps.shape == (len(tokens), len(capture.patches)) and maps.max() > 0
+
+
+@pytest.mark.parametrize("method", ["occlusion", "ig"])
+def test_asking_finds_the_patches_that_differ(explainer, method, monkeypatch):
+    """Two patches differ from the mean, one upwards and one downwards: any other is already what it is replaced by."""
+    monkeypatch.setattr(by_probing, "SIDE", 1)  # the tiny captioner has only 3 x 3 patches
+    inputs, tokens = explainer.prepare(image()), explainer.tokens(CAPTION)
+    with torch.no_grad():
+        capture = explainer.capture(inputs, tokens)
+        probe, differ = capture.probe(), [2, len(capture.patches) - 2]
+        tokens = probe.image.clone()
+        mean = probe.image[probe.patches].mean(0)
+        tokens[probe.patches] = mean
+        tokens[probe.patches[differ]] = torch.stack([3 * mean, -mean])
+        capture.probe = lambda: replace(probe, image=tokens)
+        maps = token_maps(capture, MapSpec(method))
+    assert set(maps.max(0).values.topk(2).indices.tolist()) == set(differ)
+    maps[:, differ] = 0
+    assert maps.max() < 1e-3
 
 
 def test_the_cls_token_is_no_patch(p2):
