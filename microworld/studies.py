@@ -173,22 +173,22 @@ class Study:
     def levelled(self, seed: int, data: Path) -> Path:
         """Train by cross-entropy until another run of it lowers the validation loss by less than ``LEVEL``.
 
-        Those runs are like the row ``FURTHER``. From ``--start`` there is one chain of them for all seeds.
+        Those runs are like the row ``FURTHER``; the folder before the last of them is returned. From ``--start`` there
+        is one chain of them for all seeds, and the first is taken as it is.
         """
-        folder, chain, loss = self.args.out / "rewards" / "start" / str(seed), str(seed), math.inf
-        if self.args.start:
-            adapter, chain = self.args.start, "start"
-        else:
+        rewards, chain = self.args.out / "rewards", "start" if self.args.start else str(seed)
+        folder, adapter, loss = rewards / "start" / chain, self.args.start, math.inf
+        if adapter is None:
             self.train(folder, data, **scaled("best") | {"val_images": LOSS_IMAGES}, seed=seed)
             adapter, loss = folder / LAST, last_loss(folder)
         for number in itertools.count(1):
-            folder = self.args.out / "rewards" / f"level_{number}" / chain
+            further = rewards / f"level_{number}" / chain
             order = number * 1000 + (0 if self.args.start else seed)  # else each would show the scenes in one order
-            self.train(folder, data, init_adapter=adapter, **REWARDS[FURTHER], **self.tuning(), seed=order)
-            before, loss = loss, last_loss(folder)
+            self.train(further, data, init_adapter=adapter, **REWARDS[FURTHER], **self.tuning(), seed=order)
+            before, loss = loss, last_loss(further)
             if loss > before * (1 - LEVEL):
                 break
-            adapter = folder / LAST
+            folder, adapter = further, further / LAST
         return folder
 
     def tuning(self) -> dict[str, object]:
