@@ -20,6 +20,7 @@ from captioning.device import pick_device
 from captioning.training.config import SETTINGS, add_flags
 from captioning.training.setup import plan, prepare
 from captioning.training.trackers import CHOICES as TRACKERS
+from captioning.training.trainer import StoppedEarly, stopped_early
 
 
 def _gigabytes(text: str) -> float:
@@ -101,7 +102,12 @@ def train(args: Any, processes: distributed.Processes) -> int:
             print(planned)
         return 0
     with contextlib.ExitStack() as held:
-        trainer = processes.together(lambda: prepare(args, processes, held))
+        try:
+            with stopped_early():
+                trainer = processes.together(lambda: prepare(args, processes, held))
+        except StoppedEarly:
+            print("stopped before the first step; start again by the same command")
+            return STOPPED
         record = trainer.run()
     if record and processes.first:
         shown = {k: round(v, 4) for k, v in record.items() if isinstance(v, float)}

@@ -77,6 +77,30 @@ def steps_per_epoch(config: TrainConfig, captions: Sequence[Sequence[Any]]) -> i
     return math.ceil(batches / config.accumulate)
 
 
+class StoppedEarly(KeyboardInterrupt):
+    """SIGTERM has come while a training was prepared."""
+
+
+@contextlib.contextmanager
+def stopped_early() -> Iterator[None]:
+    """Within, SIGTERM raises `StoppedEarly`, as Ctrl-C a KeyboardInterrupt: what cleans up does so.
+
+    Outside of the main thread, where Python sets no handlers, nothing changes.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedEarly
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class StopSignals:
     """While entered, the first SIGTERM or SIGINT sets ``requested`` and does nothing else; the second acts as usual.
 
@@ -151,8 +175,8 @@ class Trainer:
         hidden = not (self.processes.first and sys.stderr.isatty())
         bar = tqdm(total=self.steps, initial=progress.step, desc="train", disable=hidden)
         try:
-            self.sanity_check()
             with bar, self.stop:
+                self.sanity_check()
                 while not self.finished and not self.asked_to_stop():
                     loss = self.train_epoch(bar)
                     if progress.position < self.steps_per_epoch:  # stopped
@@ -161,6 +185,8 @@ class Trainer:
                     record = {"kind": "epoch", "epoch": progress.epoch, "step": progress.step, "train_loss": loss}
                     record |= self.validate()
                     self.keep(record)
+                if self.stopping and not (progress.epoch or progress.position):  # before the first step
+                    self.save_state()
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise

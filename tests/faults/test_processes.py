@@ -138,7 +138,7 @@ def test_training_killed_at_random_moments_ends_as_if_never_killed(jobs, unbroke
     while done < kills:
         out = tmp_path / f"run{run}"
         code, _ = jobs.run("p2_train", train_argv(out), log, kill_after(rng.uniform(0, seconds), number))
-        # SIGTERM before the first step ends the process as ever; there is nothing to keep yet.
+        # SIGTERM while the program itself is still being loaded ends the process as ever.
         assert code in (0, -number, STOPPED), log.read_text()
         if code == 0:
             run += 1

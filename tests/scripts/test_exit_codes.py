@@ -21,6 +21,7 @@ import report
 from captioning.cli import BAD_INPUT, INTERRUPTED, PARTIAL, STOPPED, UNHEARD
 from captioning.profiles import PROFILES, ROOT
 from captioning.training import run_folder
+from captioning.training.trainer import Trainer
 
 EXAMPLES = ROOT / "examples"
 SCORING = ["--profile", "micro", "--pred-file", EXAMPLES / "predictions.json", "--tokenizer", "ptb", "--no-cache"]
@@ -168,6 +169,32 @@ def test_training_that_is_asked_to_stop_has_saved_its_state(number, unbroken, tm
         assert train(tmp_path / "run") == STOPPED
     assert records(tmp_path / "run")[-1]["step"] == 2 < 2 * STEPS
     assert train(tmp_path / "run", "--resume") == 0
+    assert same(weights(tmp_path / "run", "last"), weights(unbroken, "last"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_training_that_is_asked_to_stop_before_its_first_step_has_saved_that_too(
+    number, unbroken, tmp_path, monkeypatch
+):
+    check = Trainer.sanity_check
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "sanity_check", lambda trainer: os.kill(os.getpid(), number) or check(trainer))
+        assert train(tmp_path / "run") == STOPPED
+    assert run_folder.RunFolder(tmp_path / "run").has_state
+    assert train(tmp_path / "run", "--resume") == 0
+    assert records(tmp_path / "run") == records(unbroken)
+    assert same(weights(tmp_path / "run", "last"), weights(unbroken, "last"))
+
+
+def test_training_that_is_asked_to_stop_while_it_is_prepared_starts_again(unbroken, tmp_path, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr("captioning.training.setup.cached_features", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(tmp_path / "run") == STOPPED
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert "stopped before the first step; start again by the same command" in capsys.readouterr().out
+    assert not run_folder.RunFolder(tmp_path / "run").has_state
+    assert train(tmp_path / "run") == 0
     assert same(weights(tmp_path / "run", "last"), weights(unbroken, "last"))
 
 
