@@ -287,7 +287,7 @@ def _maps(folder: Path, model: str, name: str, where: str) -> list[Block]:
     if not files:
         remedy = f"python p3_attention.py --model {model} --images IMAGES --out RUNS/attention/{model} --contact-sheet"
         return [Missing(f"maps of {name}", remedy)]
-    by_word = [
+    by_word: list[Block] = [
         Figure(
             f"p3_{model}_{path.stem}",
             path.read_bytes(),
@@ -298,7 +298,7 @@ def _maps(folder: Path, model: str, name: str, where: str) -> list[Block]:
         for path in files
         if path not in sheets
     ]
-    by_method = [
+    by_method: list[Block] = [
         Figure(
             f"p3_{model}_{path.stem}",
             path.read_bytes(),
