@@ -18,7 +18,8 @@ from captioning.data.tokenizer import END_OF_TEXT, Tokenizer, for_transformers, 
 from captioning.device import pick_device
 from captioning.files import atomic_path, check_writable, write_text
 from captioning.models.adapter import load_captioner, read_adapter
-from captioning.models.export import load_decoder, make_cards, push, write_gpt2
+from captioning.models.captioner import Captioner
+from captioning.models.export import load_decoder, make_cards, parts_of, push, write_gpt2
 from captioning.models.export_llava import IMAGE_TOKEN, write_llava
 from captioning.profiles import PROFILES
 from captioning.training.run_folder import RunFolder
@@ -51,11 +52,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write_whole(args: argparse.Namespace, decoder: str, tokenizer: Tokenizer, card: str) -> None:
-    """Write OUT/llava."""
+def load_whole(args: argparse.Namespace, decoder: str) -> Captioner:
+    """Return the captioner that OUT/llava holds."""
     fallback = PROFILES[args.profile].encoder_weights
     sources = (args.adapter, Path(decoder), args.encoder_weights, pick_device("cpu", announce=False), fallback)
-    captioner = load_captioner(*sources, args.allow_other_decoder)
+    return load_captioner(*sources, args.allow_other_decoder)
+
+
+def write_whole(args: argparse.Namespace, captioner: Captioner, tokenizer: Tokenizer, card: str) -> None:
+    """Write OUT/llava."""
     if captioner.config.search_rule != "beam":
         log.warning("OUT/llava searches by beams: transformers has no rule %r", captioner.config.search_rule)
     search = {"num_beams": args.beam_size, "max_new_tokens": args.max_new_tokens}
@@ -77,11 +82,13 @@ def main(argv: list[str] | None = None) -> int:
     check_writable(args.out, "OUT")
     folder, source = args.tokenizer or profile.tokenizer, args.decoder or profile.decoder
     tokenizer = Tokenizer(folder)
-    config, decoder, projector = load_decoder(args.adapter, source, args.allow_other_decoder)
+    whole = load_whole(args, source) if args.llava else None
+    parts = parts_of(args.adapter, whole) if whole else load_decoder(args.adapter, source, args.allow_other_decoder)
+    config, decoder, projector = parts
     recorded = RunFolder(args.adapter.parent).describe()
-    if args.llava:  # first: its encoder is what may be missing
+    if whole:
         card = make_cards(config, decoder, projector, recorded, args.license)["llava"]
-        write_whole(args, source, tokenizer, card)
+        write_whole(args, whole, tokenizer, card)
     write_gpt2(folders["gpt2"], decoder, projector, tokenizer_files(folder), tokenizer.eos_id, END_OF_TEXT)
     with atomic_path(folders["adapter"] / "adapter.safetensors") as temporary:
         shutil.copyfile(args.adapter, temporary)

@@ -14,7 +14,7 @@ from captioning.files import atomic_path, write_json, write_text
 from captioning.imports import import_guarded
 from captioning.messages import first_sentence
 from captioning.models.adapter import check_decoder, read_adapter
-from captioning.models.captioner import CaptionerConfig
+from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.encoder import PREPROCESSING
 from captioning.tensors import fingerprint
 from decoder import Decoder, build_decoder, gpt2_state_dict, load_lora_state_dict, merge_lora
@@ -134,6 +134,12 @@ def load_decoder(
     load_lora_state_dict(decoder, parts["decoder"])
     merge_lora(decoder)
     return config, decoder, parts["projector"]
+
+
+def parts_of(adapter: Path, captioner: Captioner) -> tuple[CaptionerConfig, Decoder, dict[str, Any]]:
+    """Return what :func:`load_decoder` does, of a captioner that ``load_captioner`` has made from ``adapter``."""
+    config = replace(read_adapter(adapter)[0], decoder_hash=captioner.config.decoder_hash)
+    return config, captioner.decoder, dict(captioner.projector.state_dict())
 
 
 def write_gpt2(

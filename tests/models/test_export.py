@@ -13,6 +13,8 @@ import p2_infer
 from captioning.data.tokenizer import Tokenizer
 from captioning.imports import import_guarded
 from captioning.inference.captions import caption_features
+from captioning.models import adapter as adapter_module
+from captioning.models import export as export_module
 from captioning.models.adapter import read_adapter
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.profiles import PROFILES
@@ -26,11 +28,7 @@ LORAS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def micro(tiny_profile):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PROFILES, "micro", tiny_profile)
-        yield
+pytestmark = pytest.mark.usefixtures("micro")
 
 
 def make_adapter(path, lora, use_cls=True, layer=-1, pool=1):
@@ -76,6 +74,23 @@ def test_gpt2_lm_head_model_loads_it_and_gives_the_same_logits(tmp_path, setting
         ours = decoder.logits(decoder(decoder.embed(ids), torch.arange(9)))
         theirs = model.eval()(ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("setting", LORAS)
+def test_gpt2_is_read_once_and_is_the_same_with_and_without_a_whole_llava(tmp_path, monkeypatch, setting):
+    adapter, read = make_adapter(tmp_path / "best.safetensors", LORAS[setting]), []
+    for module in (adapter_module, export_module):
+        build = module.build_decoder
+        monkeypatch.setattr(module, "build_decoder", lambda *args, build=build: read.append(args) or build(*args))
+    for out, flags in (("whole", []), ("parts", ["--no-llava"])):
+        assert p2_export.main([str(tmp_path / out), "--adapter", str(adapter), "--profile", "micro", *flags]) == 0
+        assert len(read) == 1
+        read.clear()
+    for folder in ("gpt2", "adapter"):
+        ours, theirs = (
+            {path.name: path.read_bytes() for path in (tmp_path / out / folder).iterdir()} for out in ("whole", "parts")
+        )
+        assert ours == theirs
 
 
 def test_the_tokenizer_is_the_suites(tmp_path):
