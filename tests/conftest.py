@@ -75,6 +75,14 @@ def tiny_profile(tmp_path_factory, tiny_data, tiny_decoder_file, tokenizer_folde
     )
 
 
+@pytest.fixture(scope="module")
+def micro(tiny_profile):
+    """The tiny profile stands in for the micro one: only a profile names an encoder's arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PROFILES, "micro", tiny_profile)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_listed_gpus(monkeypatch):
     """No script stops at a GPU that the tests' torch does not see."""

@@ -24,12 +24,7 @@ from captioning.profiles import PROFILES, ROOT
 SMALL = ("--profile", "micro", "--device", "cpu", "--max-new-tokens", "8")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def micro(tiny_profile):
-    """The tiny profile stands in for the micro one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PROFILES, "micro", tiny_profile)
-        yield
+pytestmark = pytest.mark.usefixtures("micro")
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,8 @@ def built(*args, **kwargs):
 
 
 @pytest.fixture(autouse=True)
-def expensive(monkeypatch, tiny_profile):
+def expensive(monkeypatch, micro):
     """Every model is too expensive to be built."""
-    monkeypatch.setitem(PROFILES, "micro", tiny_profile)
     for module, name in [
         (p1_llava_caption, "load_llava"),
         (p2_infer, "load_captioner"),

@@ -28,10 +28,7 @@ SCORING = ["--profile", "micro", "--pred-file", EXAMPLES / "predictions.json", "
 SCORING += ["--annotation-file", EXAMPLES / "references.json"]
 
 
-@pytest.fixture(autouse=True)
-def micro(monkeypatch, tiny_profile, constant_score):
-    """The tiny profile stands in for the micro one."""
-    monkeypatch.setitem(PROFILES, "micro", tiny_profile)
+pytestmark = pytest.mark.usefixtures("micro", "constant_score")
 
 
 def run(script, *words):

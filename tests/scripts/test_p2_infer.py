@@ -24,13 +24,7 @@ from captioning.models.adapter import load_captioner
 from captioning.models.step_functions import CompiledStepFunction
 from captioning.profiles import PROFILES
 
-
-@pytest.fixture(autouse=True, scope="module")
-def micro(tiny_profile):
-    """The tiny profile stands in for the micro one: only a profile names an encoder's arguments."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PROFILES, "micro", tiny_profile)
-        yield
+pytestmark = pytest.mark.usefixtures("micro")
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,7 @@ from captioning.models.adapter import read_adapter
 from captioning.profiles import PROFILES, ROOT
 from p2_train import main
 
-
-@pytest.fixture(autouse=True, scope="module")
-def micro(tiny_profile):
-    """The tiny profile stands in for the micro one: only a profile names an encoder's arguments."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PROFILES, "micro", tiny_profile)
-        yield
+pytestmark = pytest.mark.usefixtures("micro")
 
 
 def test_a_run_folder_holds_all_that_is_promised(tmp_path):

@@ -21,12 +21,7 @@ from p2_train import main
 TRAIN = "--batch-size=4 --lora-rank=4 --val-images=2 --beam-size=2 --max-new-tokens=8 --epochs=1 --device=cpu"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def micro(tiny_profile):
-    """The tiny profile replaces the micro one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PROFILES, "micro", tiny_profile)
-        yield
+pytestmark = pytest.mark.usefixtures("micro")
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,12 @@
 
 import pytest
 
-from captioning.profiles import PROFILES
 from captioning.scoring import tokenizers
 
 
 @pytest.fixture(autouse=True, scope="module")
-def micro(tiny_profile):
-    """The tiny profile stands in for the micro one: only a profile names an encoder's arguments."""
+def micro(micro):
+    """The tiny profile stands in for the micro one everywhere here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PROFILES, "micro", tiny_profile)
         patch.setattr(tokenizers, "pick_tokenizer", lambda name: "ptb")
         yield
