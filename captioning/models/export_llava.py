@@ -47,12 +47,17 @@ def check_tower(encoder: Any, name: str) -> None:
         "scales its layers' outputs": any(not isinstance(block.ls1, nn.Identity) for block in blocks),
         "normalises queries and keys": any(not isinstance(block.attn.q_norm, nn.Identity) for block in blocks),
         "has another MLP": any(type(block.mlp).__name__ != "Mlp" or not _activation(block) for block in blocks),
-        "is preprocessed in another way": config.get("crop_mode", "center") != "center"
-        or config.get("interpolation") not in RESAMPLE,
+        "is preprocessed in another way": config.get("interpolation") not in RESAMPLE
+        or not (config.get("crop_mode", "center") == "center" or _squeezes(config)),
     }
     found = [reason for reason, is_so in lacks.items() if is_so]
     if found:
         raise ValueError(f"--adapter: its encoder {name} has no place in transformers' CLIP tower: it {found[0]}")
+
+
+def _squeezes(preprocessing: Mapping[str, Any]) -> bool:
+    """Whether the whole picture is squeezed into a square."""
+    return preprocessing["crop_mode"] == "squash" and preprocessing["crop_pct"] == 1
 
 
 def _activation(block: Any) -> str | None:
@@ -165,9 +170,11 @@ def build_processor(captioner: Captioner, tokenizer: Any) -> Any:
     transformers = import_guarded("transformers")
     settings = import_guarded("timm.data").resolve_model_data_config(captioner.encoder)
     side = settings["input_size"][-1]
+    square, squeezes = {"height": side, "width": side}, _squeezes(settings)
     images = transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": int(side / settings["crop_pct"])},
-        crop_size={"height": side, "width": side},
+        size=square if squeezes else {"shortest_edge": int(side / settings["crop_pct"])},
+        do_center_crop=not squeezes,
+        crop_size=square,
         resample=RESAMPLE[settings["interpolation"]],
         image_mean=list(settings["mean"]),
         image_std=list(settings["std"]),

@@ -19,9 +19,11 @@ from captioning.data.images import load_image
 from captioning.data.tokenizer import Tokenizer
 from captioning.imports import import_guarded
 from captioning.inference.captions import caption_features
+from captioning.maps.explainers import LlavaExplainer
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.encoder import build_encoder
 from captioning.models.export_llava import IMAGE_TOKEN, _make_norm, build_llava, check_tower
+from captioning.models.llava import load_llava
 from captioning.profiles import PROFILES
 from decoder import Decoder, DecoderConfig, LoraConfig, build_decoder, init_weights
 from microworld.scenes import generate
@@ -32,10 +34,11 @@ PROMPT = "<image><|endoftext|>"
 TOLERANCE = 2e-6  # of features, relative to the largest
 
 
-def save_adapter(path, use_cls=True, layer=-1, profile=MICRO, **lora):
+def save_adapter(path, use_cls=True, layer=-1, profile=MICRO, crop_mode=None, **lora):
     """An adapter with random LoRA and projector: captions without sense, but of every length and ending."""
     lora = LoraConfig(**({"rank": 8, "alpha": 8, "lm_head": True} | lora))
-    kwargs = (profile.encoder, profile.encoder_kwargs, profile.encoder_weights)
+    cropped = {"crop_mode": crop_mode} if crop_mode else {}
+    kwargs = (profile.encoder, profile.encoder_kwargs | cropped, profile.encoder_weights)
     captioner = Captioner(
         CaptionerConfig(*kwargs, use_cls, lora, encoder_layer=layer), build_decoder(profile.decoder, lora)
     )
@@ -99,6 +102,19 @@ def test_captions_are_those_of_the_suite(tmp_path, pictures, use_cls, layer, cou
             captions += ours(captioner, images, beams, length)
             assert theirs(model, processor, images, beams, length) == captions[start:]
         assert len(set(captions)) > count // 4
+
+
+def test_pictures_that_are_squeezed_whole_are_squeezed_there_too(tmp_path):
+    """As best-336's encoder has them; no other preset's, and so no other test's, does."""
+    generator = torch.Generator().manual_seed(2)
+    pixels = [torch.randint(0, 256, (*size, 3), generator=generator) for size in ((70, 150), (200, 90))]
+    images = [Image.fromarray(picture.byte().numpy()) for picture in pixels]
+    with exported(tmp_path, crop_mode="squash") as (captioner, model, processor, out):
+        found = processor(images=images, text=[PROMPT] * 2, return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, torch.stack([captioner.transform(image) for image in images]))
+        assert theirs(model, processor, images, 3, 8) == ours(captioner, images, 3, 8)
+        llava = load_llava(out / "llava", torch.device("cpu"))
+        assert LlavaExplainer(llava, PROMPT, 1, 8).window((150, 70)) == (0, 0, 150, 70)
 
 
 def test_the_code_on_the_card_and_the_pipeline_caption_alike(tmp_path, pictures, monkeypatch, capsys):
@@ -178,7 +194,12 @@ def test_an_encoder_without_a_place_there_is_refused_with_the_reason():
         encoder = build_encoder(name, "random", tiny)
         if reason is None:
             check_tower(encoder, name)
-            encoder.pretrained_cfg["crop_mode"] = "squash"
+            encoder.pretrained_cfg |= {"crop_mode": "squash", "crop_pct": 1.0}
+            check_tower(encoder, name)
+            encoder.pretrained_cfg["crop_pct"] = 0.9
+            with pytest.raises(ValueError, match="preprocessed in another way"):
+                check_tower(encoder, name)
+            encoder.pretrained_cfg["crop_mode"] = "border"
             reason = "preprocessed in another way"
         with pytest.raises(ValueError, match=f"{name} has no place in transformers' CLIP tower: .*{reason}"):
             check_tower(encoder, name)
