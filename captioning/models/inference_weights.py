@@ -49,7 +49,8 @@ def prepare_decoder(decoder: Decoder, dtype: torch.dtype, reorder: bool = True) 
 @torch.no_grad()
 def prepare_linears(module: nn.Module, dtype: torch.dtype, reorder: bool = True) -> None:
     """Cast the linear layers below ``module`` to ``dtype``, and where possible reorder their weights for oneDNN."""
-    for parent in list(module.modules()):
+    # A list of the layers themselves would keep all old weights beside the new ones until the end.
+    for parent in [part for part in module.modules() if not isinstance(part, nn.Linear)]:
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, nn.Linear):
                 continue

@@ -1,6 +1,7 @@
 """inference_weights.py: prepared weights give the logits of plain ones, and unmerged LoRA is refused."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -78,3 +79,20 @@ def test_a_prepared_encoder_gives_the_same_tokens():
 def test_unmerged_lora_is_refused():
     with pytest.raises(ValueError, match="merge_lora first"):
         prepare_decoder(Decoder(CONFIG, LoraConfig(rank=2)), torch.float32)
+
+
+@pytest.mark.skipif(not can_reorder(CPU, torch.float32), reason="this torch has no oneDNN")
+def test_old_weights_go_while_new_ones_come(monkeypatch):
+    """All of them side by side took twice an encoder's memory: 15 GB for ViT-bigG."""
+    encoder, alive = build_encoder(TINY_ENCODER, "random", TINY_ENCODER_KWARGS | {"depth": 6}), []
+    layers = [weakref.ref(module) for module in encoder.modules() if isinstance(module, torch.nn.Linear)]
+
+    class Noted(ReorderedLinear):
+        def __init__(self, *args):
+            alive.append(sum(layer() is not None for layer in layers))
+            super().__init__(*args)
+
+    monkeypatch.setattr("captioning.models.inference_weights.ReorderedLinear", Noted)
+    prepare_linears(encoder, torch.float32)
+    assert len(alive) == len(layers) == 24
+    assert alive[-1] <= 3  # the one at hand and its neighbours
