@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ from microworld.steps import flags
 
 T = TypeVar("T")
 MINUTES = 8.0  # that a rehearsal may take on a GPU
+PARTS = ("train", "scst", "inference", "maps", "score")  # the first is what the others work on
 
 
 def build_parser() -> FlagParser:
@@ -55,6 +56,7 @@ def build_parser() -> FlagParser:
     for name, what in NUMBERS.items():
         text = f"{what} (default: {FULL.numbers[name]}; tiny {TINY.numbers[name]})"
         add("--" + name.replace("_", "-"), type=positive_int, help=text, metavar="N")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="which (train, which the others need, is always one)")
     add("--minutes", type=float, help=f"stop after so long (default: {MINUTES:g} on CUDA, never elsewhere)")
     add("--workers", type=positive_int, default=os.cpu_count() or 1, help="processes that draw images")
     add("--work", type=Path, help="new folder for images, cache and runs, kept (default: a temporary one)")
@@ -75,6 +77,8 @@ def choose(args: argparse.Namespace, size: Size) -> dict[str, int]:
     numbers = size.numbers | {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
     if numbers["maps"] > numbers["images"]:
         raise ValueError(f"--maps {numbers['maps']}: more than --images {numbers['images']}")
+    if "score" in args.parts and "inference" not in args.parts:
+        raise ValueError("--parts score: there are captions to score only with inference beside it")
     if args.minutes is not None and not args.minutes > 0:
         raise ValueError(f"--minutes {args.minutes}: must be more than 0")
     return numbers
@@ -146,13 +150,16 @@ def write_subset(source: Path, target: Path, images: int) -> None:
     (target / "images").symlink_to(source.resolve() / "images")
 
 
-def run_all(run: Rehearsal, size: Size, numbers: dict[str, int]) -> tuple[dict[str, dict[str, Any]], str]:
-    """Run the scripts up to the first that fails; return what they took, and why not all are there."""
+def run_all(
+    run: Rehearsal, size: Size, numbers: dict[str, int], wanted: Collection[str]
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Run the wanted scripts up to the first that fails; return what they took, and why not all are there."""
     usages: dict[str, dict[str, Any]] = {}
     try:
         for title, words, options in commands(run.folder, size, numbers):
-            usages[title] = run(title, *words, **options | ({"device": run.device} if title != "score" else {}))
-        check_results(run.folder, numbers)
+            if title in wanted or title == PARTS[0]:
+                usages[title] = run(title, *words, **options | ({"device": run.device} if title != "score" else {}))
+        check_results(run.folder, numbers, usages)
     except ValueError as error:
         return usages, str(error)
     return usages, ""
@@ -190,19 +197,22 @@ def commands(
     yield "score", ["evaluate.py"], {"pred_file": captions, "annotation_file": references, "metrics": "cider"}
 
 
-def check_results(folder: Path, numbers: dict[str, int]) -> None:
-    """Make sure that every part did all of its work, whatever it says itself.
+def check_results(folder: Path, numbers: dict[str, int], parts: Collection[str] = PARTS) -> None:
+    """Make sure that every one of the parts did all of its work, whatever it says itself.
 
     Raises:
         ValueError: something is missing.
     """
-    counts = {
-        "captions": (len(json.loads((folder / "captions.json").read_text(encoding="utf-8"))), numbers["images"]),
-        "maps": (len(list((folder / "maps").glob("*.npz"))), numbers["maps"]),
-    }
-    for run_folder, steps in (("trained", "steps"), ("tuned", "scst_steps")):
-        lines = (folder / run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        counts[steps] = (max(json.loads(line)["step"] for line in lines), numbers[steps])
+    counts = {}
+    if "inference" in parts:
+        captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        counts["captions"] = len(captions), numbers["images"]
+    if "maps" in parts:
+        counts["maps"] = len(list((folder / "maps").glob("*.npz"))), numbers["maps"]
+    for part, run_folder, steps in (("train", "trained", "steps"), ("scst", "tuned", "scst_steps")):
+        if part in parts:
+            lines = (folder / run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            counts[steps] = max(json.loads(line)["step"] for line in lines), numbers[steps]
     wrong = {name: pair for name, pair in counts.items() if pair[0] != pair[1]}
     if wrong:
         raise ValueError("; ".join(f"{found} {name} instead of {wanted}" for name, (found, wanted) in wrong.items()))
@@ -337,7 +347,7 @@ def rehearse(args: argparse.Namespace, size: Size, before: Surveyed, folder: Pat
     prepared = time.monotonic() - started
     trained = "fp32" if before.kind == "cpu" else before.precision
     parts = parts_of(size, numbers, tokens, trained, before.precision)
-    usages, failure = run_all(run, size, numbers)
+    usages, failure = run_all(run, size, numbers, args.parts)
     after = in_child(
         survey, args.device, size.floor, size.models.decoder.width
     )  # other work on the machine may have been in the way

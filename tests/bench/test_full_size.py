@@ -12,6 +12,7 @@ from tiny import VOCAB_SIZE
 
 from bench import full_size as bench
 from bench import measured
+from bench.arithmetic import PRESETS
 from bench.stand_ins import TINY, VOCABULARY, write_decoder, write_tokenizer
 from captioning.data.annotations import load_split
 from captioning.data.tokenizer import Tokenizer
@@ -71,12 +72,30 @@ def test_the_process_that_starts_the_parts_leaves_the_device_to_them(monkeypatch
     assert bench.main(["--tiny", "--device", "nowhere"]) == 2
 
 
+def test_only_the_wanted_parts_run_with_the_training_that_they_need(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(
+        bench.Rehearsal, "__call__", lambda self, title, *words, **options: ran.append((title, options))
+    )
+    monkeypatch.setattr(bench, "check_results", lambda *args: None)
+    (tmp_path / "unseen" / "images" / "val").mkdir(parents=True)
+    (tmp_path / "unseen" / "images" / "val" / "a.jpg").touch()
+    args = bench.build_parser().parse_args(["--setting", "best-h", "--pool", "2", "--parts", "inference"])
+    size = bench.size_of(args)
+    bench.run_all(bench.Rehearsal(tmp_path, "cpu", math.inf), size, bench.choose(args, size), args.parts)
+    assert [title for title, _ in ran] == ["train", "inference"]
+    assert (ran[0][1]["setting"], ran[0][1]["pool"]) == ("best-h", 2)
+    assert (size.models.encoder, size.models.prefix) == (PRESETS["best-h"], 65)
+
+
 def test_missing_results_are_noticed(rehearsal, tmp_path):
     work, numbers = tmp_path / "work", {"steps": 2, "scst_steps": 1, "images": 4, "maps": 1}
     shutil.copytree(rehearsal[0] / "work", work, symlinks=True)
     bench.check_results(work, numbers)
+    shutil.rmtree(work / "maps")
+    bench.check_results(work, numbers, ("train", "inference"))
     (work / "captions.json").write_text('{"a": "x"}')
-    with pytest.raises(ValueError, match="1 captions instead of 4"):
+    with pytest.raises(ValueError, match="1 captions instead of 4; 0 maps instead of 1"):
         bench.check_results(work, numbers)
 
 
@@ -104,6 +123,7 @@ def test_the_small_decoder_has_the_whole_vocabulary(tmp_path):
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--workers", "0"], "--workers 0"),
         (["--images", "2", "--maps", "3"], "--maps 3: more than --images 2"),
+        (["--parts", "train", "score"], "--parts score: there are captions to score only with inference"),
         (["--setting", "best-h"], "--setting best-h: is of the full size"),
         (["--pool", "0"], "--pool 0"),
         (["--minutes", "0"], "--minutes 0.0: must be more than 0"),
