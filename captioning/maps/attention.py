@@ -15,6 +15,7 @@ position, where it has been read). Their maps differ (He et al. 2022, arXiv 2210
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from captioning.maps.by_activation import tam
+from captioning.maps.by_agreement import agree
 from captioning.maps.by_attention import chefer, generic, grad, raw, relative, rollout
 from captioning.maps.by_probing import ig, occlusion
 from captioning.maps.capture import Capture, Choices, Heads, parse_layers
@@ -41,7 +43,7 @@ class Method:
 
     Attributes:
         about: what the map of a word is, in a line.
-        maps: of a capture and a spec (T, P) on the CPU, not negative.
+        maps: of a capture and a spec (T, P) on the CPU, not negative; or (T, n n P) with n x n points in each patch.
         needs: what a capture must hold beside the attention of the caption's rows: ``whole`` (the image's rows too),
             ``gradient``, ``hidden`` (states), ``generic`` (another caption's attention).
         layers: the default of ``--layers``; empty where they cannot be chosen.
@@ -67,6 +69,11 @@ METHODS = {
     "grad": Method(
         "attention times the gradient of the word's own logit (after Chefer et al. 2021)",
         grad,
+        frozenset({"gradient"}),
+    ),
+    "agree": Method(
+        "where all layers' attention and its gradients agree, blurred between patches",
+        agree,
         frozenset({"gradient"}),
     ),
     "relative": Method(
@@ -181,10 +188,12 @@ class CaptionAttention:
     words: list[tuple[str, list[int]]]
 
     def maps(self, spec: MapSpec) -> np.ndarray:
-        """Return one map per word: (W, gh, gw) float32."""
-        maps = token_maps(self.capture, spec)  # (T, P)
+        """Return one map per word: (W, gh, gw) float32, or finer by a whole factor where the method's maps are."""
+        maps = token_maps(self.capture, spec)  # (T, n n P)
         merged = torch.stack([maps[indices].mean(0) for _, indices in self.words])
-        return merged.reshape(len(self.words), *self.capture.grid).numpy()
+        gh, gw = self.capture.grid
+        finer = math.isqrt(maps.shape[1] // (gh * gw))
+        return merged.reshape(len(self.words), finer * gh, finer * gw).numpy()
 
     def image_mass(self, spec: MapSpec) -> np.ndarray:
         """Return (W,): the share of each word's attention, mean over layers and heads, that falls on the image."""
@@ -193,7 +202,7 @@ class CaptionAttention:
 
 
 def token_maps(capture: Capture, spec: MapSpec) -> torch.Tensor:
-    """Return one map per token of the caption: (T, P) on the CPU, not negative.
+    """Return one map per token of the caption: (T, P), or finer as ``Method.maps``, on the CPU, not negative.
 
     Raises:
         ValueError: the spec names layers or heads that the model lacks, or the capture lacks what the method needs.

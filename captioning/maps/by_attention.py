@@ -14,9 +14,14 @@ from captioning.maps.capture import Capture, Choices, Chosen, Heads, parse_layer
 
 def raw(capture: Capture, spec: Choices) -> torch.Tensor:
     """Return the attention itself, of the chosen heads, mean over the layers."""
+    return raw_steps(capture, spec).mean(0)
+
+
+def raw_steps(capture: Capture, spec: Choices) -> torch.Tensor:
+    """Return the attention of the chosen heads in each chosen layer, (l, T, P)."""
     part = capture.image_part(spec.row)
     heads, chosen = _choose(capture, spec, part)
-    return torch.stack([heads.reduce(part[layer], which) for layer, which in chosen]).mean(0)
+    return torch.stack([heads.reduce(part[layer], which) for layer, which in chosen])
 
 
 def relative(capture: Capture, spec: Choices) -> torch.Tensor:
@@ -70,8 +75,13 @@ def grad(capture: Capture, spec: Choices) -> torch.Tensor:
     Raises:
         ValueError: the capture has no gradients.
     """
+    return functools.reduce(torch.add, gradient_steps(capture, spec)).cpu()
+
+
+def gradient_steps(capture: Capture, spec: Choices) -> list[torch.Tensor]:
+    """Return (T, P) of each chosen layer, which ``grad`` adds up, where the capture is."""
     if not capture.logits.requires_grad:
-        raise ValueError("grad needs a capture with gradients")
+        raise ValueError(f"{spec.method} needs a capture with gradients")
     if capture.gradients is None:
         count = len(capture.tokens)
         own = capture.logits[range(count), capture.tokens].float().sum()
@@ -82,7 +92,7 @@ def grad(capture: Capture, spec: Choices) -> torch.Tensor:
         gradient = capture.gradients[layer][0, :, -len(capture.tokens) - 1 :]  # (nh, T + 1, S)
         step = heads.reduce((capture.caption_rows(layer) * gradient).clamp(min=0), which)  # (T + 1, S)
         steps.append(step[rows][:, capture.patches])
-    return functools.reduce(torch.add, steps).cpu()
+    return steps
 
 
 def chefer(capture: Capture, spec: Choices) -> torch.Tensor:

@@ -36,7 +36,7 @@ from captioning.maps.measures import (
 log = logging.getLogger(__name__)
 MEASURES = "pointing, map in box / area, IoU at its best threshold and at half of the maximum, average precision"
 INTERVALS = ("pointing", "iou")  # the measures that get intervals and tests
-CEILING = "the boxes"  # the map that is the boxes' share of each cell: what no map on this grid can exceed by much
+CEILING = "the boxes, {} x {}"  # as a map, their share of each cell: what no map of this size can exceed by much
 
 
 class Word(NamedTuple):
@@ -56,21 +56,20 @@ class Measured:
     Attributes:
         words: the W words that have boxes.
         maps: of each spec the W measures.
-        ceiling: the W measures of the boxes themselves, taken as a map of the grid.
+        ceiling: the W measures of the boxes themselves, taken as maps of the grid, and of each size that maps have.
         floor: pointing accuracy of what knows nothing of the word.
         images: how many images were measured.
     """
 
     words: list[Word] = field(default_factory=list)
     maps: dict[MapSpec, list[MapMeasures]] = field(default_factory=dict)
-    ceiling: list[MapMeasures] = field(default_factory=list)
+    ceiling: dict[tuple[int, ...], list[MapMeasures]] = field(default_factory=dict)
     floor: Mapping[str, float] = field(default_factory=dict)
     images: int = 0
 
-    def stack(self, spec: MapSpec | None, kind: str = THING) -> MeasuredMaps:
-        """Return the measures of a spec, or with None of the ceiling, on the words of a kind."""
-        area = np.array([word.area for word in self.words])
-        return MeasuredMaps.stack(self.ceiling if spec is None else self.maps[spec], area).of(self.of_kind(kind))
+    def stack(self, maps: Sequence[MapMeasures], kind: str = THING) -> MeasuredMaps:
+        """Join the measures of all words, and keep those of a kind."""
+        return MeasuredMaps.stack(maps, np.array([word.area for word in self.words])).of(self.of_kind(kind))
 
     def of_kind(self, kind: str) -> np.ndarray:
         """Return (W,): which words are of a kind."""
@@ -104,15 +103,22 @@ def measure(explainer: Explainer, samples: Sequence[GroundedCaption], specs: Seq
         window, words = explainer.window(image.size), sample.caption.split()
         attention = read(explainer, explainer.prepare(image), explainer.tokens(sample.caption), specs)
         grid = attention.capture.grid
-        covered = {m: coverage(m.boxes, window, grid) for m in sample.mentions if m.boxes}
-        seen = [m for m, share in covered.items() if share.any()]
-        unseen += len(covered) - len(seen)
+        area = {m: float(coverage(m.boxes, window, grid).mean()) for m in sample.mentions if m.boxes}
+        seen = [m for m in area if area[m]]
+        unseen += len(area) - len(seen)
         mentions += [(m.boxes, window) for m in seen if m.kind == THING]
-        found.words += [Word(str(sample.path), m.word, words[m.word], m.kind, float(covered[m].mean())) for m in seen]
-        found.ceiling += [measure_map(covered[m], m.boxes, covered[m], window) for m in seen]
-        for spec in specs:
-            maps = attention.maps(spec)
-            found.maps[spec] += [measure_map(maps[m.word], m.boxes, covered[m], window) for m in seen]
+        found.words += [Word(str(sample.path), m.word, words[m.word], m.kind, area[m]) for m in seen]
+        maps = {spec: attention.maps(spec) for spec in specs}
+        sizes: set[tuple[int, ...]] = {grid, *(of_words.shape[1:] for of_words in maps.values())}
+        shares = {size: [coverage(m.boxes, window, size) for m in seen] for size in sizes}
+        for size, boxes in shares.items():
+            mine = [measure_map(share, m.boxes, share, window) for m, share in zip(seen, boxes, strict=True)]
+            found.ceiling.setdefault(size, []).extend(mine)
+        for spec, of_words in maps.items():
+            found.maps[spec] += [
+                measure_map(of_words[m.word], m.boxes, share, window)
+                for m, share in zip(seen, shares[of_words.shape[1:]], strict=True)
+            ]
     if not found.images:
         raise ValueError(f"none of the {len(samples)} images could be measured")
     if not mentions:
@@ -203,23 +209,26 @@ def table(found: Measured, notes: Mapping[MapSpec, str], default: MapSpec, kind:
         default: the spec that the others are tested against.
         kind: of the words.
     """
-    images, base = found.image_of(kind), found.stack(default, kind).ratios()
+    images, base = found.image_of(kind), found.stack(found.maps[default], kind).ratios()
     rows = []
-    for spec in found.maps:
-        ratios = found.stack(spec, kind).ratios()
+    for spec, maps in found.maps.items():
+        ratios = found.stack(maps, kind).ratios()
         tests = {f"p_{name}": p_value(ratios[name], base[name], images) for name in INTERVALS if spec != default}
-        cells = _cells(found, spec, kind) | tests
+        cells = _cells(found, maps, kind) | tests
         rows.append(Row(spec.method, spec.layers, spec.heads, spec.row, **cells, note=notes.get(spec, "")))
     rows.sort(key=lambda row: -row.pointing)
     if kind != THING:
         return rows
-    ceiling = Row(CEILING, **_cells(found, None, kind), note="ceiling")
-    return [*rows, ceiling, *(Row(name, pointing=hits, note="baseline") for name, hits in found.floor.items())]
+    ceilings = [
+        Row(CEILING.format(*size), **_cells(found, maps, kind), note="ceiling")
+        for size, maps in sorted(found.ceiling.items())
+    ]
+    return [*rows, *ceilings, *(Row(name, pointing=hits, note="baseline") for name, hits in found.floor.items())]
 
 
-def _cells(found: Measured, spec: MapSpec | None, kind: str) -> dict[str, Any]:
-    """Return what :class:`Row` has of a spec, or of the ceiling, on the words of a kind."""
-    stack, images = found.stack(spec, kind), found.image_of(kind)
+def _cells(found: Measured, maps: Sequence[MapMeasures], kind: str) -> dict[str, Any]:
+    """Return what :class:`Row` has of all words' measures, for the words of a kind."""
+    stack, images = found.stack(maps, kind), found.image_of(kind)
     ratios = stack.ratios()
     cells: dict[str, Any] = {name: value(ratio) for name, ratio in ratios.items()}
     for name in INTERVALS:

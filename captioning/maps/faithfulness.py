@@ -165,5 +165,11 @@ def _image(path: Path) -> list[Image.Image]:
 def _maps(
     explainer: Explainer, sample: GroundedCaption, image: Image.Image, specs: Sequence[MapSpec]
 ) -> tuple[dict[MapSpec, np.ndarray], CaptionAttention]:
+    """Return the maps by every spec, with one value for each patch, and what they were made from."""
     attention = read(explainer, explainer.prepare(image), explainer.tokens(sample.caption), specs)
-    return {spec: attention.maps(spec) for spec in specs}, attention
+    return {spec: _on_patches(attention.maps(spec), attention.capture.grid) for spec in specs}, attention
+
+
+def _on_patches(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    finer = maps.shape[1] // grid[0]
+    return maps.reshape(len(maps), grid[0], finer, grid[1], finer).mean((2, 4))

@@ -30,7 +30,7 @@ def inside(boxes: Sequence[Box], xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
     return np.any([np.outer((ys >= y) & (ys <= y + h), (xs >= x) & (xs <= x + w)) for x, y, w, h in boxes], axis=0)
 
 
-def coverage(boxes: Sequence[Box], window: Window, grid: tuple[int, int], fine: int = 4) -> np.ndarray:
+def coverage(boxes: Sequence[Box], window: Window, grid: tuple[int, ...], fine: int = 4) -> np.ndarray:
     """Return (gh, gw): which share of each cell the boxes cover together, by ``fine`` x ``fine`` points per cell."""
     gh, gw = grid
     covered = inside(boxes, *cell_centres(window, (gh * fine, gw * fine)))

@@ -39,7 +39,7 @@ def found():
     """Two images with a thing and a colour each: raw misses all, grad finds the things."""
     words = [Word(f"{n}.png", at, text, kind, 1 / 48) for n in (1, 2) for at, text, kind in COLOURED_THING]
     right, wrong = planted(2, 1), planted(0, 0)
-    return Measured(words, {RAW: [wrong] * 4, GRAD: [right, wrong] * 2}, [right] * 4, {"centre": 0.25}, 2)
+    return Measured(words, {RAW: [wrong] * 4, GRAD: [right, wrong] * 2}, {GRID: [right] * 4}, {"centre": 0.25}, 2)
 
 
 COLOURED_THING = ((2, "bike", "thing"), (1, "red", "colour"))
@@ -50,7 +50,7 @@ def test_the_table_has_the_best_spec_first_and_ceiling_and_baselines_last(found)
     assert [(row.method, row.pointing, row.note) for row in rows] == [
         ("grad", 1.0, ""),
         ("raw", 0.0, "default"),
-        ("the boxes", 1.0, "ceiling"),
+        ("the boxes, 6 x 8", 1.0, "ceiling"),
         ("centre", 0.25, "baseline"),
     ]
     assert (rows[0].kind, rows[0].words) == ("thing", 2)
@@ -103,7 +103,7 @@ def test_the_tables_are_files(found, tmp_path):
     ]
     write_tables(found, with_answers(rows, answers, RAW), others, answers, tmp_path)
     written = list(csv.DictReader((tmp_path / "grounding.csv").open()))
-    assert [row["method"] for row in written] == ["grad", "raw", "the boxes", "centre"]
+    assert [row["method"] for row in written] == ["grad", "raw", "the boxes, 6 x 8", "centre"]
     assert [row["deletion"] for row in written] == ["0.1", "0.3", "", ""]
     assert len(list(csv.DictReader((tmp_path / "grounding_kinds.csv").open()))) == 2
     each = list(csv.DictReader((tmp_path / "grounding_asked.csv").open()))

@@ -164,7 +164,9 @@ def test_the_grounding_table(model, tiny_data, tmp_path, adapter, capsys):
     assert explain(model, [tiny_data / "images" / "val"], out, adapter, *flags) == 0
     rows = list(csv.DictReader((out / "grounding.csv").open()))
     methods = {row["method"] for row in rows}
-    assert {n for n, m in METHODS.items() if not m.slow} | {"the boxes", "centre", "random", "mean image"} == methods
+    assert {n for n, m in METHODS.items() if not m.slow} | {"centre", "random", "mean image"} == {
+        method for method in methods if not method.startswith("the boxes, ")
+    }
     notes = [row["note"] for row in rows]
     assert notes.count("default") == notes.count("report") == 1
     assert notes.count("baseline") == 3
