@@ -11,6 +11,7 @@ from captioning.inference import captions
 from captioning.inference.search import SearchResult
 from captioning.maps import by_probing, explainers
 from captioning.maps.attention import METHODS, MapSpec, cell_centres, token_maps
+from captioning.maps.by_agreement import POINTS
 from captioning.maps.explainers import (
     CaptionerExplainer,
     LlavaExplainer,
@@ -244,7 +245,8 @@ def test_an_explanation_holds_what_pictures_need(explainer, tmp_path):
     assert {found.spec.method for found in explanation.word_maps} == {n for n, m in METHODS.items() if not m.slow}
     assert explanation.word_maps[0].spec.method == "grad"
     for found in explanation.word_maps:
-        assert found.maps.shape == (7, *attention.capture.grid)
+        finer = POINTS if found.spec.method == "agree" else 1
+        assert found.maps.shape == (7, *(finer * size for size in attention.capture.grid))
         assert (found.maps >= 0).all()
         assert found.maps.max() > 0
     assert ((explanation.image_mass > 0) & (explanation.image_mass < 1)).all()

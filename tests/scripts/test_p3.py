@@ -14,6 +14,7 @@ import p3_attention
 from captioning.cli import BAD_INPUT, PARTIAL
 from captioning.maps import figures
 from captioning.maps.attention import METHODS
+from captioning.maps.by_agreement import POINTS
 from captioning.maps.saved import load_maps
 from captioning.profiles import PROFILES
 from p2_train import main
@@ -59,7 +60,7 @@ def test_maps_of_a_folder(model, images, tmp_path, adapter, capsys):
     for name, line in zip(names, printed, strict=True):
         maps = np.load(out / f"{name}.npz")
         layers, heads, tokens, *grid = maps["attention"].shape
-        assert maps["maps"].shape == (len(maps["words"]), *grid)
+        assert maps["maps"].shape == (len(maps["words"]), *(POINTS * size for size in grid))  # agree's are finer
         assert len(maps["tokens"]) == tokens == len(maps["word_of_token"])
         assert heads == (4 if model == "p1" else 2)
         assert set(maps["layers"]) == set(range(layers))
@@ -68,7 +69,7 @@ def test_maps_of_a_folder(model, images, tmp_path, adapter, capsys):
     wide = load_maps(out / "wide.npz")
     assert (wide.window, wide.model) == ((55, 0, 145, 90), model)
     assert wide.path.samefile(images / "wide.png")
-    assert wide.word_maps[0].maps.shape == (len(wide.words), *grid)
+    assert wide.word_maps[0].maps.shape == (len(wide.words), *(POINTS * size for size in grid))
     assert "<script" in (out / "viewer.html").read_text(encoding="utf-8")
 
 
