@@ -118,11 +118,6 @@ def load_decoder(
         FileNotFoundError, ValueError: a file is missing or damaged, or the adapter was trained on another decoder.
     """
     config, state = read_adapter(adapter)
-    if config.lora.kinds:
-        raise ValueError(
-            f"--adapter {adapter}: was trained with --lora-kinds, so image rows have weights of their own, for which "
-            "no model of transformers has room; caption with p2_infer.py, or train without"
-        )
     decoder = build_decoder(source, config.lora)
     found = fingerprint(gpt2_state_dict(decoder))
     try:
