@@ -34,7 +34,14 @@ STUDIES = ("settings", "variants", "rewards", "letter", "ablation")
 WORLDS = {"micro": "micro", "full": "full size"}
 MODELS = {"p1": "LLaVA", "p2": "The captioner"}
 LLAVA = "llava/val.json"  # where p1_llava_caption.py --compare writes, below the folder of runs
-GROUNDING_ROWS = 5  # a model's best specs in its table, beside the default, the report's and the baselines
+MEASURES = {  # of grounding.csv, in the table of each model; those of earlier versions lack some
+    "pointing": "pointing game",
+    "mass_ratio": "mass in box / area",
+    "iou": "IoU",
+    "precision": "average precision",
+    "deletion": "deletion",
+    "insertion": "insertion",
+}
 UNKNOWN_ORIGIN = "not recorded"
 
 ABOUT_LLAVA = (
@@ -275,8 +282,10 @@ def attention_section(root: Path, size: str, best: Run | None) -> Section:
     for model, name in MODELS.items():
         section.blocks += _maps(folder / model, model, name, where)
     section.blocks += _pairs(folder, where, best)
+    found = {model: read_grounding(folder / model / "grounding.csv") for model in MODELS}
+    section.blocks += _side_by_side(found, size)
     for model, name in MODELS.items():
-        section.blocks += _grounding(folder / model, model, name, size)
+        section.blocks += _grounding(folder / model, model, name, size, found[model])
     return section
 
 
@@ -339,7 +348,44 @@ def _pairs(folder: Path, where: str, best: Run | None) -> list[Block]:
     ]
 
 
-def _grounding(folder: Path, model: str, name: str, size: str) -> list[Block]:
+def read_grounding(file: Path) -> list[dict[str, str]]:
+    """Return of a grounding.csv each method's best row and all rows with a note; none where there is no such file."""
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    if not rows or not {"method", "layers", "heads", "row", "pointing", "mass_ratio", "iou", "note"} <= rows[0].keys():
+        return []
+    best = {row["method"]: row for row in reversed(rows)}  # the best pointing accuracy comes first
+    return [row for row in rows if row["note"] or best[row["method"]] is row]
+
+
+def _measured(row: Mapping[str, str], measure: str, title: str) -> dict[str, Cell]:
+    """Return a measure of a row of grounding.csv, and its 95% interval where the file has intervals of it."""
+    cells: dict[str, Cell] = {title: float(row[measure]) if row[measure] else None}
+    if f"{measure}_low" in row:
+        ends = row[f"{measure}_low"], row[f"{measure}_high"]
+        cells[f"{title}, 95%"] = "{:.3f} to {:.3f}".format(*map(float, ends)) if all(ends) else None
+    return cells
+
+
+def _side_by_side(found: Mapping[str, Sequence[Mapping[str, str]]], size: str) -> list[Block]:
+    """Return the best spec of each method of both models in one table."""
+    if not all(found.values()):
+        return []
+    rows: dict[str, dict[str, Cell]] = {}
+    for model, name in MODELS.items():
+        for row in reversed(found[model]):  # a method's best row is its first: the last that stays here
+            cells = _measured(row, "pointing", f"{name}: pointing") | _measured(row, "iou", f"{name}: IoU")
+            rows[row["method"]] = rows.get(row["method"], {"method": row["method"]}) | cells
+    columns = dict.fromkeys(column for cells in rows.values() for column in cells)
+    every = [row for model in MODELS for row in found[model]]
+    order = dict.fromkeys(row["method"] for row in sorted(every, key=lambda row: not row["layers"]))  # baselines last
+    caption = f"Do words look at what they name? Each method by its best layers and heads ({world(size)})"
+    return [Table("p3_grounding", caption, [columns | rows[method] for method in order])]
+
+
+def _grounding(folder: Path, model: str, name: str, size: str, found: Sequence[Mapping[str, str]]) -> list[Block]:
     """Return whether words look at the boxes of what they name: the best specs, the default, the report's, chance."""
     file, chart = folder / "grounding.csv", folder / "grounding.png"
     if not file.is_file():
@@ -347,21 +393,19 @@ def _grounding(folder: Path, model: str, name: str, size: str) -> list[Block]:
         if size == "full":  # the course's data has no boxes
             return [Missing(f"grounding of {name}", f"{remedy} --boxes INSTANCES.json", wanted=False)]
         return [Missing(f"grounding of {name}", remedy)]
-    with file.open(encoding="utf-8", newline="") as handle:
-        found = list(csv.DictReader(handle))
-    measures = {"pointing": "pointing game", "mass_ratio": "mass in box / area", "iou": "IoU"}
-    texts = ("method", "layers", "heads", "row")
-    if not found or not {*texts, *measures, "note"} <= found[0].keys():
+    if not found:
         return [Text(f"Left out: {file.name} of {name}, since it is of another version or empty.")]
-    rows = [
-        {column: row[column] or None for column in texts}
-        | {title: float(row[column]) if row[column] else None for column, title in measures.items()}
-        | {"note": row["note"] or None}
-        for number, row in enumerate(found)
-        if number < GROUNDING_ROWS or row["note"]
+    rows: list[dict[str, Cell]] = [
+        {
+            **{column: row[column] or None for column in ("method", "layers", "heads", "row")},
+            **dict(cell for name in MEASURES if name in row for cell in _measured(row, name, MEASURES[name]).items()),
+            "note": row["note"] or None,
+        }
+        for row in found
     ]
     title = f"p3_grounding_{model}"
-    blocks: list[Block] = [Table(title, f"{name}: do words look at what they name? ({world(size)})", rows)]
+    about = "Each method by its best layers and heads, with 95% intervals over images"
+    blocks: list[Block] = [Table(title, f"{name}: do words look at what they name? {about} ({world(size)})", rows)]
     if chart.is_file():
         caption = f"{name}: pointing game by method ({world(size)})."
         blocks.append(Figure(title, chart.read_bytes(), f"Pointing game by method, {name}", caption))

@@ -1,5 +1,7 @@
 """sections.py: what is there is shown, what is not is named with the command that makes it."""
 
+import csv
+
 import pytest
 from matplotlib.figure import Figure as MatplotlibFigure
 from report_runs import png, write_run
@@ -39,6 +41,30 @@ def test_a_complete_part_is_not_called_missing(root, tmp_path, make):
     assert page.count("image one (micro world): a row per noun, a column per method.") == 1
     assert (tmp_path / "report_files" / "p3_p2_one.png").read_bytes() == png()
     assert "0.2500" in page
+
+
+GROUNDING = """method,layers,heads,row,pointing,pointing_low,pointing_high,mass_ratio,iou,iou_low,iou_high,deletion,note
+agree,all,mean,predict,0.9,0.85,0.95,5.0,0.5,0.4,0.6,0.125,default
+{other},0,max,own,0.8,0.7,0.9,4.0,0.4,0.3,0.5,,
+{other},1,max,own,0.7,0.6,0.8,4.0,0.4,0.3,0.5,,
+"the boxes, 12 x 12",,,,1.0,1.0,1.0,9.0,0.75,0.7,0.8,,ceiling
+centre,,,,0.25,,,,,,,,baseline
+"""
+
+
+def test_both_models_are_side_by_side_each_method_by_its_best_row_with_intervals(root, make, tmp_path):
+    for model, other in (("p1", "grad"), ("p2", "raw")):
+        (root / "attention" / model).mkdir(parents=True)
+        (root / "attention" / model / "grounding.csv").write_text(GROUNDING.format(other=other))
+    page = make(root)
+    assert "0.850 to 0.950" in page and "0.600 to 0.800" not in page  # layer 1 is not the best of its method
+    both = list(csv.DictReader((tmp_path / "report_files" / "p3_grounding.csv").open()))
+    assert [row["method"] for row in both] == ["agree", "grad", "raw", "the boxes, 12 x 12", "centre"]
+    (grad,) = (row for row in both if row["method"] == "grad")
+    assert (grad["LLaVA: pointing"], grad["LLaVA: IoU, 95%"]) == ("0.8", "0.300 to 0.500")
+    assert grad["The captioner: pointing"] == ""
+    one = list(csv.DictReader((tmp_path / "report_files" / "p3_grounding_p1.csv").open()))
+    assert (one[0]["deletion"], one[0]["note"], len(one)) == ("0.125", "default", 4)
 
 
 def test_the_words_on_the_prompts_follow_the_numbers():
