@@ -364,3 +364,12 @@ def test_seed_everything_repeats_every_generator():
         return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002 - the global one is meant
 
     assert draw() == draw()
+
+
+def test_the_caches_of_cpu_kernels_are_bounded_unless_the_user_says_otherwise(monkeypatch):
+    for name in device.PRIMITIVE_CACHES:
+        monkeypatch.setenv(name, "set so that it is restored")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(device.PRIMITIVE_CACHES[0], "7")
+    pick_device("cpu")
+    assert [os.environ[name] for name in device.PRIMITIVE_CACHES] == ["7", device.PRIMITIVES]
