@@ -21,8 +21,8 @@ from microworld.steps import QUICK_SCENES, Runner, caption, draw, quick, score, 
 SPLITS = ("val", "val_novel")
 SAMPLES = 9  # scenes on the contact sheet
 EXPLAINED, GROUNDED = 5, 150  # scenes with maps, and scenes that the maps are measured on
-# What `make blind` measured last, by the recipe of that day: captions of the wrong images teach the language, and next to
-# nothing else.
+# What `make blind` measured last, by the recipe of that day: captions of the wrong images teach the language, and next
+# to nothing else.
 BLIND_DATE = "2026-11-26"
 BLIND = {
     "val": {"images": 300, "CIDEr": 0.177, "CLIPScore": 0.288},
