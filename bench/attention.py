@@ -22,7 +22,7 @@ from captioning.cli import FlagParser, command, positive_int
 from captioning.data.images import load_image
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
-from captioning.maps.attention import MapSpec
+from captioning.maps.attention import METHODS, MapSpec
 from captioning.maps.explainers import DEFAULTS, CaptionerExplainer, Explainer, LlavaExplainer, read
 from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.llava import PROMPTS, load_llava
@@ -36,6 +36,7 @@ def build_parser() -> FlagParser:
     """Return the command line."""
     parser = make_parser("attention", __doc__, repeats=5)
     parser.add_argument("--count", type=positive_int, default=20, help="images")
+    parser.add_argument("--slow", action="store_true", help="the slow methods too, which ask the model again")
     parser.add_argument("--full-size", action="store_true", help="the captioner at full size, random weights")
     return parser
 
@@ -51,11 +52,16 @@ def captioner(full_size: bool, device: torch.device) -> CaptionerExplainer:
     return CaptionerExplainer(Captioner(config, decoder).to(device).merge(), tokenizer, 5, LONGEST)
 
 
-def compare(explainer: Explainer, paths: list[Path], repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """Time captions alone, and captions with the maps of each method."""
+def compare(
+    explainer: Explainer, paths: list[Path], repeats: int, device: torch.device, slow: bool
+) -> list[dict[str, Any]]:
+    """Time captions alone, and captions with the maps of each method; ``slow``: of those that are slow too."""
     default = DEFAULTS[explainer.name]
-    others = [MapSpec(method, "all", "mean") for method in ("raw", "grad", "rollout")]
-    specs = {f"{default.method} (default)": default} | {spec.method: spec for spec in others if spec != default}
+    others = {
+        name: MapSpec(name, method.layers or "all") for name, method in METHODS.items() if slow or not method.slow
+    }
+    others.pop(default.method, None)
+    specs = {f"{default.method} (default)": default} | others
 
     def caption(spec: MapSpec | None) -> None:
         for path in paths:
@@ -91,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         explainers.append(LlavaExplainer(llava, PROMPTS[1], 1, LONGEST))
     with tempfile.TemporaryDirectory() as folder:
         paths = draw_scenes(Path(folder), args.count)
-        rows = [row for e in explainers for row in compare(e, paths, args.repeats, device)]
+        rows = [row for e in explainers for row in compare(e, paths, args.repeats, device, args.slow)]
     what = "ViT-L/14 and GPT-2 small, random weights" if args.full_size else "micro models"
     report(f"What maps cost: {what}", rows, device, args.out)
     return 0
