@@ -184,7 +184,7 @@ class Study:
         for number in itertools.count(1):
             further = rewards / f"level_{number}" / chain
             order = number * 1000 + (0 if self.args.start else seed)  # else each would show the scenes in one order
-            self.train(further, data, init_adapter=adapter, **REWARDS[FURTHER], **self.tuning(), seed=order)
+            self.train(further, data, init_adapter=adapter, **self.tuning() | REWARDS[FURTHER], seed=order)
             before, loss = loss, last_loss(further)
             if loss > before * (1 - LEVEL):
                 break
@@ -200,7 +200,7 @@ class Study:
     def tuned(self, name: str, seed: int, data: Path, start: Path) -> Path:
         """Tune the captioner of ``start`` by one row of the study ``rewards``, and score it; return its folder."""
         folder = self.args.out / "rewards" / slug(name) / str(seed)
-        self.train(folder, data, init_adapter=start / LAST, **REWARDS[name], **self.tuning(), seed=seed)
+        self.train(folder, data, init_adapter=start / LAST, **self.tuning() | REWARDS[name], seed=seed)
         self.score(folder, data, SPLITS, adapter=folder / LAST)
         return folder
 
