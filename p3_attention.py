@@ -4,6 +4,7 @@ python p3_attention.py --model p2 --images DIR_OR_FILES --out DIR [--html]      
 python p3_attention.py --model p2 --images FILE --out DIR --contact-sheet         one picture by all methods
 python p3_attention.py --model p2 --best-worst PER_IMAGE.json --images DIR --annotation-file val.json --out DIR
 python p3_attention.py --model p2 --grounding val.json --images DIR --out DIR     do the maps point at the things?
+python p3_attention.py --model p2 --find-heads --images DIR --out DIR             choose the heads of --heads local
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from captioning.data.images import load_image
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import pick_device
 from captioning.files import check_writable
-from captioning.maps import comparison, figures, grounding, viewer
+from captioning.maps import comparison, figures, grounding, localisation, viewer
 from captioning.maps.attention import METHODS, ROWS, Heads, MapSpec, parse_layers
 from captioning.maps.explainers import (
     DEFAULTS,
@@ -41,6 +42,7 @@ from captioning.maps.explainers import (
     choose_spec,
     explain,
     explain_each,
+    find_local_heads,
     specs_of_methods,
     specs_to_compare,
     specs_to_show,
@@ -58,6 +60,7 @@ from captioning.timing import Timer
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 log = logging.getLogger("captioning")
 LETTERS = 4  # of the shortest word on a contact sheet without nouns that are known
@@ -88,9 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     add("--method", choices=METHODS, help=f"how maps are made; see below {_defaults('method')}")
     add("--layers", help=f"all, last, a number, or a range such as 2-5 {_defaults('layers')}")
-    add("--heads", help=f"max, mean, a head's number, or topK {_defaults('heads')}")
+    add("--heads", help=f"max, mean, a head's number, topK, or local, of --find-heads {_defaults('heads')}")
     add("--row", choices=ROWS, help=f"position that predicts a token, or its own: of attention {_defaults('row')}")
     add("--caption", help="explain this caption of one image instead of the model's own")
+    add("--find-heads", action="store_true", help="choose the localisation heads (--heads local) by --images, once")
     add("--html", action="store_true", help="write viewer.html too, with every method and many layers and heads")
     add("--contact-sheet", action="store_true", help="draw NAME.methods.png too: the caption's nouns by every method")
     add(
@@ -208,6 +212,34 @@ def run_images(explainer: Explainer, paths: dict[str, Path], nouns: Nouns | None
     return PARTIAL if len(items) < len(paths) else 0
 
 
+def run_find_heads(explainer: Explainer, paths: dict[str, Path]) -> int:
+    """Choose the model's localisation heads by its captions of the images, and keep them beside it."""
+    from tqdm import tqdm
+
+    if explainer.heads_file is None:
+        raise ValueError("--find-heads: the model has no file that its heads could be kept beside")
+    check_writable(explainer.heads_file.parent, "--find-heads")
+    read = 0
+
+    def pictures() -> Iterator[Image.Image]:
+        nonlocal read
+        for path in tqdm(paths.values(), "find heads", disable=None):
+            try:
+                picture = load_image(path)
+            except (ValueError, OSError) as error:
+                not_explained(path, error)
+                continue
+            read += 1
+            yield picture
+
+    found = find_local_heads(explainer, pictures())
+    localisation.write_heads(explainer.heads_file, found)
+    for (layer, head), share in zip(found.heads, found.shares, strict=True):
+        print(f"layer {layer} head {head}: chosen for {share:.0%} of {found.words} words")
+    print(f"{explainer.heads_file}: localisation heads by {found.images} images")
+    return PARTIAL if read < len(paths) else 0
+
+
 def read_pairs(paths: dict[str, Path], args: argparse.Namespace) -> list[Pair]:
     """Return the best and the worst pair by CLIPScore; ValueError where an image is not there."""
     scores = read_per_image(args.best_worst)
@@ -259,7 +291,7 @@ def run_grounding(explainer: Explainer, samples: list[grounding.GroundedCaption]
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse flags that make no sense together before anything is loaded."""
-    runs = [name for name in ("best_worst", "grounding", "contact_sheet") if getattr(args, name)]
+    runs = [name for name in ("best_worst", "grounding", "contact_sheet", "find_heads") if getattr(args, name)]
     if len(runs) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in runs)
         raise ValueError(f"{names} are {len(runs)} runs; give one of them")
@@ -293,7 +325,10 @@ def main(argv: list[str] | None = None) -> int:
     nouns = read_nouns(args, paths) if args.contact_sheet else None
     explainer = load_explainer(args, device)
     parse_layers(chosen_spec(args).layers, explainer.n_layer)  # refuse what the model lacks before any work
-    Heads.parse(chosen_spec(args).heads, explainer.n_head)
+    if Heads.parse(chosen_spec(args).heads, explainer.n_head).rule == "local":
+        localisation.read_heads(explainer.heads_file, explainer.n_layer, explainer.n_head)
+    if args.find_heads:
+        return run_find_heads(explainer, paths)
     if args.grounding:
         return run_grounding(explainer, samples, args)
     if args.best_worst:

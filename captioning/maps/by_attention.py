@@ -124,5 +124,13 @@ def chefer(capture: Capture, spec: Choices) -> torch.Tensor:
 
 
 def _choose(capture: Capture, spec: Choices, part: torch.Tensor) -> tuple[Heads, Chosen]:
-    heads = Heads.parse(spec.heads, capture.n_head)
-    return heads, heads.choose(part, parse_layers(spec.layers, capture.n_layer))
+    heads, layers = Heads.parse(spec.heads, capture.n_head), parse_layers(spec.layers, capture.n_layer)
+    if heads.rule != "local":
+        return heads, heads.choose(part, layers)
+    if capture.local_heads is None:
+        raise ValueError("--heads local: the capture has no model with localisation heads")
+    found = capture.local_heads()
+    chosen = [(layer, [head for at, head in found if at == layer]) for layer in layers]
+    if not any(which for _, which in chosen):
+        raise ValueError(f"--heads local: they are in layers {sorted({at for at, _ in found})}, not {spec.layers}")
+    return heads, [(layer, which) for layer, which in chosen if which]

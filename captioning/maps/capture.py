@@ -75,6 +75,7 @@ class Capture:
         read_out: hidden states (n, C) to the logits (n, T) of the caption's tokens: last norm and output layer.
         generic: the capture of a caption that fits every image; None unless asked for.
         probe: asks the model again; None where there is no model.
+        local_heads: the model's localisation heads, (layer, head) pairs; None where there is no model.
         linked: reads the caption again for weights of all rows and logits between which gradients flow from row to row,
             not only within one; None where there is no model.
     """
@@ -89,6 +90,7 @@ class Capture:
     read_out: Callable[[torch.Tensor], torch.Tensor] | None = None
     generic: Capture | None = None
     probe: Callable[[], Probe] | None = None
+    local_heads: Callable[[], Sequence[tuple[int, int]]] | None = None
     linked: Callable[[], tuple[list[torch.Tensor], torch.Tensor]] | None = None
 
     @property
@@ -151,22 +153,25 @@ def parse_layers(text: str, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Heads:
-    """How the heads of a layer become one map: ``max`` or ``mean`` of all, one ``index``, or the best ``top``."""
+    """How heads become one map: ``max`` or ``mean`` of all, one ``index``, the best ``top``, or the ``local`` ones.
+
+    ``local`` is the mean of the model's localisation heads (localisation.py).
+    """
 
     rule: str
     number: int = 0
 
     @classmethod
     def parse(cls, text: str, count: int) -> Heads:
-        """Read ``max``, ``mean``, a head's number, or ``topK``; ValueError when it isn't one of ``count``."""
-        if text in ("max", "mean"):
+        """Read ``max``, ``mean``, ``local``, a head's number or ``topK``; ValueError when it isn't one of ``count``."""
+        if text in ("max", "mean", "local"):
             return cls(text)
         top = re.fullmatch(r"top ?(\d+)", text)
         if top and int(top[1]) > 0:
             return cls("top", int(top[1]))
         single = re.fullmatch(r"(?:head )?(\d+)", text)
         if not single:
-            raise ValueError(f"--heads {text}: use max, mean, a head's number, or topK such as top3")
+            raise ValueError(f"--heads {text}: use max, mean, local, a head's number, or topK such as top3")
         if int(single[1]) >= count:
             raise ValueError(f"--heads {text}: the model has heads 0 to {count - 1}")
         return cls("index", int(single[1]))

@@ -30,6 +30,7 @@ from captioning.maps.attention import (
     words_of,
 )
 from captioning.maps.capture import Probe
+from captioning.maps.localisation import LocalHeads, choose_heads, read_heads
 from captioning.messages import first_line
 from captioning.models.captioner import Captioner
 from captioning.models.llava import Llava
@@ -68,6 +69,11 @@ class CaptionerExplainer:
         squash = config["crop_mode"] == "squash"
         self._resized = None if squash else int(min(width, height) / config["crop_pct"])
 
+    @property
+    def heads_file(self) -> Path | None:
+        """Where the localisation heads are kept: beside the adapter."""
+        return self.captioner.source and self.captioner.source.with_suffix(".heads.json")
+
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """Return the encoder's tokens (1, N, D) of an image."""
         return self.captioner.encode(self.captioner.transform(image)[None].to(self.captioner.device))
@@ -97,6 +103,7 @@ class CaptionerExplainer:
         capture = Capture(weights, logits, tokens, patches, captioner.grid)
         capture.hidden = [torch.cat(parts, 1)[0] for parts in states] if hidden else None
         capture.read_out = functools.partial(captioner.read_out, tokens=tokens)
+        capture.local_heads = functools.partial(read_heads, self.heads_file, self.n_layer, self.n_head)
         capture.linked = functools.cache(torch.enable_grad()(lambda: captioner.attend(inputs, ids, True, linked=True)))
         capture.probe = functools.cache(
             lambda: Probe(captioner.prefix(inputs)[0].detach(), patches, tokens, lambda x: captioner.ask(x, ids))
@@ -131,6 +138,12 @@ class LlavaExplainer:
             self._resized = images.size["shortest_edge"]
         else:
             self._crop, self._resized = (images.size["width"], images.size["height"]), None
+
+    @property
+    def heads_file(self) -> Path:
+        """Where the localisation heads are kept: in the model's folder, or for a hub id among the runs."""
+        name = Path(self.llava.model.name_or_path)
+        return name / "localisation_heads.json" if name.is_dir() else Path("runs", f"{name.name}.heads.json")
 
     def prepare(self, image: Image.Image) -> Any:
         """Return image and prompt as the model takes them."""
@@ -170,6 +183,7 @@ class LlavaExplainer:
         capture = Capture(weights, logits, tokens, patches, (side, side))
         capture.hidden = [torch.cat(parts, 1)[0] for parts in states] if hidden else None
         capture.read_out = functools.partial(llava.read_out, tokens=tokens)
+        capture.local_heads = functools.partial(read_heads, self.heads_file, self.n_layer, self.n_head)
         capture.linked = functools.cache(torch.enable_grad()(lambda: llava.attend(inputs, tokens, True, linked=True)))
         capture.probe = functools.cache(
             lambda: Probe(
@@ -227,6 +241,20 @@ def read(explainer: Explainer, inputs: Any, tokens: list[int], specs: Sequence[M
         with torch.no_grad():
             capture.generic = explainer.capture(inputs, explainer.tokens(GENERIC))
     return CaptionAttention(capture, words)
+
+
+def find_local_heads(explainer: Explainer, pictures: Iterable[Image.Image]) -> LocalHeads:
+    """Choose a model's localisation heads by its own captions of a calibration set; see localisation.py."""
+
+    def captures() -> Iterator[Capture]:
+        for picture in pictures:
+            inputs = explainer.prepare(picture)
+            tokens = explainer.caption(inputs)
+            if explainer.text(tokens).strip():
+                yield explainer.capture(inputs, tokens)
+
+    with torch.no_grad():
+        return choose_heads(captures())
 
 
 def explain(

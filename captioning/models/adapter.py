@@ -79,6 +79,7 @@ def load_captioner(
         captioner = Captioner(replace(config, decoder_hash=""), build_decoder(decoder, config.lora))
         check_decoder(config.decoder_hash, captioner.decoder, captioner.config.decoder_hash, allow_other_decoder)
         captioner.load_adapter_state(state)
+        captioner.source = Path(adapter)
     except ValueError as error:
         raise ValueError(f"--adapter {adapter} with decoder {decoder}: {error}") from error
     return captioner.to(device).merge()

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,6 +122,7 @@ class Captioner(nn.Module):
         self.encoder = build_encoder(config.encoder, config.encoder_weights, config.encoder_kwargs)
         self.transform = build_transform(self.encoder)
         self.decoder = decoder
+        self.source: Path | None = None  # the adapter's file, where it has one
         self.attention = AUTO  # one of ATTENTION
         depth = len(self.encoder.blocks)
         if not -depth <= config.encoder_layer < 0:

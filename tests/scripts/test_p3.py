@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,6 +218,18 @@ def test_one_bad_picture_spares_the_grounding_table(tiny_data, tmp_path, adapter
     for path in (tmp_path / "val").iterdir():
         path.write_bytes(b"no picture")
     assert "none of the 2 images" in fails(capsys, "p2", [tmp_path / "val"], tmp_path / "out", adapter, *flags)
+
+
+def test_localisation_heads_are_chosen_once_and_kept_beside_the_adapter(images, tmp_path, adapter, capsys):
+    own = Path(shutil.copy(adapter, tmp_path / "own.safetensors"))
+    local = ("p2", [images], tmp_path / "out", own, "--heads", "local", "--caption", "A ball.")
+    one = ("p2", [images / "wide.png"], *local[2:])
+    assert f"{tmp_path / 'own.heads.json'} has no localisation heads" in fails(capsys, *one)
+    (images / "broken.png").write_bytes(b"no picture")
+    assert explain("p2", [images], tmp_path / "out", own, "--find-heads") == PARTIAL
+    assert "localisation heads by 4 images" in capsys.readouterr().out
+    assert explain(*one) == 0
+    assert str(np.load(tmp_path / "out" / "wide.npz")["heads"]) == "local"
 
 
 def test_a_choice_that_a_method_does_not_read_is_refused(images, tmp_path, adapter, capsys):
