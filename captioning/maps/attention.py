@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from captioning.maps.by_activation import tam
+from captioning.maps.by_activation import sinkless, tam
 from captioning.maps.by_agreement import agree
 from captioning.maps.by_attention import chefer, generic, grad, raw, relative, rollout
 from captioning.maps.by_probing import ig, joint, occlusion
@@ -84,6 +84,11 @@ METHODS = {
         "attention divided by that of a generic caption (after Zhang et al. 2025)",
         generic,
         frozenset({"generic"}),
+    ),
+    "sinkless": Method(
+        "attention without sink patches, whose hidden states are huge in a few dimensions (Kang et al. 2025)",
+        sinkless,
+        frozenset({"hidden"}),
     ),
     "joint": Method(
         "where attention, relative, grad and what the caption as a whole depends on agree",

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from captioning.maps.by_attention import raw
 from captioning.maps.capture import Capture, Choices, parse_layers
 from captioning.maps.filters import rank_gaussian
+
+SINK = 0.1  # the paper's 20 times the root mean square, of 4,096 dimensions
 
 
 def tam(capture: Capture, spec: Choices) -> torch.Tensor:
@@ -29,6 +32,24 @@ def tam(capture: Capture, spec: Choices) -> torch.Tensor:
     says = torch.cat([logits[capture.patches], logits[-count:]]).float().clamp(min=0).cpu().T  # (T, P + T)
     image, text = says[:, :-count], says[:, -count:]
     return rank_gaussian(unexplained(image, text, torch.tensor(capture.tokens)), capture.grid)
+
+
+def sinkless(capture: Capture, spec: Choices) -> torch.Tensor:
+    """Return attention without sink patches (Kang et al., ICLR 2025, arXiv 2503.03321): (T, P) on the CPU.
+
+    Models park attention at positions whose hidden state is huge in a few dimensions. Those are the dimensions that
+    hold at least ``SINK`` of the squared length of the first position's state in the middle layer; a patch that is as
+    huge in one of them is a sink, and its share of every map is 0. Without any such dimension the maps are ``raw``'s.
+
+    Raises:
+        ValueError: the capture has no hidden states.
+    """
+    if capture.hidden is None:
+        raise ValueError("sinkless needs a capture with hidden states")
+    squares = capture.hidden[(capture.n_layer - 1) // 2].float().square()  # (S, C)
+    huge = squares / squares.sum(-1, keepdim=True).clamp(min=1e-12) >= SINK
+    sinks = (huge[capture.patches] & huge[0]).any(-1).cpu()
+    return raw(capture, spec) * ~sinks
 
 
 def unexplained(image: torch.Tensor, text: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -90,3 +90,19 @@ def test_a_gaussian_spreads_a_patch_to_its_neighbours_and_keeps_its_sum():
     assert spread[0, HERE + 1] == pytest.approx(float(spread[0, HERE - GRID[1]]))
     even = torch.full((2, P), 3.0)
     assert torch.allclose(gaussian(even, GRID, 0.7), even)
+
+
+def test_sink_patches_are_found_by_their_hidden_states_and_left_out():
+    states = torch.ones(1 + P + 1 + T, 16)
+    states[[0, 1 + HERE], 3] = 30.0  # as the first position: a sink
+    states[1 + THERE, 5] = 30.0  # huge elsewhere
+    capture = planted([states])
+    capture.weights[0][..., 1 + HERE], capture.weights[0][..., 1 + THERE] = 0.6, 0.3
+    assert (token_maps(capture, MapSpec("raw")).argmax(1) == HERE).all()
+    maps = token_maps(capture, MapSpec("sinkless"))
+    assert (maps.argmax(1) == THERE).all() and maps[:, HERE].max() == 0
+    capture.hidden = [torch.ones_like(states)]
+    assert torch.equal(token_maps(capture, MapSpec("sinkless")), token_maps(capture, MapSpec("raw")))
+    capture.hidden = None
+    with pytest.raises(ValueError, match="sinkless needs a capture with hidden states"):
+        token_maps(capture, MapSpec("sinkless"))
