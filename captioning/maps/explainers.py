@@ -365,7 +365,7 @@ def specs_to_compare(n_layer: int, n_head: int, slow: bool = False) -> list[MapS
 def choices(model: str, n_layer: int, n_head: int) -> dict[str, dict[str, list[str]]]:
     """Return by method its ``layers`` and ``heads`` to choose from, its defaults first; "" alone where it has none."""
     layers = ["all", f"{n_layer // 2}-{n_layer - 1}", *map(str, range(n_layer))]
-    every = {"layers": layers, "heads": ["mean", "max", "top3", *map(str, range(n_head))]}
+    every = {"layers": layers, "heads": ["mean", "max", "top3", "local", *map(str, range(n_head))]}
     found = {}
     for method in METHODS:
         own = choose_spec(model, method=method).choices()

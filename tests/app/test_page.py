@@ -118,20 +118,22 @@ class Frame:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_maps_by_every_method_are_made_when_they_are_chosen(page, studio, number):
+    """Of the slow ones, which take LLaVA a minute, the captioner makes one."""
     page.click("#strip button", 3)
     page.captions()
     frame = Frame(page, number)
     frame.run("d.querySelectorAll('.words button')[2].click()")
     assert set(frame.offered("method")) == set(METHODS)
     found = set()
-    for method in METHODS:
+    asked = [method for method, of in METHODS.items() if not of.slow or (method, number) == ("occlusion", 0)]
+    for method in asked:
         frame.choose("method", method)
         found.add(frame.drawn())
         assert frame.run("d.querySelector('.about').textContent") == METHODS[method].about
         choices = MapSpec(method).choices()
         for name in ("layers", "heads"):
             assert bool(frame.offered(name)) == (name in choices), "only what makes a difference is offered"
-    assert len(found) == len(METHODS)
+    assert len(found) == len(asked) > 6
     frame.choose("method", "raw")
     before = frame.drawn()
     assert len(frame.offered("layers")) >= 6 and len(frame.offered("heads")) >= 7
