@@ -298,7 +298,7 @@ def write_tables(found: Measured, rows: Sequence[Row], kinds: Sequence[Row], ask
     }
     specs = np.array([f"{spec}, {spec.row}" for spec in found.maps])
     with atomic_path(out / "grounding_words.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, specs=specs, thresholds=THRESHOLDS, **columns)
+        np.savez_compressed(file, specs=specs, thresholds=THRESHOLDS, **columns)
 
 
 # --- which specs ----------------------------------------------------------------------------------------------------

@@ -111,7 +111,12 @@ def test_the_adapter_says_how_to_pool_to_all_that_use_it(pooled_run, tmp_path, t
     assert p2_infer.main([str(images), str(captions), PROFILES["micro"].decoder, *common]) == 0
     assert len(json.loads(captions.read_text())) == 8
     picture = sorted(images.iterdir())[0]
-    assert p3_attention.main([*common, "--model", "p2", "--images", str(picture), "--out", str(tmp_path / "maps")]) == 0
+    assert (
+        p3_attention.main(
+            [*common, "--model", "p2", "--images", str(picture), "--method", "raw", "--out", str(tmp_path / "maps")]
+        )
+        == 0
+    )
     assert {load_maps(file).word_maps[0].maps.shape[1:] for file in (tmp_path / "maps").glob("*.npz")} == {(3, 3)}
     scst = ("--objective", "scst", "--init-adapter", adapter, "--samples", 2, "--epochs", 1)
     assert train(tmp_path / "tuned", *scst) == 0

@@ -205,7 +205,7 @@ def interrupted(*args, **kwargs):
         ("p1", (p1_llava_caption, "load_llava")),
         ("p2", (p2_infer, "load_captioner")),
         ("p2, a list", (p2_infer, "load_captioner")),
-        ("p3", (p3_attention, "explain")),
+        ("p3", (p3_attention, "explain_each")),
     ],
 )
 def test_ctrl_c_in_a_run_over_images(name, where, tiny_data, commands, monkeypatch, capsys):
