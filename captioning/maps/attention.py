@@ -27,7 +27,7 @@ import torch
 from captioning.maps.by_activation import sinkless, tam
 from captioning.maps.by_agreement import agree
 from captioning.maps.by_attention import chefer, generic, grad, raw, relative, rollout
-from captioning.maps.by_probing import ig, joint, occlusion
+from captioning.maps.by_probing import ig, occlusion
 from captioning.maps.capture import Capture, Choices, Heads, parse_layers
 
 if TYPE_CHECKING:
@@ -89,11 +89,6 @@ METHODS = {
         "attention without sink patches, whose hidden states are huge in a few dimensions (Kang et al. 2025)",
         sinkless,
         frozenset({"hidden"}),
-    ),
-    "joint": Method(
-        "where attention, relative, grad and what the caption as a whole depends on agree",
-        joint,
-        frozenset({"gradient"}),
     ),
     "tam": Method(
         "what the image's positions say of the word, less what earlier words explain (Li et al. 2025)",

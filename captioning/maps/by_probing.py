@@ -1,4 +1,4 @@
-"""Map methods that ask the model again with other image tokens: close to what a word depends on, and most of them slow.
+"""Map methods that ask the model again with other image tokens: close to what a word depends on, and slow.
 
 The image is encoded once; what is changed are its projected tokens, between the encoder and the language model. Masking
 pixels instead would also change the tokens of other patches, which the encoder has mixed: the encoder may carry a thing
@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import torch
 
-from captioning.maps.by_attention import grad, raw, relative
 from captioning.maps.capture import Capture, Choices, Probe
-from captioning.maps.filters import gaussian
 
 BATCH = 16  # rows of image and caption at once
 BATCH_WITH_GRADIENTS = 4  # likewise
 STEPS = 8  # between the mean token and the image
-SIGMA = 0.7  # patches
 SIDE = 3  # patches of an occluded square's side
 
 
@@ -75,41 +72,6 @@ def ig(capture: Capture, spec: Choices) -> torch.Tensor:
         (gradient,) = torch.autograd.grad(total, image)
         found.index_add_(0, words, (gradient * way).sum(-1).float()[:, probe.patches])
     return (found / STEPS).clamp(min=0).cpu()
-
-
-def saliency(probe: Probe) -> torch.Tensor:
-    """Return (P,) on the CPU: how strongly the caption as a whole depends on each patch (Simonyan et al. 2014).
-
-    It is the length of the gradient of the caption's log-probability by the patch's token.
-
-    Raises:
-        ValueError: the model passes no gradients on.
-    """
-    image = probe.image[None].clone().requires_grad_()
-    with torch.enable_grad():
-        total = probe.log_probs(image).sum()
-    if not total.requires_grad:
-        raise ValueError("joint needs gradients, and the model passes none from words to image tokens")
-    (gradient,) = torch.autograd.grad(total, image)
-    return gradient[0, probe.patches].float().norm(dim=-1).cpu()
-
-
-def joint(capture: Capture, spec: Choices) -> torch.Tensor:
-    """Return where four maps agree: attention, ``relative``, ``grad``, and what the caption as a whole depends on.
-
-    Attention points and is broad, ``relative`` tells the words apart, ``grad`` keeps what speaks for the word, and the
-    caption's saliency, the same for all words, leaves the background out. A product of maps of like standing, of which
-    the gradient's, which is the most peaked, counts half; the cube root widens it, and a Gaussian of ``SIGMA`` patches
-    ties neighbours together. The form was chosen on scenes of the micro world's split ``train``. (T, P) on the CPU.
-
-    One more pass through image and caption, and one back: by estimate 4 GB beside the weights of LLaVA-7B.
-
-    Raises:
-        ValueError: there is no model to ask, or no gradients.
-    """
-    probe = _probe(capture, spec)
-    product = grad(capture, spec).sqrt() * raw(capture, spec) * relative(capture, spec) * saliency(probe)
-    return gaussian(product.pow(1 / 3), capture.grid, SIGMA)
 
 
 def _squares(grid: tuple[int, int], side: int) -> torch.Tensor:

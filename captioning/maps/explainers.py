@@ -356,7 +356,6 @@ def specs_to_compare(n_layer: int, n_head: int, slow: bool = False) -> list[MapS
     specs += [MapSpec("grad", layers, heads) for layers in layer_choices(n_layer)[-3:] for heads in ("mean", "max")]
     specs += [MapSpec("agree", layers, heads) for layers in layer_choices(n_layer)[-2:] for heads in ("mean", "max")]
     specs += [MapSpec("sinkless", layers, row=row) for layers in layer_choices(n_layer)[-2:] for row in ROWS]
-    specs += [MapSpec("joint", layers, row=row) for layers in layer_choices(n_layer)[-2:] for row in ROWS]
     specs += [MapSpec("tam", layers) for layers in ["last", *layer_choices(n_layer)[1:]]]
     specs += [MapSpec(name) for name, method in METHODS.items() if method.slow and slow]
     return specs
