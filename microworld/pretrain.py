@@ -3,7 +3,7 @@
 ``python -m microworld.pretrain MODEL``, or ``all``, writes into ``microworld/weights/<MODEL>/``:
 
 * ``encoder``: an open_clip ViT, whose vision tower is P2's encoder, through timm.
-* ``decoder``: a GPT-2 in the full-size decoder's file format, trained on caption text, then behind the encoder's
+* ``decoder``: a GPT-2 in the full-size decoder's file format, trained on caption text, then after the encoder's
   tokens. Its ``tokenizer`` is trained first of all.
 * ``scorer``: an open_clip ResNet with other scenes and another architecture, for scores.
 * ``llava``: a LLaVA with the encoder's vision tower, taught by instructions.

@@ -1,8 +1,8 @@
-"""Pre-train the micro world's tokenizer and GPT-2: on captions, then on captions behind images.
+"""Pre-train the micro world's tokenizer and GPT-2: on captions, then on captions after images.
 
 GPT-2 has read so much text that it makes use of whatever stands before a caption; 24,000 scenes of a few sentences do
 not teach that. So the micro GPT-2 reads the captions of a scene in a row, in streams that fill the whole context, which
-trains every position embedding; and then captions behind the frozen encoder's tokens, through a projector that is
+trains every position embedding; and then captions after the frozen encoder's tokens, through a projector that is
 thrown away. What a captioner trains, LoRA and a projector, is new to it.
 """
 
@@ -43,7 +43,7 @@ from microworld.recipes import (
 
 HELD_OUT = 200  # scenes whose text is not trained on
 ENCODED = 64  # scenes that the encoder reads at once
-TEXT_WEIGHT = 0.25  # of a stream's loss beside that of captions behind images
+TEXT_WEIGHT = 0.25  # of a stream's loss beside that of captions after images
 Captions = list[list[int]]  # the ids of a scene's captions
 
 
@@ -64,7 +64,7 @@ def train_tokenizer(run: Run) -> None:
 
 
 def train_decoder(run: Run) -> None:
-    """Pre-train the GPT-2 on text and then behind images, and write its weights."""
+    """Pre-train the GPT-2 on text and then after images, and write its weights."""
     tokenizer = Tokenizer(run.out)
     seed_everything(run.recipe.seed)
     scenes = [[tokenizer.encode(text) for text in captions] for captions in make_captions(run.recipe.scenes)]
@@ -72,13 +72,13 @@ def train_decoder(run: Run) -> None:
     init_weights(decoder)
     text = read_text(run, decoder, scenes[HELD_OUT:], tokenizer.eos_id)
     images = replace(RECIPES["decoder_images"], scenes=len(scenes) - HELD_OUT)
-    training, behind = read_images(replace(run, recipe=images), decoder, scenes, tokenizer.eos_id)
+    training, after = read_images(replace(run, recipe=images), decoder, scenes, tokenizer.eos_id)
     with atomic_path(run.out / "decoder_model.safetensors") as temporary:
         save_file({k: v.half().contiguous().cpu() for k, v in gpt2_state_dict(decoder).items()}, temporary)
     with torch.no_grad():
         rows = stream(scenes[:HELD_OUT], tokenizer.eos_id)
         alone = float(np.mean([text_loss(decoder, row[None].to(run.device)).item() for row in rows]))
-    metrics = {"held_out_loss": alone, "held_out_loss_behind_images": behind}
+    metrics = {"held_out_loss": alone, "held_out_loss_after_images": after}
     whole = Training(text.steps + training.steps, text.seconds + training.seconds, training.last_loss)
     write_record(run, whole, metrics, decoder, images=vars(images))
 
@@ -100,7 +100,7 @@ def read_text(run: Run, decoder: Decoder, scenes: Sequence[Captions], eos_id: in
 
 
 def read_images(run: Run, decoder: Decoder, scenes: Sequence[Captions], eos_id: int) -> tuple[Training, float]:
-    """Train on the captions of scenes behind their drawings, with some text beside so that it stays fluent without.
+    """Train on the captions of scenes after their drawings, with some text beside so that it stays fluent without.
 
     The captioner's own loss, but that all of the decoder learns. The first HELD_OUT scenes are kept to measure on.
 

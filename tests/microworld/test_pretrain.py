@@ -43,7 +43,7 @@ def test_the_tokenizer_and_the_decoder(tmp_path, monkeypatch):
     shutil.copy(MICRO_WEIGHTS / "decoder" / "vocab.bpe", out)
     pretrain_decoder.train_decoder(make_run("decoder", out, scenes=120))
     assert build_decoder(out / "decoder_model.safetensors").config.vocab_size == 1024
-    check_record(out, "decoder", {"held_out_loss", "held_out_loss_behind_images"})
+    check_record(out, "decoder", {"held_out_loss", "held_out_loss_after_images"})
 
 
 @pytest.mark.parametrize(("name", "patch_loss"), [("encoder", 1.0), ("scorer", 0.0)])
