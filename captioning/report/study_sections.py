@@ -163,6 +163,9 @@ PAIRED = (
 )
 
 
+Studies = Sequence[Mapping[str, Any]]
+
+
 def comparisons(root: Path, name: str) -> list[dict[str, Any]]:
     """Return what a study's rows are held against and how they differ, the row with the most CIDEr first."""
     found = [read_object(path) or {} for path in sorted((root / name).glob("*/comparison.json"))]
@@ -190,37 +193,55 @@ def _compared_row(what: str, study: Mapping[str, Any], part: Mapping[str, Any], 
     return row | {"world": world(study["profile"]), "device": part["device"]}
 
 
+def _study_section(
+    title: str,
+    study: str,
+    missing: str,
+    tables: Callable[[Studies, Mapping[str, Any]], list[Table]],
+    root: Path,
+    size: str,
+) -> Section:
+    """Return the section of a study whose rows are held against one row.
+
+    ``tables`` makes its tables of all comparisons and of the one with the most seeds.
+    """
+    section, remedy = Section(title), f"make {study}"
+    found = comparisons(root, study)
+    if found:
+        most = max(found, key=lambda row: len(row["seeds"]))
+        section.blocks += [*tables(found, most), *_few_seeds(found, remedy)]
+    else:
+        section.blocks += _unless_full(size, missing, remedy)
+    return section
+
+
 def letter_section(root: Path, size: str) -> Section:
     """What each point of the report's code was worth: turned alone to sound practice, against all of them."""
-    section, remedy = Section("P2: the report's code, point by point"), "make letter"
-    found = comparisons(root, "letter")
-    if not found:
-        section.blocks += _unless_full(size, "the study of the report's setting 1 to the letter", remedy)
-        return section
-    most = max(found, key=lambda study: len(study["seeds"]))
+    missing = "the study of the report's setting 1 to the letter"
+    return _study_section("P2: the report's code, point by point", "letter", missing, _letter_tables, root, size)
+
+
+def _letter_tables(found: Studies, most: Mapping[str, Any]) -> list[Table]:
     rows = [_compared_row("setting 1 to the letter", most, most, "literal", "literal")]
     rows += [_compared_row(study["what"], study, study, "sound", "literal") for study in found]
     caption = f"Setting 1 to the letter, and with one point of it turned to sound practice; {PAIRED}"
-    section.blocks += [Table("p2_letter", caption, rows), *_few_seeds(found, remedy)]
-    return section
+    return [Table("p2_letter", caption, rows)]
 
 
 def variants_section(root: Path, size: str) -> Section:
     """What each part of the recipe is worth: every variant against the setting best."""
-    section, remedy = Section("P2: variants of the recipe"), "make variants"
-    found = comparisons(root, "variants")
-    if not found:
-        section.blocks += _unless_full(size, "the study of variants", remedy)
-        return section
-    most = max(found, key=lambda study: len(study["seeds"]))
+    missing = "the study of variants"
+    return _study_section("P2: variants of the recipe", "variants", missing, _variants_tables, root, size)
+
+
+def _variants_tables(found: Studies, most: Mapping[str, Any]) -> list[Table]:
+    tables, base = [], most["against"]
     for split, scenes in SPLITS.items():
-        base = most["against"]
         rows = [_compared_row(base, most, most[split], base, base)]
         rows += [_compared_row(study["what"], study, study[split], study["what"], base) for study in found]
         caption = f"Variants of the setting best on {most[split]['images']} {scenes} (development); {PAIRED}"
-        section.blocks.append(Table(f"p2_variants_{split}", caption, rows))
-    section.blocks += _few_seeds(found, remedy)
-    return section
+        tables.append(Table(f"p2_variants_{split}", caption, rows))
+    return tables
 
 
 # --- rewards --------------------------------------------------------------------------------------------------------
