@@ -1,18 +1,9 @@
-"""Filters over the grid of patches: (T, P) to (T, P), row by row."""
+"""A filter over the grid of patches: (T, P) to (T, P), row by row."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
-
-def gaussian(maps: torch.Tensor, grid: tuple[int, int], sigma: float) -> torch.Tensor:
-    """Average every patch with its neighbours by a Gaussian of ``sigma`` patches; the border is continued outwards."""
-    reach = max(1, round(3 * sigma))
-    kernel = (-(torch.arange(-reach, reach + 1.0) ** 2) / (2 * sigma**2)).exp()
-    kernel = torch.outer(kernel, kernel)[None, None] / kernel.sum() ** 2
-    padded = F.pad(maps.reshape(-1, 1, *grid), [reach] * 4, mode="replicate")
-    return F.conv2d(padded, kernel).flatten(1)
 
 
 def rank_gaussian(maps: torch.Tensor, grid: tuple[int, int], side: int = 3) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from captioning.maps.attention import MapSpec, token_maps
 from captioning.maps.by_activation import unexplained
 from captioning.maps.capture import Capture
-from captioning.maps.filters import gaussian, rank_gaussian
+from captioning.maps.filters import rank_gaussian
 
 GRID, P, T = (8, 8), 64, 3
 HERE, THERE = 18, 45  # patches
@@ -80,16 +80,6 @@ def test_tam_reads_the_layers_that_are_asked_for():
     assert token_maps(capture, MapSpec("tam", "0"))[0].argmax() == HERE
     with pytest.raises(ValueError, match="tam needs a capture with hidden states"):
         token_maps(planted(None), MapSpec("tam"))
-
-
-def test_a_gaussian_spreads_a_patch_to_its_neighbours_and_keeps_its_sum():
-    single = torch.zeros(1, P)
-    single[0, HERE] = 9.0
-    spread = gaussian(single, GRID, 0.7)
-    assert spread.argmax() == HERE and spread.sum() == pytest.approx(9.0)
-    assert spread[0, HERE + 1] == pytest.approx(float(spread[0, HERE - GRID[1]]))
-    even = torch.full((2, P), 3.0)
-    assert torch.allclose(gaussian(even, GRID, 0.7), even)
 
 
 def test_sink_patches_are_found_by_their_hidden_states_and_left_out():
