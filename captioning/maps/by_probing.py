@@ -30,16 +30,22 @@ def occlusion(capture: Capture, spec: Choices) -> torch.Tensor:
     """
     probe = _probe(capture, spec)
     squares = _squares(capture.grid, SIDE)  # (Q, P)
-    mean = probe.image[probe.patches].mean(0)
-    falls = []
     with torch.no_grad():
         before = probe.log_probs(probe.image[None])  # (1, T)
-        for some in squares.to(probe.image.device).split(BATCH):
+    falls = before - log_probs_without(probe, squares)
+    return (falls.cpu().T @ squares.float() / SIDE**2).clamp(min=0)  # (T, Q) by (Q, P)
+
+
+def log_probs_without(probe: Probe, away: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability (B, T) of each token where the patches ``away`` (B, P) are the image's mean token."""
+    patches = probe.image[probe.patches]
+    found = []
+    with torch.no_grad():
+        for some in away.to(probe.image.device).split(BATCH):
             image = probe.image.repeat(len(some), 1, 1)
-            patches = torch.where(some[..., None], mean, probe.image[probe.patches])  # (B, P, C)
-            image[:, probe.patches] = patches
-            falls.append(before - probe.log_probs(image))
-    return (torch.cat(falls).cpu().T @ squares.float() / SIDE**2).clamp(min=0)  # (T, Q) by (Q, P)
+            image[:, probe.patches] = torch.where(some[..., None], patches.mean(0), patches)  # (b, P, C)
+            found.append(probe.log_probs(image))
+    return torch.cat(found)
 
 
 def ig(capture: Capture, spec: Choices) -> torch.Tensor:

@@ -25,6 +25,7 @@ from captioning.maps.measures import (
     THRESHOLDS,
     MapMeasures,
     MeasuredMaps,
+    Ratio,
     baselines,
     coverage,
     interval,
@@ -212,24 +213,23 @@ def table(found: Measured, notes: Mapping[MapSpec, str], default: MapSpec, kind:
     images, base = found.image_of(kind), found.stack(found.maps[default], kind).ratios()
     rows = []
     for spec, maps in found.maps.items():
-        ratios = found.stack(maps, kind).ratios()
+        stack = found.stack(maps, kind)
+        ratios = stack.ratios()
         tests = {f"p_{name}": p_value(ratios[name], base[name], images) for name in INTERVALS if spec != default}
-        cells = _cells(found, maps, kind) | tests
+        cells = _cells(stack, ratios, images, kind) | tests
         rows.append(Row(spec.method, spec.layers, spec.heads, spec.row, **cells, note=notes.get(spec, "")))
     rows.sort(key=lambda row: -row.pointing)
     if kind != THING:
         return rows
     ceilings = [
-        Row(CEILING.format(*size), **_cells(found, maps, kind), note="ceiling")
-        for size, maps in sorted(found.ceiling.items())
+        Row(CEILING.format(*size), **_cells(stack, stack.ratios(), images, kind), note="ceiling")
+        for size, stack in sorted((size, found.stack(maps, kind)) for size, maps in found.ceiling.items())
     ]
     return [*rows, *ceilings, *(Row(name, pointing=hits, note="baseline") for name, hits in found.floor.items())]
 
 
-def _cells(found: Measured, maps: Sequence[MapMeasures], kind: str) -> dict[str, Any]:
-    """Return what :class:`Row` has of all words' measures, for the words of a kind."""
-    stack, images = found.stack(maps, kind), found.image_of(kind)
-    ratios = stack.ratios()
+def _cells(stack: MeasuredMaps, ratios: Mapping[str, Ratio], images: Sequence[str], kind: str) -> dict[str, Any]:
+    """Return what :class:`Row` has of the measures of a kind's words, each in one of ``images``."""
     cells: dict[str, Any] = {name: value(ratio) for name, ratio in ratios.items()}
     for name in INTERVALS:
         cells[f"{name}_low"], cells[f"{name}_high"] = interval(ratios[name], images)

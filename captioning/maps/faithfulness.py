@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from captioning.data.images import load_image
 from captioning.maps.attention import CaptionAttention, MapSpec
-from captioning.maps.by_probing import BATCH
+from captioning.maps.by_probing import log_probs_without
 from captioning.maps.capture import Probe
 from captioning.maps.explainers import CaptionerExplainer, Explainer, read
 from captioning.maps.grounding import GroundedCaption
@@ -74,14 +74,7 @@ def removals(word_map: np.ndarray, steps: int = STEPS) -> torch.Tensor:
 
 def probabilities(probe: Probe, away: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
     """Return (B,): the probability of a word, its caption's tokens by number, without the patches ``away`` (B, P)."""
-    mean = probe.image[probe.patches].mean(0)
-    found = []
-    with torch.no_grad():
-        for some in away.to(probe.image.device).split(BATCH):
-            image = probe.image.repeat(len(some), 1, 1)
-            image[:, probe.patches] = torch.where(some[..., None], mean, probe.image[probe.patches])
-            found.append(probe.log_probs(image)[:, list(tokens)].sum(1).exp())
-    return torch.cat(found).cpu()
+    return log_probs_without(probe, away)[:, list(tokens)].sum(1).exp().cpu()
 
 
 def deletion_and_insertion(probe: Probe, word_map: np.ndarray, tokens: Sequence[int]) -> tuple[float, float]:
