@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = [
         sections.llava_section(args.runs, size),
         sections.captioner_section(runs, omitted, best),
-        study_sections.settings_section(runs, size),
+        study_sections.settings_section(args.runs, runs, size),
         study_sections.letter_section(args.runs, size),
         study_sections.variants_section(args.runs, size),
         study_sections.reward_section(args.runs, runs, size, best),

@@ -60,10 +60,9 @@ class Study:
     def __init__(self, run: Runner, args: argparse.Namespace) -> None:
         self.run, self.args = run, args
 
-    def draw(self, data: Path, scenes: int, seed: int = 0, novel: bool = False) -> Path:
-        """Draw training scenes and, unless --scenes says otherwise, ``scenes`` unseen ones; half as many novel ones."""
-        unseen = self.args.scenes or scenes
-        counts = {"train": self.args.train, "val": unseen} | ({"val_novel": max(1, unseen // 2)} if novel else {})
+    def draw(self, data: Path, seed: int = 0) -> Path:
+        """Draw training scenes, unseen ones, and half as many of novel pairs, where they are not there."""
+        counts = {"train": self.args.train, "val": self.args.scenes, "val_novel": max(1, self.args.scenes // 2)}
         for split, count in counts.items():
             if not (data / f"{split}.json").exists():
                 draw(self.run, data, split, count, seed)
@@ -83,10 +82,6 @@ class Study:
                 caption(self.run, folder, data, split, **search)
                 score(self.run, folder, data, split)
 
-    def seeds(self, default: int = 3) -> list[int]:
-        """Return the seeds that --seeds asks for."""
-        return self.args.seeds or list(range(default))
-
     def chosen(self, names: Iterable[str]) -> list[str]:
         """Return the names that --only asks for, or all; ValueError where there is none of that name."""
         for name in self.args.only or ():
@@ -95,38 +90,45 @@ class Study:
         return list(self.args.only or names)
 
     def settings(self) -> None:
-        """Train and score every setting on the demo's scenes, the report's to the letter too, with one seed or more."""
+        """Train every setting, the report's to the letter too, with every seed; hold each against best."""
         recipes = [name for name in SETTINGS if name not in PRESETS]  # which here have the same encoder
-        names = self.chosen([*recipes, *(name + LETTER for name in recipes if name != "best")])
-        for seed in self.seeds(1):
+        names = self.chosen([*recipes, *(name + LETTER for name in recipes if name != BASE)])
+        found = defaultdict(list)
+        for seed in self.args.seeds:
+            base = self.setting(BASE, seed)
             for name in names:
-                self.setting(name, seed)
+                found[name].append((base, self.setting(name, seed)))
+        self.compare("settings", BASE, found)
 
     def setting(self, name: str, seed: int) -> Path:
         """Train and score one setting with one seed; return its run folder."""
-        data = self.draw(self.args.out / "data", 300)
+        data = self.settings_data()
         folder = self.args.out / "settings" / (name if seed == 0 else f"{name}-seed{seed}")
         self.train(folder, data, **recipe(name), seed=seed)
-        self.score(folder, data)
+        self.score(folder, data, SPLITS)
         return folder
+
+    def settings_data(self) -> Path:
+        """Draw the scenes of the studies ``settings`` and ``letter``; return their folder."""
+        return self.draw(self.args.out / "settings" / "data")
 
     def letter(self) -> None:
         """Turn each point of the report's code alone to sound practice, in its setting 1, with every seed."""
         names, found = self.chosen([*SOUND, ALL_SOUND]), defaultdict(list)
-        for seed in self.seeds():
+        for seed in self.args.seeds:
             literal = self.setting("1" + LETTER, seed)
             for name in names:
                 found[name].append((literal, self.sound(name, seed, literal)))
         for name, pairs in found.items():
-            folder = self.args.out / "letter" / slug(name)
-            study = {"what": name, "profile": "micro", "seeds": self.seeds(), **compared(pairs, ("literal", "sound"))}
-            write_json(folder / "comparison.json", study)
+            result = {"what": name, "profile": "micro", "seeds": self.args.seeds}
+            result |= compared(pairs, ("literal", "sound"))
+            write_json(self.args.out / "letter" / slug(name) / "comparison.json", result)
 
     def sound(self, name: str, seed: int, literal: Path) -> Path:
         """Train, where that is needed, and score one row of the study ``letter``; return its folder."""
         if name == ALL_SOUND:
             return self.setting("1", seed)
-        folder, data = self.args.out / "letter" / slug(name) / str(seed), self.args.out / "data"
+        folder, data = self.args.out / "letter" / slug(name) / str(seed), self.settings_data()
         if "search_rule" in SOUND[name]:
             self.score(folder, data, adapter=literal / "best.safetensors", **SOUND[name])
         else:
@@ -137,8 +139,8 @@ class Study:
     def variants(self) -> None:
         """Train every variant of the setting best with every seed; hold each against it, on scenes of another seed."""
         names, found = self.chosen(VARIANTS), defaultdict(list)
-        data = self.draw(self.args.out / "variants" / "data", 500, DEVELOPMENT_SEED, novel=True)
-        for seed in self.seeds():
+        data = self.draw(self.args.out / "variants" / "data", DEVELOPMENT_SEED)
+        for seed in self.args.seeds:
             base = self.variant(BASE, seed, data)
             for name in names:
                 found[name].append((base, self.variant(name, seed, data)))
@@ -160,8 +162,8 @@ class Study:
     def rewards(self) -> None:
         """Tune a captioner that cross-entropy teaches no more by each reward; hold each against more cross-entropy."""
         names, found = self.chosen(REWARDS), defaultdict(list)
-        data = self.draw(self.args.out / "rewards" / "data", 500, novel=True)
-        for seed in self.seeds():
+        data = self.draw(self.args.out / "rewards" / "data")
+        for seed in self.args.seeds:
             start = self.levelled(seed, data)
             self.score(start, data, SPLITS, adapter=start / LAST)
             further = self.tuned(FURTHER, seed, data, start)
@@ -209,7 +211,7 @@ class Study:
         for name, pairs in found.items():
             if name == base:
                 continue
-            result = {"what": name, "against": base, "profile": "micro", "seeds": self.seeds()}
+            result = {"what": name, "against": base, "profile": "micro", "seeds": self.args.seeds}
             result |= {split: compared(pairs, (base, name), split) for split in SPLITS}
             write_json(self.args.out / study / slug(name) / "comparison.json", result)
 
@@ -274,13 +276,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scenes",
         type=positive_int,
-        help="unseen scenes, where they must be drawn (default: 300, or of "
-        "variants and rewards 500 and half as many with novel pairs)",
+        default=500,
+        help="unseen scenes, where they must be drawn, and half as many with novel pairs",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings, variants or rewards (default: all)")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="SEED", help="seeds of each (default: 0 of settings, 0 1 2 of others)"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", default=[0, 1, 2], help="of each training")
     parser.add_argument("--epochs", type=positive_int, help="epochs instead of the recipe's (variants, rewards)")
     parser.add_argument("--start", type=Path, help="adapter to begin with instead of training one a seed (rewards)")
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -65,7 +66,7 @@ def kind(run: Run) -> str:
     return run.config["setting"] + (TO_THE_LETTER if run.config.get("report_faithful") else "")
 
 
-def settings_section(runs: Sequence[Run], size: str) -> Section:
+def settings_section(root: Path, runs: Sequence[Run], size: str) -> Section:
     """The report's five settings, to the letter and with sound practice, and this suite's own, by one rule.
 
     At full size they are the plain runs, as ``bash p2_train.sh --setting 1`` leaves them.
@@ -78,7 +79,11 @@ def settings_section(runs: Sequence[Run], size: str) -> Section:
         return section
     section.blocks += _absent_settings({kind(run) for run in [*studied, *plain]}, size)
     scored = grouped([r for r in [*studied, *plain] if set(SCORES) <= r.scores.get("val", {}).keys()], kind)
-    section.blocks += [_reported_table(scored), *_seeds_table(scored)]
+    section.blocks.append(_reported_table(scored))
+    if found := comparisons(root, "settings"):
+        section.blocks += [*_against_tables("settings", "All settings", found), *_few_seeds(found, "make settings")]
+    else:
+        section.blocks += _seeds_table(scored)
     text = compare_settings(scored)
     section.blocks += [Text(text)] if text else []
     if studied:  # plain runs have a table of their own
@@ -172,7 +177,12 @@ def comparisons(root: Path, name: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda study: -study.get("val", study)["paired"]["CIDEr"]["difference"])
 
 
-def _few_seeds(found: Sequence[Mapping[str, Any]], remedy: str) -> list[Block]:
+def _most_seeds(found: Studies) -> Mapping[str, Any]:
+    """Return the row with the most seeds, which shows what all are held against."""
+    return max(found, key=lambda row: len(row["seeds"]))
+
+
+def _few_seeds(found: Studies, remedy: str) -> list[Block]:
     few = min(len(study["seeds"]) for study in found)
     return [] if few >= 3 else [Missing(f"seeds: some rows have {few}, and 3 are wanted", remedy)]
 
@@ -197,19 +207,15 @@ def _study_section(
     title: str,
     study: str,
     missing: str,
-    tables: Callable[[Studies, Mapping[str, Any]], list[Table]],
+    tables: Callable[[Studies], list[Table]],
     root: Path,
     size: str,
 ) -> Section:
-    """Return the section of a study whose rows are held against one row.
-
-    ``tables`` makes its tables of all comparisons and of the one with the most seeds.
-    """
+    """Return the section of a study whose rows are held against one row; ``tables`` makes its tables of them."""
     section, remedy = Section(title), f"make {study}"
     found = comparisons(root, study)
     if found:
-        most = max(found, key=lambda row: len(row["seeds"]))
-        section.blocks += [*tables(found, most), *_few_seeds(found, remedy)]
+        section.blocks += [*tables(found), *_few_seeds(found, remedy)]
     else:
         section.blocks += _unless_full(size, missing, remedy)
     return section
@@ -221,7 +227,8 @@ def letter_section(root: Path, size: str) -> Section:
     return _study_section("P2: the report's code, point by point", "letter", missing, _letter_tables, root, size)
 
 
-def _letter_tables(found: Studies, most: Mapping[str, Any]) -> list[Table]:
+def _letter_tables(found: Studies) -> list[Table]:
+    most = _most_seeds(found)
     rows = [_compared_row("setting 1 to the letter", most, most, "literal", "literal")]
     rows += [_compared_row(study["what"], study, study, "sound", "literal") for study in found]
     caption = f"Setting 1 to the letter, and with one point of it turned to sound practice; {PAIRED}"
@@ -231,16 +238,19 @@ def _letter_tables(found: Studies, most: Mapping[str, Any]) -> list[Table]:
 def variants_section(root: Path, size: str) -> Section:
     """What each part of the recipe is worth: every variant against the setting best."""
     missing = "the study of variants"
-    return _study_section("P2: variants of the recipe", "variants", missing, _variants_tables, root, size)
+    tables = partial(_against_tables, "variants", "Variants of the setting best (development)")
+    return _study_section("P2: variants of the recipe", "variants", missing, tables, root, size)
 
 
-def _variants_tables(found: Studies, most: Mapping[str, Any]) -> list[Table]:
+def _against_tables(study: str, title: str, found: Studies) -> list[Table]:
+    """Return a table per split: the row that a study's others are held against, then those."""
+    most = _most_seeds(found)
     tables, base = [], most["against"]
     for split, scenes in SPLITS.items():
         rows = [_compared_row(base, most, most[split], base, base)]
-        rows += [_compared_row(study["what"], study, study[split], study["what"], base) for study in found]
-        caption = f"Variants of the setting best on {most[split]['images']} {scenes} (development); {PAIRED}"
-        tables.append(Table(f"p2_variants_{split}", caption, rows))
+        rows += [_compared_row(row["what"], row, row[split], row["what"], base) for row in found]
+        caption = f"{title}, on {most[split]['images']} {scenes}; {PAIRED}"
+        tables.append(Table(f"p2_{study}_{split}", caption, rows))
     return tables
 
 
@@ -292,12 +302,12 @@ def _before_and_after(run: Run) -> list[dict[str, Cell]]:
     ]
 
 
-def _rewards_blocks(found: Sequence[Mapping[str, Any]]) -> list[Block]:
+def _rewards_blocks(found: Studies) -> list[Block]:
     """Each reward, and the captioner that it began with, against equally long further cross-entropy."""
     if not found:
         return []
     blocks: list[Block] = []
-    most, base = max(found, key=lambda study: len(study["seeds"])), found[0]["against"]
+    most, base = _most_seeds(found), found[0]["against"]
     for split, scenes in SPLITS.items():
         sides = [(base, most), *((study["what"], study) for study in found)]
         rows = [

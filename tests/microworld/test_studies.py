@@ -141,18 +141,25 @@ def test_the_letter_is_held_against_each_point_with_every_seed(tmp_path, monkeyp
 def test_settings_to_the_letter_are_run_beside_those_with_sound_practice(tmp_path, monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(studies, "Runner", lambda: recorder)
-    flags = ["settings", "--out", str(tmp_path), "--only", "2-letter", "2", "--precision", "bf16"]
+    flags = ["settings", "--out", str(tmp_path), "--only", "2-letter", "2", "--seeds", "0", "1", "--precision", "bf16"]
     assert studies.main(flags) == 0
     trained = recorder.trained()
-    assert [studies.Path(words[words.index("--out") + 1]).name for words in trained] == ["2-letter", "2"]
-    assert ["--report-faithful" in words for words in trained] == [True, False]
+    names = [studies.Path(words[words.index("--out") + 1]).name for words in trained]
+    assert names == ["best", "2-letter", "2", "best-seed1", "2-letter-seed1", "2-seed1"]
+    assert ["--report-faithful" in words for words in trained] == [False, True, False] * 2
     assert all(words[words.index("--precision") + 1] == "bf16" for words in trained)
+    captioned = [words for words in recorder.commands if words[0] == "p2_infer.py"]
+    assert len(captioned) == 2 * len(trained)  # val and val_novel
+    found = json.loads((tmp_path / "settings" / "2-letter" / "comparison.json").read_text())
+    assert (found["what"], found["against"], found["seeds"]) == ("2-letter", "best", [0, 1])
+    difference = mean(found["val_novel"]["2-letter"]["CIDEr"]) - mean(found["val_novel"]["best"]["CIDEr"])
+    assert found["val_novel"]["paired"]["CIDEr"]["difference"] == pytest.approx(difference)
 
 
 def test_a_study_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     first = Recorder(stop_at="train 2")
     monkeypatch.setattr(studies, "Runner", lambda: first)
-    flags = ["settings", "--out", str(tmp_path), "--only", "1", "2"]
+    flags = ["settings", "--out", str(tmp_path), "--only", "1", "2", "--seeds", "0"]
     assert studies.main(flags) == 2
     second = Recorder()
     monkeypatch.setattr(studies, "Runner", lambda: second)
@@ -173,8 +180,9 @@ def test_further_seeds_of_a_setting_have_their_own_folders(tmp_path, monkeypatch
     monkeypatch.setattr(studies, "Runner", lambda: recorder)
     assert studies.main(["settings", "--out", str(tmp_path), "--only", "3", "--seeds", "0", "1"]) == 0
     trained = recorder.trained()
-    assert [studies.Path(words[words.index("--out") + 1]).name for words in trained] == ["3", "3-seed1"]
-    assert [words[words.index("--seed") + 1] for words in trained] == ["0", "1"]
+    names = [studies.Path(words[words.index("--out") + 1]).name for words in trained]
+    assert names == ["best", "3", "best-seed1", "3-seed1"]
+    assert [words[words.index("--seed") + 1] for words in trained] == ["0", "0", "1", "1"]
 
 
 def study(monkeypatch, *words):

@@ -56,7 +56,7 @@ def write_comparison(root, study, name, gain, seeds=3, base="base", own="own", s
     }
     study_of = {"what": name, "against": base, "profile": "micro", "seeds": list(range(seeds))}
     folder = root / study / name.replace(" ", "_")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     content = study_of | (dict.fromkeys(splits, part) if splits else part)
     (folder / "comparison.json").write_text(json.dumps(content))
     return content
@@ -99,6 +99,19 @@ def test_settings_of_several_seeds_are_averaged(root, make):
     for name, cider in (("1", 0.5), ("1-seed1", 0.7)):
         write_run(root / "settings" / name, setting="1", cider=cider)
     assert "0.600 ± 0.141" in make(root)
+
+
+def test_settings_of_the_study_stand_below_best_on_both_splits(root, tmp_path, make):
+    for name, gain in (("1", -0.2), ("1-letter", -0.1)):
+        write_run(root / "settings" / name, setting="1", cider=0.5)
+        write_comparison(root, "settings", name, gain, seeds=2, base="best", own=name)
+    page = make(root)
+    for table in ("p2_settings_val", "p2_settings_val_novel"):
+        rows = rows_of(tmp_path, table)
+        assert [row["what"] for row in rows] == ["best", "1-letter", "1"]
+        assert (rows[0]["CIDEr"], rows[1]["CIDEr: difference"]) == ("0.375 ± 0.177", "-0.1")
+    assert "some rows have 2, and 3 are wanted" in page
+    assert not (tmp_path / "report_files" / "p2_settings_seeds.csv").exists()  # these tables have the spread
 
 
 def test_best_is_held_against_the_better_of_the_reports_settings(root, make):
