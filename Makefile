@@ -40,7 +40,7 @@ demo: $(INSTALLED)
 blind: $(INSTALLED)
 	$(PY) -m microworld.demo --out demo --blind
 
-# On the demo's scenes: all settings; what each part of the recipe is worth; what rewards add; what each point of the
+# On scenes of their own: all settings; what each part of the recipe is worth; what rewards add; what each point of the
 # report's code is worth. Each resumes where it was stopped.
 settings variants rewards letter: $(INSTALLED)
 	$(PY) -m microworld.studies $@ --out demo

@@ -52,6 +52,7 @@ VARIANTS: dict[str, Variant] = {
     "projector first": Variant({"projector_epochs": 1}),
     "label smoothing 0.1": Variant({"label_smoothing": 0.1}),
     "no CLS": Variant({"cls": False}),
+    "pool 2": Variant({"pool": 2}),
 }
 
 # What tunes a captioner that cross-entropy teaches no more. The brevity penalty multiplies CLIPScore too and so weighs
