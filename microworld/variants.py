@@ -44,6 +44,8 @@ VARIANTS: dict[str, Variant] = {
     "LoRA+ 8": Variant(rates(1 / 6) | {"lora_plus": 8}),
     "LoRA+ 8, no dropout": Variant(rates(1 / 6) | {"lora_plus": 8, "lora_dropout": 0}),
     "half the rates": Variant(rates(0.5)),
+    "half the rates, no dropout": Variant(rates(0.5) | {"lora_dropout": 0}),
+    "a quarter of the rates": Variant(rates(0.25)),
     "twice the rates": Variant(rates(2)),
     "constant rates": Variant({"schedule": "constant"}),
     "layer before the last": Variant({"encoder_layer": -2}),
@@ -53,6 +55,8 @@ VARIANTS: dict[str, Variant] = {
     "label smoothing 0.1": Variant({"label_smoothing": 0.1}),
     "no CLS": Variant({"cls": False}),
     "pool 2": Variant({"pool": 2}),
+    "greedy search": Variant(search={"beam_size": 1}, adapter_of=BASE),
+    "10 beams": Variant(search={"beam_size": 10}, adapter_of=BASE),
 }
 
 # What tunes a captioner that cross-entropy teaches no more. The brevity penalty multiplies CLIPScore too and so weighs
