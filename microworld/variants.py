@@ -41,8 +41,8 @@ BASE = "best"
 VARIANTS: dict[str, Variant] = {
     BASE: Variant(),
     "no dropout": Variant({"lora_dropout": 0}),
-    "LoRA+ 8": Variant(rates(1 / 6) | {"lora_plus": 8}),
-    "LoRA+ 8, no dropout": Variant(rates(1 / 6) | {"lora_plus": 8, "lora_dropout": 0}),
+    "LoRA+ 8": Variant(rates(1 / 3) | {"lora_plus": 8}),
+    "LoRA+ 8, no dropout": Variant(rates(1 / 3) | {"lora_plus": 8, "lora_dropout": 0}),
     "half the rates": Variant(rates(0.5)),
     "half the rates, no dropout": Variant(rates(0.5) | {"lora_dropout": 0}),
     "a quarter of the rates": Variant(rates(0.25)),

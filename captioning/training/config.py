@@ -55,11 +55,11 @@ class TrainConfig:
         at_least=1,
     )
     accumulate: int = option(1, "batches an optimiser step", at_least=1)
-    lr: float = option(2e-3, "learning rate of LoRA", above=0, below=10)
+    lr: float = option(1e-3, "learning rate of LoRA", above=0, below=10)
     lora_plus: float = option(
         1.0, "learning rate of LoRA's B over that of its A (LoRA+, arXiv 2402.12354)", above=0, below=1000
     )
-    projector_lr: float = option(2e-3, "learning rate of the projector", above=0, below=10)
+    projector_lr: float = option(1e-3, "learning rate of the projector", above=0, below=10)
     optimizer: str = option("adamw", "adam or adamw", choices=("adam", "adamw"))
     weight_decay: float = option(0.01, "of adamw", at_least=0)
     schedule: str = option("cosine", "cosine (to a hundredth) or constant", choices=("cosine", "constant"))
