@@ -19,7 +19,7 @@ from captioning.device import pick_device
 from captioning.files import atomic_path, check_writable, write_text
 from captioning.models.adapter import load_captioner, read_adapter
 from captioning.models.captioner import Captioner
-from captioning.models.export import load_decoder, make_cards, parts_of, push, write_gpt2
+from captioning.models.export import check_exportable, load_decoder, make_cards, parts_of, push, write_gpt2
 from captioning.models.export_llava import IMAGE_TOKEN, write_llava
 from captioning.profiles import PROFILES
 from captioning.training.run_folder import RunFolder
@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     for folder in folders.values():
         if folder.exists():
             raise ValueError(f"{folder}: exists already; name another OUT, or remove it")
+    check_exportable(args.adapter)
     check_writable(args.out, "OUT")
     folder, source = args.tokenizer or profile.tokenizer, args.decoder or profile.decoder
     tokenizer = Tokenizer(folder)

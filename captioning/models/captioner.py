@@ -232,7 +232,8 @@ class Captioner(nn.Module):
         if predict_bos:
             targets = torch.cat([batch.inputs[:, :1], targets], 1)  # every row of inputs begins with BOS
         with cast_lora(self.decoder):
-            hidden = self.decoder(*self._packed_sequence(features, batch), last=targets.shape[1])  # (B, S or S + 1, C)
+            sequence, last = self._packed_sequence(features, batch), targets.shape[1]
+            hidden = self.decoder(*sequence, last=last, images=self.n_prefix)  # (B, S or S + 1, C)
             kept = hidden.flatten(0, 1).index_select(0, places)  # the wide output layer runs on these only
             return self.decoder.logits(kept).float(), targets.flatten()[places]
 
@@ -312,11 +313,11 @@ class Captioner(nn.Module):
         prefix = self.prefix(features)
         if all_rows:
             x = torch.cat([prefix, self.decoder.embed(ids).to(prefix.dtype)], 1)
-            hidden = self.decoder(x, torch.arange(total), attentions=attentions)[:, count:]
+            hidden = self.decoder(x, torch.arange(total), attentions=attentions, images=count)[:, count:]
         else:
             with torch.no_grad():
                 cache = self.decoder.new_cache(1, total)
-                self.decoder(prefix, torch.arange(count), cache=cache)
+                self.decoder(prefix, torch.arange(count), cache=cache, images=count)
             hidden = self.decoder(
                 self.decoder.embed(ids), torch.arange(count, total), cache=cache, attentions=attentions
             )
@@ -337,7 +338,8 @@ class Captioner(nn.Module):
         """
         ids = torch.tensor([list(tokens[:-1])], device=prefix.device)
         x = torch.cat([prefix, self.decoder.embed(ids).to(prefix.dtype).expand(len(prefix), -1, -1)], 1)
-        return self.decoder.logits(self.decoder(x, torch.arange(x.shape[1]), last=ids.shape[1]))
+        hidden = self.decoder(x, torch.arange(x.shape[1]), last=ids.shape[1], images=prefix.shape[1])
+        return self.decoder.logits(hidden)
 
     def merge(self) -> Captioner:
         """Fold LoRA into the decoder for inference; there is no way back."""

@@ -95,6 +95,7 @@ class TrainConfig:
     lora_enable: tuple[bool, bool, bool] | None = option(
         None, "q, k, v of c_attn as MergedLinear, such as 1,0,1 (default: one lora.Linear)", parse=_triple
     )
+    lora_kinds: bool = option(False, "half of LoRA's rank for image rows, half for text rows (arXiv 2312.08900)")
     lora_lm_head: bool = option(True, "LoRA on the output layer too, untied from the embeddings")
     max_trainable: int = option(10_000_000, "refuse to train more parameters than this")
     val_images: int = option(200, "validation images captioned and scored every epoch", at_least=1)
@@ -160,6 +161,7 @@ class TrainConfig:
             dropout=self.lora_dropout,
             enable_lora=self.lora_enable,
             lm_head=self.lora_lm_head,
+            kinds=self.lora_kinds,
         )
 
 

@@ -52,6 +52,7 @@ ABSENT = {"average_last": 0, "rank_stabilized": False, "draws": "beam"} | {
     "search_rule": "beam",
     "lora_plus": 1.0,
     "pool": 1,
+    "lora_kinds": False,
 }
 
 
@@ -118,6 +119,7 @@ def adopted(stored: CaptionerConfig, given: dict[str, Any], path: Path) -> dict[
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "lora_enable": lora.enable_lora,
+        "lora_kinds": lora.kinds,
         "lora_lm_head": lora.lm_head,
         "cls": stored.use_cls,
         "encoder_layer": stored.encoder_layer,
@@ -275,6 +277,7 @@ def check_resumed(folder: RunFolder, now: dict[str, Any]) -> None:
     changed = [f"train.{k}" for k in wanted if k not in FREE and had.get(k) != wanted[k]]
     now["captioner"].pop("encoder_weights")  # a path, which the place of the start decides; the hash says what it holds
     captioner = {name: ABSENT[name] for name in ("search_rule", "pool")} | before["captioner"]
+    captioner["lora"] = {"kinds": ABSENT["lora_kinds"]} | captioner["lora"]
     changed += [f"captioner.{k}" for k, value in now["captioner"].items() if captioner.get(k) != value]
     changed += [k for k in ("shuffled_captions", "data") if before.get(k) != now[k]]
     if changed:

@@ -226,6 +226,7 @@ def test_a_second_signal_stops_immediately(tmp_path, monkeypatch):
         ("--captions-per-image", "2"),
         ("--optimizer", "adam"),
         ("--lora-dropout", "0.5"),
+        ("--lora-kinds", "--lora-dropout", "0"),
         ("--batch-by", "captions", "--captions-per-image", "1"),
         ("--no-clear-gradients", "--projector-epochs", "1"),
         ("--setting", "1", "--report-faithful", "--captions-per-image", "1"),
