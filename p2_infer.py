@@ -27,6 +27,7 @@ from captioning.inference.batches import Job
 from captioning.inference.captions import check_length_penalty, check_vocabulary
 from captioning.inference.encode import draft_side
 from captioning.inference.folder import PredictionLog, caption_images
+from captioning.inference.guidance import check_guidance
 from captioning.inference.jobs import Search, captioner_job
 from captioning.inference.options import (
     add_options,
@@ -74,6 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="beam: as transformers' generate; report: as the report's code, which replaces no beam that has ended "
         "(default: the adapter's)",
     )
+    add(
+        "--guidance",
+        type=float,
+        default=1.0,
+        metavar="G",
+        help="above 1, captions say more of what only the image tells, by G times the difference to what words alone "
+        "would say; wants an adapter that was trained with --image-dropout",
+    )
     add("--batch-size", type=positive_int, default=16, help="images at once")
     add(
         "--precision",
@@ -118,6 +127,7 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
         # The adapter's own fingerprint of the decoder, which loading holds against the file, does not hold then.
         **({"other_decoder": fingerprint(read_state_dict(args.decoder))} if args.allow_other_decoder else {}),
         **describe_options(args),
+        **({"guidance": args.guidance} if args.guidance != 1 else {}),
         **({"search_rule": "report"} if args.search_rule == "report" else {}),  # others' side files have no such key
     }
 
@@ -142,18 +152,20 @@ def load_job(args: argparse.Namespace) -> Job:
         captioner.attention = captioner.attention_route(args.attention, product_dtype(device, precision))
     draft = draft_side(captioner.transform) if args.jpeg_draft else None
     sizes = (args.beam_size, args.max_new_tokens)
-    search = Search(*sizes, wording_of(args), ranked_count(args), args.length_penalty, args.search_rule)
+    search = Search(*sizes, wording_of(args), ranked_count(args), args.length_penalty, args.search_rule, args.guidance)
     compiled_batch = args.batch_size if args.compile else None
     return captioner_job(captioner, tokenizer, search, precision, draft, compiled_batch)
 
 
 def settle_search(args: argparse.Namespace) -> None:
-    """Take the search rule from the adapter where the command line has none.
+    """Take the search rule from the adapter where the command line has none, and see that it can be guided.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such adapter, or the rule has no length penalty.
+        FileNotFoundError, ValueError: there is no such adapter, the rule has no length penalty, or guidance no ground.
     """
-    args.search_rule = args.search_rule or read_adapter(args.adapter)[0].search_rule
+    config = read_adapter(args.adapter)[0]
+    args.search_rule = args.search_rule or config.search_rule
+    check_guidance(args.guidance, config.image_dropout)
     check_length_penalty(args.search_rule, args.length_penalty)
 
 

@@ -11,6 +11,7 @@ from captioning.data.batches import pack_captions
 from captioning.data.ranked import Ranked
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import sent
+from captioning.inference.guidance import GuidedStep
 from captioning.inference.report_rule import report_search
 from captioning.inference.search import Step, beam_search, greedy
 from captioning.inference.wording import Wording
@@ -30,6 +31,7 @@ def caption_features(
     search_rule: str | None = None,
     wording: Wording | None = None,
     n_best: int = 0,
+    guidance: float = 1.0,
 ) -> list[str]:
     """Caption B images from their encoder tokens (B, N, D); one beam is greedy search.
 
@@ -44,6 +46,7 @@ def caption_features(
         search_rule: ``beam`` or ``report``; None takes the captioner's own.
         wording: what captions may not say.
         n_best: return each caption as ``Ranked``, with its score and the others of this many best; 0: as text.
+        guidance: see guidance.py; compiled steps must then be for twice as many images. Scores stay the captioner's.
 
     Raises:
         ValueError: the rule has no length penalty, or as the searches.
@@ -51,15 +54,20 @@ def caption_features(
     rule = search_rule or captioner.config.search_rule
     check_length_penalty(rule, length_penalty)
     step: Step
+    guided = guidance != 1
+    rows = torch.cat((features, torch.zeros_like(features))) if guided else features
     if steps is None:
-        shared = captioner.step_function(features, beam_size, max_new_tokens)
+        shared = captioner.step_function(rows, beam_size, max_new_tokens)
         step, keep = shared, shared.keep
     else:
         with torch.no_grad():
-            step, keep = steps.begin(captioner.prefix(features)), None  # compiled steps have a fixed batch
+            step, keep = steps.begin(captioner.prefix(rows)), None  # compiled steps have a fixed batch
 
     step = within_vocabulary(step, tokenizer.vocab_size)
     images, eos, device = len(features), tokenizer.eos_id, features.device
+    if guided:
+        step = GuidedStep(step, keep, images, guidance)
+        keep = step.keep if keep is not None else None
     rules = wording.rules(eos) if wording else []
     if rule == "report":
         found = report_search(step, images, eos, eos, beam_size, max_new_tokens, device, keep, rules=rules)

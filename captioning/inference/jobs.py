@@ -28,6 +28,7 @@ class Search:
         max_new_tokens: longest caption in tokens.
         wording: what captions may not say.
         n_best: return captions as ``Ranked``, with their scores and this many best of the beams; 0: as plain text.
+        guidance: of the captioner's search (guidance.py).
         length_penalty, rule: of the captioner's search (``caption_features``); LLaVA has neither.
     """
 
@@ -37,6 +38,7 @@ class Search:
     n_best: int = 0
     length_penalty: float = 1.0
     rule: str | None = None
+    guidance: float = 1.0
 
 
 def captioner_job(
@@ -60,13 +62,14 @@ def captioner_job(
     encoder, steps = StreamEncoder(captioner, precision), None
     if compiled_batch:
         with autocast(captioner.device, precision):
-            sizes = (compiled_batch, captioner.n_prefix, search.beam_size, search.max_new_tokens)
+            rows = compiled_batch * (1 if search.guidance == 1 else 2)
+            sizes = (rows, captioner.n_prefix, search.beam_size, search.max_new_tokens)
             steps = CompiledStepFunction(captioner.decoder, *sizes)
     how = (search.beam_size, search.max_new_tokens, search.length_penalty, steps, search.rule, search.wording)
 
     def caption(encoded: list[Encoded]) -> list[str]:
         with autocast(captioner.device, precision):
-            return caption_features(captioner, tokenizer, encoder.gather(encoded), *how, search.n_best)
+            return caption_features(captioner, tokenizer, encoder.gather(encoded), *how, search.n_best, search.guidance)
 
     if works_beside(captioner.device):
         return Job(captioner.transform, caption, draft, encoder.encode)

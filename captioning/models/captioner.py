@@ -54,6 +54,7 @@ class CaptionerConfig:
         encoder_hash, decoder_hash: fingerprints of the frozen weights that the adapter was trained on.
         search_rule: one of SEARCH_RULES, by which captions are searched unless another is asked for.
         pool: the decoder gets averages of so many x so many neighbouring patches; 1 is every patch.
+        image_dropout: share of images that training replaced by none, zeros for all of the encoder's tokens.
 
     Raises:
         ValueError: there is no such search rule, or ``pool`` is below 1.
@@ -69,6 +70,7 @@ class CaptionerConfig:
     encoder_layer: int = -1
     search_rule: str = "beam"
     pool: int = 1
+    image_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.pool < 1:
@@ -206,6 +208,7 @@ class Captioner(nn.Module):
             label_smoothing: share of the target spread over the vocabulary.
             predict_bos: let the last image token predict BOS, once for each of the image's captions.
         """
+        features = self._drop_images(features)
         places = batch.places(predict_bos)
         logits, targets = self._predictions(features, batch, places, predict_bos)
         if not predict_bos:
@@ -215,6 +218,16 @@ class Captioner(nn.Module):
         counts = counts.flatten()[places]
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
         return (losses * counts).sum() / counts.sum()
+
+    def _drop_images(self, features: torch.Tensor) -> torch.Tensor:
+        """In training, replace a random share of the images (B, N, D) by none, for guidance (guidance.py).
+
+        None is zeros, which the projector maps to its bias, a vector that is learned.
+        """
+        if not self.training or not self.config.image_dropout:
+            return features
+        kept = torch.rand(len(features), device=features.device) >= self.config.image_dropout
+        return features * kept[:, None, None]
 
     def log_probs(self, features: torch.Tensor, batch: Any, vocab_size: int | None = None) -> torch.Tensor:
         """Return the log-probability of every target that is not padding, row by row: (n,).

@@ -88,6 +88,12 @@ class TrainConfig:
         "own: the encoder's; imagenet: what timm answers to a name, ImageNet's mean, deviation and crop",
         choices=("own", "imagenet"),
     )
+    image_dropout: float = option(
+        0.0,
+        "share of images whose captions are learned without them, drawn in every step; for --guidance",
+        at_least=0,
+        below=1,
+    )
     cls: bool = option(True, "give the encoder's CLS token to the decoder too")
     lora_rank: int = option(32, "LoRA's rank")  # LoraConfig has its bounds
     lora_alpha: float = option(32.0, "LoRA's update is scaled by alpha / rank")

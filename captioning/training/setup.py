@@ -52,6 +52,7 @@ ABSENT = {"average_last": 0, "rank_stabilized": False, "draws": "beam"} | {
     "search_rule": "beam",
     "lora_plus": 1.0,
     "pool": 1,
+    "image_dropout": 0.0,
     "lora_kinds": False,
 }
 
@@ -129,7 +130,7 @@ def adopted(stored: CaptionerConfig, given: dict[str, Any], path: Path) -> dict[
     for name, value in numbers.items():
         if given.get(name, value) != value:
             raise ValueError(f"{flag(name)} {given[name]}: --init-adapter {path} has {value}; leave the flag out")
-    return numbers | {"search_rule": given.get("search_rule", stored.search_rule)}
+    return numbers | {name: given.get(name, getattr(stored, name)) for name in ("search_rule", "image_dropout")}
 
 
 def open_run(args: Any, folder: RunFolder, processes: Processes, held: contextlib.ExitStack) -> Trackers | None:
@@ -195,6 +196,7 @@ def make_captioner(args: Any, config: TrainConfig, folder: RunFolder | None, pro
         lora=config.lora(),
         search_rule=config.search_rule,
         pool=config.pool,
+        image_dropout=config.image_dropout,
     )
     return Captioner(captioner_config, make_decoder(args, config.lora(), folder, processes))
 
@@ -276,7 +278,7 @@ def check_resumed(folder: RunFolder, now: dict[str, Any]) -> None:
     had, wanted = ABSENT | {"preprocessing": preprocessing} | before["train"], ABSENT | now["train"]
     changed = [f"train.{k}" for k in wanted if k not in FREE and had.get(k) != wanted[k]]
     now["captioner"].pop("encoder_weights")  # a path, which the place of the start decides; the hash says what it holds
-    captioner = {name: ABSENT[name] for name in ("search_rule", "pool")} | before["captioner"]
+    captioner = {name: ABSENT[name] for name in ("search_rule", "pool", "image_dropout")} | before["captioner"]
     captioner["lora"] = {"kinds": ABSENT["lora_kinds"]} | captioner["lora"]
     changed += [f"captioner.{k}" for k, value in now["captioner"].items() if captioner.get(k) != value]
     changed += [k for k in ("shuffled_captions", "data") if before.get(k) != now[k]]
