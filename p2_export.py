@@ -56,7 +56,12 @@ def load_whole(args: argparse.Namespace, decoder: str) -> Captioner:
     """Return the captioner that OUT/llava holds."""
     fallback = PROFILES[args.profile].encoder_weights
     sources = (args.adapter, Path(decoder), args.encoder_weights, pick_device("cpu", announce=False), fallback)
-    return load_captioner(*sources, args.allow_other_decoder)
+    captioner = load_captioner(*sources, args.allow_other_decoder)
+    if captioner.config.retrieval:
+        raise ValueError(
+            f"--adapter {args.adapter}: transformers' LLaVA has no place for retrieved captions; give --no-llava"
+        )
+    return captioner
 
 
 def write_whole(args: argparse.Namespace, captioner: Captioner, tokenizer: Tokenizer, card: str) -> None:

@@ -19,6 +19,7 @@ from captioning.cli import (
     positive_int,
     setup_logging,
 )
+from captioning.data.datastore import Datastore
 from captioning.data.images import DRAFT_FACTOR
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import PRECISIONS, pick_device, product_dtype
@@ -50,6 +51,7 @@ from captioning.scale.pipeline import (
     is_plain_folder,
     source_of,
 )
+from captioning.scoring.retrieval import retriever_of
 from captioning.tensors import fingerprint
 
 ADAPTER = Path("runs/best/best.safetensors")
@@ -64,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--adapter", type=Path, help=f"what p2_train.py wrote (default: best.safetensors beside OUT.json, or {ADAPTER})"
     )
+    add("--datastore", type=Path, help="captions for an adapter that retrieves some (default: the one trained with)")
     add("--encoder-weights", help="the encoder's weights, a file or folder (default: the one trained with)")
     add("--tokenizer", help="folder of GPT-2's tokenizer files (default: the profile's)")
     add("--beam-size", type=positive_int, default=5, help="live beams; 1 is greedy search")
@@ -129,6 +132,7 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
         **describe_options(args),
         **({"guidance": args.guidance} if args.guidance != 1 else {}),
         **({"search_rule": "report"} if args.search_rule == "report" else {}),  # others' side files have no such key
+        **({"datastore": Datastore.load(args.datastore).fingerprint} if args.datastore else {}),
     }
 
 
@@ -151,10 +155,11 @@ def load_job(args: argparse.Namespace) -> Job:
     if ranked_count(args):
         captioner.attention = captioner.attention_route(args.attention, product_dtype(device, precision))
     draft = draft_side(captioner.transform) if args.jpeg_draft else None
+    retriever = retriever_of(captioner.config.retrieval, tokenizer, device, args.datastore)
     sizes = (args.beam_size, args.max_new_tokens)
     search = Search(*sizes, wording_of(args), ranked_count(args), args.length_penalty, args.search_rule, args.guidance)
     compiled_batch = args.batch_size if args.compile else None
-    return captioner_job(captioner, tokenizer, search, precision, draft, compiled_batch)
+    return captioner_job(captioner, tokenizer, search, precision, draft, compiled_batch, retriever)
 
 
 def settle_search(args: argparse.Namespace) -> None:

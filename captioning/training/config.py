@@ -130,6 +130,10 @@ class TrainConfig:
     )
     projector_epochs: int = option(0, "first epochs, which train the projector only", at_least=0)
     patience: int = option(0, "epochs without a better one after which training stops; 0 never stops", at_least=0)
+    retrieve: int = option(
+        0, "captions of other images that each image gets as text, by CLIP; needs --datastore (SmallCap)", at_least=0
+    )
+    retrieved_tokens: int = option(64, "how many tokens these take in all; what does not fit is left out", at_least=1)
     objective: str = option(
         "xe", "xe (cross-entropy), or scst (CIDEr-D as a reward; needs --init-adapter)", choices=("xe", "scst")
     )

@@ -368,7 +368,8 @@ class Trainer:
                 if not indices:
                     continue
                 features = self.val_split.tokens(indices, self.device)
-                texts = caption_features(self.captioner, self.tokenizer, features, beams, longest)
+                text = self.val_split.text_of(indices, self.device)
+                texts = caption_features(self.captioner, self.tokenizer, features, beams, longest, text=text)
                 predictions |= dict(zip(indices, texts, strict=True))
         for others in self.processes.gather(predictions):
             predictions |= others
