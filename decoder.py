@@ -34,7 +34,6 @@ from captioning.kernels.attention_mask import additive_mask
 from captioning.kernels.attention_route import takes_packed
 from captioning.kernels.casts import cast_frozen, lora_tensors, product_dtype_of
 from captioning.kernels.frozen_linear import frozen_linear
-from captioning.kernels.kinds import CorrectedLinear, ImageRows, correct_images, only_own_half
 from captioning.kernels.packed_attention import PackedAttention
 from captioning.kernels.packing import Packing
 from captioning.messages import some
@@ -103,7 +102,6 @@ class LoraConfig:
     targets: tuple[str, ...] = LINEARS
     enable_lora: tuple[bool, ...] | None = None  # adapt only these three of query, key, value (MergedLinear)
     lm_head: bool = False
-    kinds: bool = False  # half of the rank updates image rows, the other half text rows (lm_head: all text)
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -119,8 +117,6 @@ class LoraConfig:
             raise ValueError(f"--lora-targets {self.targets}: choose each of {', '.join(LINEARS)} at most once")
         if not self.targets and not self.lm_head:
             raise ValueError("--lora-targets names no layer and --lora-lm-head is off: nothing is left to adapt")
-        if self.kinds and (self.rank % 2 or self.enable_lora is not None):
-            raise ValueError(f"--lora-kinds halves --lora-rank, so it must be even, not {self.rank}; no --lora-enable")
         if self.enable_lora is not None:
             object.__setattr__(self, "enable_lora", tuple(self.enable_lora))
             self._check_enable_lora(tuple(self.enable_lora))
@@ -162,38 +158,8 @@ class LoraLinear(loralib.Linear):
         if not self.merged:
             a, b = lora_tensors(self)
             low = _scaled(self.lora_dropout(rows) @ a.T, self.scaling)  # (rows, rank)
-            low = self.own(low.view(*x.shape[:-1], -1)).view_as(low)
             out.addmm_(low.to(out.dtype), b.T.to(out.dtype))  # a new tensor that nothing else refers to
         return out.view(*x.shape[:-1], -1)
-
-    def own(self, low: Tensor) -> Tensor:
-        """Return what each row has of the rank, of low-rank activations (..., rank): all."""
-        return low
-
-
-class KindsLinear(LoraLinear):
-    """LoRA by kind of token (arXiv 2312.08900): the first half of the rank is for image rows, the second for text rows.
-
-    As many parameters, under the same names, as LoRA of the same rank for all rows. ``merge_lora`` merges the update of
-    text rows; image rows, which a search reads once, get the low-rank difference to theirs.
-    """
-
-    image_rows: ImageRows  # the decoder's
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., T, in) to (..., T, out)."""
-        out = super().forward(x)
-        if not self.merged:
-            return out
-        return correct_images(out, x, self.lora_A, self.lora_B, self.scaling, self.image_rows.among(x.shape[-2]))
-
-    def own(self, low: Tensor) -> Tensor:
-        """Return low-rank activations (..., T, rank) with zeros in the other kind's half."""
-        return only_own_half(low, self.image_rows.among(low.shape[-2]))
-
-    def corrected(self, linear: nn.Module) -> nn.Module:
-        """Return what ``linear``, this layer's merged weight in another form, must be to do the same."""
-        return CorrectedLinear(linear, self.lora_A.detach(), self.lora_B.detach(), self.scaling, self.image_rows)
 
 
 class MergedLinear(loralib.MergedLinear):
@@ -232,7 +198,7 @@ def _linear(name: str, n_in: int, n_out: int, lora: LoraConfig | None) -> nn.Lin
         return FrozenLinear(n_in, n_out)
     if name == "attn.c_attn" and lora.enable_lora is not None:
         return MergedLinear(n_in, n_out, enable_lora=list(lora.enable_lora), **lora.layer_options)
-    return (KindsLinear if lora.kinds else LoraLinear)(n_in, n_out, **lora.layer_options)
+    return LoraLinear(n_in, n_out, **lora.layer_options)
 
 
 def _lora_layers(decoder: Decoder) -> Iterator[Any]:
@@ -414,9 +380,6 @@ class Decoder(nn.Module):
         if lora is not None and lora.lm_head:
             self.lm_head = LoraLinear(config.n_embd, config.vocab_size, bias=False, **lora.layer_options)
             self.lm_head.weight = self.wte.weight
-        self.image_rows = ImageRows()
-        for layer in _lora_layers(self):
-            layer.image_rows = self.image_rows
         init_weights(self)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -431,7 +394,6 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         attentions: list[Tensor] | None = None,
         last: int | None = None,
-        images: int = 0,
     ) -> Tensor:
         """Return the hidden states (B, T, C) after the last layer norm.
 
@@ -445,7 +407,6 @@ class Decoder(nn.Module):
             attentions: a list to be filled with every layer's attention weights (B, nh, T, S), float32. Slower than
                 the fused kernel, and equal to it but for rounding.
             last: return only that many last rows, (B, last, C), and spare the others' work in the last block.
-            images: how many of the first rows of x are of an image, for ``LoraConfig.kinds``.
 
         Raises:
             ValueError: a position beyond the context, a mask that is not boolean, or a full cache.
@@ -457,8 +418,7 @@ class Decoder(nn.Module):
         new, past = x.shape[1], 0 if cache is None else cache.length
         if mask is None and past and new > 1:
             mask = _causal(new, past + new, x.device)
-        with self.image_rows.reading(images, new):
-            x = self.blocks(x + self.wpe(positions.to(x.device)), mask, cache, attentions, last)
+        x = self.blocks(x + self.wpe(positions.to(x.device)), mask, cache, attentions, last)
         if cache is not None:
             cache.length += new
         return x
@@ -588,9 +548,8 @@ def _merged_weight(layer: LoraLinear | MergedLinear) -> Tensor:
     """W + (alpha / rank) B A as a new float32 matrix (out, in)."""
     rows = layer.enabled_rows() if isinstance(layer, MergedLinear) else [slice(None)]
     merged = layer.weight.detach().to(torch.float32, copy=True)
-    half = layer.r // 2 if isinstance(layer, KindsLinear) else 0  # text rows' part
     with torch.autocast(merged.device.type, enabled=False):  # which would round the product to bfloat16
-        a, b = layer.lora_A[half:].float().chunk(len(rows)), layer.lora_B[:, half:].float().chunk(len(rows))
+        a, b = layer.lora_A.float().chunk(len(rows)), layer.lora_B.float().chunk(len(rows))
         for i, group in enumerate(rows):
             merged[group] += (b[i] @ a[i]) * layer.scaling
     return merged

@@ -19,7 +19,7 @@ from captioning.device import pick_device
 from captioning.files import atomic_path, check_writable, write_text
 from captioning.models.adapter import load_captioner, read_adapter
 from captioning.models.captioner import Captioner
-from captioning.models.export import check_exportable, load_decoder, make_cards, parts_of, push, write_gpt2
+from captioning.models.export import load_decoder, make_cards, parts_of, push, write_gpt2
 from captioning.models.export_llava import IMAGE_TOKEN, write_llava
 from captioning.profiles import PROFILES
 from captioning.training.run_folder import RunFolder
@@ -56,12 +56,7 @@ def load_whole(args: argparse.Namespace, decoder: str) -> Captioner:
     """Return the captioner that OUT/llava holds."""
     fallback = PROFILES[args.profile].encoder_weights
     sources = (args.adapter, Path(decoder), args.encoder_weights, pick_device("cpu", announce=False), fallback)
-    captioner = load_captioner(*sources, args.allow_other_decoder)
-    if captioner.config.retrieval:
-        raise ValueError(
-            f"--adapter {args.adapter}: transformers' LLaVA has no place for retrieved captions; give --no-llava"
-        )
-    return captioner
+    return load_captioner(*sources, args.allow_other_decoder)
 
 
 def write_whole(args: argparse.Namespace, captioner: Captioner, tokenizer: Tokenizer, card: str) -> None:
@@ -84,7 +79,6 @@ def main(argv: list[str] | None = None) -> int:
     for folder in folders.values():
         if folder.exists():
             raise ValueError(f"{folder}: exists already; name another OUT, or remove it")
-    check_exportable(args.adapter)
     check_writable(args.out, "OUT")
     folder, source = args.tokenizer or profile.tokenizer, args.decoder or profile.decoder
     tokenizer = Tokenizer(folder)

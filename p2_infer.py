@@ -19,7 +19,6 @@ from captioning.cli import (
     positive_int,
     setup_logging,
 )
-from captioning.data.datastore import Datastore
 from captioning.data.images import DRAFT_FACTOR
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import PRECISIONS, pick_device, product_dtype
@@ -28,7 +27,6 @@ from captioning.inference.batches import Job
 from captioning.inference.captions import check_length_penalty, check_vocabulary
 from captioning.inference.encode import draft_side
 from captioning.inference.folder import PredictionLog, caption_images
-from captioning.inference.guidance import check_guidance
 from captioning.inference.jobs import Search, captioner_job
 from captioning.inference.options import (
     add_options,
@@ -51,7 +49,6 @@ from captioning.scale.pipeline import (
     is_plain_folder,
     source_of,
 )
-from captioning.scoring.retrieval import retriever_of
 from captioning.tensors import fingerprint
 
 ADAPTER = Path("runs/best/best.safetensors")
@@ -66,7 +63,6 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--adapter", type=Path, help=f"what p2_train.py wrote (default: best.safetensors beside OUT.json, or {ADAPTER})"
     )
-    add("--datastore", type=Path, help="captions for an adapter that retrieves some (default: the one trained with)")
     add("--encoder-weights", help="the encoder's weights, a file or folder (default: the one trained with)")
     add("--tokenizer", help="folder of GPT-2's tokenizer files (default: the profile's)")
     add("--beam-size", type=positive_int, default=5, help="live beams; 1 is greedy search")
@@ -77,14 +73,6 @@ def build_parser() -> argparse.ArgumentParser:
         choices=SEARCH_RULES,
         help="beam: as transformers' generate; report: as the report's code, which replaces no beam that has ended "
         "(default: the adapter's)",
-    )
-    add(
-        "--guidance",
-        type=float,
-        default=1.0,
-        metavar="G",
-        help="above 1, captions say more of what only the image tells, by G times the difference to what words alone "
-        "would say; wants an adapter that was trained with --image-dropout",
     )
     add("--batch-size", type=positive_int, default=16, help="images at once")
     add(
@@ -130,9 +118,7 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
         # The adapter's own fingerprint of the decoder, which loading holds against the file, does not hold then.
         **({"other_decoder": fingerprint(read_state_dict(args.decoder))} if args.allow_other_decoder else {}),
         **describe_options(args),
-        **({"guidance": args.guidance} if args.guidance != 1 else {}),
         **({"search_rule": "report"} if args.search_rule == "report" else {}),  # others' side files have no such key
-        **({"datastore": Datastore.load(args.datastore).fingerprint} if args.datastore else {}),
     }
 
 
@@ -155,22 +141,19 @@ def load_job(args: argparse.Namespace) -> Job:
     if ranked_count(args):
         captioner.attention = captioner.attention_route(args.attention, product_dtype(device, precision))
     draft = draft_side(captioner.transform) if args.jpeg_draft else None
-    retriever = retriever_of(captioner.config.retrieval, tokenizer, device, args.datastore)
     sizes = (args.beam_size, args.max_new_tokens)
-    search = Search(*sizes, wording_of(args), ranked_count(args), args.length_penalty, args.search_rule, args.guidance)
+    search = Search(*sizes, wording_of(args), ranked_count(args), args.length_penalty, args.search_rule)
     compiled_batch = args.batch_size if args.compile else None
-    return captioner_job(captioner, tokenizer, search, precision, draft, compiled_batch, retriever)
+    return captioner_job(captioner, tokenizer, search, precision, draft, compiled_batch)
 
 
 def settle_search(args: argparse.Namespace) -> None:
-    """Take the search rule from the adapter where the command line has none, and see that it can be guided.
+    """Take the search rule from the adapter where the command line has none.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such adapter, the rule has no length penalty, or guidance no ground.
+        FileNotFoundError, ValueError: there is no such adapter, or the rule has no length penalty.
     """
-    config = read_adapter(args.adapter)[0]
-    args.search_rule = args.search_rule or config.search_rule
-    check_guidance(args.guidance, config.image_dropout)
+    args.search_rule = args.search_rule or read_adapter(args.adapter)[0].search_rule
     check_length_penalty(args.search_rule, args.length_penalty)
 
 

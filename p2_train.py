@@ -65,7 +65,6 @@ def build_parser() -> FlagParser:
     parser.add_argument(
         "--shuffle-captions", action="store_true", help="the blind baseline: train on captions dealt to wrong images"
     )
-    parser.add_argument("--datastore", type=Path, help="captions for --retrieve; docs/training.md says how to make it")
     parser.add_argument(
         "--init-adapter", type=Path, help="adapter to start from; its LoRA, layer and CLS are taken over"
     )

@@ -56,7 +56,6 @@ from captioning.models.llava import DTYPES, MAX_NEW_TOKENS, PROMPTS, check_promp
 from captioning.profiles import PROFILES
 from captioning.scale.sources import images_at
 from captioning.scoring.chair import ObjectWords, objects_in_boxes
-from captioning.scoring.retrieval import retriever_of
 from captioning.timing import Timer
 
 if TYPE_CHECKING:
@@ -120,7 +119,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapter", type=Path, default=Path("runs/best/best.safetensors"), help="p2: what p2_train.py wrote")
     add("--decoder", type=Path, help="p2: GPT-2, a file or folder (default: the profile's)")
     add("--encoder-weights", help="p2: the encoder's weights, a file or folder (default: the one trained with)")
-    add("--datastore", type=Path, help="p2: captions for an adapter that retrieves some, as p2_infer.py's")
     add("--tokenizer", help="p2: folder of GPT-2's tokenizer files (default: the profile's)")
     add("--llava", help="p1: hub id or folder of a LLaVA 1.5 (default: the profile's)")
     add("--setting", type=int, choices=sorted(PROMPTS), default=1, help="p1: prompt of the report")
@@ -150,8 +148,7 @@ def load_explainer(args: argparse.Namespace, device: torch.device) -> Explainer:
     frozen = (args.decoder or Path(profile.decoder), args.encoder_weights)
     captioner = load_captioner(args.adapter, *frozen, device, profile.encoder_weights, args.allow_other_decoder)
     tokenizer = Tokenizer(args.tokenizer or profile.tokenizer)
-    retriever = retriever_of(captioner.config.retrieval, tokenizer, device, args.datastore)
-    return CaptionerExplainer(captioner, tokenizer, args.beam_size or 5, args.max_new_tokens or 30, retriever)
+    return CaptionerExplainer(captioner, tokenizer, args.beam_size or 5, args.max_new_tokens or 30)
 
 
 def read_nouns(args: argparse.Namespace, paths: dict[str, Path]) -> Nouns:

@@ -43,7 +43,6 @@ from captioning.profiles import PROFILES
 from captioning.scoring.chair import Chair
 from captioning.scoring.clipscore import ClipScorer
 from captioning.scoring.evaluator import DEFAULT_METRICS, Evaluation, Evaluator
-from captioning.scoring.retrieval import retriever_of
 
 T = TypeVar("T")
 Picture = str | os.PathLike | Image.Image
@@ -154,21 +153,13 @@ class TunedCaptioner(Model):
             those for maps are read once more when the first map is asked for.
         tokenizer: the decoder's.
         precision: of captions: ``auto``, ``fp32`` or ``bf16``.
-        datastore: of the captions that it retrieves, where it does; None: the one trained with.
     """
 
     name, beam_size, max_new_tokens = "p2", 5, 30
 
-    def __init__(
-        self,
-        read: Callable[[], Captioner],
-        tokenizer: Tokenizer,
-        precision: str = "auto",
-        datastore: str | os.PathLike | None = None,
-    ) -> None:
+    def __init__(self, read: Callable[[], Captioner], tokenizer: Tokenizer, precision: str = "auto") -> None:
         self._read, self.tokenizer, self.precision = read, tokenizer, precision
         self.captioner = read()
-        self.retriever = retriever_of(self.captioner.config.retrieval, tokenizer, self.captioner.device, datastore)
         check_vocabulary(tokenizer, self.captioner.decoder)
         self.precision = prepare(self.captioner, precision)
 
@@ -177,10 +168,10 @@ class TunedCaptioner(Model):
         return self._read()
 
     def _job(self, search: Search) -> Job:
-        return captioner_job(self.captioner, self.tokenizer, search, self.precision, retriever=self.retriever)
+        return captioner_job(self.captioner, self.tokenizer, search, self.precision)
 
     def _explainer(self, beam_size: int, max_new_tokens: int) -> Explainer:
-        return CaptionerExplainer(self._unprepared, self.tokenizer, beam_size, max_new_tokens, self.retriever)
+        return CaptionerExplainer(self._unprepared, self.tokenizer, beam_size, max_new_tokens)
 
 
 class LlavaCaptioner(Model):
@@ -229,7 +220,6 @@ def load_tuned(
     tokenizer: str | os.PathLike | None = None,
     encoder_weights: str | None = None,
     allow_other_decoder: bool = False,
-    datastore: str | os.PathLike | None = None,
 ) -> TunedCaptioner:
     """Load the tuned captioner; ``source`` and ``device`` as for :func:`load`, the others as flags of p2_infer.py.
 
@@ -242,7 +232,7 @@ def load_tuned(
     read = functools.partial(
         load_captioner, adapter, *frozen, pick_device(device), of.encoder_weights, allow_other_decoder
     )
-    return TunedCaptioner(read, Tokenizer(tokenizer or of.tokenizer), precision, datastore)
+    return TunedCaptioner(read, Tokenizer(tokenizer or of.tokenizer), precision)
 
 
 def load_zero_shot(

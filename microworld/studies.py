@@ -23,7 +23,7 @@ from typing import Any
 from captioning.cli import FlagParser, command, positive_int
 from captioning.device import PRECISIONS
 from captioning.files import read_json, write_json
-from captioning.profiles import MICRO_WEIGHTS, PRESETS
+from captioning.profiles import PRESETS
 from captioning.scoring.significance import compare
 from captioning.training.config import SCST_NUMBERS, SETTINGS
 from captioning.training.run_folder import LAST, RunFolder, read_run
@@ -35,8 +35,6 @@ STYLE = ("mean_length", "repeated_2")  # of captions: words, and the share that 
 SPLITS = ("val", "val_novel")
 LOSS_IMAGES = 150  # that tell whether cross-entropy has levelled off
 DEVELOPMENT_SEED = 1  # of scenes that no reported number is measured on; the demo's have seed 0
-DATASTORE_SEED, DATASTORE_SCENES = 2, 1700  # of scenes whose captions are only retrieved
-ENCODER = MICRO_WEIGHTS / "encoder"  # finds them: it is a whole CLIP, and not the one that scores
 
 
 LETTER = "-letter"  # after a setting's name: as the report's code ran it
@@ -139,15 +137,14 @@ class Study:
         return folder
 
     def variants(self) -> None:
-        """Train every variant of the setting best with every seed, and compare, on scenes of another seed."""
+        """Train every variant of the setting best with every seed; hold each against it, on scenes of another seed."""
         names, found = self.chosen(VARIANTS), defaultdict(list)
         data = self.draw(self.args.out / "variants" / "data", DEVELOPMENT_SEED)
         for seed in self.args.seeds:
+            base = self.variant(BASE, seed, data)
             for name in names:
-                base = self.variant(VARIANTS[name].against, seed, data)
                 found[name].append((base, self.variant(name, seed, data)))
-        for name, pairs in found.items():
-            self.compare("variants", VARIANTS[name].against, {name: pairs})
+        self.compare("variants", BASE, found)
 
     def variant(self, name: str, seed: int, data: Path) -> Path:
         """Train, where that is needed, and score one variant with one seed; return its folder.
@@ -158,27 +155,9 @@ class Study:
         trained = self.variant(variant.adapter_of, seed, data) if variant.adapter_of else folder
         if trained == folder:
             common = scaled("best") | {"val_images": 32} | ({"epochs": self.args.epochs} if self.args.epochs else {})
-            options = common | self.with_datastore(variant.train, data)
-            self.train(folder, part(data, variant.share), **options, seed=seed)
-        self.score(folder, data, SPLITS, adapter=trained / LAST, **self.with_datastore(variant.search, data))
+            self.train(folder, data, **common | dict(variant.train), seed=seed)
+        self.score(folder, data, SPLITS, adapter=trained / LAST, **variant.search)
         return folder
-
-    def with_datastore(self, options: Mapping[str, object], data: Path) -> dict[str, Any]:
-        """Return options with the file of the datastore that they name by a split, made where it is not there yet.
-
-        That of training captions has all of the study's; any other has new scenes, of a seed of their own.
-        """
-        if "datastore" not in options:
-            return dict(options)
-        split = str(options["datastore"])
-        file = data.parent / f"{split}.datastore.safetensors"
-        if not file.exists():
-            if split != "train":
-                data = data.parent / "elsewhere"
-                draw(self.run, data, split, DATASTORE_SCENES, DATASTORE_SEED)
-            where = ("-m", "captioning.scoring.make_datastore", data, file)
-            self.run(f"datastore of {split}", *where, split=split, profile="micro", clip_model=ENCODER)
-        return {**options, "datastore": file}
 
     def rewards(self) -> None:
         """Tune a captioner that cross-entropy teaches no more by each reward; hold each against more cross-entropy."""
@@ -235,24 +214,6 @@ class Study:
             result = {"what": name, "against": base, "profile": "micro", "seeds": self.args.seeds}
             result |= {split: compared(pairs, (base, name), split) for split in SPLITS}
             write_json(self.args.out / study / slug(name) / "comparison.json", result)
-
-
-def part(data: Path, share: float) -> Path:
-    """Return ``data``, or a folder beside it with the first of its training scenes; pictures and validation are its."""
-    if share == 1:
-        return data
-    folder = data.with_name(f"{data.name}_{share:g}")
-    if not (folder / "train.json").exists():
-        folder.mkdir(exist_ok=True)
-        for name in ("images", "val.json"):
-            (folder / name).unlink(missing_ok=True)
-            (folder / name).symlink_to(Path("..") / data.name / name)
-        train = read_json(data / "train.json")
-        train["images"] = train["images"][: round(share * len(train["images"]))]
-        kept = {image["id"] for image in train["images"]}
-        train["annotations"] = [row for row in train["annotations"] if row["image_id"] in kept]
-        write_json(folder / "train.json", {name: train[name] for name in ("images", "annotations")}, indent=None)
-    return folder
 
 
 def slug(name: str) -> str:

@@ -22,9 +22,6 @@ def rates(factor: float) -> dict[str, object]:
     return {"lr": rate(factor), "projector_lr": rate(factor, "projector_lr")}
 
 
-BASE = "best"
-
-
 @dataclass(frozen=True)
 class Variant:
     """One row.
@@ -33,26 +30,14 @@ class Variant:
         train: flags of p2_train.py beside those of ``best``.
         search: flags of p2_infer.py.
         adapter_of: the row whose adapter captions, where only the search differs and nothing is trained.
-        against: the row that it is held against.
-        share: of the training scenes, the first ones, that it trains on: fewer where a step takes longer.
-
-    A ``datastore`` among the flags is the split whose captions it has: ``train`` of the study, others of new scenes.
     """
 
     train: Mapping[str, object] = field(default_factory=dict)
     search: Mapping[str, object] = field(default_factory=dict)
     adapter_of: str | None = None
-    against: str = BASE
-    share: float = 1.0
 
 
-def guided(scale: float) -> Variant:
-    """Return a row of guidance, which is held against the same adapter without."""
-    return Variant(search={"guidance": scale}, adapter_of="image dropout", against="image dropout")
-
-
-# 32 tokens of retrieved captions make a step take 1.085 times as long: 92 % of the steps take as long as all of best's.
-RETRIEVED: dict[str, object] = {"retrieve": 3, "retrieved_tokens": 32, "datastore": "train"}
+BASE = "best"
 VARIANTS: dict[str, Variant] = {
     BASE: Variant(),
     "no dropout": Variant({"lora_dropout": 0}),
@@ -71,14 +56,6 @@ VARIANTS: dict[str, Variant] = {
     "pool 2": Variant({"pool": 2}),
     "greedy search": Variant(search={"beam_size": 1}, adapter_of=BASE),
     "10 beams": Variant(search={"beam_size": 10}, adapter_of=BASE),
-    "LoRA by kind of token": Variant({"lora_kinds": True}),
-    "image dropout": Variant({"image_dropout": 0.1}),
-    "guidance 1.1": guided(1.1),
-    "guidance 1.2": guided(1.2),
-    "guidance 1.5": guided(1.5),
-    "guidance 2": guided(2),
-    "three retrieved captions": Variant(RETRIEVED, share=0.92),
-    "captions of other novel scenes": Variant(search={"datastore": "val_novel"}, adapter_of="three retrieved captions"),
 }
 
 # What tunes a captioner that cross-entropy teaches no more. The brevity penalty multiplies CLIPScore too and so weighs

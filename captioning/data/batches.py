@@ -39,7 +39,6 @@ class PackedBatch:
         slots: (B, k, T), the index in the row of each token of each caption, -1 past its end; None if unknown.
         kept: (n,), which of the B * S places have a target, in order; None: the device is asked, and waited for.
         longest: tokens of the longest caption, BOS included; None if unknown.
-        text: (B, R), what comes between the image and all of its captions; None if nothing does.
     """
 
     inputs: torch.Tensor
@@ -49,7 +48,6 @@ class PackedBatch:
     slots: torch.Tensor | None = None
     kept: torch.Tensor | None = None
     longest: int | None = None
-    text: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on ``device``."""

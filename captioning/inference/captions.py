@@ -11,7 +11,6 @@ from captioning.data.batches import pack_captions
 from captioning.data.ranked import Ranked
 from captioning.data.tokenizer import Tokenizer
 from captioning.device import sent
-from captioning.inference.guidance import GuidedStep
 from captioning.inference.report_rule import report_search
 from captioning.inference.search import Step, beam_search, greedy
 from captioning.inference.wording import Wording
@@ -31,8 +30,6 @@ def caption_features(
     search_rule: str | None = None,
     wording: Wording | None = None,
     n_best: int = 0,
-    guidance: float = 1.0,
-    text: torch.Tensor | None = None,
 ) -> list[str]:
     """Caption B images from their encoder tokens (B, N, D); one beam is greedy search.
 
@@ -47,8 +44,6 @@ def caption_features(
         search_rule: ``beam`` or ``report``; None takes the captioner's own.
         wording: what captions may not say.
         n_best: return each caption as ``Ranked``, with its score and the others of this many best; 0: as text.
-        guidance: see guidance.py; compiled steps must then be for twice as many images. Scores stay the captioner's.
-        text: that of ``Captioner.prefix``.
 
     Raises:
         ValueError: the rule has no length penalty, or as the searches.
@@ -56,21 +51,15 @@ def caption_features(
     rule = search_rule or captioner.config.search_rule
     check_length_penalty(rule, length_penalty)
     step: Step
-    guided = guidance != 1
-    rows = torch.cat((features, torch.zeros_like(features))) if guided else features
-    text = torch.cat((text, text)) if guided and text is not None else text
     if steps is None:
-        shared = captioner.step_function(rows, beam_size, max_new_tokens, text)
+        shared = captioner.step_function(features, beam_size, max_new_tokens)
         step, keep = shared, shared.keep
     else:
         with torch.no_grad():
-            step, keep = steps.begin(captioner.prefix(rows, text)), None  # compiled steps have a fixed batch
+            step, keep = steps.begin(captioner.prefix(features)), None  # compiled steps have a fixed batch
 
     step = within_vocabulary(step, tokenizer.vocab_size)
     images, eos, device = len(features), tokenizer.eos_id, features.device
-    if guided:
-        step = GuidedStep(step, keep, images, guidance)
-        keep = step.keep if keep is not None else None
     rules = wording.rules(eos) if wording else []
     if rule == "report":
         found = report_search(step, images, eos, eos, beam_size, max_new_tokens, device, keep, rules=rules)
@@ -82,7 +71,7 @@ def caption_features(
     if not n_best:
         return [tokenizer.decode(tokens) for tokens in found.tokens]
     groups = [captions[:n_best] for captions in found.finished or [[tokens] for tokens in found.tokens]]
-    scores = mean_log_probs(captioner, features, groups, eos, max_new_tokens, tokenizer.vocab_size, text)
+    scores = mean_log_probs(captioner, features, groups, eos, max_new_tokens, tokenizer.vocab_size)
     return [
         Ranked((tokenizer.decode(tokens), score) for tokens, score in zip(*pairs, strict=True))
         for pairs in zip(groups, scores, strict=True)
@@ -97,7 +86,6 @@ def mean_log_probs(
     eos: int,
     longest: int,
     vocab_size: int | None = None,
-    text: torch.Tensor | None = None,
 ) -> list[list[float]]:
     """Return the mean log-probability of each caption's tokens, read once more without any rule, ``[image][caption]``.
 
@@ -108,10 +96,8 @@ def mean_log_probs(
         eos: id of EOS, which counts as a token of captions shorter than ``longest``; the others were cut.
         longest: most tokens.
         vocab_size: ids that belong to tokens; None: all of the output layer.
-        text: that of ``Captioner.prefix``.
     """
     batch = pack_captions(captions, eos, pad_to_multiple=8).each(lambda tensor: sent(tensor, features.device))
-    batch.text = text
     left = iter(captioner.log_probs(features, batch, vocab_size).tolist())
 
     def mean(length: int) -> float:

@@ -9,7 +9,7 @@ import torch
 
 from captioning.data.ranked import Ranked
 from captioning.data.tokenizer import Tokenizer
-from captioning.device import autocast, sent
+from captioning.device import autocast
 from captioning.inference.batches import Job
 from captioning.inference.captions import caption_features
 from captioning.inference.encode import Encoded, StreamEncoder
@@ -28,7 +28,6 @@ class Search:
         max_new_tokens: longest caption in tokens.
         wording: what captions may not say.
         n_best: return captions as ``Ranked``, with their scores and this many best of the beams; 0: as plain text.
-        guidance: of the captioner's search (guidance.py).
         length_penalty, rule: of the captioner's search (``caption_features``); LLaVA has neither.
     """
 
@@ -38,7 +37,6 @@ class Search:
     n_best: int = 0
     length_penalty: float = 1.0
     rule: str | None = None
-    guidance: float = 1.0
 
 
 def captioner_job(
@@ -48,7 +46,6 @@ def captioner_job(
     precision: str = "auto",
     draft: int | None = None,
     compiled_batch: int | None = None,
-    retriever: Any = None,
 ) -> Job:
     """Return what the captioner does to images.
 
@@ -59,35 +56,21 @@ def captioner_job(
         precision: as for ``device.autocast``.
         draft: as for ``data.images.load_image``.
         compiled_batch: compile the decoding steps for batches of up to this many images.
-        retriever: ``scoring.retrieval.Retriever`` of the captions that the captioner reads beside an image.
     """
     encoder, steps = StreamEncoder(captioner, precision), None
     if compiled_batch:
         with autocast(captioner.device, precision):
-            rows = compiled_batch * (1 if search.guidance == 1 else 2)
-            sizes = (rows, captioner.n_prefix, search.beam_size, search.max_new_tokens)
+            sizes = (compiled_batch, captioner.n_prefix, search.beam_size, search.max_new_tokens)
             steps = CompiledStepFunction(captioner.decoder, *sizes)
     how = (search.beam_size, search.max_new_tokens, search.length_penalty, steps, search.rule, search.wording)
 
-    def prepare(image: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return captioner.transform(image), retriever.prepare(image) if retriever else None
-
-    def begin(prepared: list[tuple[torch.Tensor, Any]]) -> list[tuple[Encoded, torch.Tensor | None]]:
-        pixels, others = zip(*prepared, strict=True)
-        texts = retriever.rows(others) if retriever else [None] * len(pixels)
-        return list(zip(encoder.encode(pixels), texts, strict=True))
-
-    def caption(begun: list[tuple[Encoded, Any]]) -> list[str]:
-        encoded, texts = zip(*begun, strict=True)
-        text = sent(torch.stack(texts), captioner.device) if retriever else None
+    def caption(encoded: list[Encoded]) -> list[str]:
         with autocast(captioner.device, precision):
-            return caption_features(
-                captioner, tokenizer, encoder.gather(encoded), *how, search.n_best, search.guidance, text
-            )
+            return caption_features(captioner, tokenizer, encoder.gather(encoded), *how, search.n_best)
 
     if works_beside(captioner.device):
-        return Job(prepare, caption, draft, begin)
-    return Job(prepare, lambda prepared: caption(begin(prepared)), draft)
+        return Job(captioner.transform, caption, draft, encoder.encode)
+    return Job(captioner.transform, lambda pixels: caption(encoder.encode(pixels)), draft)
 
 
 def works_beside(device: torch.device) -> bool:

@@ -39,7 +39,6 @@ GENERIC = "A picture."  # true of every image: the attention of its words shows 
 # What was best on scenes of the split `train` (p1: 60, p2: 100).
 DEFAULTS = {"p1": MapSpec("agree", "all", "max"), "p2": MapSpec("agree", "all", "mean")}
 REPORTED = {"p1": MapSpec("raw", "last", "max"), "p2": MapSpec("raw", "last", "mean")}  # the original report's choices
-Seen = tuple[torch.Tensor, torch.Tensor | None]  # what the captioner makes of an image
 MANY_LAYERS = 6  # how many single layers the viewer and the grounding table offer, evenly spread
 
 
@@ -51,15 +50,12 @@ class CaptionerExplainer:
         tokenizer: the decoder's.
         beam_size: of the search.
         max_new_tokens: length limit of a caption.
-        retriever: ``scoring.retrieval.Retriever`` of the captions that the captioner reads beside an image.
     """
 
     name = "p2"
 
-    def __init__(
-        self, captioner: Captioner, tokenizer: Tokenizer, beam_size: int, max_new_tokens: int, retriever: Any = None
-    ) -> None:
-        self.captioner, self.tokenizer, self.retriever = captioner, tokenizer, retriever
+    def __init__(self, captioner: Captioner, tokenizer: Tokenizer, beam_size: int, max_new_tokens: int) -> None:
+        self.captioner, self.tokenizer = captioner, tokenizer
         self.beam_size, self.max_new_tokens = beam_size, max_new_tokens
         timm_data = import_guarded("timm.data")
         config = timm_data.resolve_model_data_config(captioner.encoder)
@@ -78,17 +74,14 @@ class CaptionerExplainer:
         """Where the localisation heads are kept: beside the adapter."""
         return self.captioner.source and self.captioner.source.with_suffix(".heads.json")
 
-    def prepare(self, image: Image.Image) -> Seen:
-        """Return the encoder's tokens (1, N, D) of an image, and those of its retrieved captions (1, R)."""
-        captioner, retriever = self.captioner, self.retriever
-        text = retriever.rows([retriever.prepare(image)]).to(captioner.device) if retriever else None
-        return captioner.encode(captioner.transform(image)[None].to(captioner.device)), text
+    def prepare(self, image: Image.Image) -> torch.Tensor:
+        """Return the encoder's tokens (1, N, D) of an image."""
+        return self.captioner.encode(self.captioner.transform(image)[None].to(self.captioner.device))
 
-    def caption(self, inputs: Seen) -> list[int]:
+    def caption(self, inputs: torch.Tensor) -> list[int]:
         """Return the ids of a prepared image's caption."""
-        sizes, (features, text) = (self.beam_size, self.max_new_tokens), inputs
-        (caption,) = caption_features(self.captioner, self.tokenizer, features, *sizes, text=text)
-        return self.tokens(caption)
+        (text,) = caption_features(self.captioner, self.tokenizer, inputs, self.beam_size, self.max_new_tokens)
+        return self.tokens(text)
 
     def tokens(self, text: str) -> list[int]:
         """Return a caption's ids."""
@@ -98,23 +91,22 @@ class CaptionerExplainer:
         """Return the text of ids, white space kept."""
         return self.tokenizer.decode(list(tokens))
 
-    def capture(self, inputs: Seen, tokens: list[int], whole: bool = False, hidden: bool = False) -> Capture:
+    def capture(self, inputs: torch.Tensor, tokens: list[int], whole: bool = False, hidden: bool = False) -> Capture:
         """Read a caption after a prepared image and keep its attention.
 
         ``whole``: that of all rows; ``hidden``: all positions' hidden states too, (S, C) of every layer.
         """
         captioner, ids = self.captioner, [self.tokenizer.eos_id, *tokens]
         with kept_outputs(captioner.decoder.h if hidden else ()) as states:
-            weights, logits = captioner.attend(inputs[0], ids, whole, text=inputs[1])
+            weights, logits = captioner.attend(inputs, ids, whole)
         patches = captioner.patch_columns.to(logits.device)
         capture = Capture(weights, logits, tokens, patches, captioner.grid)
         capture.hidden = [torch.cat(parts, 1)[0] for parts in states] if hidden else None
         capture.read_out = functools.partial(captioner.read_out, tokens=tokens)
         capture.local_heads = functools.partial(read_heads, self.heads_file, self.n_layer, self.n_head)
-        linked = functools.partial(captioner.attend, inputs[0], ids, True, linked=True, text=inputs[1])
-        capture.linked = functools.cache(torch.enable_grad()(linked))
+        capture.linked = functools.cache(torch.enable_grad()(lambda: captioner.attend(inputs, ids, True, linked=True)))
         capture.probe = functools.cache(
-            lambda: Probe(captioner.prefix(*inputs)[0].detach(), patches, tokens, lambda x: captioner.ask(x, ids))
+            lambda: Probe(captioner.prefix(inputs)[0].detach(), patches, tokens, lambda x: captioner.ask(x, ids))
         )
         return capture
 

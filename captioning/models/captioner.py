@@ -41,23 +41,6 @@ SEARCH_RULES = ("beam", "report")  # transformers' beam search; the report's own
 
 
 @dataclass(frozen=True)
-class Retrieval:
-    """Retrieved captions, as text between the image and its caption (SmallCap, arXiv 2209.15323).
-
-    Attributes:
-        captions: how many an image gets.
-        tokens: how many tokens they have in all, the same for every image.
-        datastore: the file that they were taken from in training.
-        datastore_hash: its fingerprint.
-    """
-
-    captions: int
-    tokens: int
-    datastore: str
-    datastore_hash: str
-
-
-@dataclass(frozen=True)
 class CaptionerConfig:
     """What rebuilds a captioner around a decoder; stored in every adapter file.
 
@@ -71,11 +54,9 @@ class CaptionerConfig:
         encoder_hash, decoder_hash: fingerprints of the frozen weights that the adapter was trained on.
         search_rule: one of SEARCH_RULES, by which captions are searched unless another is asked for.
         pool: the decoder gets averages of so many x so many neighbouring patches; 1 is every patch.
-        image_dropout: share of images that training replaced by none, zeros for all of the encoder's tokens.
-        retrieval: which captions of other images an image gets; None: it gets none.
 
     Raises:
-        ValueError: there is no such search rule, ``pool`` is below 1, or LoRA by kinds is to read retrieved text.
+        ValueError: there is no such search rule, or ``pool`` is below 1.
     """
 
     encoder: str
@@ -88,12 +69,8 @@ class CaptionerConfig:
     encoder_layer: int = -1
     search_rule: str = "beam"
     pool: int = 1
-    image_dropout: float = 0.0
-    retrieval: Retrieval | None = None
 
     def __post_init__(self) -> None:
-        if self.lora.kinds and self.retrieval:
-            raise ValueError("--lora-kinds knows rows of image and caption; leave out --retrieve")
         if self.pool < 1:
             raise ValueError(f"pool {self.pool}: must be at least 1")
         if self.search_rule not in SEARCH_RULES:
@@ -104,9 +81,7 @@ class CaptionerConfig:
         """Rebuild the config from plain JSON values; raises ValueError for keys that it does not know."""
         try:
             values = dict(values)
-            retrieval = values.pop("retrieval", None)
-            lora, retrieval = LoraConfig(**values.pop("lora")), Retrieval(**retrieval) if retrieval else None
-            return cls(lora=lora, retrieval=retrieval, **values)
+            return cls(lora=LoraConfig(**values.pop("lora")), **values)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the configuration of a captioner: {error}") from error
 
@@ -156,12 +131,10 @@ class Captioner(nn.Module):
         self.n_patches = self.grid[0] * self.grid[1]
         self.n_dropped_tokens: int = 0 if config.use_cls else self.encoder.num_prefix_tokens
         self.feature_shape = (self.encoder.num_prefix_tokens + self.n_patches, self.encoder.num_features)  # (N, D)
-        self.n_image = self.feature_shape[0] - self.n_dropped_tokens
-        self.n_prefix = self.n_image + (config.retrieval.tokens if config.retrieval else 0)
+        self.n_prefix = self.feature_shape[0] - self.n_dropped_tokens
         if self.n_prefix + 2 > decoder.config.n_positions:
-            beside = f" and {config.retrieval.tokens} of retrieved captions" if config.retrieval else ""
             raise ValueError(
-                f"--encoder {config.encoder}: {self.n_image} image tokens{beside} leave no room for a caption in the "
+                f"--encoder {config.encoder}: {self.n_prefix} image tokens leave no room for a caption in the "
                 f"decoder's context of {decoder.config.n_positions}; --pool 2 makes a quarter of them"
             )
         self.projector = nn.Linear(self.encoder.num_features, decoder.config.n_embd)
@@ -218,22 +191,9 @@ class Captioner(nn.Module):
         )
         return torch.cat([prefix, patches], 1)
 
-    def prefix(self, features: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
-        """Project encoder tokens (B, N, D) to the decoder's width, and embed what follows them: (B, P, C).
-
-        Args:
-            features: encoder tokens.
-            text: token ids of the images' retrieved captions, (B, R); None for a captioner without retrieval.
-
-        Raises:
-            ValueError: there is no text, and the captioner was trained with one.
-        """
-        image = self.projector(features[:, self.n_dropped_tokens :])
-        if self.config.retrieval is None:
-            return image
-        if text is None:
-            raise ValueError("the adapter reads retrieved captions, and was given none")
-        return torch.cat([image, self.decoder.embed(text).to(image.dtype)], 1)
+    def prefix(self, features: torch.Tensor) -> torch.Tensor:
+        """Project encoder tokens (B, N, D) to the decoder's width: (B, P, C)."""
+        return self.projector(features[:, self.n_dropped_tokens :])
 
     def loss(
         self, features: torch.Tensor, batch: Any, label_smoothing: float = 0.0, predict_bos: bool = False
@@ -246,7 +206,6 @@ class Captioner(nn.Module):
             label_smoothing: share of the target spread over the vocabulary.
             predict_bos: let the last image token predict BOS, once for each of the image's captions.
         """
-        features = self._drop_images(features)
         places = batch.places(predict_bos)
         logits, targets = self._predictions(features, batch, places, predict_bos)
         if not predict_bos:
@@ -256,16 +215,6 @@ class Captioner(nn.Module):
         counts = counts.flatten()[places]
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
         return (losses * counts).sum() / counts.sum()
-
-    def _drop_images(self, features: torch.Tensor) -> torch.Tensor:
-        """In training, replace a random share of the images (B, N, D) by none, for guidance (guidance.py).
-
-        None is zeros, which the projector maps to its bias, a vector that is learned.
-        """
-        if not self.training or not self.config.image_dropout:
-            return features
-        kept = torch.rand(len(features), device=features.device) >= self.config.image_dropout
-        return features * kept[:, None, None]
 
     def log_probs(self, features: torch.Tensor, batch: Any, vocab_size: int | None = None) -> torch.Tensor:
         """Return the log-probability of every target that is not padding, row by row: (n,).
@@ -283,8 +232,7 @@ class Captioner(nn.Module):
         if predict_bos:
             targets = torch.cat([batch.inputs[:, :1], targets], 1)  # every row of inputs begins with BOS
         with cast_lora(self.decoder):
-            sequence, last = self._packed_sequence(features, batch), targets.shape[1]
-            hidden = self.decoder(*sequence, last=last, images=self.n_prefix)  # (B, S or S + 1, C)
+            hidden = self.decoder(*self._packed_sequence(features, batch), last=targets.shape[1])  # (B, S or S + 1, C)
             kept = hidden.flatten(0, 1).index_select(0, places)  # the wide output layer runs on these only
             return self.decoder.logits(kept).float(), targets.flatten()[places]
 
@@ -292,7 +240,7 @@ class Captioner(nn.Module):
         self, features: torch.Tensor, batch: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | Packing]:
         """Return embeddings (B, P+S, C), positions (B, P+S) and mask of ``[prefix | captions]``."""
-        prefix, n = self.prefix(features, batch.text), self.n_prefix
+        prefix, n = self.prefix(features), self.n_prefix
         if batch.longest is not None:
             self.decoder.check_position(n + batch.longest - 1)
         x = torch.cat([prefix, self.decoder.embed(batch.inputs).to(prefix.dtype)], 1)
@@ -328,30 +276,21 @@ class Captioner(nn.Module):
         return PACKED
 
     @torch.no_grad()
-    def step_function(
-        self, features: torch.Tensor, beam_size: int, max_new_tokens: int, text: torch.Tensor | None = None
-    ) -> StepFunction:
+    def step_function(self, features: torch.Tensor, beam_size: int, max_new_tokens: int) -> StepFunction:
         """Read the images (B, N, D) once and return the step function that ``search`` calls for each new token.
-
-        ``text`` is that of ``prefix``.
 
         Raises:
             ValueError: prefix and caption do not fit into the decoder's context.
         """
-        return StepFunction(self.decoder, self.prefix(features, text), beam_size, max_new_tokens)
+        return StepFunction(self.decoder, self.prefix(features), beam_size, max_new_tokens)
 
     @property
     def patch_columns(self) -> torch.Tensor:
         """Which positions of the prefix are image patches, as a CLS token is not: (n_patches,)."""
-        return torch.arange(self.n_image - self.n_patches, self.n_image)
+        return torch.arange(self.n_prefix - self.n_patches, self.n_prefix)
 
     def attend(
-        self,
-        features: torch.Tensor,
-        tokens: Sequence[int],
-        all_rows: bool = False,
-        linked: bool = False,
-        text: torch.Tensor | None = None,
+        self, features: torch.Tensor, tokens: Sequence[int], all_rows: bool = False, linked: bool = False
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Read one finished caption after its image and return where it looked.
 
@@ -363,7 +302,6 @@ class Captioner(nn.Module):
             tokens: BOS and the T ids of the caption.
             all_rows: return the rows of the whole sequence, S = P + T + 1.
             linked: with all rows, let gradients flow from row to row too.
-            text: that of ``prefix``, (1, R).
 
         Returns:
             Attention weights (1, nh, T + 1 or S, S) of every layer, and the logits (T + 1, V) of the caption's rows.
@@ -371,14 +309,14 @@ class Captioner(nn.Module):
         ids = torch.tensor([list(tokens)], device=features.device)
         count, total = self.n_prefix, self.n_prefix + len(tokens)
         attentions: list[torch.Tensor] = LinkedAttentions() if linked else []
-        prefix = self.prefix(features, text)
+        prefix = self.prefix(features)
         if all_rows:
             x = torch.cat([prefix, self.decoder.embed(ids).to(prefix.dtype)], 1)
-            hidden = self.decoder(x, torch.arange(total), attentions=attentions, images=count)[:, count:]
+            hidden = self.decoder(x, torch.arange(total), attentions=attentions)[:, count:]
         else:
             with torch.no_grad():
                 cache = self.decoder.new_cache(1, total)
-                self.decoder(prefix, torch.arange(count), cache=cache, images=count)
+                self.decoder(prefix, torch.arange(count), cache=cache)
             hidden = self.decoder(
                 self.decoder.embed(ids), torch.arange(count, total), cache=cache, attentions=attentions
             )
@@ -399,8 +337,7 @@ class Captioner(nn.Module):
         """
         ids = torch.tensor([list(tokens[:-1])], device=prefix.device)
         x = torch.cat([prefix, self.decoder.embed(ids).to(prefix.dtype).expand(len(prefix), -1, -1)], 1)
-        hidden = self.decoder(x, torch.arange(x.shape[1]), last=ids.shape[1], images=prefix.shape[1])
-        return self.decoder.logits(hidden)
+        return self.decoder.logits(self.decoder(x, torch.arange(x.shape[1]), last=ids.shape[1]))
 
     def merge(self) -> Captioner:
         """Fold LoRA into the decoder for inference; there is no way back."""

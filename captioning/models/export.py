@@ -106,16 +106,6 @@ PRECISION = {
 }
 
 
-def check_exportable(adapter: Path) -> None:
-    """Raise ValueError for an adapter of which no model of transformers can be made, or FileNotFoundError."""
-    config, _ = read_adapter(adapter)
-    if config.lora.kinds:
-        raise ValueError(
-            f"--adapter {adapter}: was trained with --lora-kinds, so image rows have weights of their own, for which "
-            "no model of transformers has room; caption with p2_infer.py, or train without"
-        )
-
-
 def load_decoder(
     adapter: Path, source: str | Path, allow_other: bool = False
 ) -> tuple[CaptionerConfig, Decoder, dict[str, Any]]:

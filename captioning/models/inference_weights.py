@@ -8,7 +8,7 @@ from torch import nn
 from captioning.device import product_dtype, settle_precision
 from captioning.kernels.onednn import ReorderedLinear, can_reorder
 from captioning.models.captioner import Captioner
-from decoder import Decoder, KindsLinear
+from decoder import Decoder
 
 
 def prepare(captioner: Captioner, precision: str, reorder: bool = True) -> str:
@@ -55,7 +55,6 @@ def prepare_linears(module: nn.Module, dtype: torch.dtype, reorder: bool = True)
             if not isinstance(layer, nn.Linear):
                 continue
             if reorder and can_reorder(layer.weight.device, dtype):
-                reordered = ReorderedLinear(layer.weight, layer.bias, dtype)
-                setattr(parent, name, layer.corrected(reordered) if isinstance(layer, KindsLinear) else reordered)
+                setattr(parent, name, ReorderedLinear(layer.weight, layer.bias, dtype))
             else:
                 layer.to(dtype)

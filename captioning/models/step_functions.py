@@ -38,7 +38,7 @@ class StepFunction:
         self.cache = decoder.new_cache(len(prefix), self.n_prefix + beam_size * max_new_tokens)
         # Checked above and there already: positions that came from the CPU would wait for the device at every step.
         self.positions = torch.arange(self.n_prefix + max_new_tokens, device=prefix.device)
-        decoder(prefix, self.positions[: self.n_prefix], cache=self.cache, images=self.n_prefix)
+        decoder(prefix, self.positions[: self.n_prefix], cache=self.cache)
 
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ class CompiledStepFunction:
             raise ValueError(f"compiled for {rows} images of {self.n_prefix} tokens, not {tuple(prefix.shape[:2])}")
         filled = torch.cat((prefix, prefix[-1:].expand(rows - images, -1, -1)))
         self.cache.length, self.cache.slots = 0, None
-        self.decoder(filled, torch.arange(self.n_prefix, device=prefix.device), cache=self.cache, images=self.n_prefix)
+        self.decoder(filled, torch.arange(self.n_prefix, device=prefix.device), cache=self.cache)
         self.mask[..., self.n_prefix :] = False
         return self
 

@@ -243,16 +243,13 @@ def variants_section(root: Path, size: str) -> Section:
 
 
 def _against_tables(study: str, title: str, found: Studies) -> list[Table]:
-    """Return a table per split: each row that others are held against, then those."""
-    tables, bases = [], sorted({row["against"] for row in found})
+    """Return a table per split: the row that a study's others are held against, then those."""
+    most = _most_seeds(found)
+    tables, base = [], most["against"]
     for split, scenes in SPLITS.items():
-        rows = []
-        for base in bases:
-            group = [row for row in found if row["against"] == base]
-            first = _most_seeds(group)
-            rows.append(_compared_row(base, first, first[split], base, base))
-            rows += [_compared_row(row["what"], row, row[split], row["what"], base) for row in group]
-        caption = f"{title}, on {_most_seeds(found)[split]['images']} {scenes}; {PAIRED}"
+        rows = [_compared_row(base, most, most[split], base, base)]
+        rows += [_compared_row(row["what"], row, row[split], row["what"], base) for row in found]
+        caption = f"{title}, on {most[split]['images']} {scenes}; {PAIRED}"
         tables.append(Table(f"p2_{study}_{split}", caption, rows))
     return tables
 

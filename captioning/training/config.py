@@ -88,12 +88,6 @@ class TrainConfig:
         "own: the encoder's; imagenet: what timm answers to a name, ImageNet's mean, deviation and crop",
         choices=("own", "imagenet"),
     )
-    image_dropout: float = option(
-        0.0,
-        "share of images whose captions are learned without them, drawn in every step; for --guidance",
-        at_least=0,
-        below=1,
-    )
     cls: bool = option(True, "give the encoder's CLS token to the decoder too")
     lora_rank: int = option(32, "LoRA's rank")  # LoraConfig has its bounds
     lora_alpha: float = option(32.0, "LoRA's update is scaled by alpha / rank")
@@ -101,7 +95,6 @@ class TrainConfig:
     lora_enable: tuple[bool, bool, bool] | None = option(
         None, "q, k, v of c_attn as MergedLinear, such as 1,0,1 (default: one lora.Linear)", parse=_triple
     )
-    lora_kinds: bool = option(False, "half of LoRA's rank for image rows, half for text rows (arXiv 2312.08900)")
     lora_lm_head: bool = option(True, "LoRA on the output layer too, untied from the embeddings")
     max_trainable: int = option(10_000_000, "refuse to train more parameters than this")
     val_images: int = option(200, "validation images captioned and scored every epoch", at_least=1)
@@ -130,10 +123,6 @@ class TrainConfig:
     )
     projector_epochs: int = option(0, "first epochs, which train the projector only", at_least=0)
     patience: int = option(0, "epochs without a better one after which training stops; 0 never stops", at_least=0)
-    retrieve: int = option(
-        0, "captions of other images that each image gets as text, by CLIP; needs --datastore (SmallCap)", at_least=0
-    )
-    retrieved_tokens: int = option(64, "how many tokens these take in all; what does not fit is left out", at_least=1)
     objective: str = option(
         "xe", "xe (cross-entropy), or scst (CIDEr-D as a reward; needs --init-adapter)", choices=("xe", "scst")
     )
@@ -171,7 +160,6 @@ class TrainConfig:
             dropout=self.lora_dropout,
             enable_lora=self.lora_enable,
             lm_head=self.lora_lm_head,
-            kinds=self.lora_kinds,
         )
 
 

@@ -23,7 +23,6 @@ class Split:
     captions: list[list[list[int]]]
     features: FeatureCache
     unreadable: int = 0  # images that are left out
-    text: torch.Tensor | None = None  # (images, R), what each has between it and its captions
 
     @classmethod
     def of_readable(cls, samples: list[Sample], captions: list[list[list[int]]], features: FeatureCache) -> Split:
@@ -36,10 +35,6 @@ class Split:
     def tokens(self, indices: Sequence[int], device: torch.device) -> torch.Tensor:
         """Return the encoder's tokens of some samples: (B, N, D), float32."""
         return moved(self.features.gather(list(indices)), device).float()
-
-    def text_of(self, indices: Sequence[int], device: torch.device) -> torch.Tensor | None:
-        """Return the text of some samples: (B, R)."""
-        return None if self.text is None else moved(self.text[list(indices)], device)
 
 
 @dataclass(frozen=True)
@@ -87,10 +82,8 @@ class Loader:
         own = self.processes.share(range(len(batch.images)))
         if not own:
             return LoadedBatch(batch, own, None, None)
-        images = [batch.images[place] for place in own]
-        features = self.split.features.gather(images)
+        features = self.split.features.gather([batch.images[place] for place in own])
         packed = pack_captions([batch.captions[place] for place in own], self.eos, pad_to_multiple=8)
-        packed.text = None if self.split.text is None else self.split.text[images]
         return LoadedBatch(
             batch, own, page_locked(features, self.device), packed.each(lambda tensor: page_locked(tensor, self.device))
         )

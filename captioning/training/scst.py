@@ -41,18 +41,13 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
 
 
 def beams(
-    captioner: Captioner,
-    tokenizer: Tokenizer,
-    features: torch.Tensor,
-    count: int,
-    longest: int,
-    text: torch.Tensor | None = None,
+    captioner: Captioner, tokenizer: Tokenizer, features: torch.Tensor, count: int, longest: int
 ) -> list[list[list[int]]]:
     """Return the ``count`` captions that a beam search finds for each of B images: ``[image][caption]`` token ids.
 
     A caption that ended has EOS as its last token; one that was cut at ``longest`` tokens has not.
     """
-    eos, read_on = tokenizer.eos_id, captioner.step_function(features, count, longest, text)
+    eos, read_on = tokenizer.eos_id, captioner.step_function(features, count, longest)
     step = within_vocabulary(read_on, tokenizer.vocab_size)
     found = search.beam_search(step, len(features), eos, eos, count, longest, device=features.device, keep=read_on.keep)
     return [ended(captions, eos, longest) for captions in found.finished]
@@ -69,7 +64,6 @@ def weighted_loss(
     captions: Sequence[Sequence[Sequence[int]]],
     weights: Sequence[Sequence[float]],
     eos: int,
-    text: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return minus the sum over all captions of weight * log-probability; those of an image share one prefix.
 
@@ -81,7 +75,6 @@ def weighted_loss(
         captions: ``[image][caption]`` token ids, with EOS where it counts: not after a caption that was cut.
         weights: ``[image][caption]``.
         eos: id of EOS.
-        text: that of ``Captioner.prefix``.
     """
     bare = [[c[:-1] if c[-1] == eos else c for c in group] for group in captions]
     of_tokens: list[float] = []
@@ -90,7 +83,6 @@ def weighted_loss(
             cut = caption[-1] != eos  # packing adds an EOS that the search did not find: it gets no weight
             of_tokens += [weight] * len(caption) + [0.0] * cut
     batch = pack_captions(bare, eos, pad_to_multiple=8).each(lambda tensor: sent(tensor, features.device))
-    batch.text = text
     log_probs = captioner.log_probs(features, batch)
     return -(sent(torch.tensor(of_tokens, dtype=torch.float32), features.device) * log_probs).sum()
 
@@ -130,10 +122,9 @@ class ScstTrainer(Trainer):
         """
         self.captioner.eval()  # no dropout: probabilities must be those of the search
         eos, batch = self.tokenizer.eos_id, loaded.batch
+        features = loaded.on(self.device)[0] if loaded.own else None
+        samples = self.search(features) if features is not None else []
         own = [batch.images[place] for place in loaded.own]
-        features = loaded.on(self.device)[0] if own else None
-        text = self.train_split.text_of(own, self.device)
-        samples = self.search(features, text) if features is not None else []
         rewards = self.score(own, samples) if own else np.zeros((0, self.config.samples))
         own_tokens = sum(len(sample) for group in samples for sample in group)
         n_tokens, reward = self.processes.total(own_tokens, float(rewards.sum()))
@@ -147,13 +138,13 @@ class ScstTrainer(Trainer):
                 group += [[*caption, eos] for caption in captions]
                 row += [weight] * len(captions)
         with autocast(self.device, self.config.precision):
-            return weighted_loss(self.captioner, features, samples, weights, eos, text)
+            return weighted_loss(self.captioner, features, samples, weights, eos)
 
-    def search(self, features: torch.Tensor, text: torch.Tensor | None) -> list[list[list[int]]]:
+    def search(self, features: torch.Tensor) -> list[list[list[int]]]:
         """Return captions ``[image][caption]`` of the images with these encoder tokens (B, N, D)."""
         config = self.config
         with self.searching():
-            return beams(self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens, text)
+            return beams(self.captioner, self.tokenizer, features, config.samples, config.max_new_tokens)
 
     def score(self, indices: Sequence[int], samples: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
         """Return the rewards (B, K) of ``samples[image][caption]``."""

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from captioning.data.annotations import Sample, load_split
 from captioning.data.batches import pack_captions, shuffle_captions
-from captioning.data.datastore import COMMAND, Datastore
 from captioning.data.tokenizer import Tokenizer, encode_captions
 from captioning.device import pick_device, product_dtype, seed_everything
 from captioning.distributed import Processes
@@ -26,11 +25,10 @@ from captioning.files import atomic_path, check_writable, read_json, write_json
 from captioning.inference.captions import check_vocabulary
 from captioning.inference.encode import cached_features, prepare_encoder
 from captioning.models.adapter import read_adapter, start_from
-from captioning.models.captioner import Captioner, CaptionerConfig, Retrieval
+from captioning.models.captioner import Captioner, CaptionerConfig
 from captioning.models.encoder import PREPROCESSING, RANDOM, preprocessing_by_name
 from captioning.profiles import PRESETS, PROFILES, ROOT, downloaded_encoder
 from captioning.scoring.clipscore import ClipScorer
-from captioning.scoring.retrieval import retriever_of
 from captioning.tensors import fingerprint
 from captioning.training.config import REPORT_FAITHFUL, SCST_NUMBERS, SETTINGS, TrainConfig, flag
 from captioning.training.loading import Split
@@ -54,11 +52,6 @@ ABSENT = {"average_last": 0, "rank_stabilized": False, "draws": "beam"} | {
     "search_rule": "beam",
     "lora_plus": 1.0,
     "pool": 1,
-    "image_dropout": 0.0,
-    "lora_kinds": False,
-    "retrieve": 0,
-    "retrieved_tokens": 64,
-    "retrieval": None,
 }
 
 
@@ -125,20 +118,16 @@ def adopted(stored: CaptionerConfig, given: dict[str, Any], path: Path) -> dict[
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "lora_enable": lora.enable_lora,
-        "lora_kinds": lora.kinds,
         "lora_lm_head": lora.lm_head,
         "cls": stored.use_cls,
         "encoder_layer": stored.encoder_layer,
         "pool": stored.pool,
         "preprocessing": "imagenet" if stored.encoder_kwargs.keys() >= set(PREPROCESSING) else "own",
-        "retrieve": stored.retrieval.captions if stored.retrieval else 0,
     }
-    if stored.retrieval:
-        numbers["retrieved_tokens"] = stored.retrieval.tokens
     for name, value in numbers.items():
         if given.get(name, value) != value:
             raise ValueError(f"{flag(name)} {given[name]}: --init-adapter {path} has {value}; leave the flag out")
-    return numbers | {name: given.get(name, getattr(stored, name)) for name in ("search_rule", "image_dropout")}
+    return numbers | {"search_rule": given.get("search_rule", stored.search_rule)}
 
 
 def open_run(args: Any, folder: RunFolder, processes: Processes, held: contextlib.ExitStack) -> Trackers | None:
@@ -155,15 +144,11 @@ def build(
 ) -> Trainer:
     """Build models and data, and load what a resumed or tuned captioner has learned."""
     captioner, tokenizer = make_models(args, config, processes, folder)
-    retriever = retriever_of(captioner.config.retrieval, tokenizer, captioner.device)
     check_run(args, config, captioner, folder, processes)
     if args.init_adapter and not args.resume:
         start_from(captioner, args.init_adapter)
     prepare_encoder(captioner)
     train, val = (make_split(args, samples[name], captioner, tokenizer, processes) for name in ("train", "val"))
-    if retriever:
-        for split in (train, val):
-            split.text = retriever.rows_of([sample.path for sample in split.samples], cache_folder(args), processes)
     free_encoder(captioner, train, val)
     kind = ScstTrainer if config.objective == "scst" else Trainer
     trainer = kind(captioner, tokenizer, train, val, config, folder, processes)
@@ -208,8 +193,6 @@ def make_captioner(args: Any, config: TrainConfig, folder: RunFolder | None, pro
         lora=config.lora(),
         search_rule=config.search_rule,
         pool=config.pool,
-        image_dropout=config.image_dropout,
-        retrieval=make_retrieval(args, config),
     )
     return Captioner(captioner_config, make_decoder(args, config.lora(), folder, processes))
 
@@ -222,17 +205,6 @@ def encoder_of(setting: str, profile: str) -> str:
             f"--setting {setting}: an encoder of --profile full, of which {profile} has none; take --setting best"
         )
     return found or PROFILES[profile].encoder
-
-
-def make_retrieval(args: Any, config: TrainConfig) -> Retrieval | None:
-    """Return what the captioner is to read beside an image; ValueError where flags do not go together."""
-    if bool(config.retrieve) != bool(args.datastore):
-        given, missing = ("--retrieve", "--datastore") if config.retrieve else ("--datastore", "--retrieve")
-        raise ValueError(f"{given}: needs {missing}; {COMMAND} makes a datastore")
-    if not config.retrieve:
-        return None
-    found = Datastore.load(args.datastore).fingerprint
-    return Retrieval(config.retrieve, config.retrieved_tokens, str(args.datastore.resolve()), found)
 
 
 def make_decoder(args: Any, lora: LoraConfig, folder: RunFolder | None, processes: Processes) -> Decoder:
@@ -302,9 +274,7 @@ def check_resumed(folder: RunFolder, now: dict[str, Any]) -> None:
     had, wanted = ABSENT | {"preprocessing": preprocessing} | before["train"], ABSENT | now["train"]
     changed = [f"train.{k}" for k in wanted if k not in FREE and had.get(k) != wanted[k]]
     now["captioner"].pop("encoder_weights")  # a path, which the place of the start decides; the hash says what it holds
-    absent = ("search_rule", "pool", "image_dropout", "retrieval")
-    captioner = {name: ABSENT[name] for name in absent} | before["captioner"]
-    captioner["lora"] = {"kinds": ABSENT["lora_kinds"]} | captioner["lora"]
+    captioner = {name: ABSENT[name] for name in ("search_rule", "pool")} | before["captioner"]
     changed += [f"captioner.{k}" for k, value in now["captioner"].items() if captioner.get(k) != value]
     changed += [k for k in ("shuffled_captions", "data") if before.get(k) != now[k]]
     if changed:

@@ -368,8 +368,7 @@ class Trainer:
                 if not indices:
                     continue
                 features = self.val_split.tokens(indices, self.device)
-                text = self.val_split.text_of(indices, self.device)
-                texts = caption_features(self.captioner, self.tokenizer, features, beams, longest, text=text)
+                texts = caption_features(self.captioner, self.tokenizer, features, beams, longest)
                 predictions |= dict(zip(indices, texts, strict=True))
         for others in self.processes.gather(predictions):
             predictions |= others

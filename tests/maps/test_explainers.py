@@ -88,11 +88,11 @@ def test_logits_are_those_of_the_fused_path(p2):
     """The manual softmax and the fused kernel are one mathematics."""
     explainer = p2()
     captioner, tokens = explainer.captioner, explainer.tokens(CAPTION)
-    inputs = explainer.prepare(image())
+    features = explainer.prepare(image())
     ids = [explainer.tokenizer.eos_id, *tokens]
     with torch.no_grad():
-        capture = explainer.capture(inputs, tokens)
-        x = torch.cat([captioner.prefix(*inputs), captioner.decoder.embed(torch.tensor([ids]))], 1)
+        capture = explainer.capture(features, tokens)
+        x = torch.cat([captioner.prefix(features), captioner.decoder.embed(torch.tensor([ids]))], 1)
         hidden = captioner.decoder(x, torch.arange(x.shape[1]))[0, -len(ids) :]
     assert torch.allclose(captioner.decoder.logits(hidden), capture.logits, atol=1e-5)
 

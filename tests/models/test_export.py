@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 import p2_export
 import p2_infer
-from captioning.cli import BAD_INPUT
 from captioning.data.tokenizer import Tokenizer
 from captioning.imports import import_guarded
 from captioning.inference.captions import caption_features
@@ -138,13 +137,6 @@ def test_averaged_patches_have_no_place_in_a_llava(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "trained with --pool 3" in line and "--no-llava" in line
     assert not list((tmp_path / "out").glob("*"))
-
-
-def test_image_rows_with_weights_of_their_own_have_no_place_in_transformers(tmp_path, capsys):
-    adapter = make_adapter(tmp_path / "best.safetensors", LoraConfig(rank=4, kinds=True))
-    assert p2_export.main([str(tmp_path / "out"), "--adapter", str(adapter), "--profile", "micro"]) == BAD_INPUT
-    assert "--lora-kinds" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_describes_training_and_validation(tmp_path):

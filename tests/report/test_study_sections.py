@@ -95,16 +95,6 @@ def test_variants_stand_below_best_by_what_they_gain_on_both_splits(root, tmp_pa
         assert rows[1]["CIDEr: difference"] == "0.2"
 
 
-def test_a_variant_stands_below_the_row_that_it_is_held_against(root, tmp_path, make):
-    rows = (("image dropout", 0.1, "best"), ("guidance 2", -0.2, "image dropout"), ("no CLS", -0.3, "best"))
-    for name, gain, base in rows:
-        write_comparison(root, "variants", name, gain, base=base, own=name)
-    make(root)
-    found = [(row["what"], row["CIDEr: difference"]) for row in rows_of(tmp_path, "p2_variants_val")]
-    best = [("best", ""), ("image dropout", "0.1"), ("no CLS", "-0.3")]
-    assert found == [*best, ("image dropout", ""), ("guidance 2", "-0.2")]
-
-
 def test_settings_of_several_seeds_are_averaged(root, make):
     for name, cider in (("1", 0.5), ("1-seed1", 0.7)):
         write_run(root / "settings" / name, setting="1", cider=cider)

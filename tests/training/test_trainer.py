@@ -226,8 +226,6 @@ def test_a_second_signal_stops_immediately(tmp_path, monkeypatch):
         ("--captions-per-image", "2"),
         ("--optimizer", "adam"),
         ("--lora-dropout", "0.5"),
-        ("--image-dropout", "0.5", "--lora-dropout", "0"),
-        ("--lora-kinds", "--image-dropout", "0.5"),
         ("--batch-by", "captions", "--captions-per-image", "1"),
         ("--no-clear-gradients", "--projector-epochs", "1"),
         ("--setting", "1", "--report-faithful", "--captions-per-image", "1"),
