@@ -104,9 +104,13 @@ class Study:
         """Train and score one setting with one seed; return its run folder."""
         data = self.settings_data()
         folder = self.args.out / "settings" / (name if seed == 0 else f"{name}-seed{seed}")
-        self.train(folder, data, **recipe(name), seed=seed)
+        self.train(folder, data, **self.recipe(name), seed=seed)
         self.score(folder, data, SPLITS)
         return folder
+
+    def recipe(self, name: str) -> dict[str, object]:
+        """Return the micro world's options of a setting, with the epochs that --epochs asks for."""
+        return recipe(name) | ({"epochs": self.args.epochs} if self.args.epochs else {})
 
     def settings_data(self) -> Path:
         """Draw the scenes of the studies ``settings`` and ``letter``; return their folder."""
@@ -132,7 +136,7 @@ class Study:
         if "search_rule" in SOUND[name]:
             self.score(folder, data, adapter=literal / "best.safetensors", **SOUND[name])
         else:
-            self.train(folder, data, **recipe("1" + LETTER) | SOUND[name], seed=seed)
+            self.train(folder, data, **self.recipe("1" + LETTER) | SOUND[name], seed=seed)
             self.score(folder, data)
         return folder
 
@@ -154,8 +158,7 @@ class Study:
         variant, folder = VARIANTS[name], self.args.out / "variants" / slug(name) / str(seed)
         trained = self.variant(variant.adapter_of, seed, data) if variant.adapter_of else folder
         if trained == folder:
-            common = scaled("best") | {"val_images": 32} | ({"epochs": self.args.epochs} if self.args.epochs else {})
-            self.train(folder, data, **common | dict(variant.train), seed=seed)
+            self.train(folder, data, **self.recipe("best") | {"val_images": 32} | dict(variant.train), seed=seed)
         self.score(folder, data, SPLITS, adapter=trained / LAST, **variant.search)
         return folder
 
@@ -181,7 +184,7 @@ class Study:
         rewards, chain = self.args.out / "rewards", "start" if self.args.start else str(seed)
         folder, adapter, loss = rewards / "start" / chain, self.args.start, math.inf
         if adapter is None:
-            self.train(folder, data, **scaled("best") | {"val_images": LOSS_IMAGES}, seed=seed)
+            self.train(folder, data, **recipe("best") | {"val_images": LOSS_IMAGES}, seed=seed)
             adapter, loss = folder / LAST, last_loss(folder)
         for number in itertools.count(1):
             further = rewards / f"level_{number}" / chain
@@ -281,7 +284,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings, variants or rewards (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", default=[0, 1, 2], help="of each training")
-    parser.add_argument("--epochs", type=positive_int, help="epochs instead of the recipe's (variants, rewards)")
+    parser.add_argument("--epochs", type=positive_int, help="epochs instead of the recipe's (rewards: after the start)")
     parser.add_argument("--start", type=Path, help="adapter to begin with instead of training one a seed (rewards)")
     parser.add_argument(
         "--precision",

@@ -197,6 +197,12 @@ def value(words, flag):
     return words[words.index(flag) + 1]
 
 
+@pytest.mark.parametrize(("name", "row"), [("settings", "5"), ("letter", "gradients cleared"), ("variants", "no CLS")])
+def test_epochs_instead_of_the_recipes(name, row, tmp_path, monkeypatch):
+    trained = study(monkeypatch, name, "--out", tmp_path, "--only", row, "--seeds", 0, "--epochs", 12).trained()
+    assert [value(words, "--epochs") for words in trained] == ["12", "12"]
+
+
 def test_variants_are_held_against_best_with_every_seed_on_both_splits(tmp_path, monkeypatch):
     command = ("variants", "--out", tmp_path, "--only", "no CLS", "rank 16", "--seeds", 0, 2, "--scenes", 20)
     recorder = study(monkeypatch, *command)
