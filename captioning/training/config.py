@@ -168,6 +168,16 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def as_flag(name: str, value: Any) -> str:
+    """Return a field's value as it stands on the command line: ``--lr 0.002``, ``--no-cls``; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return flag(name) if value else f"--no-{flag(name)[2:]}"
+    text = ",".join(str(int(item)) for item in value) if isinstance(value, list | tuple) else value
+    return f"{flag(name)} {text}"
+
+
 def add_flags(parser: Any) -> None:
     """Add a flag for every field; where it is not given its value is None, and the setting's holds."""
     for f in fields(TrainConfig):

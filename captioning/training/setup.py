@@ -30,7 +30,7 @@ from captioning.models.encoder import PREPROCESSING, RANDOM, preprocessing_by_na
 from captioning.profiles import PRESETS, PROFILES, ROOT, downloaded_encoder
 from captioning.scoring.clipscore import ClipScorer
 from captioning.tensors import fingerprint
-from captioning.training.config import REPORT_FAITHFUL, SCST_NUMBERS, SETTINGS, TrainConfig, flag
+from captioning.training.config import REPORT_FAITHFUL, SCST_NUMBERS, SETTINGS, TrainConfig, as_flag, flag
 from captioning.training.loading import Split
 from captioning.training.run_folder import RunFolder
 from captioning.training.scst import ScstTrainer
@@ -272,13 +272,16 @@ def check_resumed(folder: RunFolder, now: dict[str, Any]) -> None:
     before, now = read_json(folder.config), json.loads(json.dumps(now))
     preprocessing = "imagenet" if before.get("report_faithful") else "own"  # once part of that flag
     had, wanted = ABSENT | {"preprocessing": preprocessing} | before["train"], ABSENT | now["train"]
-    changed = [f"train.{k}" for k in wanted if k not in FREE and had.get(k) != wanted[k]]
+    other = [k for k in wanted if k not in FREE and had.get(k) != wanted[k]]
+    changed = [f"train.{k}" for k in other]
     now["captioner"].pop("encoder_weights")  # a path, which the place of the start decides; the hash says what it holds
     captioner = {name: ABSENT[name] for name in ("search_rule", "pool")} | before["captioner"]
     changed += [f"captioner.{k}" for k, value in now["captioner"].items() if captioner.get(k) != value]
     changed += [k for k in ("shuffled_captions", "data") if before.get(k) != now[k]]
     if changed:
-        raise ValueError(f"--resume: {folder.path} was started with other values of {', '.join(changed)}")
+        flags = [as_flag(k, had.get(k)) for k in other if k in TrainConfig.__dataclass_fields__]
+        remedy = f"; its own: {' '.join(flags)}" if any(flags) else ""
+        raise ValueError(f"--resume: {folder.path} was started with other values of {', '.join(changed)}{remedy}")
 
 
 def cache_folder(args: Any) -> Path:

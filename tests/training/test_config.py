@@ -1,11 +1,11 @@
 """config.py: bounds, choices, and flags that come from the fields."""
 
 import argparse
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 
-from captioning.training.config import SETTINGS, TrainConfig, add_flags
+from captioning.training.config import SETTINGS, TrainConfig, add_flags, as_flag
 
 
 def flags(*argv):
@@ -78,3 +78,11 @@ def test_without_report_faithful_the_reports_settings_keep_its_batches_rates_and
 def test_the_reports_settings_scale_lora_by_one_over_the_rank():
     assert [round(1 / SETTINGS[name].lora().scaling) for name in "12345"] == [32, 32, 64, 32, 32]
     assert SETTINGS["best"].lora().scaling == 1
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), *SETTINGS.values(), TrainConfig(cls=False, captions_per_image=2)])
+def test_every_value_stands_on_the_command_line_as_it_is_read(config):
+    words = " ".join(as_flag(name, value) for name, value in asdict(config).items()).split()
+    assert {name: value for name, value in flags(*words).items() if value is not None} == {
+        name: value for name, value in asdict(config).items() if value is not None
+    }

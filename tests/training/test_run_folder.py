@@ -148,8 +148,11 @@ def run_before(tiny_profile, tmp_path, monkeypatch):
     return out
 
 
-def test_a_run_of_the_last_version_resumes_and_is_reported(run_before):
-    assert main([*FLAGS.split(), "--resume"]) == 0
+def test_a_run_of_the_last_version_resumes_by_the_flags_that_are_named_and_is_reported(run_before, capsys):
+    assert main([*FLAGS.split(), "--resume"]) == BAD_INPUT  # the rates of best were others
+    rates = "--lr 0.002 --projector-lr 0.002"
+    assert f"other values of train.lr, train.projector_lr; its own: {rates}\n" in capsys.readouterr().err
+    assert main([*FLAGS.split(), "--resume", *rates.split()]) == 0
     found = records(run_before)
     wanted = [json.loads(line) for line in (FIXTURE / "unbroken.jsonl").read_text().splitlines()]
     assert [line.keys() for line in found] == [line.keys() - {"seconds"} for line in wanted]
