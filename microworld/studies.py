@@ -15,7 +15,8 @@ import itertools
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -89,26 +90,32 @@ class Study:
                 raise ValueError(f"--only {name}: choose from {', '.join(names)}")
         return list(self.args.only or names)
 
+    def pairs(
+        self, names: Iterable[str], base: Callable[[int], Path], row: Callable[[str, int], Path]
+    ) -> dict[str, list[tuple[Path, Path]]]:
+        """Return by row the folders of ``base`` and of the row, a pair per seed; what is not there yet is trained."""
+        found = defaultdict(list)
+        for seed in self.args.seeds:
+            first = base(seed)
+            for name in names:
+                found[name].append((first, row(name, seed)))
+        return found
+
     def settings(self) -> None:
         """Train every setting, the report's to the letter too, with every seed; hold each against best."""
         recipes = [name for name in SETTINGS if name not in PRESETS]  # which here have the same encoder
         names = self.chosen([*recipes, *(name + LETTER for name in recipes if name != BASE)])
-        found = defaultdict(list)
-        for seed in self.args.seeds:
-            base = self.setting(BASE, seed)
-            for name in names:
-                found[name].append((base, self.setting(name, seed)))
-        self.compare("settings", BASE, found)
+        self.compare("settings", BASE, self.pairs(names, partial(self.setting, BASE), self.setting))
 
     def setting(self, name: str, seed: int) -> Path:
         """Train and score one setting with one seed; return its run folder."""
         data = self.settings_data()
         folder = self.args.out / "settings" / (name if seed == 0 else f"{name}-seed{seed}")
-        self.train(folder, data, **self.recipe(name), seed=seed)
+        self.train(folder, data, **self.options(name), seed=seed)
         self.score(folder, data, SPLITS)
         return folder
 
-    def recipe(self, name: str) -> dict[str, object]:
+    def options(self, name: str) -> dict[str, object]:
         """Return the micro world's options of a setting, with the epochs that --epochs asks for."""
         return recipe(name) | ({"epochs": self.args.epochs} if self.args.epochs else {})
 
@@ -118,47 +125,43 @@ class Study:
 
     def letter(self) -> None:
         """Turn each point of the report's code alone to sound practice, in its setting 1, with every seed."""
-        names, found = self.chosen([*SOUND, ALL_SOUND]), defaultdict(list)
-        for seed in self.args.seeds:
-            literal = self.setting("1" + LETTER, seed)
-            for name in names:
-                found[name].append((literal, self.sound(name, seed, literal)))
-        for name, pairs in found.items():
+        names = self.chosen([*SOUND, ALL_SOUND])
+        for name, pairs in self.pairs(names, self.literal, self.sound).items():
             result = {"what": name, "profile": "micro", "seeds": self.args.seeds}
             result |= compared(pairs, ("literal", "sound"))
             write_json(self.args.out / "letter" / slug(name) / "comparison.json", result)
 
-    def sound(self, name: str, seed: int, literal: Path) -> Path:
+    def literal(self, seed: int) -> Path:
+        """Train and score the report's setting 1 to the letter with one seed; return its folder."""
+        return self.setting("1" + LETTER, seed)
+
+    def sound(self, name: str, seed: int) -> Path:
         """Train, where that is needed, and score one row of the study ``letter``; return its folder."""
         if name == ALL_SOUND:
             return self.setting("1", seed)
         folder, data = self.args.out / "letter" / slug(name) / str(seed), self.settings_data()
         if "search_rule" in SOUND[name]:
-            self.score(folder, data, adapter=literal / "best.safetensors", **SOUND[name])
+            self.score(folder, data, adapter=self.literal(seed) / "best.safetensors", **SOUND[name])
         else:
-            self.train(folder, data, **self.recipe("1" + LETTER) | SOUND[name], seed=seed)
+            self.train(folder, data, **self.options("1" + LETTER) | SOUND[name], seed=seed)
             self.score(folder, data)
         return folder
 
     def variants(self) -> None:
         """Train every variant of the setting best with every seed; hold each against it, on scenes of another seed."""
-        names, found = self.chosen(VARIANTS), defaultdict(list)
-        data = self.draw(self.args.out / "variants" / "data", DEVELOPMENT_SEED)
-        for seed in self.args.seeds:
-            base = self.variant(BASE, seed, data)
-            for name in names:
-                found[name].append((base, self.variant(name, seed, data)))
-        self.compare("variants", BASE, found)
+        names = self.chosen(VARIANTS)
+        self.compare("variants", BASE, self.pairs(names, partial(self.variant, BASE), self.variant))
 
-    def variant(self, name: str, seed: int, data: Path) -> Path:
+    def variant(self, name: str, seed: int) -> Path:
         """Train, where that is needed, and score one variant with one seed; return its folder.
 
         The last epoch's adapter captions: the best one's would be chosen on scenes that are scored.
         """
+        data = self.draw(self.args.out / "variants" / "data", DEVELOPMENT_SEED)
         variant, folder = VARIANTS[name], self.args.out / "variants" / slug(name) / str(seed)
-        trained = self.variant(variant.adapter_of, seed, data) if variant.adapter_of else folder
+        trained = self.variant(variant.adapter_of, seed) if variant.adapter_of else folder
         if trained == folder:
-            self.train(folder, data, **self.recipe("best") | {"val_images": 32} | dict(variant.train), seed=seed)
+            self.train(folder, data, **self.options("best") | {"val_images": 32} | dict(variant.train), seed=seed)
         self.score(folder, data, SPLITS, adapter=trained / LAST, **variant.search)
         return folder
 

@@ -173,7 +173,7 @@ def as_flag(name: str, value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
-        return flag(name) if value else f"--no-{flag(name)[2:]}"
+        return flag(name if value else f"no_{name}")
     text = ",".join(str(int(item)) for item in value) if isinstance(value, list | tuple) else value
     return f"{flag(name)} {text}"
 

@@ -279,8 +279,8 @@ def check_resumed(folder: RunFolder, now: dict[str, Any]) -> None:
     changed += [f"captioner.{k}" for k, value in now["captioner"].items() if captioner.get(k) != value]
     changed += [k for k in ("shuffled_captions", "data") if before.get(k) != now[k]]
     if changed:
-        flags = [as_flag(k, had.get(k)) for k in other if k in TrainConfig.__dataclass_fields__]
-        remedy = f"; its own: {' '.join(flags)}" if any(flags) else ""
+        flags = " ".join(filter(None, (as_flag(k, had.get(k)) for k in other if k in TrainConfig.__dataclass_fields__)))
+        remedy = f"; its own: {flags}" if flags else ""
         raise ValueError(f"--resume: {folder.path} was started with other values of {', '.join(changed)}{remedy}")
 
 
